@@ -1,0 +1,104 @@
+"""Split elementary word problems into train / calibration / test A / test B without leakage.
+
+Many of the problems are near-duplicates (one template, other numbers or names), so single problems must not be
+hashed: problems are first *grouped* (same text once numbers are masked, or word-Jaccard above 0.9 of the masked
+texts, transitively) and whole groups are then assigned by a hash of their smallest member. Adding a problem moves
+no other group; running it twice gives the same files.
+
+    python recipes/word_problems/prepare.py DATA.jsonl --out data/word_problems
+
+`DATA.jsonl` holds one `{"question": ..., "answer": ...}` a line. The output files hold
+`{"id", "messages": [user, assistant], "answer"}`; `answer` is what follows `####`.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import re
+from pathlib import Path
+
+# Shares of groups. Test B is kept for a later study and is opened by nothing in this folder.
+SPLITS = {"train": 0.70, "calibration": 0.08, "test_a": 0.11, "test_b": 0.11}
+JACCARD = 0.9
+
+
+def masked_words(question: str) -> frozenset[str]:
+    """The set of lower-case words with every number replaced by `0`."""
+    return frozenset(re.findall(r"[a-z0]+", re.sub(r"\d+(?:[.,]\d+)*", "0", question.lower())))
+
+
+def groups(questions: list[str]) -> list[list[int]]:
+    """Indices of near-duplicate questions, grouped transitively (union-find)."""
+    parent = list(range(len(questions)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[frozenset[str], int] = {}
+    for i, question in enumerate(questions):
+        parent[find(i)] = find(first.setdefault(masked_words(question), i))
+    # Only distinct word sets are compared, and only those whose sizes allow a Jaccard index above the limit.
+    by_size: dict[int, list[frozenset[str]]] = collections.defaultdict(list)
+    for words in first:
+        by_size[len(words)].append(words)
+    for size, members in by_size.items():
+        for words in members:
+            for other_size in range(size, int(size / JACCARD) + 1):
+                for other in by_size.get(other_size, ()):
+                    common = len(words & other)
+                    if common > JACCARD * (size + other_size - common):
+                        parent[find(first[words])] = find(first[other])
+    members_of: dict[int, list[int]] = collections.defaultdict(list)
+    for i in range(len(questions)):
+        members_of[find(i)].append(i)
+    return list(members_of.values())
+
+
+def split_of(group: list[str]) -> str:
+    """The split of a group, from a hash of its smallest text: stable, and independent of the other groups."""
+    digest = hashlib.sha256(min(group).encode()).digest()
+    point = int.from_bytes(digest[:8], "big") / 2**64
+    for name, share in SPLITS.items():
+        point -= share
+        if point < 0:
+            return name
+    return name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.data.read_text().splitlines()]
+    found = groups([row["question"] for row in rows])
+    splits: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for group in found:
+        splits[split_of([rows[i]["question"] for i in group])].extend(group)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, indices in splits.items():
+        lines = [
+            json.dumps(
+                {
+                    "id": f"wp-{i}",
+                    "messages": [
+                        {"role": "user", "content": rows[i]["question"].strip()},
+                        {"role": "assistant", "content": rows[i]["answer"].strip()},
+                    ],
+                    "answer": rows[i]["answer"].split("####")[-1].strip(),
+                }
+            )
+            for i in sorted(indices)
+        ]
+        (args.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        print(f"{name}: {len(lines)} problems")
+    sizes = sorted(map(len, found), reverse=True)
+    print(f"{len(rows)} problems in {len(sizes)} groups; the largest: {sizes[:8]}")
+
+
+if __name__ == "__main__":
+    main()

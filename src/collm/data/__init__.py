@@ -1,0 +1,1 @@
+"""From training text to token ids with labels, and scores of gold tokens under each model."""

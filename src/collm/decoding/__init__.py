@@ -1,0 +1,1 @@
+"""Decoders as generators without I/O: policies, sampling, flows and their drivers."""

@@ -1,0 +1,1 @@
+"""Initialisation by pseudo-labels and marginal-likelihood training."""

@@ -1,0 +1,190 @@
+"""The values that travel between decoders, models and users.
+
+Nothing here knows a torch module, a tokenizer or a file: a decoder yields `Query` values, a `LanguageModel` answers
+with `Prediction` values, and what the user gets back are `Step` and `Generation` values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BASE = 0
+"""Index of the base model; assistants are 1..K."""
+
+Deferral = Literal["threshold", "sampled", "compose", "random", "never", "always"]
+FinishReason = Literal["stop", "length", "abstained"]
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": ...}`, as in the OpenAI API."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One forward pass: predict after each of the last `num_last` prefixes of `token_ids`.
+
+    `token_ids` is the whole sequence as *this* model sees it (its own prompt, then the shared completion);
+    what a model remembers of earlier queries (a KV cache) is its own affair and never changes its answer.
+    """
+
+    model: int
+    token_ids: tuple[int, ...]
+    num_last: int = 1
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.num_last <= len(self.token_ids), (self.num_last, len(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The law of the next token.
+
+    `log_probs`: `[V]` float32 log-probabilities over the shared vocabulary, on the model's device, before
+    temperature and truncation.
+    `top_token_id`: its argmax, computed by the model for a whole batch at once.
+    `log_gate`: `[1+K]` natural logs of the gate `P(Z = z | prefix)`; only the base model gives it.
+    """
+
+    log_probs: Tensor
+    top_token_id: int
+    log_gate: tuple[float, ...] | None = None
+
+
+Answer = Prediction | None
+"""`None`: the model abstains after this prefix (a tool that has nothing to say). The base never does."""
+
+
+class LanguageModel(Protocol):
+    """Anything that gives a next-token distribution for a prefix: a transformer, a server, a calculator."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+        """For each query, `num_last` answers, oldest prefix first. `Query.model` is not read.
+
+        The answer for a query does not depend on the other queries of the batch nor on earlier calls.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to write one text.
+
+    `temperature` 0 is greedy. `top_p`, `top_k` (0 = off) truncate the law of the model that writes the token.
+    `seed` fixes all random choices; they are keyed by (seed, position), so a text does not depend on its batch-mates.
+    `stop`: strings that end the text and are not part of it.
+
+    Who writes is settled by `deferral`:
+
+    - `"threshold"`: defer where `1 - P(Z = base) > threshold`, to the assistant with the largest gate. The threshold
+      is `threshold` (a probability), or comes from the checkpoint's calibration for `deferral_rate`; with neither, 0.5.
+    - `"sampled"`: draw Z from the gate, then the token from the chosen model: exactly the marginal law.
+    - `"compose"`: one law, the mixture `sum_z P(Z = z) P_z`; every model is run at every token.
+    - `"random"`: defer each token with probability `deferral_rate`, to a uniformly drawn assistant (a control).
+    - `"never"`, `"always"`.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    deferral: Deferral = "threshold"
+    threshold: float | None = None
+    deferral_rate: float | None = None
+    task: str | None = None
+    """Whose calibration table `deferral_rate` is looked up in; needed only if the checkpoint has several."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if self.deferral not in get_args(Deferral):
+            raise ValueError(f"deferral must be one of {', '.join(get_args(Deferral))}, not {self.deferral!r}")
+        for name in ("threshold", "deferral_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {value}")
+        if self.threshold is not None and self.deferral_rate is not None:
+            raise ValueError("give threshold or deferral_rate, not both")
+        if self.deferral == "random" and self.deferral_rate is None:
+            raise ValueError('deferral="random" needs deferral_rate')
+        if any(not stop for stop in self.stop):
+            raise ValueError("a stop string must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One written token.
+
+    `log_prob` is the natural log-probability of the token under the law of its author (for `compose`: under the
+    mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
+    no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
+    that the assistant handed back, so that the base wrote the token after all.
+    """
+
+    token_id: int
+    author: int
+    log_prob: float
+    gate: tuple[float, ...] = ()
+    base_token_id: int | None = None
+    abstained: bool = False
+
+    @property
+    def deferred(self) -> bool:
+        return self.author != BASE
+
+    @property
+    def changed(self) -> bool:
+        """An assistant wrote this token and the base would have written another."""
+        return self.deferred and self.base_token_id is not None and self.base_token_id != self.token_id
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished (or, while streaming, growing) text and who wrote which token.
+
+    `text` has stop strings and special tokens removed; `pieces` are the texts of the single steps, special tokens
+    shown, so that a viewer can colour them.
+    """
+
+    text: str
+    steps: tuple[Step, ...]
+    pieces: tuple[str, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    model_names: tuple[str, ...]
+    forward_passes: tuple[int, ...] = field(default=())
+    """Queries answered for this text by each model, base first."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(step.token_id for step in self.steps)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def deferral_rate(self) -> float:
+        """Share of tokens written by an assistant (0 for an empty text)."""
+        return sum(step.deferred for step in self.steps) / max(1, len(self.steps))
+
+    @cached_property
+    def changed_tokens(self) -> int:
+        return sum(step.changed for step in self.steps)
