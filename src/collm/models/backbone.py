@@ -1,0 +1,91 @@
+"""A causal language model taken apart: hidden states here, logits only for the positions that need them.
+
+The output head is a fifth of a small model's work and its logits are most of its memory, so neither training nor
+scoring nor decoding computes `[batch, length, vocabulary]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from collm.errors import CollmError
+
+CHUNK = 1024
+"""Positions whose logits are held in float32 at a time while scoring."""
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper (whose adapters live in its layers), or the model itself."""
+    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """Last hidden states `[B, T, H]`, after the final norm: what the output head and the gate see."""
+    backbone = causal_lm(model).base_model
+    states: Tensor = backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+    return states
+
+
+def project(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits `[N, V]` of hidden states `[N, H]`, as the model itself computes them (`check_project` makes sure)."""
+    lm = causal_lm(model)
+    logits: Tensor = lm.get_output_embeddings()(hidden)
+    config: Any = lm.config.get_text_config()
+    # The three ways in which architectures rescale their logits: Cohere, Granite, Gemma 2.
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.inference_mode()
+def check_project(model: nn.Module) -> None:
+    """Refuse an architecture whose logits `project` does not reproduce, instead of training on wrong ones.
+
+    Raises:
+        CollmError: naming the architecture.
+    """
+    lm = causal_lm(model)
+    ids = torch.arange(1, 5, device=lm.device)[None]
+    training = lm.training
+    lm.eval()
+    expected = lm(input_ids=ids, use_cache=False).logits[0].float()
+    found = project(lm, hidden_states(lm, ids, use_cache=False)[0]).float()
+    lm.train(training)
+    tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
+    if expected.shape != found.shape or not torch.allclose(expected, found, atol=tolerance, rtol=tolerance):
+        raise CollmError(
+            f"{type(lm).__name__} computes its logits in a way that collm does not know; "
+            "please report the architecture"
+        )
+
+
+def gold_log_probs(model: nn.Module, hidden: Tensor, gold: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Score gold tokens: float32 log-probabilities `[N]`, and bool `[N]`, whether each is the most probable token.
+
+    Args:
+        hidden: `[N, H]` hidden states at the positions *before* the gold tokens.
+        gold: `[N]` token ids.
+        chunk: at most `[chunk, V]` logits exist at a time.
+    """
+    log_probs, top1 = [], []
+    for h, g in zip(hidden.split(chunk), gold.split(chunk), strict=True):
+        logits = project(model, h).float()
+        at_gold = logits.gather(-1, g[:, None])[:, 0]
+        log_probs.append(at_gold - logits.logsumexp(dim=-1))
+        top1.append(logits.argmax(dim=-1) == g)
+    if not log_probs:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
+    return torch.cat(log_probs), torch.cat(top1)

@@ -1,0 +1,193 @@
+"""The artifact: a Hugging Face folder plus `gate.safetensors` and `collm.json`.
+
+Three kinds, by what was trained: `full` holds the whole model and loads with `AutoModelForCausalLM` as a plain one;
+`lora` holds a PEFT adapter; `gate` holds the gate alone. The last two name the base model they belong to and a
+fingerprint of its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from collm.errors import CollmError
+from collm.models.backbone import causal_lm
+from collm.models.head import FILE as GATE_FILE
+from collm.models.head import DeferralHead
+from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
+
+FORMAT_VERSION = 1
+FILE = "collm.json"
+Kind = Literal["full", "lora", "gate"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class CalibrationRow(_Strict):
+    """One point of the rate/quality curve.
+
+    `log_odds` is the threshold eta as float32 log-odds (what decoding compares with; a probability near 1 would be
+    rounded to it), `threshold` the same as a probability. `achieved_rate` counts tokens that an assistant wrote.
+    """
+
+    target_rate: float
+    achieved_rate: float
+    threshold: float
+    log_odds: float
+    metric_value: float
+    ci95: tuple[float, float] | None = None
+
+
+class CalibrationTable(_Strict):
+    task: str
+    metric: str
+    seed: int
+    num_prompts: int
+    rows: list[CalibrationRow]
+    best: int | None = None
+    """Index of the row with the best metric."""
+
+
+class AssistantInfo(_Strict):
+    name: str
+    spec: str
+    tokenizer_fingerprint: str | None = None
+    """None for tools, which use the base's tokenizer."""
+    format: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of `PromptFormat`: how this assistant sees the prompt."""
+
+
+class CheckpointInfo(_Strict):
+    """What `collm.json` holds."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Kind = "full"
+    base_model: str | None = None
+    """Spec of the base that a `lora` or `gate` checkpoint was trained on."""
+    base_fingerprint: str | None = None
+    """Of the base's weights: before training for `lora` and `gate`, as saved for `full`."""
+    tokenizer_fingerprint: str | None = None
+    base_format: dict[str, Any] = Field(default_factory=dict)
+    assistants: list[AssistantInfo] = Field(default_factory=list)
+    calibration: list[CalibrationTable] = Field(default_factory=list)
+    training: dict[str, Any] = Field(default_factory=dict)
+    """The recipe and the figures of the run that made it."""
+
+
+def load_info(folder: str | Path) -> CheckpointInfo | None:
+    """The checkpoint's description; None for a plain Hugging Face folder.
+
+    Raises:
+        CollmError: a newer format, or a damaged file.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise CollmError(
+                f"{path} has format version {version}; this collm reads up to {FORMAT_VERSION}: upgrade collm"
+            )
+        return CheckpointInfo.model_validate(raw)
+    except CollmError:
+        raise
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise CollmError(f"{path} is damaged: {error}") from error
+
+
+def save_info(folder: str | Path, info: CheckpointInfo) -> None:
+    path = Path(folder) / FILE
+    temporary = path.with_name(f".{FILE}.tmp")
+    # JSON has no infinity; pydantic writes it as a string that it reads back as a float.
+    temporary.write_text(info.model_dump_json(indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def save_checkpoint(
+    folder: Path,
+    info: CheckpointInfo,
+    model: nn.Module,
+    head: DeferralHead | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state_dict: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint; `collm.json` comes last, so that a folder that has one is whole.
+
+    Args:
+        model: the transformers model, or the PEFT model around it for kind `lora`; not read for kind `gate`.
+        state_dict: its gathered weights where the model itself is sharded (FSDP, ZeRO).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if info.kind != "gate":
+            options = {} if state_dict is None else {"state_dict": state_dict}
+            if info.kind == "lora":
+                options["save_embedding_layers"] = False  # type: ignore[assignment]
+            model.save_pretrained(folder, **options)  # type: ignore[operator]
+        if tokenizer is not None and info.kind == "full":
+            tokenizer.save_pretrained(folder)
+        if head is not None:
+            head.save(folder)
+        save_info(folder, info)
+    except OSError as error:
+        raise CollmError(f"could not write the checkpoint to {folder}: {error}") from error
+
+
+def load_base(
+    path: str | Path, *, base: str | None = None, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, DeferralHead | None, PreTrainedTokenizerBase, CheckpointInfo]:
+    """The base model of a checkpoint ready for inference (adapters merged), its gate, tokenizer and description.
+
+    Args:
+        path: a checkpoint, or any model spec; a plain model has no gate and can only decode alone.
+        base: another place where the base model of a `lora` or `gate` checkpoint lies.
+
+    Raises:
+        CollmError: missing files, a newer format, a gate of another width than the base.
+
+    Warns:
+        UserWarning: the base's weights are not those the checkpoint was trained on.
+    """
+    info = load_info(path)
+    if info is None:
+        if Path(path).is_dir() and (Path(path) / GATE_FILE).is_file():
+            raise CollmError(f"{path} has a {GATE_FILE} but no {FILE}: it was only partly written")
+        return load_model(str(path), dtype=dtype, device=device), None, load_tokenizer(str(path)), CheckpointInfo()
+    spec = str(path) if info.kind == "full" else base or info.base_model
+    if spec is None:
+        raise CollmError(f"{path} does not name its base model; give it with --base")
+    model = load_model(spec, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(spec)
+    if info.base_fingerprint is not None and weights_fingerprint(model) != info.base_fingerprint:
+        warnings.warn(
+            f"{spec} does not hold the weights that {path} was trained with (another quantisation or version?); "
+            "its deferral rates and quality may differ: run collm calibrate again",
+            stacklevel=2,
+        )
+    if info.kind == "lora":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()
+    head = None
+    if (Path(path) / GATE_FILE).is_file():
+        head = DeferralHead.load(Path(path)).to(device)
+        width = causal_lm(model).config.get_text_config().hidden_size
+        if head.weight.shape[1] != width:
+            raise CollmError(
+                f"the gate in {path} is for hidden states of width {head.weight.shape[1]}, "
+                f"but {spec} has {width}: give the base model it was trained on"
+            )
+    elif info.assistants:
+        raise CollmError(f"{path} has no {GATE_FILE}: it was only partly written")
+    return model, head, tokenizer, info
