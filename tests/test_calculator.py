@@ -1,0 +1,183 @@
+"""The arithmetic behind the calculator, and the calculator as a language model."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from collm.models.arithmetic import continuation, format_number
+from collm.models.tools import Calculator
+from collm.types import Prediction, Query
+
+
+@pytest.mark.parametrize(
+    ("line", "rest"),
+    [
+        ("56 * 9 =", " 504"),
+        ("56 * 9 = ", "504"),
+        ("56 * 9 = 5", "04"),
+        ("56 * 9 = 504", None),  # complete
+        ("56 * 9 = 505", None),  # somebody wrote something else
+        ("56*9=", "504"),
+        ("48/2 = ", "24"),
+        ("10 / 3 = ", "3.3333"),
+        ("2 / 3 = ", "0.6667"),
+        ("5 - 8 =", " -3"),
+        ("5 - 8 = -", "3"),
+        ("-2 * -15 = ", "30"),
+        ("-12 + 37 = ", "25"),
+        ("1 / 8 = ", "0.125"),
+        ("2 + 3 * 4 = ", "14"),
+        ("(2 + 3) * 4 = ", "20"),
+        ("2(3 + 4) = ", "14"),
+        ("3 x 4 = ", "12"),
+        ("3 × 4 ÷ 2 = ", "6"),
+        ("2x4=", "8"),
+        ("$5 * 3 =", " $15"),
+        ("$5 * 3 = ", "$15"),
+        ("$5 * 3 = $", "15"),
+        ("5 * 3 = $", "15"),
+        ("$ 5 * 3 = 1", "5"),
+        ("1,000 * 3 = ", "3,000"),
+        ("1000 * 3 = ", "3000"),
+        ("1000 * 3 = 3,", "000"),
+        ("50 * 20% = ", "10"),
+        ("100% - 20% = ", "80%"),
+        ("100% - 20% = 80", "%"),
+        (".5 * 4 = ", "2"),
+        ("5 + 3 = 8 * 2 = ", "16"),  # a chain: the last link counts
+        ("So the total is 56 * 9 = ", "504"),
+        ("a box 3 + 4 = ", "7"),
+        ("Total:3+4=", "7"),
+        ("- 3 + 4 = ", "7"),  # a bullet
+        ("2. 3 + 4 = ", "7"),
+        ("-3 + 4 = ", "1"),
+        ("He has (3 + 4 = ", "7"),
+        ("0.1 + 0.2 = ", "0.3"),
+        ("0.00001 - 0.00002 = ", "0"),
+        ("9 / 0 = ", None),
+        ("56 = ", None),
+        ("56 * = ", None),
+        ("3x = ", None),
+        ("x - 3 + 4 = ", None),  # only a part of an expression can be read
+        ("6 apples + 3 * 4 = ", None),
+        ("1 1/2 * 4 = ", None),
+        ("A3 + 4 = ", None),
+        ("10:30 + 5 = ", None),
+        ("2 ^ 3 + 1 = ", None),
+        ("2 ** 3 = ", None),
+        ("5 eggs x 3 + 2 = ", None),
+        ("3 + 4 == ", None),
+        ("3 + 4 >= ", None),
+        ("1,00 + 3 = ", None),
+        ("5 + 3 = 8 apples", None),
+        ("3 + 4", None),
+        ("#### 504", None),
+        ("", None),
+        ("1 + " * 100 + "1 =", None),  # longer than it looks back: not a part of it either
+    ],
+)
+def test_continuation(line: str, rest: str | None) -> None:
+    assert continuation(line) == rest
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [
+        (Fraction(1, 2), 0, "1"),
+        (Fraction(-1, 2), 0, "-1"),
+        (Fraction(1, 20000), 4, "0.0001"),
+        (Fraction(1, 20001), 4, "0"),
+        (Fraction(-1, 20001), 4, "0"),
+        (Fraction(99999, 100000), 4, "1"),
+        (Fraction(1234567), 4, "1234567"),
+    ],
+)
+def test_rounding_is_half_up(value: Fraction, decimals: int, text: str) -> None:
+    assert format_number(value, decimals) == text
+
+
+@given(st.integers(-9999, 9999), st.sampled_from("+-*/"), st.integers(-9999, 9999), st.booleans())
+def test_agrees_with_exact_arithmetic_digit_by_digit(a: int, operator: str, b: int, spaced: bool) -> None:
+    if operator == "/" and b == 0:
+        return
+    exact = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: Fraction(a, b)}[operator]()
+    space = " " if spaced else ""
+    line = f"{a}{space}{operator}{space}{b}{space}="
+    written = ""
+    while (rest := continuation(line + written)) is not None:
+        written += rest[0]
+    assert abs(Fraction(written) - exact) <= Fraction(1, 20000)
+    assert written.startswith(" ") == spaced
+
+
+def byte_level(*merged: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer whose only merges spell the given words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0} | {character: i + 1 for i, character in enumerate(alphabet)}
+    merges: list[tuple[str, str]] = []
+    for word in merged:
+        word = word.replace(" ", "Ġ")
+        for i in range(1, len(word)):
+            if (pair := (word[:i], word[i])) not in merges:
+                merges.append(pair)
+                vocab.setdefault(word[: i + 1], len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def written_by(calculator: Calculator, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+    """What the calculator writes on its own after `prompt`."""
+    start = tuple(tokenizer.encode(prompt))
+    token_ids = start
+    while True:
+        [[answer]] = calculator.predict([Query(1, token_ids)])
+        if answer is None:
+            return str(tokenizer.decode(token_ids[len(start) :]))
+        assert answer.log_probs.argmax() == answer.top_token_id and answer.log_probs.exp().sum() == 1
+        token_ids = (*token_ids, answer.top_token_id)
+
+
+def test_single_digit_tokens_leave_the_space_to_the_base() -> None:
+    tokenizer = byte_level()
+    calculator = Calculator(tokenizer)
+    assert written_by(calculator, tokenizer, "56 * 9 =") == ""
+    assert written_by(calculator, tokenizer, "56 * 9 = ") == "504"
+    assert written_by(calculator, tokenizer, "56 × 9 = ") == "504"  # the operator is spread over two tokens
+
+
+def test_longer_tokens_are_written_as_the_tokenizer_would() -> None:
+    tokenizer = byte_level(" 504")
+    assert written_by(Calculator(tokenizer), tokenizer, "56 * 9 =") == " 504"
+    assert written_by(Calculator(tokenizer), tokenizer, "56 * 9 = 5") == "04"
+
+
+def test_only_the_current_line_counts_and_a_turn_marker_ends_it() -> None:
+    tokenizer = byte_level()
+    calculator = Calculator(tokenizer)
+    assert written_by(calculator, tokenizer, "1 + 1 =\n5 * 2 = ") == "10"
+    assert written_by(calculator, tokenizer, "1 + 1 =\n") == ""
+    assert written_by(calculator, tokenizer, "1 + <s>5 * 2 = ") == "10"
+    assert written_by(calculator, tokenizer, "5 * 2 = <s>") == ""
+
+
+def test_several_prefixes_at_once_are_answered_one_by_one() -> None:
+    tokenizer = byte_level()
+    token_ids = tuple(tokenizer.encode("So 5 * 2 = 10 and\n6/4 = 1.5."))
+    calculator = Calculator(tokenizer)
+    [answers] = calculator.predict([Query(1, token_ids, len(token_ids))])
+    for i, answer in enumerate(answers):
+        [[alone]] = Calculator(tokenizer).predict([Query(1, token_ids[: i + 1])])
+        assert (answer is None) == (alone is None)
+        if answer is not None and alone is not None:
+            assert torch.equal(answer.log_probs, alone.log_probs)
+    spoken = "".join(str(tokenizer.decode([a.top_token_id])) for a in answers if isinstance(a, Prediction))
+    assert spoken == "101.5"
