@@ -1,0 +1,84 @@
+"""A whole data set as one model sees it, with what was cut away counted and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from collm.data.examples import Example
+from collm.data.formatting import Encoded, Formatter
+from collm.errors import CollmError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """All examples, in their order. A *dropped* one has no labelled token left and is of no use, but keeps its place,
+    so that the encodings (and scores) of several models stay aligned."""
+
+    items: tuple[Encoded, ...]
+
+    @property
+    def kept(self) -> list[int]:
+        """Indices of the examples with at least one labelled token."""
+        return [i for i, item in enumerate(self.items) if item.num_labelled]
+
+    @property
+    def dropped(self) -> int:
+        return len(self.items) - len(self.kept)
+
+    @property
+    def truncated(self) -> int:
+        """Examples that lost tokens; the dropped ones included."""
+        return sum(item.truncated_tokens > 0 for item in self.items)
+
+    @property
+    def truncated_tokens(self) -> int:
+        return sum(item.truncated_tokens for item in self.items)
+
+    @property
+    def labelled_tokens(self) -> int:
+        return sum(item.num_labelled for item in self.items)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    formatter: Formatter,
+    *,
+    max_length: int | None = None,
+    completions_from: Formatter | None = None,
+) -> EncodedSet:
+    """Encode all examples for one model.
+
+    Args:
+        completions_from: the base's formatter, where `formatter` is an assistant's; the completions' tokens are its.
+        max_length: tokens of this model's sequence, cut from the right. As its prompt may be longer or shorter than
+            the base's, models may keep different numbers of labelled tokens: always the first ones.
+
+    Raises:
+        CollmError: an example without an assistant turn, or nothing left after truncation.
+    """
+    items = tuple(
+        formatter.encode(example, max_length, completions_from.completions(example) if completions_from else None)
+        for example in examples
+    )
+    encoded = EncodedSet(items)
+    if not encoded.kept:
+        raise CollmError(
+            f"none of {len(items)} examples has a labelled token within the first {max_length} tokens: the prompts alone "
+            "are longer; raise max_length"
+            if items
+            else "there are no examples"
+        )
+    if encoded.truncated:
+        logger.warning(
+            "max_length %s cut %d tokens off %d of %d examples; %d of them have no labelled token left and are dropped",
+            max_length,
+            encoded.truncated_tokens,
+            encoded.truncated,
+            len(items),
+            encoded.dropped,
+        )
+    return encoded

@@ -1,0 +1,196 @@
+"""Training and evaluation rows: JSONL files and Hugging Face datasets, checked row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collm.errors import CollmError
+from collm.types import Message
+
+logger = logging.getLogger(__name__)
+
+EXPECTED = (
+    'expected {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]} '
+    'or {"prompt": "...", "completion": "..."}'
+)
+ROLES = ("system", "user", "assistant")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: a conversation (`messages`) or a plain text (`prompt`, and `completion` where there is one).
+
+    `fields` holds every other column, such as the reference "answer" of an evaluation task. `where` names file and
+    line for error messages and takes no part in comparisons.
+    """
+
+    id: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+    @property
+    def question(self) -> list[Message] | str:
+        """What a model is asked: the conversation up to its last assistant turn, or the prompt."""
+        if self.messages is None:
+            return self.prompt or ""
+        roles = [message["role"] for message in self.messages]
+        end = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
+        return list(self.messages[:end])
+
+    @property
+    def reference(self) -> str | None:
+        """The text of the last assistant turn, or the completion; None for a row that is a question only."""
+        if self.messages is None:
+            return self.completion
+        turns = [message["content"] for message in self.messages if message["role"] == "assistant"]
+        return turns[-1] if turns else None
+
+    @property
+    def label(self) -> str:
+        """How error messages name this example."""
+        return self.where or f"example {self.id!r}"
+
+
+def parse_example(row: object, where: str, default_id: str) -> Example:
+    """Check one row.
+
+    Raises:
+        CollmError: naming `where`, what is wrong and what was expected.
+    """
+    if not isinstance(row, Mapping):
+        raise CollmError(f"{where}: a row is a JSON object, not {type(row).__name__}; {EXPECTED}")
+    rest = {key: value for key, value in row.items() if key not in ("id", "messages", "prompt", "completion")}
+    # Arrow tables have every column in every row: None is a column that this row does not use.
+    messages, prompt, completion = (row.get(key) for key in ("messages", "prompt", "completion"))
+    number = row.get("id")
+    name = default_id if number is None else str(number)
+    if messages is not None:
+        if prompt is not None or completion is not None:
+            raise CollmError(f"{where}: a row has either messages or prompt and completion, not both; {EXPECTED}")
+        return Example(name, messages=_messages(messages, where), fields=rest, where=where)
+    if prompt is None:
+        raise CollmError(f"{where}: neither messages nor prompt; {EXPECTED}")
+    for key, value in (("prompt", prompt), ("completion", completion)):
+        if value is not None and not isinstance(value, str):
+            raise CollmError(f"{where}: {key} is a string, not {type(value).__name__}; {EXPECTED}")
+    return Example(name, prompt=prompt, completion=completion, fields=rest, where=where)
+
+
+def _messages(value: object, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise CollmError(f"{where}: messages is a non-empty list; {EXPECTED}")
+    messages = []
+    for turn, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise CollmError(f"{where}: message {turn} has no text as its content; {EXPECTED}")
+        if message.get("role") not in ROLES:
+            raise CollmError(
+                f"{where}: message {turn} has role {message.get('role')!r}; a role is one of {', '.join(ROLES)}"
+            )
+        messages.append({"role": str(message["role"]), "content": str(message["content"])})
+    return tuple(messages)
+
+
+def load_examples(source: str | Path, *, split: str = "train", skip_bad: bool = False) -> list[Example]:
+    """Read rows of a JSONL file, or of a Hugging Face dataset: a saved folder, a parquet file or folder, a hub id.
+
+    Args:
+        split: which split of a dataset that has several; JSONL files have none.
+        skip_bad: leave out bad rows and log how many, instead of raising at the first.
+
+    Raises:
+        CollmError: naming file and line of a bad row and what was expected; or no rows at all.
+    """
+    path = Path(source)
+    if path.suffix in JSON_SUFFIXES:
+        rows: Iterable[tuple[str, object]] = _json_rows(path)
+    else:
+        rows = _dataset_rows(str(source), split)
+    examples: list[Example] = []
+    first_seen: dict[str, str] = {}
+    bad = 0
+    for where, row in rows:
+        try:
+            if isinstance(row, CollmError):
+                raise row
+            example = parse_example(row, where, default_id=where.rpartition(" ")[2])
+            if example.id in first_seen:
+                raise CollmError(
+                    f"{where}: id {example.id!r} was used before ({first_seen[example.id]}); ids must be unique"
+                )
+        except CollmError as error:
+            if not skip_bad:
+                raise
+            bad += 1
+            logger.warning("skipped: %s", error)
+        else:
+            first_seen[example.id] = where
+            examples.append(example)
+    if bad:
+        logger.warning("%s: skipped %d bad rows of %d", source, bad, bad + len(examples))
+    if not examples:
+        raise CollmError(f"{source}: there are no {'good ' if bad else ''}rows; {EXPECTED}, one a line")
+    return examples
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, row) for each line; a line that is no JSON yields the error to raise, so that it can be skipped."""
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError
+                yield where, CollmError(f"{where}: not JSON ({error}); {EXPECTED} on a line of its own")
+
+
+def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
+    import datasets
+
+    path = Path(source)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            data: Any = datasets.load_from_disk(source)
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise CollmError(f"{source}: there is no split {split!r}; it has {', '.join(data)}")
+                data = data[split]
+        elif path.suffix == ".parquet":
+            data = datasets.load_dataset("parquet", data_files=source, split="train")
+        elif path.exists() and not path.is_dir():
+            raise CollmError(f"{source}: data is a {', '.join(JSON_SUFFIXES)} or .parquet file, or a dataset's folder")
+        elif not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise CollmError(f"{source}: there is no such file or folder")
+        else:
+            data = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CollmError):
+            raise
+        raise CollmError(f"{source}: could not be loaded as a dataset (is the path right?): {error}") from error
+    for number, row in enumerate(data):
+        yield f"{source}, row {number}", row
+
+
+def examples_fingerprint(examples: Iterable[Example]) -> str:
+    """A hash of what models read and write: ids and texts, not the other fields, and in this order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        texts = [example.id, example.messages, example.prompt, example.completion]
+        digest.update(json.dumps(texts, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]

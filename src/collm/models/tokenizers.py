@@ -1,0 +1,81 @@
+"""Do two models share a tokenizer? Padded vocabularies and other special tokens are no difference; all else is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import CollmError
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog, doesn't it?",
+    " leading space,  two spaces\tand a tab\n\nnew paragraph\r\n",
+    "12 + 30 = 42; 56 * 9 = 504; 1,234.56 - 0.007 = 3.14e-10 #### 1000000",
+    "def f(x):\n    return x ** 2  # code\n",
+    "Ünïcödé naïve Straße, ça va? Привет мир, 你好世界, こんにちは, مرحبا, 👋🏽",
+    "camelCaseAndSNAKE_CASE https://example.org/a?b=c&d=%20",
+)
+"""Splitting of digits, spaces, letters of many scripts: what pre-tokenizers and normalisers differ in."""
+
+PADDING = re.compile(r"\[PAD\d*\]|<pad>|<\|?(reserved|unused|extra|dummy)\w*\|?>|\[unused\d+\]", re.IGNORECASE)
+"""Names under which converters fill a vocabulary up to a round size."""
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ordinary tokens: what text is made of, whatever was added to the tokenizer later."""
+    special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
+    return {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if token not in special and not PADDING.fullmatch(token)
+    }
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the ordinary vocabulary and of the token ids of some texts that tell tokenizers apart."""
+    vocabulary = sorted(_vocabulary(tokenizer).items(), key=lambda item: (item[1], item[0]))
+    behaviour = [_encode(tokenizer, probe) for probe in PROBES]
+    return hashlib.sha256(json.dumps([vocabulary, behaviour]).encode()).hexdigest()[:16]
+
+
+def shared_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Size of the law over next tokens: a model's logits beyond it are padding that no text ever holds."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def require_same_tokenizer(
+    base: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("the base", "the assistant"),
+) -> None:
+    """Refuse a pair of models that would not mean the same text by the same token ids.
+
+    Raises:
+        CollmError: with the first difference, and what to do.
+    """
+    if tokenizer_fingerprint(base) != tokenizer_fingerprint(other):
+        raise CollmError(
+            f"{names[1]} has another tokenizer than {names[0]} ({_difference(base, other, names)}); models that write "
+            f"together must share one: take an assistant of {names[0]}'s model family, or both models from one that "
+            "share a tokenizer (other special tokens and a padded vocabulary are fine)"
+        )
+
+
+def _difference(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> str:
+    ours, theirs = _vocabulary(base), _vocabulary(other)
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != number:
+            found = f"{theirs[token]} in {names[1]}'s" if token in theirs else f"not in {names[1]}'s vocabulary"
+            return f"token {token!r} is {number} in {names[0]}'s vocabulary and {found}"
+    if len(theirs) > len(ours):
+        extra = min((number, token) for token, number in theirs.items() if token not in ours)
+        return f"token {extra[1]!r} ({extra[0]}) is not in {names[0]}'s vocabulary"
+    probe = next(probe for probe in PROBES if _encode(base, probe) != _encode(other, probe))
+    return f"the same vocabulary, but {probe[:40]!r} is split in another way"
