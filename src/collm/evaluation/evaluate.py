@@ -1,0 +1,175 @@
+"""Run a system over a task's examples: batched, with progress, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from collm.data.examples import Example, examples_fingerprint
+from collm.errors import CollmError
+from collm.evaluation.result import EvalResult, summarise
+from collm.evaluation.task import Task, get_task
+from collm.report.trace import (
+    HEADER_KEY,
+    Trace,
+    append_json,
+    base_pieces,
+    drop_torn_line,
+    read_rows,
+    read_traces,
+    trace_to_dict,
+)
+from collm.types import Generation, Message, SamplingParams
+
+HEADER_VERSION = 1
+GREEDY = SamplingParams()
+
+
+class Writer(Protocol):
+    """What an evaluation asks of a system; `CollaborativeLM` is one."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[Message] | str],
+        params: SamplingParams | Sequence[SamplingParams],
+        batch_size: int,
+    ) -> list[Generation]: ...
+
+
+def evaluate(
+    llm: Writer,
+    task: Task | str,
+    examples: Sequence[Example],
+    params: SamplingParams = GREEDY,
+    *,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    name: str = "",
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """Let `llm` answer every example and score the answers.
+
+    Each example draws from a seed of its own, made from `params.seed` and its id: neither the batch size nor a resumed
+    run changes a text, and random choices are independent between examples.
+
+    Args:
+        out: a `.jsonl` file for the traces, written batch by batch; a run that finds its own traces there goes on
+            after them. The result is written as `.json` beside it.
+        name: how the system is called in tables.
+        identity: what else tells this system from others (checkpoint, fingerprint of weights); a file that was
+            written under another identity or other settings is refused.
+        progress: a progress bar on stderr.
+
+    Raises:
+        CollmError: no examples, an example without gold answer or a repeated id, an `out` of another run.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    if not examples:
+        raise CollmError("no examples to evaluate on")
+    if len({example.id for example in examples}) < len(examples):
+        raise CollmError("two examples have the same id; ids tell apart the rows of an evaluation: make them unique")
+    golds = [task.gold(example) for example in examples]
+    settings = {
+        "task": f"{task.name} v{task.version}",
+        "examples": examples_fingerprint(examples),
+        "models": list(llm.model_names),
+        "identity": dict(identity or {}),
+        **{f"params.{key}": value for key, value in asdict(params).items()},
+    }
+    settings["params.stop"] = list(params.stop)
+    path = Path(out) if out is not None else None
+    done = _resume(path, settings) if path is not None else {}
+    todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
+    figures = TextColumn("{task.fields[figures]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures)
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
+        row = bar.add_task(name or task.name, total=len(examples), completed=len(done), figures=_running(done))
+        for start in range(0, len(todo), batch_size):
+            traces = _answer(llm, task, todo[start : start + batch_size], params)
+            if path is not None:
+                append_json(path, map(trace_to_dict, traces))
+            done.update((trace.id, trace) for trace in traces)
+            bar.update(row, advance=len(traces), figures=_running(done))
+    ordered = [done[example.id] for example in examples]
+    result = summarise(name or " + ".join(llm.model_names), task, ordered, params.seed, settings)
+    if path is not None:
+        result.save(result_path(path))
+    return result
+
+
+def result_path(out: str | Path) -> Path:
+    """Where `evaluate` writes its figures for a trace file `out`."""
+    return Path(out).with_suffix(".json")
+
+
+def _answer(llm: Writer, task: Task, rows: Sequence[tuple[Example, str]], params: SamplingParams) -> list[Trace]:
+    begin = time.perf_counter()
+    prompts = [example.question for example, _ in rows]
+    own = [replace(params, seed=example_seed(params.seed, example.id)) for example, _ in rows]
+    generations = llm.generate_batch(prompts, own, batch_size=len(rows))
+    seconds = (time.perf_counter() - begin) / len(rows)
+    return [
+        Trace(
+            id=example.id,
+            generation=generation,
+            prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+            base_pieces=base_pieces(generation, lambda token_id: llm.decode([token_id])),
+            score=task.score(generation.text, gold),
+            answer=task.extract(generation.text),
+            gold=gold,
+            seconds=seconds,
+        )
+        for (example, gold), prompt, generation in zip(rows, prompts, generations, strict=True)
+    ]
+
+
+def example_seed(seed: int, example_id: str) -> int:
+    """A seed of an example's own: noise is keyed by (seed, position), so one seed for all would repeat it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{example_id}".encode()).digest()[:6], "big")
+
+
+def _running(done: Mapping[str, Trace]) -> str:
+    if not done:
+        return ""
+    steps = [step for trace in done.values() for step in trace.generation.steps]
+    score = sum(trace.score or 0 for trace in done.values()) / len(done)
+    return f"score {score:.3f}, deferred {sum(step.deferred for step in steps) / max(1, len(steps)):.1%}"
+
+
+def _resume(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
+    """Traces of an earlier start of this very run; begins the file where there is none."""
+    if path.suffix == ".json":
+        raise CollmError(f"{path}: traces are written as .jsonl; the figures go to the .json beside it")
+    header = {HEADER_KEY: HEADER_VERSION, "settings": dict(settings)}
+    if path.exists():
+        drop_torn_line(path)
+    if not path.exists() or path.stat().st_size == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_json(path, [header])
+        return {}
+    _, found = next(read_rows(path))
+    if HEADER_KEY not in found:
+        raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
+    there = found.get("settings", {})
+    differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+    if differing or found[HEADER_KEY] != HEADER_VERSION:
+        what = "; ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+        raise CollmError(
+            f"{path} holds a run with other settings ({what or 'another format'}): "
+            "give another output file, or delete it to start afresh"
+        )
+    return {trace.id: trace for trace in read_traces(path)}

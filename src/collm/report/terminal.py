@@ -1,0 +1,132 @@
+"""Who wrote which token, in a terminal: coloured by author, or in brackets where there is no colour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from collm.report.trace import Trace
+from collm.types import BASE, Generation, Step
+
+# Background colours that black text stands out on and that colour-blind readers can tell apart (Okabe and Ito 2008).
+_COLOURS = ("#e69f00", "#56b4e9", "#3fbf95", "#cc9ac0", "#f0e442", "#e8804a")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters shown, so that a model's text can neither steer the terminal nor reorder it."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] != "\r" else "", text)
+
+
+def author_style(author: int) -> Style:
+    """How tokens of this author look: the base plain, assistants on a colour of their own."""
+    return Style() if author == BASE else Style(color="black", bgcolor=_COLOURS[(author - 1) % len(_COLOURS)])
+
+
+def token_text(piece: str, step: Step) -> Text:
+    """One token as it is written, for streaming as well; a token that changed what the base had written is bold.
+
+    An assistant's newline is shown as a mark followed by a real newline: a colour on a line's end is not visible.
+    """
+    style = author_style(step.author) + Style(bold=step.changed, underline=step.changed)
+    text = Text()
+    for part in re.split(r"(\n)", printable(piece)):
+        if part == "\n":
+            text.append("↵" if step.deferred else "", style + Style(dim=True))
+            text.append("\n")
+        else:
+            text.append(part, style)
+    return text
+
+
+def coloured(generation: Generation) -> Text:
+    """The whole text, special tokens shown, coloured by author."""
+    text = Text()
+    for step, piece in zip(generation.steps, generation.pieces, strict=True):
+        text.append_text(token_text(piece, step))
+    return text
+
+
+def plain(generation: Generation) -> str:
+    """The text with assistants' tokens in brackets, for pipes and files: `56 * 9 = [504]`, with several assistants
+    `[2:504]`."""
+    several = len(generation.model_names) > 2
+    parts = []
+    pairs = zip(generation.steps, generation.pieces, strict=True)
+    for author, members in groupby(pairs, key=lambda pair: pair[0].author):
+        written = printable("".join(piece for _, piece in members))
+        parts.append(written if author == BASE else f"[{author}:{written}]" if several else f"[{written}]")
+    return "".join(parts)
+
+
+def legend(model_names: Sequence[str], colour: bool = True) -> Text:
+    """Which colour (or bracket) stands for which model."""
+    text = Text("written by: ", style="dim" if colour else "")
+    for author, name in enumerate(model_names):
+        text.append("  " if author else "")
+        shown = printable(name)
+        if colour:
+            text.append(f" {shown} ", author_style(author))
+        else:
+            mark = f"[{author}:...]" if len(model_names) > 2 else "[...]"
+            text.append(shown if author == BASE else f"{mark} {shown}")
+    if len(model_names) > 1 and colour:
+        text.append("   ")
+        text.append("changed", "bold underline")
+        text.append(" = the base would have written another token", "dim")
+    return text
+
+
+def summary(generation: Generation) -> str:
+    """One line of figures: tokens, deferral rate, changed tokens, forward passes."""
+    passes = ", ".join(
+        f"{name} {count}" for name, count in zip(generation.model_names, generation.forward_passes, strict=False)
+    )
+    handed_back = sum(step.abstained for step in generation.steps)
+    return (
+        f"{generation.completion_tokens} tokens, {generation.deferral_rate:.1%} deferred, "
+        f"{generation.changed_tokens} changed, {handed_back} handed back, finished by {generation.finish_reason}"
+        + (f"; forward passes: {printable(passes)}" if passes else "")
+    )
+
+
+def print_generation(generation: Generation, console: Console | None = None, *, with_legend: bool = True) -> None:
+    """Print a generation to a terminal in colour, to a pipe (or with `NO_COLOR`) with brackets."""
+    console = console or Console()
+    colour = console.is_terminal and console.color_system is not None and not console.no_color
+    body = coloured(generation) if colour else Text(plain(generation))
+    console.print(body, soft_wrap=True, highlight=False)
+    if with_legend:
+        console.print(legend(generation.model_names, colour), soft_wrap=True, highlight=False)
+        console.print(Text(summary(generation), style="dim" if colour else ""), soft_wrap=True, highlight=False)
+
+
+def question_of(trace: Trace) -> str:
+    """What was asked, in one string: the prompt, or the last message of the user."""
+    if isinstance(trace.prompt, str):
+        return trace.prompt
+    asked = [message["content"] for message in trace.prompt if message["role"] == "user"]
+    return asked[-1] if asked else ""
+
+
+def print_traces(traces: Iterable[Trace], console: Console | None = None) -> None:
+    """Print samples: question, coloured answer, verdict; the legend once at the end."""
+    console = console or Console()
+    names: tuple[str, ...] = ()
+    for trace in traces:
+        verdict = "" if trace.score is None else "right" if trace.score == 1 else f"wrong, gold {trace.gold}"
+        head = Text(f"{printable(trace.id)}  ", style="bold")
+        head.append(verdict, "green" if trace.score == 1 else "red")
+        console.print(head, highlight=False)
+        console.print(Text(printable(question_of(trace)), style="dim"), highlight=False)
+        print_generation(trace.generation, console, with_legend=False)
+        console.print()
+        names = trace.generation.model_names
+    if names:
+        colour = console.is_terminal and console.color_system is not None and not console.no_color
+        console.print(legend(names, colour), soft_wrap=True, highlight=False)

@@ -1,0 +1,210 @@
+"""Traces: one JSON line per text, telling who wrote which token; what `eval` and `generate` write and `trace` shows.
+
+    {"id", "prompt" | "messages", "text", "finish_reason", "models": [...], "prompt_tokens", "forward_passes": [...],
+     "steps": [{"piece", "token_id", "author", "log_prob", "gate", "changed", "abstained", "base_token_id",
+     "base_piece"}], "score", "answer", "gold", "seconds"}
+
+`log_prob` is null where it is -inf (JSON has no infinity). A line that is an object with the key `collm_run` is the
+header of a run; readers of traces skip it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collm.errors import CollmError
+from collm.types import Generation, Message, Step
+
+HEADER_KEY = "collm_run"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A generation with what it answers and what it scored.
+
+    `base_pieces`: per step the text of the token that the base would have written, None where it is not known.
+    """
+
+    id: str
+    generation: Generation
+    prompt: str | tuple[Message, ...]
+    base_pieces: tuple[str | None, ...] = ()
+    score: float | None = None
+    answer: str | None = None
+    gold: str | None = None
+    seconds: float = 0.0
+
+
+def base_pieces(generation: Generation, decode: Callable[[int], str]) -> tuple[str | None, ...]:
+    """The texts of the tokens the base would have written, where an assistant wrote another one."""
+    return tuple(
+        decode(step.base_token_id) if step.changed and step.base_token_id is not None else None
+        for step in generation.steps
+    )
+
+
+def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ...] = ()) -> dict[str, Any]:
+    """The part of a trace line that tells of the generation itself; strict JSON."""
+    bases = base_pieces or (None,) * len(generation.steps)
+    steps = [
+        {
+            "piece": piece,
+            "token_id": step.token_id,
+            "author": step.author,
+            "log_prob": step.log_prob if math.isfinite(step.log_prob) else None,
+            "gate": list(step.gate),
+            "changed": step.changed,
+            "abstained": step.abstained,
+            "base_token_id": step.base_token_id,
+            "base_piece": base,
+        }
+        for step, piece, base in zip(generation.steps, generation.pieces, bases, strict=True)
+    ]
+    return {
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "models": list(generation.model_names),
+        "prompt_tokens": generation.prompt_tokens,
+        "forward_passes": list(generation.forward_passes),
+        "steps": steps,
+    }
+
+
+def trace_to_dict(trace: Trace) -> dict[str, Any]:
+    """One trace line."""
+    asked = {"prompt": trace.prompt} if isinstance(trace.prompt, str) else {"messages": list(trace.prompt)}
+    told = {"score": trace.score, "answer": trace.answer, "gold": trace.gold, "seconds": round(trace.seconds, 4)}
+    return {"id": trace.id, **asked, **generation_to_dict(trace.generation, trace.base_pieces), **told}
+
+
+def trace_from_dict(row: Mapping[str, Any]) -> Trace:
+    """The inverse of `trace_to_dict`; raises KeyError or TypeError for a row that is none."""
+    steps = tuple(
+        Step(
+            token_id=int(step["token_id"]),
+            author=int(step["author"]),
+            log_prob=-math.inf if step["log_prob"] is None else float(step["log_prob"]),
+            gate=tuple(float(gate) for gate in step.get("gate") or ()),
+            base_token_id=step.get("base_token_id"),
+            abstained=bool(step.get("abstained")),
+        )
+        for step in row["steps"]
+    )
+    generation = Generation(
+        text=row["text"],
+        steps=steps,
+        pieces=tuple(str(step["piece"]) for step in row["steps"]),
+        finish_reason=row["finish_reason"],
+        prompt_tokens=int(row.get("prompt_tokens", 0)),
+        model_names=tuple(row["models"]),
+        forward_passes=tuple(row.get("forward_passes", ())),
+    )
+    if any(not 0 <= step.author < len(generation.model_names) for step in steps):
+        raise KeyError("models: a step has an author that is not among them")
+    return Trace(
+        id=str(row.get("id", "")),
+        generation=generation,
+        prompt=tuple(row["messages"]) if row.get("messages") is not None else str(row.get("prompt", "")),
+        base_pieces=tuple(step.get("base_piece") for step in row["steps"]),
+        score=row.get("score"),
+        answer=row.get("answer"),
+        gold=row.get("gold"),
+        seconds=float(row.get("seconds", 0.0)),
+    )
+
+
+def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows as JSON lines in one write and wait until they are on the disk."""
+    data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CollmError(
+            f"could not write to {path}: {error}; what was written before is kept, free some space and run again"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CollmError(f"could not write {path}: {error}") from error
+
+
+def append_trace(path: str | Path, trace: Trace) -> None:
+    """Append one trace line durably; makes the folder if it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_json(path, [trace_to_dict(trace)])
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process wrote only half of (it lacks its newline)."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        _log.warning("%s: dropped a half-written last line", path)
+        os.truncate(path, whole)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a JSONL file; a last line without newline that is no JSON is passed over.
+
+    Raises:
+        CollmError: naming the file and the line that is no JSON object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise CollmError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CollmError(f"{path} is not UTF-8 text: a trace file holds JSON lines") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                _log.warning("%s: ignored a half-written last line", path)
+                return
+            raise CollmError(f"{path}, line {number}: not JSON ({error.msg}); expected a trace object") from error
+        if not isinstance(row, dict):
+            raise CollmError(f"{path}, line {number}: expected a trace object, not {type(row).__name__}")
+        yield number, row
+
+
+def read_traces(path: str | Path) -> list[Trace]:
+    """All traces of a file written by `eval` or `generate`.
+
+    Raises:
+        CollmError: unreadable file, or a line that is no trace; names the line and the field.
+    """
+    traces = []
+    for number, row in read_rows(path):
+        if HEADER_KEY in row:
+            continue
+        try:
+            traces.append(trace_from_dict(row))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CollmError(
+                f"{path}, line {number}: not a trace ({type(error).__name__}: {error}); "
+                "expected the output of collm eval or collm generate"
+            ) from error
+    return traces
