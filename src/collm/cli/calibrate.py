@@ -1,0 +1,74 @@
+"""`collm calibrate`: thresholds for deferral rates, stored in the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from collm.cli.console import Command
+from collm.cli.options import OUTPUT, batch_size_option, data_options, load_llm, model_options, read_examples
+
+if TYPE_CHECKING:
+    from collm.models.checkpoint import CalibrationTable
+
+DEFAULT_RATES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+
+
+def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"wants numbers with commas between them, as in 0,0.1,0.5, not {value!r}") from error
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise click.BadParameter("rates lie between 0 and 1")
+    return rates
+
+
+@click.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
+@click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")
+@click.option("--rates", default=DEFAULT_RATES, show_default=True, callback=_rates, help="Wanted deferral rates.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Steps towards each rate.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer.")
+@batch_size_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
+@click.option("--out", type=OUTPUT, metavar="DIR", help="Where curve.csv and curve.svg go.  [default: CHECKPOINT]")
+@data_options
+@model_options
+def calibrate(
+    checkpoint: Path, task: str, data: str, rates: tuple[float, ...], out: Path | None, **options: Any
+) -> None:
+    """Find the threshold for each deferral rate, and what quality it buys.
+
+    The table is stored in the checkpoint, so that --deferral-rate just works; the curve is written as CSV and plot.
+    """
+    from collm.calibration import calibrate as run
+    from collm.calibration import store_table, write_curve
+    from collm.evaluation.task import get_task
+
+    table = run(
+        load_llm(str(checkpoint), options),
+        get_task(task),
+        read_examples(data, options),
+        target_rates=rates,
+        seed=options["seed"],
+        rounds=options["rounds"],
+        max_tokens=options["max_tokens"],
+        batch_size=options["batch_size"],
+    )
+    store_table(checkpoint, table)
+    files = write_curve(table, out or checkpoint)
+    _show(table)
+    click.echo(f"stored in {checkpoint}; the curve is in {', '.join(str(path) for path in files)}")
+
+
+def _show(table: CalibrationTable) -> None:
+    click.echo(f"{'wanted':>8} {'achieved':>9} {'threshold':>10} {table.metric:>12}")
+    for index, row in enumerate(table.rows):
+        best = "  best" if index == table.best else ""
+        click.echo(
+            f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {row.threshold:>10.4f} {row.metric_value:>12.3f}{best}"
+        )

@@ -1,0 +1,92 @@
+"""What a command says and where: results on stdout; progress, warnings and errors on stderr, one line each."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from collm.errors import CollmError
+
+
+class _Stderr(logging.Handler):
+    """Writes to the stderr of the moment (a progress bar or a test may have replaced it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
+
+
+@contextmanager
+def speaking(verbose: bool) -> Iterator[None]:
+    """Our own log lines and warnings in plain words; those of the libraries only with `--verbose`."""
+    logger = logging.getLogger("collm")
+    handler, level = _Stderr(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    with warnings.catch_warnings():
+        if not verbose:
+            # Read when the libraries are first imported, which is after this.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module=r"collm(\..*)?")
+            warnings.showwarning = _show_warning
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+class Command(click.Command):
+    """A command whose errors become exit codes.
+
+    What users can put right ends with one line and exit code 1 (usage: 2), Ctrl-C with 130, a bug with its traceback.
+    """
+
+    def resumes(self, params: Mapping[str, Any]) -> bool:
+        """Does a second run with the same parameters go on where the first was stopped?"""
+        return False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(["--verbose"], is_flag=True, help="Let the libraries speak, too."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        verbose, debug = ctx.params.pop("verbose"), ctx.params.pop("debug")
+        try:
+            with speaking(verbose):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = "run the same command again to resume" if self.resumes(ctx.params) else "nothing was changed"
+            click.echo(f"\nstopped; {again}", err=True)
+            ctx.exit(130)
+        except (CollmError, OSError) as error:
+            # A closed pipe (`collm ... | head`) is click's affair.
+            if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+class ResumableCommand(Command):
+    """One that goes on where it was stopped when it is run again."""
+
+    def resumes(self, params: Mapping[str, Any]) -> bool:
+        return params.get("out", "given by the recipe") is not None

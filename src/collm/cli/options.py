@@ -1,0 +1,154 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+import click
+
+from collm.types import Deferral, SamplingParams
+
+if TYPE_CHECKING:
+    from collm.data.examples import Example
+    from collm.data.formatting import PromptFormat
+    from collm.llm import CollaborativeLM
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("float32", "bfloat16", "float16")
+EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT = click.Path(path_type=Path)
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+machine_options = _together(
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the models' weights."
+    ),
+    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, mps."),
+)
+
+model_options = _together(
+    click.option(
+        "--assistant",
+        "assistants",
+        multiple=True,
+        metavar="[NAME=]SPEC",
+        help="An assistant: folder, hub id, .gguf file, pkg:PACKAGE/FILE.gguf, or calculator. Repeat it for several, "
+        "in the order of training or by NAME.",
+    ),
+    click.option(
+        "--base", metavar="SPEC", help="Where the base model lies, for a checkpoint that holds an adapter or a gate."
+    ),
+    machine_options,
+)
+
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts written at once."
+)
+
+data_options = _together(
+    click.option("--split", default="train", show_default=True, help="Of a Hugging Face dataset."),
+    click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be read; say how many."),
+    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N examples."),
+)
+
+decoding_options = _together(
+    click.option(
+        "--deferral",
+        type=click.Choice(get_args(Deferral)),
+        default="threshold",
+        show_default=True,
+        help="What settles who writes a token.",
+    ),
+    click.option(
+        "--deferral-rate",
+        type=click.FloatRange(0, 1),
+        metavar="RATE",
+        help="Share of tokens the assistants shall write; the checkpoint's calibration gives the threshold.",
+    ),
+    click.option(
+        "--threshold",
+        type=click.FloatRange(0, 1),
+        metavar="P",
+        help="Defer where the gate exceeds this probability.  [default: 0.5]",
+    ),
+    click.option(
+        "--calibration-task",
+        metavar="TASK",
+        help="Whose calibration --deferral-rate means, if the checkpoint has several.",
+    ),
+    click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer."),
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Sample from the most probable tokens that hold this much.",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Sample from so many tokens; 0 is all.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeat it for several."),
+)
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """Takes what `decoding_options` put into `options`; combinations that make no sense are usage errors."""
+    try:
+        return SamplingParams(
+            max_tokens=options["max_tokens"],
+            temperature=options["temperature"],
+            top_p=options["top_p"],
+            top_k=options["top_k"],
+            seed=options["seed"],
+            stop=tuple(options["stop"]),
+            deferral=options["deferral"],
+            threshold=options["threshold"],
+            deferral_rate=options["deferral_rate"],
+            task=options["calibration_task"],
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error).replace("deferral_rate", "--deferral-rate")) from error
+
+
+def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
+    from collm.llm import CollaborativeLM
+
+    return CollaborativeLM.from_pretrained(
+        checkpoint,
+        assistants=list(options["assistants"]),
+        base=options["base"],
+        dtype=options["dtype"],
+        device=options["device"],
+    )
+
+
+def read_examples(source: str, options: Mapping[str, Any]) -> list[Example]:
+    from collm.data.examples import load_examples
+
+    examples = load_examples(source, split=options["split"], skip_bad=options["skip_bad"])
+    return examples[: options["limit"]]
+
+
+def prompt_format(system: str | None, chat_template: Path | None) -> PromptFormat:
+    from collm.data.formatting import PromptFormat
+
+    return PromptFormat(
+        system_prompt=system, chat_template=chat_template.read_text() if chat_template is not None else None
+    )

@@ -1,0 +1,66 @@
+"""`collm score`: log-probabilities of the gold tokens under one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from collm.cli.console import ResumableCommand
+from collm.cli.options import EXISTING, OUTPUT, data_options, machine_options, prompt_format, read_examples
+
+
+@click.command(cls=ResumableCommand)
+@click.argument("data")
+@click.option("--model", required=True, metavar="SPEC", help="The model that is asked: base or assistant.")
+@click.option("--out", required=True, type=OUTPUT, metavar="DIR", help="Where the scores go.")
+@click.option(
+    "--base",
+    metavar="SPEC",
+    help="The base model, whose tokenizer and chat template settle the completions' tokens; needed for tools, and "
+    "for assistants with a template of their own.  [default: the model itself]",
+)
+@click.option("--system", metavar="TEXT", help="System prompt for conversations that have none.")
+@click.option("--chat-template", type=EXISTING, metavar="FILE", help="Jinja template instead of the tokenizer's own.")
+@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Longer is cut off.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Per forward pass.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier, stopped run left.")
+@data_options
+@machine_options
+def score(data: str, model: str, out: Path, base: str | None, restart: bool, **options: Any) -> None:
+    """Score the gold tokens of DATA under one model; run it once for the base and for each assistant.
+
+    DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
+    A stopped run resumes.
+    """
+    from collm.data.formatting import Formatter
+    from collm.data.scoring import score as score_model
+    from collm.data.scoring import score_tool
+    from collm.models.loading import is_tool, load_tokenizer
+    from collm.models.tokenizers import require_same_tokenizer
+    from collm.models.tools import Calculator
+
+    tool = is_tool(model)
+    if tool and base is None:
+        raise click.UsageError(f"{model} is a tool without a tokenizer of its own: give the base model with --base")
+    examples = read_examples(data, options)
+    format = prompt_format(options["system"], options["chat_template"])
+    base_tokenizer = None if base is None else load_tokenizer(base)
+    tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(model)
+    if base_tokenizer is not None:
+        require_same_tokenizer(base_tokenizer, tokenizer, (f"the base {base}", model))
+    formatter = Formatter(tokenizer, format)
+    settings: dict[str, Any] = {
+        "completions_from": None if base_tokenizer is None else Formatter(base_tokenizer),
+        "max_length": options["max_length"],
+        "batch_tokens": options["batch_tokens"],
+        "resume": not restart,
+    }
+    if tool:
+        path = score_tool(examples, Calculator(tokenizer), formatter, out, **settings)
+    else:
+        path = score_model(
+            examples, model, formatter, out, dtype=options["dtype"], device=options["device"], **settings
+        )
+    click.echo(f"scores written to {path}")

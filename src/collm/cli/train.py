@@ -1,0 +1,23 @@
+"""`collm train`: a recipe makes a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from collm.cli.console import ResumableCommand
+
+
+@click.command(cls=ResumableCommand)
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def train(recipe: Path) -> None:
+    """Train a base model with a gate as RECIPE (YAML) says.
+
+    Pseudo-labels, the gate's initialisation, then marginal likelihood. A stopped run resumes.
+    """
+    from collm.training.recipe import load_recipe
+    from collm.training.train import train as run
+
+    path = run(load_recipe(recipe))
+    click.echo(f"checkpoint written to {path}")

@@ -1,0 +1,219 @@
+"""Every command through the command line, with tiny models; above all what happens on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm.cli import main
+
+PROBLEMS = [("12 + 30", 42), ("56 * 9", 504), ("9 - 3", 6), ("30 / 5", 6), ("7 + 8", 15), ("4 * 25", 100)] * 2
+
+
+def collm(*arguments: object, stdin: str | None = None) -> Result:
+    """Run a command; an exception that is not an exit is a bug and is raised."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(result: Result, *words: str, code: int = 1) -> None:
+    """One line of error on stderr that says these words, the exit code, and no traceback."""
+    assert result.exit_code == code, result.output
+    for word in words:
+        assert word in result.stderr, result.stderr
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Iterator[Path]:
+    """A folder to work in: `base`, `helper`, `pickled` (weights), `data.jsonl`, `recipe.yaml`."""
+    root = tmp_path_factory.mktemp("world")
+    for name, seed in (("base", 0), ("helper", 1)):
+        tiny_model(seed=seed).save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    (root / "pickled").mkdir()
+    tiny_tokenizer.save_pretrained(root / "pickled")
+    (root / "pickled" / "config.json").write_text((root / "base" / "config.json").read_text())
+    torch.save(tiny_model(seed=0).state_dict(), root / "pickled" / "pytorch_model.bin")
+    rows = [
+        {
+            "id": f"p{number}",
+            "messages": [
+                {"role": "user", "content": f"What is {problem}?"},
+                {"role": "assistant", "content": f"{problem} = {answer}\n#### {answer}"},
+            ],
+            "answer": str(answer),
+        }
+        for number, (problem, answer) in enumerate(PROBLEMS)
+    ]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    here = Path.cwd()
+    os.chdir(root)
+    yield root
+    os.chdir(here)
+
+
+# -- usage
+
+
+def test_python_m_collm() -> None:
+    done = subprocess.run([sys.executable, "-m", "collm", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("collm, version ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generat"], ["no such command 'generat'", "did you mean 'generate'?"]),
+        (["generate", "x", "hello", "--temprature", "1"], ["--temprature", "--temperature"]),
+        (["score", "x.jsonl", "--out", "y"], ["--model"]),
+        (["generate", "x", "hello", "--top-p", "0"], ["--top-p"]),
+        (["generate", "x", "hello", "--deferral", "often"], ["often", "threshold"]),
+        (["generate", "x", "hello", "--deferral", "random"], ["--deferral-rate"]),
+        (["generate", "x", "hello", "--threshold", "0.5", "--deferral-rate", "0.2"], ["not both"]),
+        (["generate", "x", "hello", "--stream", "--json"], ["not both"]),
+        (["generate", "x", "hello", "--raw", "--system", "Be brief."], ["--raw"]),
+        (["generate", "x", "-"], ["the prompt is empty"]),
+        (["calibrate", ".", "--task", "t", "--data", "d", "--rates", "0,half"], ["--rates", "0,half"]),
+        (["calibrate", ".", "--task", "t", "--data", "d", "--rates", "0,20"], ["between 0 and 1"]),
+        (["train", "no-such-recipe.yaml"], ["no-such-recipe.yaml"]),
+        (["trace", "no-such-trace.jsonl"], ["no-such-trace.jsonl"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_usage_errors_exit_with_2(arguments: list[str], words: list[str]) -> None:
+    refused(collm(*arguments), *words, code=2)
+
+
+def test_a_tool_is_scored_with_the_base_tokenizer(world: Path) -> None:
+    refused(collm("score", "data.jsonl", "--model", "calculator", "--out", "s"), "--base", code=2)
+
+
+# -- score
+
+
+def test_score(world: Path) -> None:
+    import datasets
+
+    arguments = ["score", "data.jsonl", "--model", "base", "--out", "scores/base"]
+    first = collm(*arguments)
+    assert first.exit_code == 0, first.output
+    assert first.stdout == "scores written to scores/base\n"
+    scores = datasets.load_from_disk("scores/base")
+    assert scores["id"] == [f"p{i}" for i in range(len(PROBLEMS))]
+    written = (world / "scores/base/scores.json").stat().st_mtime_ns
+    again = collm(*arguments)
+    assert again.exit_code == 0 and "scored already" in again.stderr
+    assert (world / "scores/base/scores.json").stat().st_mtime_ns == written
+
+
+def test_score_a_tool(world: Path) -> None:
+    import datasets
+
+    result = collm("score", "data.jsonl", "--model", "calculator", "--base", "base", "--out", "scores/calculator")
+    assert result.exit_code == 0, result.output
+    scores = datasets.load_from_disk("scores/calculator")
+    # "12 + 30 = 42": the calculator is sure of the result and silent elsewhere.
+    assert any(scores[0]["top1"]) and not all(scores[0]["top1"])
+
+
+def test_stale_scores_are_refused(world: Path) -> None:
+    arguments = ["score", "data.jsonl", "--model", "base", "--out", "scores/stale"]
+    assert collm(*arguments).exit_code == 0
+    refused(collm(*arguments, "--system", "Be brief."), "scores/stale", "system prompt")
+    refused(collm(*arguments, "--max-length", 64), "max_length")
+    refused(collm(*arguments[:3], "helper", *arguments[4:]), "weights")
+    assert collm(*arguments[:3], "helper", *arguments[4:], "--restart").exit_code == 0
+
+
+def bad_files() -> list[Any]:
+    good = '{"prompt": "2 + 2 =", "completion": " 4"}\n'
+    turns = '{"messages": [{"role": "user", "content": "Hello"}]}\n'
+    return [
+        pytest.param(good + '{"prompt": \n', ["data.jsonl, line 2", "not JSON", "expected"], id="malformed"),
+        pytest.param(good + '{"text": "a"}\n', ["line 2", "neither messages nor prompt"], id="no-prompt"),
+        pytest.param("\n", ["no rows", "expected"], id="empty"),
+        pytest.param(turns, ["assistant"], id="no-assistant-turn"),
+    ]
+
+
+@pytest.mark.parametrize(("content", "words"), bad_files())
+def test_bad_data(world: Path, tmp_path: Path, content: str, words: list[str]) -> None:
+    (tmp_path / "data.jsonl").write_text(content)
+    out = tmp_path / "scores"
+    refused(collm("score", tmp_path / "data.jsonl", "--model", "base", "--out", out), *words)
+    assert not out.exists()
+
+
+def test_skip_bad_counts_and_goes_on(world: Path, tmp_path: Path) -> None:
+    lines = (world / "data.jsonl").read_text().splitlines()
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines[:2], "{", *lines[2:]]))
+    result = collm("score", tmp_path / "data.jsonl", "--model", "base", "--out", tmp_path / "s", "--skip-bad")
+    assert result.exit_code == 0, result.output
+    assert "line 3" in result.stderr and "1 bad" in result.stderr
+
+
+def test_everything_cut_away(world: Path, tmp_path: Path) -> None:
+    result = collm("score", "data.jsonl", "--model", "base", "--out", tmp_path / "s", "--max-length", 4)
+    refused(result, "max_length")
+
+
+def test_pickled_weights_are_refused(world: Path, tmp_path: Path) -> None:
+    refused(collm("score", "data.jsonl", "--model", "pickled", "--out", tmp_path / "s"), "pickled", "safetensors")
+
+
+def test_other_tokenizer_is_refused(world: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    from conftest import make_tokenizer
+
+    tiny_model(vocab_size=290).save_pretrained(tmp_path / "foreign")
+    make_tokenizer(vocab_size=290).save_pretrained(tmp_path / "foreign")
+    result = collm(
+        "score", "data.jsonl", "--model", tmp_path / "foreign", "--base", "base", "--out", tmp_path / "scores"
+    )
+    refused(result, "tokenizer", "family")
+
+
+def test_debug_shows_the_traceback(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pickled"):
+        collm("score", "data.jsonl", "--model", "pickled", "--out", tmp_path / "s", "--debug")
+
+
+def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path) -> None:
+    """A real signal to a real process, in the midst of scoring; the second run ends what the first began."""
+    rows = (world / "data.jsonl").read_text()
+    many = [dict(json.loads(line), id=f"{n}-{i}") for n in range(60) for i, line in enumerate(rows.splitlines())]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    out = tmp_path / "scores"
+    command = [sys.executable, "-m", "collm", "score", str(tmp_path / "many.jsonl"), "--model", "base"]
+    command += ["--out", str(out), "--batch-tokens", "64"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 5000 for path in tmp_path.glob("*scores*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again to resume" in errors and "Traceback" not in errors
+    assert not out.exists()
+    done = subprocess.run([*command[:-1], "4096"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "going on after" in done.stderr, done.stderr

@@ -1,0 +1,83 @@
+"""What the docs quote is true: help pages, commands and their options, links, Python, settings of recipes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from collm.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [(page.name, text) for page in PAGES for kind, text in FENCE.findall(page.read_text()) if kind == language]
+
+
+def quoted_commands() -> list[tuple[str, str]]:
+    """(page, command line) for every line in a block that calls collm; continued lines are joined."""
+    found = []
+    for page, text in blocks("") + blocks("bash") + blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            if re.match(r"(\$ )?collm \w", line):
+                found.append((page, line.removeprefix("$ ").partition(" # ")[0]))
+    return found
+
+
+def test_help_pages_in_the_docs_are_the_real_ones() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "write_cli.py"), "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_quotes_commands() -> None:
+    assert {"score", "train", "calibrate", "generate", "eval"} <= {
+        shlex.split(line)[1] for page, line in quoted_commands() if page == "README.md"
+    }
+
+
+@pytest.mark.parametrize(("page", "line"), quoted_commands(), ids=lambda value: str(value)[:60])
+def test_quoted_commands_parse(page: str, line: str) -> None:
+    """Command, options and number of arguments; whether the files exist is not asked."""
+    _, name, *arguments = shlex.split(line)
+    command = main.commands[name]
+    with click.Context(command) as ctx:
+        _, left, _ = command.make_parser(ctx).parse_args(arguments)
+    assert left == []
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"), ids=lambda value: str(value)[:30])
+def test_quoted_python_compiles(page: str, text: str) -> None:
+    compile(text, page, "exec")
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda value: str(value)[:30])
+def test_quoted_recipes_are_valid(page: str, text: str) -> None:
+    from collm.training.recipe import parse_recipe
+
+    parse_recipe(yaml.safe_load(text), page)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(recipe: Path) -> None:
+    from collm.training.recipe import load_recipe
+
+    load_recipe(recipe)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
