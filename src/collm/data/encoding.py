@@ -67,8 +67,8 @@ def encode_examples(
     encoded = EncodedSet(items)
     if not encoded.kept:
         raise CollmError(
-            f"none of {len(items)} examples has a labelled token within the first {max_length} tokens: the prompts alone "
-            "are longer; raise max_length"
+            f"none of {len(items)} examples has a labelled token within the first {max_length} tokens: "
+            "the prompts alone are longer; raise max_length"
             if items
             else "there are no examples"
         )

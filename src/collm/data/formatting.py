@@ -189,8 +189,8 @@ class Formatter:
             whole = self._render(messages[: i + 1], where, ask=False)
             if not whole.startswith(before) or not before.startswith(done):
                 raise CollmError(
-                    f"{where}: the chat template does not extend the text before turn {i + 1}, but rewrites it, so "
-                    "that no prompt would match its training text; pass another chat_template, or split the conversation"
+                    f"{where}: the chat template does not extend the text before turn {i + 1}, but rewrites it: "
+                    "no prompt would match its training text; give another chat_template or split the conversation"
                 )
             context, turn = before[len(done) :], whole[len(before) :]
             ends = [(turn.find(end), end) for end in self._turn_ends if end in turn]

@@ -1,0 +1,93 @@
+"""What a long run has finished so far, kept so that nothing is lost by kill -9, Ctrl-C or a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from collm.errors import CollmError
+
+
+class Journal:
+    """An append-only file of JSON lines, the first of which says what the run is.
+
+    A record counts once its line is whole. A line that was being written when the process died is cut off on
+    opening; so are records behind a damaged one.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], *, resume: bool = True) -> None:
+        """After opening, `found` is the header of the run that began the file, `records` what it had finished.
+
+        Args:
+            resume: keep what an earlier run left there; else begin anew.
+
+        Raises:
+            CollmError: the file cannot be written.
+        """
+        self.path = path
+        self.found: dict[str, Any] = header
+        self.records: list[dict[str, Any]] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = self._read() if resume and path.exists() else 0
+            self._file = FileIO(path, "r+" if kept else "w+")
+            self._file.truncate(kept)
+            self._end = self._file.seek(kept)
+        except OSError as error:
+            raise CollmError(f"{path}: cannot be written: {error.strerror}") from error
+        if not kept:
+            self.append(header)
+
+    def _read(self) -> int:
+        """Fill `found` and `records`; the number of bytes of whole lines."""
+        kept = 0
+        lines = []
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    value = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    value = None
+                if not isinstance(value, dict):
+                    break
+                lines.append(value)
+                kept += len(line)
+        if lines:
+            self.found, *self.records = lines
+        return kept
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one record.
+
+        Raises:
+            CollmError: disk full or alike; the records before this one are safe.
+        """
+        data = memoryview((json.dumps(record) + "\n").encode())
+        try:
+            # Unbuffered: a full disk shows here, not when the file is closed, and may take a part of the line.
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._file.seek(self._end)
+            self._file.truncate(self._end)
+            raise CollmError(
+                f"{self.path}: cannot be written ({error.strerror}); what was finished before is kept: "
+                "make room and run the same again"
+            ) from error
+        self._end = self._file.tell()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        self._file.close()
+        os.unlink(self.path)

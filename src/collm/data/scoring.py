@@ -1,0 +1,175 @@
+"""Score each gold token under one model, once: its log-probability, and whether it is the model's first choice.
+
+Assistants never run in training; this is all that training knows of them. Batches are made of examples of like
+length, the longest first; each finished batch is kept at once, so a run may be stopped anyhow and started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from collm.data.encoding import encode_examples
+from collm.data.examples import Example
+from collm.data.formatting import Encoded, Formatter
+from collm.data.resumable import already_scored, run
+from collm.data.scores import TokenScores, load_scores, scores_fingerprint
+from collm.errors import CollmError
+from collm.models.backbone import check_project, hidden_states, project
+from collm.models.loading import load_model, weights_fingerprint
+from collm.models.tokenizers import shared_vocab_size
+from collm.types import LanguageModel, Query
+
+__all__ = [
+    "load_scores",
+    "score",
+    "score_batch",
+    "score_tool",
+    "scores_fingerprint",
+    "tool_fingerprint",
+]
+
+BATCH_TOKENS = 4096
+"""Padded tokens in a batch; a longer example is a batch of its own."""
+
+LOGITS_CHUNK = 1024
+"""Positions whose logits over the vocabulary exist at a time."""
+
+
+def score(
+    examples: Sequence[Example],
+    model: PreTrainedModel | str,
+    formatter: Formatter,
+    out: str | Path,
+    *,
+    completions_from: Formatter | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    resume: bool = True,
+    progress: bool = True,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Path:
+    """Score examples under a transformer and write them to the folder `out` (see `load_scores`).
+
+    Args:
+        model: a model, or a spec to load with `dtype` and `device`.
+        completions_from: the base's formatter, where the model is an assistant with its own template.
+        max_length: tokens to keep of each sequence; never more than the model's context.
+        resume: go on where an interrupted run stopped, and leave finished scores alone; False begins anew and
+            replaces them.
+
+    Raises:
+        CollmError: scores of something else are in the way; NaN; out of memory or disk. Finished batches are kept.
+    """
+    lm = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    fingerprint = scores_fingerprint(
+        examples, weights_fingerprint(lm), formatter, completions_from=completions_from, max_length=max_length
+    )
+    if already_scored(Path(out), fingerprint, resume):
+        return Path(out)
+    check_project(lm)
+    config: Any = lm.config.get_text_config()
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    limit = min((n for n in (max_length, context) if n is not None), default=None)
+    encoded = encode_examples(examples, formatter, max_length=limit, completions_from=completions_from)
+    vocab_size = shared_vocab_size(formatter.tokenizer)
+    if max(max(item.token_ids) for item in encoded.items) >= config.vocab_size:
+        raise CollmError(
+            f"the tokenizer has more tokens ({vocab_size}) than the model ({config.vocab_size}): they do not belong "
+            "together; give the model's own tokenizer"
+        )
+
+    def work(batch: Sequence[Encoded]) -> list[TokenScores]:
+        try:
+            return score_batch(lm, batch, vocab_size)
+        except torch.OutOfMemoryError as error:
+            raise CollmError(
+                f"out of memory with batch_tokens={batch_tokens}; finished batches are kept: run the same again with "
+                "fewer batch_tokens"
+            ) from error
+
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress)
+
+
+def tool_fingerprint(tool: LanguageModel) -> str:
+    return f"tool {tool.name}"
+
+
+def score_tool(
+    examples: Sequence[Example],
+    tool: LanguageModel,
+    formatter: Formatter,
+    out: str | Path,
+    *,
+    completions_from: Formatter | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    resume: bool = True,
+    progress: bool = True,
+) -> Path:
+    """`score` for anything that answers queries. Where it abstains, log-probability -inf and not top-1: a token that
+    cannot be deferred to it, which is a lower bound of decoding, where the base then writes the token."""
+    fingerprint = scores_fingerprint(
+        examples, tool_fingerprint(tool), formatter, completions_from=completions_from, max_length=max_length
+    )
+    if already_scored(Path(out), fingerprint, resume):
+        return Path(out)
+    encoded = encode_examples(examples, formatter, max_length=max_length, completions_from=completions_from)
+
+    def work(batch: Sequence[Encoded]) -> list[TokenScores]:
+        return [_ask_tool(tool, item) for item in batch]
+
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress)
+
+
+@torch.inference_mode()
+def score_batch(model: PreTrainedModel, batch: Sequence[Encoded], vocab_size: int | None = None) -> list[TokenScores]:
+    """Scores of the labelled tokens of each sequence, `[N]` float32 and bool, in one forward pass.
+
+    Rows are padded on the right and no mask is given: causal attention keeps a token from seeing what follows.
+    Logits exist only at labelled positions, `LOGITS_CHUNK` at a time.
+
+    Args:
+        vocab_size: of the shared tokenizer; logits beyond it are padding and take no part in the law.
+    """
+    length = max(len(item) for item in batch) - 1
+    inputs = np.zeros((len(batch), length), np.int64)
+    gold = np.zeros_like(inputs)
+    labelled = np.zeros_like(inputs, np.bool_)
+    for row, item in enumerate(batch):
+        n = len(item) - 1
+        inputs[row, :n], gold[row, :n], labelled[row, :n] = item.token_ids[:-1], item.token_ids[1:], item.labelled[1:]
+    mask = torch.from_numpy(labelled).to(model.device)
+    hidden = hidden_states(model, torch.from_numpy(inputs).to(model.device), use_cache=False)[mask]
+    gold_ids = torch.from_numpy(gold).to(model.device)[mask]
+    parts = []
+    for states, ids in zip(hidden.split(LOGITS_CHUNK), gold_ids.split(LOGITS_CHUNK), strict=True):
+        logits = project(model, states)[:, :vocab_size].float()
+        at_gold = logits.gather(-1, ids[:, None])[:, 0]
+        parts.append(torch.stack([at_gold - logits.logsumexp(-1), (logits.argmax(-1) == ids).float()]))
+    # One copy from the device: it waits for the computation.
+    log_prob, top1 = torch.cat(parts, dim=1).cpu().numpy()
+    ends = np.cumsum([item.num_labelled for item in batch])[:-1]
+    return list(zip(np.split(log_prob, ends), np.split(top1 > 0, ends), strict=True))
+
+
+def _ask_tool(tool: LanguageModel, item: Encoded) -> TokenScores:
+    flags = [False, *item.labelled, False]
+    starts = [i - 1 for i in range(1, len(flags)) if flags[i] and not flags[i - 1]]
+    ends = [i - 1 for i in range(1, len(flags)) if flags[i - 1] and not flags[i]]
+    # One query a turn: predict after each prefix that ends right before a token of the turn.
+    spans = list(zip(starts, ends, strict=True))
+    answers = tool.predict([Query(1, item.token_ids[: end - 1], num_last=end - start) for start, end in spans])
+    log_prob, top1 = [], []
+    for (start, end), laws in zip(spans, answers, strict=True):
+        for gold, law in zip(item.token_ids[start:end], laws, strict=True):
+            known = law is not None and gold < len(law.log_probs)
+            log_prob.append(float(law.log_probs[gold]) if law is not None and known else -np.inf)
+            top1.append(law is not None and law.top_token_id == gold)
+    return np.array(log_prob, np.float32), np.array(top1, np.bool_)
