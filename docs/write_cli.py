@@ -21,16 +21,13 @@ are run again.
 """
 
 
-def help_page(command: click.Command, name: str, parent: click.Context | None = None) -> str:
-    """The text of `--help` at a fixed width, whatever the terminal."""
-    return command.get_help(click.Context(command, parent, info_name=name, terminal_width=100))
-
-
 def page() -> str:
-    group = click.Context(main, info_name="collm", terminal_width=100)
-    parts = [INTRODUCTION, f"```\n{help_page(main, 'collm')}\n```\n"]
+    """All help pages at a fixed width, whatever the terminal."""
+    group = click.Context(main, info_name="collm", terminal_width=100, **main.context_settings)
+    parts = [INTRODUCTION, f"```\n{main.get_help(group)}\n```\n"]
     for name, command in main.commands.items():
-        parts.append(f"## collm {name}\n\n```\n{help_page(command, name, group)}\n```\n")
+        context = click.Context(command, group, info_name=name, terminal_width=100)
+        parts.append(f"## collm {name}\n\n```\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)
 
 

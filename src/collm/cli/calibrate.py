@@ -26,7 +26,7 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     return rates
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Find thresholds for deferral rates.")
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
 @click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")

@@ -10,7 +10,7 @@ from collm.cli.console import ResumableCommand
 from collm.cli.options import OUTPUT
 
 
-@click.command(cls=ResumableCommand)
+@click.command(cls=ResumableCommand, short_help="The whole method in minutes, without downloads.")
 @click.option(
     "--out", type=OUTPUT, default="collm-demo", show_default=True, metavar="DIR", help="Where all of it goes."
 )

@@ -21,7 +21,7 @@ from collm.cli.options import (
 )
 
 
-@click.command("eval", cls=ResumableCommand)
+@click.command("eval", cls=ResumableCommand, short_help="Answer and score the questions of a task.")
 @click.argument("checkpoint")
 @click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
 @click.option("--data", required=True, metavar="DATA", help="Test examples.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collm.types import Message
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Write an answer, coloured by author.")
 @click.argument("checkpoint")
 @click.argument("prompt")
 @click.option("--system", metavar="TEXT", help="System prompt.")

@@ -11,7 +11,7 @@ from collm.cli.console import ResumableCommand
 from collm.cli.options import EXISTING, OUTPUT, data_options, machine_options, prompt_format, read_examples
 
 
-@click.command(cls=ResumableCommand)
+@click.command(cls=ResumableCommand, short_help="Score gold tokens under one model (once per model).")
 @click.argument("data")
 @click.option("--model", required=True, metavar="SPEC", help="The model that is asked: base or assistant.")
 @click.option("--out", required=True, type=OUTPUT, metavar="DIR", help="Where the scores go.")

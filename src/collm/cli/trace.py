@@ -10,7 +10,7 @@ from collm.cli.console import Command
 from collm.cli.options import OUTPUT
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Show who wrote which token.")
 @click.argument("trace_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--html", type=OUTPUT, metavar="FILE", help="Write a page: authors in colour, the gate on hover.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N texts.")

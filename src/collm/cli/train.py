@@ -9,7 +9,7 @@ import click
 from collm.cli.console import ResumableCommand
 
 
-@click.command(cls=ResumableCommand)
+@click.command(cls=ResumableCommand, short_help="Train a base with its gate, as a recipe says.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def train(recipe: Path) -> None:
     """Train a base model with a gate as RECIPE (YAML) says.
