@@ -1,0 +1,88 @@
+"""A deterministic toy language model: the law of the next token is a hash of the prefix.
+
+For tests of decoders, drivers and one's own code around them: no weights, no tokenizer, microseconds per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from collm.types import Answer, Prediction, Query
+
+
+class FakeModel:
+    """Laws are drawn from a symmetric Dirichlet, with the hash of (name, prefix) as the seed.
+
+    Args:
+        name: models of different names have different laws.
+        vocab_size: V.
+        num_assistants: if given, a gate over 1+K models comes with every prediction (so this is a base).
+        agreement: share of prefixes on which the law is the one all fakes share; 1 makes fakes equal.
+        abstention: share of prefixes on which the model abstains.
+        concentration: of the Dirichlet; small values make peaked laws.
+        eos_token_ids: tokens that end its texts.
+        ignore_prompt: leading tokens that the laws do not depend on (models may see different prompts).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        *,
+        num_assistants: int | None = None,
+        agreement: float = 0.0,
+        abstention: float = 0.0,
+        concentration: float = 1.0,
+        eos_token_ids: frozenset[int] = frozenset(),
+        ignore_prompt: int = 0,
+    ) -> None:
+        self.vocab_size, self.num_assistants = vocab_size, num_assistants
+        self.agreement, self.abstention, self.concentration = agreement, abstention, concentration
+        self.ignore_prompt = ignore_prompt
+        self.calls = 0
+        """Batches answered."""
+        self._name, self._eos_token_ids = name, eos_token_ids
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._eos_token_ids
+
+    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+        self.calls += 1
+        return [[self.answer(prefix) for prefix in _prefixes(query)] for query in queries]
+
+    def answer(self, token_ids: Sequence[int]) -> Answer:
+        """The answer after one prefix."""
+        prefix = tuple(token_ids)[self.ignore_prompt :]
+        if self._hash("abstains?", prefix).random() < self.abstention:
+            return None
+        shared = self._hash("agrees?", prefix).random() < self.agreement
+        rng = _hash("shared", "law", prefix) if shared else self._hash("law", prefix)
+        law = rng.dirichlet(np.full(self.vocab_size, self.concentration))
+        log_probs = torch.tensor(law, dtype=torch.float32).clamp_min(1e-30).log().log_softmax(dim=0)
+        log_gate = None
+        if self.num_assistants is not None:
+            gate = self._hash("gate", prefix).dirichlet(np.ones(1 + self.num_assistants))
+            log_gate = tuple(float(value) for value in np.log(gate))
+        return Prediction(log_probs, int(log_probs.argmax()), log_gate)
+
+    def _hash(self, purpose: str, prefix: tuple[int, ...]) -> np.random.Generator:
+        return _hash(self._name, purpose, prefix)
+
+
+def _hash(name: str, purpose: str, prefix: tuple[int, ...]) -> np.random.Generator:
+    digest = hashlib.sha256(repr((name, purpose, tuple(map(int, prefix)))).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def _prefixes(query: Query) -> list[tuple[int, ...]]:
+    length = len(query.token_ids)
+    return [query.token_ids[:end] for end in range(length - query.num_last + 1, length + 1)]
