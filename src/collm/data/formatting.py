@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -133,7 +133,7 @@ class Formatter:
     def fingerprint(self) -> str:
         """A hash of all that decides how prompts look, apart from the vocabulary."""
         tokenizer = self.tokenizer
-        parts = [asdict(self.format), self._template, self._adds_bos, tokenizer.bos_token, tokenizer.eos_token]
+        parts = [self.format.system_prompt, self._template, self._adds_bos, tokenizer.bos_token, tokenizer.eos_token]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     # -- conversations

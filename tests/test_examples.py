@@ -1,0 +1,113 @@
+"""Rows from files and datasets, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from collm.data.examples import Example, examples_fingerprint, load_examples
+from collm.errors import CollmError
+
+CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], "answer": "4"}
+PLAIN = {"id": 7, "prompt": "2 + 2 =", "completion": " 4"}
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_chat_and_plain_rows(tmp_path: Path) -> None:
+    chat, plain = load_examples(write(tmp_path / "a.jsonl", CHAT, "", PLAIN))
+    assert chat.id == "1" and chat.fields == {"answer": "4"}
+    assert chat.question == [{"role": "user", "content": "2 + 2?"}] and chat.reference == "4"
+    assert plain.id == "7" and plain.question == "2 + 2 =" and plain.reference == " 4"
+    assert plain.where.endswith("a.jsonl, line 3")
+
+
+def test_a_row_may_be_a_question_only(tmp_path: Path) -> None:
+    chat, plain = load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT["messages"][:1]}, {"prompt": "p"}))  # type: ignore[index]
+    assert chat.question == CHAT["messages"][:1] and chat.reference is None  # type: ignore[index]
+    assert plain.question == "p" and plain.reference is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "compl', "line 2: not JSON"),
+        ("[1, 2]", "line 2: a row is a JSON object, not list"),
+        ('{"text": "a"}', "line 2: neither messages nor prompt; expected"),
+        ('{"prompt": 3}', "line 2: prompt is a string, not int"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "line 2: a row has either"),
+        ('{"messages": []}', "line 2: messages is a non-empty list"),
+        ('{"messages": "hello"}', "line 2: messages is a non-empty list"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1 has no text"),
+        ('{"messages": ["hello"]}', "line 2: message 1 has no text"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "line 2: message 1 has role 'robot'; a role is one of"),
+        ('{"id": "1", "prompt": "a"}', "line 2: id '1' was used before .*line 1"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", CHAT, line, PLAIN)
+    with pytest.raises(CollmError, match=f"a.jsonl, {message}"):
+        load_examples(path)
+    with caplog.at_level(logging.WARNING):
+        assert [example.id for example in load_examples(path, skip_bad=True)] == ["1", "7"]
+    assert "skipped 1 bad rows of 3" in caplog.text
+
+
+def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(CollmError, match="line 1: not JSON .*utf-8"):
+        load_examples(path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CollmError, match="there are no rows"):
+        load_examples(write(tmp_path / "a.jsonl", ""))
+    with pytest.raises(CollmError, match="there are no good rows"):
+        load_examples(write(tmp_path / "b.jsonl", "{"), skip_bad=True)
+    with pytest.raises(CollmError, match=r"c\.jsonl: cannot be read: No such file"):
+        load_examples(tmp_path / "c.jsonl")
+    with pytest.raises(CollmError, match="there is no such file or folder"):
+        load_examples(tmp_path / "folder")
+    with pytest.raises(CollmError, match=r"\.parquet file, or a dataset's folder"):
+        load_examples(write(tmp_path / "a.csv", "prompt"))
+
+
+def test_huggingface_datasets(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "2 + 2 =", "completion": " 4", "answer": "4"}]
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": data}).save_to_disk(str(tmp_path / "splits"))
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    expected = [Example("0", prompt="2 + 2 =", completion=" 4", fields={"answer": "4"})]
+    assert load_examples(tmp_path / "one") == expected
+    assert load_examples(tmp_path / "splits", split="test") == expected
+    assert load_examples(tmp_path / "rows.parquet") == expected
+    with pytest.raises(CollmError, match="there is no split 'train'; it has test"):
+        load_examples(tmp_path / "splits")
+
+
+def test_columns_that_a_row_does_not_use(tmp_path: Path) -> None:
+    """Arrow gives every row every column."""
+    data = datasets.Dataset.from_list(
+        [{"messages": CHAT["messages"], "prompt": None}, {"messages": None, "prompt": "p"}]
+    )
+    data.save_to_disk(str(tmp_path / "mixed"))
+    chat, plain = load_examples(tmp_path / "mixed")
+    assert chat.messages == tuple(CHAT["messages"]) and plain.prompt == "p"
+
+
+def test_fingerprint_follows_texts_and_order_only() -> None:
+    a, b = Example("a", prompt="x", completion="y"), Example("b", prompt="x", completion="y")
+    fingerprint = examples_fingerprint([a, b])
+    assert fingerprint == examples_fingerprint([Example("a", prompt="x", completion="y", fields={"answer": 1}), b])
+    others = [[b, a], [a], [a, Example("b", prompt="xy", completion="")], [a, Example("b", prompt="x")]]
+    assert len({fingerprint, *(examples_fingerprint(other) for other in others)}) == 5

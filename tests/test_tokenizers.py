@@ -1,0 +1,43 @@
+"""Which tokenizers may write together: padding and special tokens do not matter, everything else does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from conftest import make_tokenizer
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from collm.errors import CollmError
+from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size, tokenizer_fingerprint
+
+
+def test_padded_vocabulary_and_other_special_tokens_are_tolerated(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens([f"[PAD{n}]" for n in range(320, 330)])
+    other.add_special_tokens({"additional_special_tokens": [AddedToken("<|tool|>", special=True)]})
+    other.eos_token = "<|endoftext|>"
+    require_same_tokenizer(tiny_tokenizer, other)
+    assert shared_vocab_size(tiny_tokenizer) == 320
+    assert shared_vocab_size(other) == 331
+
+
+def test_saved_and_loaded_tokenizer_is_the_same(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    tiny_tokenizer.save_pretrained(tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_other_vocabulary_is_refused_with_the_first_difference(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CollmError, match="expert has another tokenizer than base .*token '.+' .* model family"):
+        require_same_tokenizer(tiny_tokenizer, make_tokenizer(vocab_size=300), ("base", "expert"))
+    with pytest.raises(CollmError, match="is not in expert's vocabulary"):
+        require_same_tokenizer(make_tokenizer(vocab_size=300), tiny_tokenizer, ("expert", "base"))
+
+
+def test_same_vocabulary_that_splits_otherwise_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    other = copy.deepcopy(tiny_tokenizer)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(CollmError, match="the same vocabulary, but .* is split in another way"):
+        require_same_tokenizer(tiny_tokenizer, other)
