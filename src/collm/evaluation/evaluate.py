@@ -60,6 +60,25 @@ def evaluate(
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> EvalResult:
+    """The result of `evaluate_with_traces`; see there."""
+    result, _ = evaluate_with_traces(
+        llm, task, examples, params, batch_size=batch_size, out=out, name=name, identity=identity, progress=progress
+    )
+    return result
+
+
+def evaluate_with_traces(
+    llm: Writer,
+    task: Task | str,
+    examples: Sequence[Example],
+    params: SamplingParams = GREEDY,
+    *,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    name: str = "",
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> tuple[EvalResult, list[Trace]]:
     """Let `llm` answer every example and score the answers.
 
     Each example draws from a seed of its own, made from `params.seed` and its id: neither the batch size nor a resumed
@@ -108,7 +127,7 @@ def evaluate(
     result = summarise(name or " + ".join(llm.model_names), task, ordered, params.seed, settings)
     if path is not None:
         result.save(result_path(path))
-    return result
+    return result, ordered
 
 
 def result_path(out: str | Path) -> Path:

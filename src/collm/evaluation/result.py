@@ -55,9 +55,29 @@ class EvalResult:
     ids: tuple[str, ...]
     scores: tuple[float, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        low, high = self.ci95
+        lines = [
+            f"{self.name}: {self.metric.replace('_', ' ')} {self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, "
+            f"{self.num_examples} examples of {self.task} v{self.task_version})",
+            f"  {self.tokens} tokens, {self.deferral_rate:.1%} written by assistants, {self.changed_tokens} changed "
+            f"({self.changed_share:.1%}), {self.abstained} deferrals handed back",
+            "  forward passes: " + (", ".join(f"{name} {n}" for name, n in self.forward_passes.items()) or "not told"),
+            f"  no answer found in {self.no_answer} texts; {self.seconds:.1f} s",
+        ]
+        if self.equations_shown:
+            share = self.equations_right / self.equations_shown
+            lines.insert(1, f"  {self.equations_right} of {self.equations_shown} equations right ({share:.1%})")
+        return "\n".join(lines)
+
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
@@ -89,6 +109,17 @@ class Comparison:
     only_first: int
     only_second: int
     mcnemar_p: float | None
+
+    def summary(self) -> str:
+        """One line for people."""
+        exact = "" if self.mcnemar_p is None else f"exact McNemar p = {self.mcnemar_p:.3g}, "
+        return (
+            f"{self.second} against {self.first}: "
+            f"{100 * self.difference:+.1f} points of {self.metric.replace('_', ' ')} "
+            f"(95 % interval {100 * self.ci95[0]:+.1f} to {100 * self.ci95[1]:+.1f}; {exact}"
+            f"bootstrap p = {self.bootstrap_p:.3g}; only right: {self.only_second} against {self.only_first} "
+            f"of {self.num_examples})"
+        )
 
 
 def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparison:

@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 def author_style(author: int) -> Style:
     """How tokens of this author look: the base plain, assistants on a colour of their own."""
-    return Style() if author == BASE else Style(color="black", bgcolor=_COLOURS[(author - 1) % len(_COLOURS)])
+    return Style() if author == BASE else Style(color="#000000", bgcolor=_COLOURS[(author - 1) % len(_COLOURS)])
 
 
 def token_text(piece: str, step: Step) -> Text:
@@ -66,7 +66,7 @@ def plain(generation: Generation) -> str:
 
 def legend(model_names: Sequence[str], colour: bool = True) -> Text:
     """Which colour (or bracket) stands for which model."""
-    text = Text("written by: ", style="dim" if colour else "")
+    text = Text().append("written by: ", "dim" if colour else None)
     for author, name in enumerate(model_names):
         text.append("  " if author else "")
         shown = printable(name)
