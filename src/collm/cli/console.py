@@ -14,6 +14,9 @@ import click
 
 from collm.errors import CollmError
 
+EXTRAS = {"accelerate": "train", "peft": "train", "gguf": "gguf", "matplotlib": "plot"}
+"""Which extra brings a package that the core does without."""
+
 
 class _Stderr(logging.Handler):
     """Writes to the stderr of the moment (a progress bar or a test may have replaced it)."""
@@ -82,6 +85,12 @@ class Command(click.Command):
             if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise
             click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get(error.name or "")
+            if debug or extra is None:
+                raise
+            click.echo(f"error: this needs the package {error.name}; pip install 'collm[{extra}]'", err=True)
             ctx.exit(1)
 
 

@@ -37,9 +37,9 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     from collm.data.formatting import Formatter
     from collm.data.scoring import score as score_model
     from collm.data.scoring import score_tool
-    from collm.models.loading import is_tool, load_tokenizer
+    from collm.models.loading import is_tool, load_context_length, load_tokenizer
     from collm.models.tokenizers import require_same_tokenizer
-    from collm.models.tools import Calculator
+    from collm.models.tools import make_tool
 
     tool = is_tool(model)
     if tool and base is None:
@@ -51,14 +51,17 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     if base_tokenizer is not None:
         require_same_tokenizer(base_tokenizer, tokenizer, (f"the base {base}", model))
     formatter = Formatter(tokenizer, format)
+    # As training does: scores for more than the base can read would not match.
+    context = load_context_length(base or model)
+    max_length = min(options["max_length"], context or options["max_length"])
     settings: dict[str, Any] = {
         "completions_from": None if base_tokenizer is None else Formatter(base_tokenizer),
-        "max_length": options["max_length"],
+        "max_length": max_length,
         "batch_tokens": options["batch_tokens"],
         "resume": not restart,
     }
     if tool:
-        path = score_tool(examples, Calculator(tokenizer), formatter, out, **settings)
+        path = score_tool(examples, make_tool(model, tokenizer), formatter, out, **settings)
     else:
         path = score_model(
             examples, model, formatter, out, dtype=options["dtype"], device=options["device"], **settings

@@ -11,7 +11,8 @@ from collm.cli.console import ResumableCommand
 
 @click.command(cls=ResumableCommand, short_help="Train a base with its gate, as a recipe says.")
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def train(recipe: Path) -> None:
+@click.option("--restart", is_flag=True, help="Throw away what an earlier run of the recipe left.")
+def train(recipe: Path, restart: bool) -> None:
     """Train a base model with a gate as RECIPE (YAML) says.
 
     Pseudo-labels, the gate's initialisation, then marginal likelihood. A stopped run resumes.
@@ -19,5 +20,5 @@ def train(recipe: Path) -> None:
     from collm.training.recipe import load_recipe
     from collm.training.train import train as run
 
-    path = run(load_recipe(recipe))
+    path = run(load_recipe(recipe), restart=restart)
     click.echo(f"checkpoint written to {path}")

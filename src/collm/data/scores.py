@@ -76,7 +76,7 @@ def require_match(found: Fingerprint, expect: Fingerprint, what: str) -> None:
     if differing:
         raise CollmError(
             f"{what} is stale: it was made with something else in {', '.join(differing)}; "
-            "score again to another folder, or without resuming (--no-resume) to replace it"
+            "score again to another folder, or with --restart to replace it"
         )
 
 
