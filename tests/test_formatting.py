@@ -128,7 +128,8 @@ def test_only_what_the_assistant_says_is_labelled_in_a_dialogue_of_two_turns() -
     encoded = Formatter(TOKENIZER, PromptFormat(system_prompt="Add.")).encode(Example("x", messages=messages))
     assert TOKENIZER.decode(labelled(encoded)) == "42<|im_end|>yes<|im_end|>"
     assert TOKENIZER.decode(encoded.token_ids) == (
-        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n12 + 30?<|im_end|>\n<|im_start|>assistant\n42<|im_end|>\n"
+        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n12 + 30?<|im_end|>\n"
+        "<|im_start|>assistant\n42<|im_end|>\n"
         "<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     )
 
