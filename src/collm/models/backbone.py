@@ -14,10 +14,6 @@ from transformers import PreTrainedModel
 
 from collm.errors import CollmError
 
-CHUNK = 1024
-"""Positions whose logits are held in float32 at a time while scoring."""
-
-
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (whose adapters live in its layers), or the model itself."""
     inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
@@ -70,22 +66,3 @@ def check_project(model: nn.Module) -> None:
             f"{type(lm).__name__} computes its logits in a way that collm does not know; "
             "please report the architecture"
         )
-
-
-def gold_log_probs(model: nn.Module, hidden: Tensor, gold: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Score gold tokens: float32 log-probabilities `[N]`, and bool `[N]`, whether each is the most probable token.
-
-    Args:
-        hidden: `[N, H]` hidden states at the positions *before* the gold tokens.
-        gold: `[N]` token ids.
-        chunk: at most `[chunk, V]` logits exist at a time.
-    """
-    log_probs, top1 = [], []
-    for h, g in zip(hidden.split(chunk), gold.split(chunk), strict=True):
-        logits = project(model, h).float()
-        at_gold = logits.gather(-1, g[:, None])[:, 0]
-        log_probs.append(at_gold - logits.logsumexp(dim=-1))
-        top1.append(logits.argmax(dim=-1) == g)
-    if not log_probs:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
-    return torch.cat(log_probs), torch.cat(top1)

@@ -104,3 +104,9 @@ class Calculator:
         law = torch.full((self._vocab_size,), -torch.inf)
         law[token_id] = 0.0
         return law
+
+
+def make_tool(name: str, tokenizer: PreTrainedTokenizerBase) -> Calculator:
+    """The tool of a spec (`collm.models.loading.TOOLS`), writing in the tokens of this tokenizer."""
+    assert name == "calculator", name
+    return Calculator(tokenizer)

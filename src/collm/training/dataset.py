@@ -1,0 +1,287 @@
+"""Training data: each gold token of the base's sequences with its scores under every model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from collm.data.collate import IGNORED, Row
+from collm.data.encoding import encode_examples
+from collm.data.examples import Example, load_examples
+from collm.data.formatting import Encoded, Formatter
+from collm.data.resumable import plan_batches
+from collm.data.scores import load_scores, scores_fingerprint
+from collm.data.scoring import score, score_tool, tool_fingerprint
+from collm.errors import CollmError
+from collm.gate import pseudo_labels
+from collm.models.backbone import hidden_states
+from collm.models.loading import load_model, weights_fingerprint
+from collm.training.recipe import DataSection
+from collm.types import LanguageModel
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One of the models, as far as scoring goes: base or assistant."""
+
+    name: str
+    spec: str
+    dtype: str
+    formatter: Formatter
+    tool: LanguageModel | None = None
+    scores: Path | None = None
+    """Scores of the training examples that the user made beforehand."""
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Encoded examples and, flat over all their `N` labelled tokens in order, the scores of the *untuned* models."""
+
+    items: tuple[Encoded, ...]
+    base_log_probs: Tensor
+    """`[N]` float32."""
+    base_top1: Tensor
+    """`[N]` bool."""
+    log_probs: Tensor
+    """`[N, K]` float32, assistants; -inf where one abstains or saw less of the text."""
+    top1: Tensor
+    """`[N, K]` bool."""
+
+    def pseudo_labels(self, method: str) -> Tensor:
+        """`[N]` in 0..K."""
+        return pseudo_labels(self.base_top1, self.top1, self.log_probs, method)
+
+    @property
+    def count(self) -> int:
+        return len(self.base_log_probs)
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """Where each example's labelled tokens end in the flat arrays."""
+        return np.cumsum([item.num_labelled for item in self.items])
+
+    def rows(self, labels: Tensor) -> list[Row]:
+        """What the collator wants, with `labels` `[N]` as pseudo-labels."""
+        rows: list[Row] = []
+        num_assistants = self.log_probs.shape[1]
+        for item, end in zip(self.items, self.ends, strict=True):
+            span = slice(int(end) - item.num_labelled, int(end))
+            ids, mask = np.array(item.token_ids, np.int32), np.array(item.labelled)
+            log_probs = np.zeros((len(ids), num_assistants), np.float32)
+            log_probs[mask] = self.log_probs[span].numpy()
+            weak = np.zeros(len(ids), np.int32)
+            weak[mask] = labels[span].numpy()
+            rows.append(
+                Row(
+                    input_ids=ids,
+                    labels=np.where(mask, ids, IGNORED).astype(np.int32),
+                    assistant_log_probs=log_probs,
+                    pseudo_labels=weak,
+                )
+            )
+        return rows
+
+
+def load_split(data: DataSection) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; without a validation file, a hash of each id decides, so that adding examples
+    moves none from one side to the other."""
+    train = load_examples(data.train, skip_bad=data.skip_bad)
+    if data.validation is not None:
+        return train, load_examples(data.validation, skip_bad=data.skip_bad)
+    held_out = [zlib.crc32(example.id.encode()) / 2**32 < data.validation_share for example in train]
+    validation = [example for example, out in zip(train, held_out, strict=True) if out]
+    rest = [example for example, out in zip(train, held_out, strict=True) if not out]
+    if not validation or not rest:
+        raise CollmError(
+            f"{len(train)} examples cannot be split with validation_share {data.validation_share}: "
+            "raise it, or give a validation file"
+        )
+    return rest, validation
+
+
+def _score_paths(
+    writer: Writer,
+    splits: Mapping[str, Sequence[Example]],
+    base: Formatter,
+    max_length: int,
+    folder: Path,
+    model: PreTrainedModel | None,
+    progress: bool,
+) -> dict[str, Path]:
+    """Where each split's scores are, made (or resumed) in `folder` if the user gave none."""
+    completions = None if writer.formatter is base else base
+    if writer.tool is None and model is None:
+        model = load_model(writer.spec, dtype=writer.dtype, device=best_device())
+    paths: dict[str, Path] = {}
+    for split, examples in splits.items():
+        name = tool_fingerprint(writer.tool) if writer.tool is not None else weights_fingerprint(_known(model))
+        fingerprint = scores_fingerprint(
+            examples, name, writer.formatter, completions_from=completions, max_length=max_length
+        )
+        # Named by what it depends on, so that recipes can share a folder.
+        path = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
+        if split == "train" and writer.scores is not None:
+            path = writer.scores
+            # A share of the scored file may have been held out since, so data are matched by id, in `_assemble`.
+            load_scores(path, expect={key: value for key, value in fingerprint.items() if key != "data"})
+        elif writer.tool is not None:
+            score_tool(
+                examples,
+                writer.tool,
+                writer.formatter,
+                path,
+                completions_from=completions,
+                max_length=max_length,
+                progress=progress,
+            )
+        else:
+            score(
+                examples,
+                _known(model),
+                writer.formatter,
+                path,
+                completions_from=completions,
+                max_length=max_length,
+                progress=progress,
+            )
+        paths[split] = path
+    return paths
+
+
+def digest(value: object) -> str:
+    """Eight hexadecimal digits of a JSON value's hash."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _known(model: PreTrainedModel | None) -> PreTrainedModel:
+    assert model is not None
+    return model
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def scored_sets(
+    splits: Mapping[str, Sequence[Example]],
+    base: Writer,
+    assistants: Sequence[Writer],
+    max_length: int,
+    folder: Path,
+    *,
+    base_model: PreTrainedModel,
+    progress: bool = True,
+) -> dict[str, ScoredSet]:
+    """Encode each split and score it with every model that has not scored it yet.
+
+    With no assistants nothing is scored: plain fine-tuning needs no scores.
+    """
+    paths: list[dict[str, Path]] = []
+    for writer in [base, *assistants] if assistants else []:
+        model = base_model if writer is base else None
+        paths.append(_score_paths(writer, splits, base.formatter, max_length, folder, model, progress))
+    return {
+        split: _assemble(examples, base.formatter, max_length, [path[split] for path in paths])
+        for split, examples in splits.items()
+    }
+
+
+def _assemble(examples: Sequence[Example], formatter: Formatter, max_length: int, paths: Sequence[Path]) -> ScoredSet:
+    encoded = encode_examples(examples, formatter, max_length=max_length)
+    kept = encoded.kept
+    items = tuple(encoded.items[i] for i in kept)
+    count, num_models = sum(item.num_labelled for item in items), max(1, len(paths))
+    log_probs = torch.full((count, num_models), -torch.inf)
+    top1 = torch.zeros(count, num_models, dtype=torch.bool)
+    for k, path in enumerate(paths):
+        found = {str(row["id"]): row for row in load_scores(path).with_format("numpy")}
+        missing = [examples[i] for i in kept if examples[i].id not in found]
+        if missing:
+            raise CollmError(
+                f"{path} has no scores for {len(missing)} of {len(examples)} examples (such as {missing[0].label}): "
+                "score the same data again"
+            )
+        start = 0
+        for i, item in zip(kept, items, strict=True):
+            row = found[examples[i].id]
+            # A longer prompt may have left an assistant fewer tokens within max_length: always the first ones.
+            n = min(len(row["log_prob"]), item.num_labelled)
+            log_probs[start : start + n, k] = torch.tensor(row["log_prob"][:n])
+            top1[start : start + n, k] = torch.tensor(row["top1"][:n])
+            start += item.num_labelled
+    return ScoredSet(items, log_probs[:, 0], top1[:, 0], log_probs[:, 1:], top1[:, 1:])
+
+
+def all_hidden(model: nn.Module, data: ScoredSet, folder: Path, split: str, *, progress: bool = True) -> Tensor:
+    """Hidden states of all labelled tokens, `[N, H]` float32, kept in `folder` for other recipes on the same data."""
+    key = [weights_fingerprint(model), [item.token_ids for item in data.items], [item.labelled for item in data.items]]
+    path = folder / f"hidden-{split}-{digest(key)}.safetensors"
+    if path.is_file():
+        return load_file(path)["hidden"]
+    hidden, _ = collect_hidden(model, data, progress=progress)
+    temporary = path.with_suffix(".tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CollmError(f"could not keep the hidden states in {folder}: {error}") from error
+    return hidden
+
+
+@torch.inference_mode()
+def collect_hidden(
+    model: nn.Module,
+    data: ScoredSet,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states that predict labelled tokens: `[M, H]` float32 on the CPU, and their flat indices `[M]`,
+    ascending.
+
+    Args:
+        limit: take whole examples, in random order, until there are so many tokens; None: all.
+    """
+    order = (
+        np.random.default_rng(seed).permutation(len(data.items)) if limit is not None else np.arange(len(data.items))
+    )
+    chosen: list[int] = []
+    total = 0
+    for i in order.tolist():
+        if limit is not None and total >= limit:
+            break
+        chosen.append(i)
+        total += data.items[i].num_labelled
+    lengths = [len(item) for item in data.items]
+    device = next(model.parameters()).device
+    starts = data.ends - [item.num_labelled for item in data.items]
+    states, indices = [], []
+    for batch in tqdm(plan_batches(lengths, chosen, batch_tokens), desc="hidden states", disable=not progress):
+        width = lengths[batch[0]]
+        ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.bool_)
+        for row, i in enumerate(batch):
+            item = data.items[i]
+            ids[row, : len(item)], mask[row, : len(item)] = item.token_ids, item.labelled
+            indices.append(torch.arange(int(starts[i]), int(starts[i]) + item.num_labelled))
+        # Right padding and causal attention: no mask is needed.
+        hidden = hidden_states(model, torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)
+        states.append(hidden[torch.from_numpy(mask[:, 1:]).to(device)].float().cpu())
+    flat = torch.cat(indices)
+    ascending = flat.argsort()
+    return torch.cat(states)[ascending], flat[ascending]

@@ -1,0 +1,109 @@
+"""Base model and gate as one module, so that both run inside one wrapped forward pass (DDP, FSDP, ZeRO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from collm import gate
+from collm.data.collate import IGNORED
+from collm.models.backbone import causal_lm, hidden_states, project
+from collm.models.head import DeferralHead
+
+Objective = Literal["marginal", "weak_supervision", "sft"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    objective: Objective = "marginal"
+    deferral_cost: float = 0.0
+
+
+def objective_loss(log_gate: Tensor, log_probs: Tensor, pseudo_labels: Tensor | None, config: LossConfig) -> Tensor:
+    """The loss per labelled token, `[N]`, of `[N, 1+K]` log-gates and gold-token log-probabilities."""
+    if config.objective == "sft":
+        return -log_probs[:, 0]
+    if config.objective == "weak_supervision":
+        assert pseudo_labels is not None
+        loss = gate.weak_supervision_loss(log_gate, log_probs[:, 0], pseudo_labels)
+    else:
+        loss = gate.token_nll(log_gate, log_probs)
+    if config.deferral_cost:
+        # expm1 keeps small probabilities of deferring exact.
+        loss = loss - config.deferral_cost * torch.expm1(log_gate[:, 0])
+    return loss
+
+
+class BaseWithGate(nn.Module):
+    """The trainable side of the system: base model and deferral head. Assistants enter as stored scores only."""
+
+    accepts_loss_kwargs = True
+    """Tells transformers' Trainer to pass the number of labelled tokens of the whole accumulation."""
+
+    def __init__(
+        self, model: nn.Module, head: DeferralHead | None, config: LossConfig, vocab_size: int | None = None
+    ) -> None:
+        """`vocab_size`: of the shared tokenizer; logits beyond it are padding and take no part in the law."""
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.model = model
+        self.head = head
+        self.loss_config = config
+
+    @property
+    def config(self) -> Any:
+        return causal_lm(self.model).config
+
+    def gradient_checkpointing_enable(self) -> None:
+        lm: PreTrainedModel = causal_lm(self.model)
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        assistant_log_probs: Tensor | None = None,
+        pseudo_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss, and sums over labelled tokens for the log.
+
+        Args:
+            input_ids, attention_mask: `[B, T]`.
+            labels: `[B, T]`, the token id where it is to be predicted, else `IGNORED`; not shifted.
+            assistant_log_probs: `[B, T, K]` float32, log-probability of token t under each assistant.
+            pseudo_labels: `[B, T]`, for weak supervision.
+            num_items_in_batch: labelled tokens of the whole step (all accumulated batches, all processes); the loss
+                is the sum over this batch divided by it. Without it, by the batch's own count.
+        """
+        hidden = hidden_states(self.model, input_ids, attention_mask, use_cache=False)
+        mask = labels[:, 1:] != IGNORED  # [B, T-1]; token t+1 is predicted at position t
+        gold = labels[:, 1:][mask]  # [N]
+        at_gold = hidden[:, :-1][mask]  # [N, H]
+        base_log_probs = -F.cross_entropy(
+            project(self.model, at_gold)[:, : self.vocab_size].float(), gold, reduction="none"
+        )
+        if self.head is None or assistant_log_probs is None:
+            log_gate, log_probs = base_log_probs.new_zeros(len(gold), 1), base_log_probs[:, None]
+        else:
+            log_gate = gate.log_gate(self.head(at_gold))
+            log_probs = torch.cat([base_log_probs[:, None], assistant_log_probs[:, 1:][mask].float()], dim=-1)
+        weak = None if pseudo_labels is None else pseudo_labels[:, 1:][mask]
+        losses = objective_loss(log_gate, log_probs, weak, self.loss_config)
+        count = losses.new_tensor(max(1, len(gold)))
+        with torch.no_grad():
+            sums = {
+                "count": losses.new_tensor(len(gold)),
+                "objective": losses.sum(),
+                "nll": gate.token_nll(log_gate, log_probs).sum(),
+                "base_nll": -base_log_probs.sum(),
+                "gate": log_gate.exp().sum(0),  # [1+K]
+                "posterior": gate.log_posterior(log_gate, log_probs).exp().sum(0),  # [1+K]
+            }
+        return {"loss": losses.sum() / (count if num_items_in_batch is None else num_items_in_batch), **sums}

@@ -1,0 +1,162 @@
+"""The recipe: everything a training run depends on, in one YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from collm.errors import CollmError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FormatSection(_Section):
+    """How a model is shown its prompts (`collm.data.formatting.PromptFormat`)."""
+
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    add_bos: bool | None = None
+
+
+class ModelSection(_Section):
+    model: str
+    """A spec: folder, hub id, `FILE.gguf`, `pkg:PACKAGE/FILE.gguf`; for an assistant also `calculator`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    format: FormatSection = FormatSection()
+    scores: Path | None = None
+    """Scores of the training data made with `collm score`; otherwise they are made where they are needed."""
+
+
+class AssistantSection(ModelSection):
+    name: str
+
+
+class DataSection(_Section):
+    train: str
+    validation: str | None = None
+    """Held-out text; without it `validation_share` of the training examples is held out, by a hash of their ids."""
+    validation_share: float = Field(0.05, gt=0, lt=1)
+    max_length: int = Field(1024, ge=2)
+    skip_bad: bool = False
+
+
+class InitSection(_Section):
+    """Initialisation of the gate by pseudo-labels (method.md: without it training collapses to never deferring)."""
+
+    method: Literal["a", "b", "none"] = "a"
+    max_tokens: int = Field(20_000, ge=100)
+    """Labelled tokens that the gate is fitted to; a random sample where there are more."""
+
+
+class LoraSection(_Section):
+    r: int = Field(16, ge=1)
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainingSection(_Section):
+    epochs: float = Field(2.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    """Examples a step on each device."""
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    gate_learning_rate: float = Field(1e-3, gt=0)
+    """For standardised hidden states: it is divided by their measured standard deviation."""
+    warmup: float = Field(0.04, ge=0, lt=1)
+    """Share of the steps."""
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    evaluations: int = Field(4, ge=1)
+    """Evaluations on held-out text, evenly spread over the run; the best checkpoint among them is kept."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a gain."""
+    seed: int = 0
+
+
+class Recipe(_Section):
+    out: Path
+    base: ModelSection
+    assistants: list[AssistantSection] = []
+    data: DataSection
+    cache: Path | None = None
+    """Where scores and hidden states are kept; recipes on the same data may share it. Default: `out/cache`."""
+    init: InitSection = InitSection()
+    objective: Literal["marginal", "weak_supervision", "sft"] = "marginal"
+    """`marginal` is the method; `weak_supervision` the paper's baseline; `sft` trains the base alone."""
+    tune: Literal["full", "lora", "gate"] = "full"
+    lora: LoraSection = LoraSection()
+    deferral_cost: float = Field(0.0, ge=0)
+    """Price in nats of one deferred token; its expectation, the mean of 1 - gate_0, is added to the loss."""
+    training: TrainingSection = TrainingSection()
+    trainer: dict[str, Any] = {}
+    """More of transformers' `TrainingArguments`, passed on as they are (report_to, deepspeed, fsdp, ...)."""
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.out / "cache"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.objective == "sft" and self.assistants:
+            raise ValueError("objective sft trains the base alone: leave out the assistants")
+        if self.objective != "sft" and not self.assistants:
+            raise ValueError(f"objective {self.objective} needs at least one assistant (or set objective: sft)")
+        if self.tune == "gate" and self.objective != "marginal":
+            raise ValueError("tune: gate goes with objective: marginal")
+        names = [assistant.name for assistant in self.assistants]
+        if len(set(names)) < len(names) or "base" in names:
+            raise ValueError("assistants need different names, none of them 'base'")
+        return self
+
+
+def _nearest(error: Any) -> str:
+    """One validation error in words; for an unknown key, the nearest known one."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    section: type[BaseModel] = Recipe
+    for part in error["loc"][:-1]:
+        if isinstance(part, str):
+            annotation: Any = section.model_fields[part].annotation
+            section = annotation.__args__[0] if getattr(annotation, "__args__", None) else annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"unknown key {where!r}; {hint}"
+
+
+def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
+    """A checked recipe from plain values.
+
+    Raises:
+        CollmError: every fault found, an unknown key with the nearest known one.
+    """
+    if not isinstance(values, dict):
+        raise CollmError(f"{source}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(_nearest(e) for e in error.errors())
+        raise CollmError(f"{source}: {faults}") from error
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe from a YAML file. Relative paths in it are relative to where the command is run."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise CollmError(f"{path}: there is no such recipe") from error
+    except yaml.YAMLError as error:
+        raise CollmError(f"{path} is not valid YAML: {error}") from error
+    return parse_recipe(values, str(path))

@@ -1,0 +1,183 @@
+"""transformers' Trainer with our loss, our figures and our checkpoint format.
+
+So accelerate, DDP, bf16, gradient checkpointing, resuming and the usual loggers come with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Trainer
+
+from collm.errors import CollmError
+from collm.models.checkpoint import CheckpointInfo, load_info, save_checkpoint
+from collm.models.head import DeferralHead
+from collm.training.model import BaseWithGate
+
+STATE = "trainer_state.json"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest *whole* Trainer checkpoint: a killed run may leave a half-written one behind."""
+
+    def whole(path: Path) -> bool:
+        try:  # the Trainer writes its state last
+            json.loads((path / STATE).read_text())
+        except (OSError, ValueError):
+            return False
+        return load_info(path) is not None
+
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((path for path in reversed(found) if whole(path)), None)
+
+
+class CollmTrainer(Trainer):
+    """Trains a `BaseWithGate`.
+
+    The reported `loss` is the objective per labelled token; beside it the log holds, per labelled token, `nll` (of the
+    marginal), `base_nll` (of the base's own law), `gate/NAME` and `posterior/NAME`.
+    """
+
+    def __init__(self, *args: Any, info: CheckpointInfo, tokenizer: Any, gate_learning_rate: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.info = info
+        self.tokenizer = tokenizer
+        self.gate_learning_rate = gate_learning_rate
+        self._sums: dict[str, Tensor] = {}
+
+    # -- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"]
+        if model.training:
+            if not bool(torch.isfinite(loss)):
+                raise CollmError(
+                    f"the loss is {float(loss)} at step {self.state.global_step + 1}; training stopped, the last good "
+                    f"checkpoint is {last_checkpoint(Path(str(self.args.output_dir)))}: lower learning_rate, or check "
+                    "the data and scores"
+                )
+            for name, value in outputs.items():
+                if name != "loss":
+                    self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                # The count is of all processes, and their gradients will be averaged.
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Means per labelled token over all processes."""
+        sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(sums.items())}
+        count = max(1.0, float(sums["count"]))
+        figures = {name: float(sums[name]) / count for name in ("objective", "nll", "base_nll")}
+        for k, assistant in enumerate(self.info.assistants, start=1):
+            figures[f"gate/{assistant.name}"] = float(sums["gate"][k]) / count
+            figures[f"posterior/{assistant.name}"] = float(sums["posterior"][k]) / count
+        return figures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            figures = self._figures(self._sums)
+            # With several processes the Trainer's own figure is scaled for gradient averaging; this one is exact.
+            logs["loss"] = figures.pop("objective")
+            logs.update(figures)
+            self._sums = {}
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out means per labelled token (the Trainer's own would weigh batches, not tokens)."""
+        assert self.model is not None
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        sums: dict[str, Tensor] = {}
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            with self.compute_loss_context_manager():
+                outputs = model(**self._prepare_inputs(inputs))
+            for name, value in outputs.items():
+                if name != "loss":
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        figures = self._figures(sums)
+        metrics = {f"{metric_key_prefix}_loss": figures.pop("objective")}
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- the optimizer: the gate wants its own, larger learning rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        owner = self.model if model is None else model
+        assert owner is not None
+        gate_ids = {id(p) for name, p in owner.named_parameters() if "head." in name and ".model." not in f".{name}"}
+        for group in list(optimizer.param_groups):
+            gate = [p for p in group["params"] if id(p) in gate_ids]
+            if gate:
+                group["params"] = [p for p in group["params"] if id(p) not in gate_ids]
+                options = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**options, "params": gate, "lr": self.gate_learning_rate, "weight_decay": 0})
+        return optimizer
+
+    # -- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        module = self.accelerator.unwrap_model(self.model)
+        assert isinstance(module, BaseWithGate)
+        head = module.head
+        if state_dict is not None:  # gathered from shards
+            if head is not None:
+                gathered = {k.removeprefix("head."): v for k, v in state_dict.items() if k.startswith("head.")}
+                head = DeferralHead(gathered["weight"].shape[1], gathered["weight"].shape[0])
+                head.load_state_dict(gathered)
+            state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_checkpoint(folder, self.info, module.model, head, self.tokenizer, state_dict)
+
+    def _load_weights(self, folder: Path) -> None:
+        module = self.accelerator.unwrap_model(self.model)
+        assert isinstance(module, BaseWithGate)
+        if self.info.kind == "lora":
+            module.model.load_adapter(str(folder), "default", is_trainable=True)  # type: ignore[operator]
+        else:
+            # Through from_pretrained, since save_pretrained may rename or drop (tied) tensors.
+            saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+            module.model.load_state_dict(saved.state_dict())
+        if module.head is not None:
+            module.head.load_state_dict(DeferralHead.load(folder).state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self._load_weights(Path(self.state.best_model_checkpoint))
+
+
+def evaluation_steps(num_rows: int, step_size: int, epochs: float, evaluations: int) -> int:
+    """Steps between evaluations, at least 1, so that `evaluations` of them fit and the last falls on the last step."""
+    total = max(1, math.ceil(math.ceil(num_rows / step_size) * epochs))
+    return max(1, math.ceil(total / evaluations))
