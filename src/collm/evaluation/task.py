@@ -131,7 +131,7 @@ class Task:
         if answer is None:
             where = f"an answer after {MARK}" if self.marked else "an answer"
             raise CollmError(
-                f"{example.label} has no gold answer for task {self.name!r}: give it a field \"answer\", "
+                f'{example.label} has no gold answer for task {self.name!r}: give it a field "answer", '
                 f"or {where} in its last assistant turn"
             )
         return answer

@@ -62,7 +62,12 @@ def _label(value: float) -> str:
 def _bounds(table: CalibrationTable) -> tuple[list[float], list[float]]:
     rows = table.rows
     values = [value for row in rows for value in (row.metric_value, *(row.ci95 or ()))]
-    return _axis(0, max(0.01, *(row.achieved_rate for row in rows))), _axis(max(0, min(values)), max(values))
+    high = max(values)
+    low = max(0.0, min(values))
+    if high - low < 0.05:  # a flat curve still needs a scale
+        low = max(0.0, high - 0.05)
+        high = low + 0.05
+    return _axis(0, max([0.01, *(row.achieved_rate for row in rows)])), _axis(low, high)
 
 
 def curve_svg(table: CalibrationTable, width: int = 720, height: int = 340) -> str:

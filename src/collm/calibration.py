@@ -1,0 +1,204 @@
+"""Calibration: from the share of tokens that assistants shall write to the gate's threshold eta.
+
+The gate is read on the pair's *own* generations, and those shift with the threshold: where an assistant writes, the
+text goes on otherwise. So each candidate is run, the rate it really achieves is measured, and the next candidate is
+taken between the two measured thresholds around the target, until the rate is met or no gate value lies between them.
+A deferral that a tool hands back is no deferred token: a calculator that abstains at most places makes high rates
+unreachable; such targets keep the nearest rate there is, and the table tells what was achieved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm.data.examples import Example
+from collm.decoding.policies import to_probability
+from collm.errors import CollmError
+from collm.evaluation.evaluate import Writer, evaluate_with_traces
+from collm.evaluation.result import EvalResult
+from collm.evaluation.task import Task, get_task
+from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info, save_info
+from collm.report.plots import save_curve
+from collm.report.trace import Trace
+from collm.types import SamplingParams
+
+TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+NEVER, ALWAYS = math.inf, -math.inf
+LIMIT = 30.0
+"""Thresholds are kept within these log-odds, which a float64 probability still tells from 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a threshold did on the calibration prompts.
+
+    `gates`: the gate's log-odds of deferring at every written token, float32, `[N]`; `accepted`: an assistant wrote
+    that token, bool, `[N]`.
+    """
+
+    log_odds: float
+    result: EvalResult
+    gates: NDArray[np.float32]
+    accepted: NDArray[np.bool_]
+
+    @property
+    def rate(self) -> float:
+        return self.result.deferral_rate
+
+
+def gate_log_odds(traces: Sequence[Trace]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """`Measurement.gates` and `Measurement.accepted` of some texts.
+
+    Raises:
+        CollmError: the texts carry no gate.
+    """
+    steps = [step for trace in traces for step in trace.generation.steps]
+    if not steps or not all(step.gate for step in steps):
+        raise CollmError("the texts carry no gate: calibration needs a checkpoint that was trained with a gate")
+    gates = np.array([step.gate for step in steps], dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        log_odds = np.log(gates[:, 1:].sum(axis=1)) - np.log(gates[:, 0])
+    return log_odds.astype(np.float32), np.array([step.deferred for step in steps], dtype=np.bool_)
+
+
+def midpoints(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Thresholds between neighbouring distinct values, `[number of distinct values - 1]`, descending.
+
+    Each lies at or above the lower and strictly below the upper neighbour, so that "greater than" tells them apart
+    even where the two are neighbouring float32 numbers.
+    """
+    distinct = np.unique(values[np.isfinite(values)])[::-1]
+    upper, lower = distinct[:-1], distinct[1:]
+    middle = ((upper.astype(np.float64) + lower) / 2).astype(np.float32)
+    return np.where(middle < upper, middle, lower)
+
+
+def next_threshold(target: float, measured: Sequence[Measurement]) -> float | None:
+    """A threshold to try for `target`: between the two measured ones around it, at the quantile of the gates there.
+
+    Of the gates that lie between the two, those at which an assistant really wrote count; where there are none to
+    choose from, all do. None if the target lies outside what was measured, or no gate value is left in between.
+    """
+    ordered = sorted(measured, key=lambda m: -m.log_odds)
+    brackets = [(a, b) for a, b in zip(ordered, ordered[1:], strict=False) if a.rate <= target <= b.rate]
+    if not brackets:
+        return None
+    above, below = min(brackets, key=lambda pair: pair[1].rate - pair[0].rate)
+    if above.rate == below.rate:
+        return None
+    share = (target - above.rate) / (below.rate - above.rate)
+    pool = np.concatenate([above.gates, below.gates])
+    for gates in (below.gates[below.accepted], pool):
+        inside = gates[(gates > below.log_odds) & (gates <= above.log_odds) & (np.abs(gates) < LIMIT)]
+        candidates = midpoints(inside)
+        candidates = candidates[(candidates > below.log_odds) & (candidates < above.log_odds)]
+        if len(candidates):
+            deferred = 1 - np.searchsorted(np.sort(inside), candidates, side="right") / len(inside)
+            return float(candidates[np.abs(deferred - share).argmin()])
+    return None
+
+
+def calibrate(
+    llm: Writer,
+    task: Task | str,
+    examples: Sequence[Example],
+    *,
+    target_rates: Sequence[float] = TARGET_RATES,
+    seed: int = 0,
+    rounds: int = 3,
+    tolerance: float = 0.01,
+    max_tokens: int = 256,
+    batch_size: int = 16,
+    params: SamplingParams | None = None,
+    out: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> CalibrationTable:
+    """Find the threshold for each target rate, and the quality there.
+
+    Args:
+        target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf).
+        rounds: how many thresholds are tried for each target at most; every one also serves the other targets.
+        tolerance: a rate this close to its target is good enough.
+        params: how texts are written (temperature, stop strings); greedy with `max_tokens` and `seed` if not given.
+        out: folder for the traces of every threshold tried; a stopped calibration goes on where it was.
+        identity: tells this checkpoint from others, see `evaluate`.
+
+    Raises:
+        CollmError: no gate, no examples, an `out` that belongs to another run.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    params = params or SamplingParams(max_tokens=max_tokens, seed=seed)
+    measured: dict[float, Measurement] = {}
+
+    def measure(log_odds: float, what: str) -> None:
+        # The probability is a float64, so that it tells every float32 log-odds within LIMIT from its neighbours.
+        at = replace(params, deferral="threshold", threshold=to_probability(log_odds), deferral_rate=None, task=None)
+        file = None if out is None else Path(out) / f"threshold_{log_odds:.9g}.jsonl"
+        result, traces = evaluate_with_traces(
+            llm, task, examples, at, batch_size=batch_size, out=file, name=what, identity=identity, progress=progress
+        )
+        measured[log_odds] = Measurement(log_odds, result, *gate_log_odds(traces))
+
+    measure(NEVER, "never defer")
+    measure(ALWAYS, "always defer")
+    inner = [rate for rate in target_rates if 0 < rate < 1]
+    for turn in range(1, rounds + 1):
+        for rate in inner:
+            if abs(_nearest(rate, measured).rate - rate) <= tolerance:
+                continue
+            candidate = next_threshold(rate, list(measured.values()))
+            if candidate is not None:
+                measure(candidate, f"rate {rate:.2g}, round {turn}")
+    rows = [_row(rate, measured) for rate in target_rates]
+    # Of equally good ones, the cheapest.
+    best = max(range(len(rows)), key=lambda i: (rows[i].metric_value, -rows[i].achieved_rate, rows[i].log_odds, -i))
+    return CalibrationTable(
+        task=task.name, metric=task.metric, seed=params.seed, num_prompts=len(examples), rows=rows, best=best
+    )
+
+
+def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:
+    """The measurement that came nearest to `rate`; of equals, the one that defers less."""
+    if rate in (0, 1):
+        return measured[ALWAYS if rate else NEVER]
+    return min(measured.values(), key=lambda m: (abs(m.rate - rate), -m.log_odds))
+
+
+def _row(rate: float, measured: Mapping[float, Measurement]) -> CalibrationRow:
+    found = _nearest(rate, measured)
+    return CalibrationRow(
+        target_rate=rate,
+        achieved_rate=found.rate,
+        threshold=to_probability(found.log_odds),
+        log_odds=found.log_odds,
+        metric_value=found.result.value,
+        ci95=found.result.ci95,
+    )
+
+
+def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
+    """Put `table` into a checkpoint, in the place of an older one of the same task.
+
+    Raises:
+        CollmError: the folder is not one of our checkpoints.
+    """
+    info = load_info(checkpoint)
+    if info is None:
+        raise CollmError(
+            f"{checkpoint} has no collm.json to store a calibration in: it is a plain model without a gate"
+        )
+    others = [other for other in info.calibration if other.task != table.task]
+    save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
+
+
+def write_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:
+    """The rate/quality curve as CSV, SVG and, with matplotlib, PNG; the files written."""
+    return save_curve(table, folder)

@@ -1,0 +1,141 @@
+"""Thresholds for deferral rates, measured on the pair's own texts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from writers import PairWriter, questions
+
+from collm.calibration import ALWAYS, NEVER, calibrate, midpoints, store_table, write_curve
+from collm.decoding.policies import to_log_odds, to_probability
+from collm.errors import CollmError
+from collm.evaluation.evaluate import evaluate
+from collm.models.checkpoint import CalibrationTable, CheckpointInfo, load_info, save_info
+from collm.types import SamplingParams
+
+FLOATS = st.floats(width=32, allow_nan=False)
+
+
+def run(llm: PairWriter | None = None, count: int = 40, **options: Any) -> CalibrationTable:
+    return calibrate(llm or PairWriter(), "word_problems", questions(count), progress=False, **options)
+
+
+@given(arrays(np.float32, st.integers(0, 12), elements=FLOATS))
+def test_midpoints_tell_neighbours_apart(values: np.ndarray) -> None:
+    found = midpoints(values)
+    distinct = np.unique(values[np.isfinite(values)])[::-1]
+    assert found.dtype == np.float32 and len(found) == max(0, len(distinct) - 1)
+    for upper, middle, lower in zip(distinct, found, distinct[1:], strict=False):
+        assert upper > middle >= lower
+
+
+def test_midpoints_of_neighbouring_floats() -> None:
+    upper = np.float32(17.0)
+    lower = np.nextafter(upper, np.float32(0), dtype=np.float32)
+    [middle] = midpoints(np.array([lower, upper, upper], dtype=np.float32))
+    assert upper > middle >= lower
+
+
+def test_rates_are_met_although_texts_shift_with_the_threshold() -> None:
+    table = run(rounds=4)
+    assert [row.target_rate for row in table.rows] == [i / 10 for i in range(11)]
+    # 12 of 17 or 18 tokens can be deferred at all: the rest of the text has a gate of about 0.
+    reachable = [row for row in table.rows if row.target_rate < 0.65]
+    for row in reachable:
+        assert row.achieved_rate == pytest.approx(row.target_rate, abs=0.015)
+    assert table.num_prompts == 40 and table.task == "word_problems" and table.metric == "exact_match"
+
+
+def test_zero_is_never_and_one_is_always() -> None:
+    table = run(rounds=1, target_rates=(0.0, 1.0))
+    never, always = table.rows
+    assert (never.log_odds, never.threshold, never.achieved_rate) == (NEVER, 1.0, 0.0)
+    assert (always.log_odds, always.threshold, always.achieved_rate) == (ALWAYS, 0.0, 1.0)
+
+
+def test_the_table_tells_what_decoding_at_its_thresholds_achieves() -> None:
+    llm, examples = PairWriter(abstention=0.4), questions(25)
+    table = calibrate(llm, "word_problems", examples, progress=False)
+    for row in table.rows:
+        at = SamplingParams(threshold=to_probability(row.log_odds))
+        result = evaluate(llm, "word_problems", examples, at, progress=False)
+        assert result.deferral_rate == row.achieved_rate
+        assert result.value == row.metric_value and result.ci95 == row.ci95
+        assert math.isinf(row.log_odds) or np.float32(row.log_odds) == row.log_odds
+        assert to_log_odds(row.threshold) == pytest.approx(row.log_odds)
+
+
+def test_handed_back_deferrals_do_not_count_and_unreachable_rates_say_so() -> None:
+    table = run(PairWriter(abstention=0.7), rounds=6)
+    ceiling = max(row.achieved_rate for row in table.rows)
+    assert 0.15 < ceiling < 0.45
+    for row in table.rows:
+        if 0 < row.target_rate < ceiling:
+            assert row.achieved_rate == pytest.approx(row.target_rate, abs=0.015)
+        if ceiling < row.target_rate < 1:
+            assert row.achieved_rate == ceiling
+    assert len({row.log_odds for row in table.rows if row.target_rate > ceiling + 0.1}) == 1
+
+
+def test_more_rounds_come_nearer() -> None:
+    def error(rounds: int) -> float:
+        rows = run(PairWriter(abstention=0.5), rounds=rounds, tolerance=0).rows
+        return max(abs(row.achieved_rate - row.target_rate) for row in rows if row.target_rate <= 0.3)
+
+    assert error(6) < error(1)
+
+
+def test_the_best_row_is_the_cheapest_of_equals() -> None:
+    table = run(PairWriter(needed=0), target_rates=(0.3, 0.0, 1.0), rounds=1)
+    assert {row.metric_value for row in table.rows} == {1.0}
+    assert table.best == 1
+    helped = run(PairWriter(needed=5), rounds=2)
+    assert helped.best is not None
+    best = helped.rows[helped.best]
+    assert best.metric_value == max(row.metric_value for row in helped.rows)
+    assert best.achieved_rate == min(r.achieved_rate for r in helped.rows if r.metric_value == best.metric_value)
+
+
+def test_a_stopped_calibration_goes_on(tmp_path: Path) -> None:
+    whole = run(rounds=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(PairWriter(fail_after=130), rounds=2, out=tmp_path)
+    rest, unhurried = PairWriter(), PairWriter()
+    assert run(rest, rounds=2, out=tmp_path) == whole
+    run(unhurried, rounds=2)
+    assert rest.written <= unhurried.written - 120
+    idle = PairWriter()
+    assert run(idle, rounds=2, out=tmp_path) == whole and idle.written == 0
+    with pytest.raises(CollmError, match=r"params\.seed"):
+        run(rounds=2, out=tmp_path, seed=1)
+
+
+def test_a_pair_without_gate_is_refused() -> None:
+    with pytest.raises(CollmError, match="no gate"):
+        run(PairWriter(gated=False))
+
+
+def test_the_table_survives_the_checkpoint(tmp_path: Path) -> None:
+    save_info(tmp_path, CheckpointInfo())
+    table = run(rounds=1)
+    store_table(tmp_path, run(rounds=1, count=3))
+    store_table(tmp_path, table)
+    store_table(tmp_path, table.model_copy(update={"task": "other"}))
+    info = load_info(tmp_path)
+    assert info is not None
+    assert [stored.task for stored in info.calibration] == ["word_problems", "other"]
+    assert info.calibration[0] == table
+    assert info.calibration[0].rows[0].log_odds == math.inf and info.calibration[0].rows[-1].log_odds == -math.inf
+    assert (tmp_path / "curve.csv") in write_curve(table, tmp_path)
+
+
+def test_a_plain_model_has_no_place_for_a_table(tmp_path: Path) -> None:
+    with pytest.raises(CollmError, match=r"no collm\.json"):
+        store_table(tmp_path, run(rounds=1, count=2))

@@ -1,0 +1,395 @@
+"""Answers, figures and the runs that make them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from writers import PairWriter, questions
+
+from collm.data.examples import Example
+from collm.errors import CollmError
+from collm.evaluation.evaluate import evaluate, evaluate_with_traces, example_seed, result_path
+from collm.evaluation.result import EvalResult, compare
+from collm.evaluation.stats import bootstrap_ci, mcnemar_exact, paired_bootstrap
+from collm.evaluation.task import (
+    TASKS,
+    any_number,
+    equations,
+    first_number,
+    get_task,
+    last_number,
+    marked,
+    marked_number,
+    marked_text,
+    normalised,
+)
+from collm.report.trace import read_traces
+from collm.types import SamplingParams
+
+# ---- answers
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1,000", "1000"),
+        ("1,234,567.50", "1234567.5"),
+        ("-3", "-3"),
+        ("−3", "-3"),
+        ("(-3)", "-3"),
+        ("$5.00", "5"),
+        ("-$5.00", "-5"),
+        ("$-5", "-5"),
+        ("5.0", "5"),
+        ("5.", "5"),
+        ("100", "100"),
+        (".5", "0.5"),
+        ("-0", "0"),
+        ("007", "7"),
+        ("50%", "50"),
+        ("12 apples", "12"),
+        ("12 apples and 3 pears", "12"),
+        ("3 * 4 = 12", "12"),
+        ("x = ", None),
+        ("5-3", "5"),
+        ("", None),
+        ("unknown", None),
+        ("-", None),
+        ("$", None),
+        (",", None),
+        ("\\boxed{}", None),
+        ("٣", "3"),
+        ("9" * 400, "9" * 400),
+    ],
+)
+def test_one_spelling_for_a_number(text: str, number: str | None) -> None:
+    assert first_number(text) == number
+
+
+@given(st.fractions(max_denominator=1).map(int), st.sampled_from(["{}", "${}", "{}.00", "{} dollars", "= {}", "{}."]))
+def test_every_spelling_of_an_integer_is_that_integer(value: int, form: str) -> None:
+    for spelled in (str(value), f"{value:,}"):
+        assert first_number(form.format(spelled)) == str(value)
+        assert marked_number(f"so\n#### {form.format(spelled)}\n") == str(value)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**9), max_value=10**9))
+def test_the_spelling_keeps_the_value(value: object) -> None:
+    found = first_number(f"{value:f}")
+    assert found is not None and Fraction(found) == Fraction(str(value))
+
+
+@given(st.text())
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_no_text_makes_a_task_raise(task: object, text: str) -> None:
+    for extract in (task.extract, task.read_gold):  # type: ignore[attr-defined]
+        for written in (text, f"#### {text}", f"\\boxed{{{text}}}", f"the answer is {text}", f"{text} = {text}"):
+            assert extract(written) is None or extract(written)
+    equations(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 12", "12"),
+        ("####12", "12"),
+        ("5 + 7 = 12\n#### 12 apples\nThank you 99", "12"),
+        ("#### 12\n#### 13", "12"),
+        ("#### $1,000", "1000"),
+        ("12", None),
+        ("####", None),
+        ("#### \n12", None),
+        ("#### unknown", None),
+        ("", None),
+    ],
+)
+def test_a_marked_answer_is_what_stands_after_the_mark(text: str, answer: str | None) -> None:
+    assert marked_number(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 7 \\boxed{8}", "7"),
+        ("#### unknown, 8", "8"),
+        ("#### unknown\nThe answer is 8", None),
+        ("so \\boxed{1,000} of 3", "1000"),
+        ("\\boxed{} and the answer is 4.", "4"),
+        ("\\boxed{\\frac{1}{2}}", "1"),
+        ("The answer is: $20. There were 3 of them", "20"),
+        ("The final answer is unknown. She has 4", "4"),
+        ("He has 4, gives 3-1 and keeps 2.", "2"),
+        ("I cannot say", None),
+    ],
+)
+def test_an_unmarked_answer_is_found_where_models_put_it(text: str, answer: str | None) -> None:
+    assert any_number(text) == answer
+
+
+def test_short_answers_of_any_kind() -> None:
+    assert normalised(" The  Hague. ") == "the hague"
+    assert normalised("$1,000.0") == "1000"
+    assert normalised("no") != normalised("unknown")
+    assert normalised("...") is None
+    assert marked_text("x\n#### Mount Zor\n") == "mount zor"
+    assert marked("a #### b") == "b" and marked("b") is None
+    assert last_number("3 apples, 4") == "4"
+
+
+def test_an_empty_or_missing_answer_is_wrong_in_every_task() -> None:
+    for task in TASKS.values():
+        for text in ("", "####", "#### ", "unknown", "\\boxed{}"):
+            assert task.score(text, "0") == 0.0
+            assert task.score(text, "no") == 0.0
+
+
+def test_tasks_say_whether_the_mark_is_needed() -> None:
+    for task in TASKS.values():
+        assert task.score("the answer is 5", "5") == (0.0 if task.marked else 1.0)
+        assert task.score("#### 5", "5") == 1.0
+        assert task.version >= 1
+
+
+@pytest.mark.parametrize(
+    ("example", "gold"),
+    [
+        (Example("a", prompt="q", fields={"answer": "1,000"}), "1000"),
+        (Example("a", prompt="q", fields={"answer": 5.0}), "5"),
+        (Example("a", prompt="q", fields={"answer": "2 * 2 = 4\n#### 4"}), "4"),
+        (Example("a", prompt="q", completion="3 + 4 = 7\n#### 7"), "7"),
+        (Example("a", messages=({"role": "user", "content": "q"}, {"role": "assistant", "content": "#### 8"})), "8"),
+    ],
+)
+def test_the_gold_answer_comes_from_the_field_or_the_last_turn(example: Example, gold: str) -> None:
+    assert get_task("gsm8k").gold(example) == gold
+
+
+@pytest.mark.parametrize("fields", [{}, {"answer": None}, {"answer": "unknown"}, {"answer": ""}])
+def test_an_example_without_gold_answer_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(CollmError, match="'x'.*no gold answer.*'gsm8k'"):
+        get_task("gsm8k").gold(Example("x", prompt="q 5", fields=fields))
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(CollmError, match="did you mean 'gsm8k'"):
+        get_task("gsm8")
+    with pytest.raises(CollmError, match="exact_match"):
+        get_task("zzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "shown"),
+    [
+        ("48/2 = 16", 0, 1),
+        ("48/2 = 24\n24 * 2 = 48\n#### 48", 2, 2),
+        ("$5 + $3.50 = $8.50", 1, 1),
+        ("1 / 3 = 0.3333", 1, 1),
+        ("1 / 3 = 0.33 and 2 / 3 = 0.66", 1, 2),
+        ("2 - 5 = -3", 1, 1),
+        ("500 * 2 = 1,000", 1, 1),
+        ("x = 3, so 7 = 7", 0, 0),
+        ("3 + 4 =", 0, 0),
+    ],
+)
+def test_equations_are_checked_by_exact_arithmetic(text: str, right: int, shown: int) -> None:
+    assert equations(text) == (right, shown)
+
+
+# ---- statistics
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(300):
+        scores = (rng.random(100) < 0.3).astype(float).tolist()
+        low, high = bootstrap_ci(scores, resamples=500, seed=seed)
+        hits += low <= 0.3 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_the_interval_of_unanimous_scores_is_not_a_point() -> None:
+    low, high = bootstrap_ci([0.0] * 50)
+    assert low == 0 and 0.05 < high < 0.09  # 1 - 0.025 ** (1 / 50)
+    assert bootstrap_ci([1.0] * 50) == pytest.approx((1 - high, 1))
+    assert bootstrap_ci([0.5] * 5) == (0.5, 0.5)
+
+
+def test_the_interval_is_reproducible_and_wants_scores() -> None:
+    scores = [0.0, 1.0, 1.0] * 20
+    assert bootstrap_ci(scores, seed=3) == bootstrap_ci(scores, seed=3)
+    with pytest.raises(ValueError, match="no scores"):
+        bootstrap_ci([])
+
+
+@pytest.mark.parametrize("n", range(0, 9))
+def test_mcnemar_equals_enumeration(n: int) -> None:
+    """Under the null every discordant example falls to either side alike: count all 2^n outcomes."""
+    for b in range(n + 1):
+        extreme = sum(abs(2 * bin(word).count("1") - n) >= abs(2 * b - n) for word in range(2**n))
+        assert mcnemar_exact(b, n - b) == pytest.approx(extreme / 2**n)
+    assert mcnemar_exact(0, 5000) < 1e-300
+
+
+def test_paired_bootstrap_sees_what_unpaired_scores_hide() -> None:
+    rng = np.random.default_rng(1)
+    first = (rng.random(200) < 0.5).astype(float)
+    second = first.copy()
+    second[np.flatnonzero(first == 0)[:12]] = 1  # 12 better, none worse
+    found = paired_bootstrap(first.tolist(), second.tolist())
+    assert found.difference == pytest.approx(0.06)
+    assert 0 < found.ci95[0] < 0.06 < found.ci95[1] and found.p_value < 0.001
+    swapped = paired_bootstrap(second.tolist(), first.tolist())
+    assert swapped.difference == pytest.approx(-0.06) and swapped.p_value < 0.001
+    same = paired_bootstrap(first.tolist(), first.tolist())
+    assert (same.difference, same.ci95, same.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_paired_scores_must_match() -> None:
+    for first, second in (([1.0], [1.0, 0.0]), ([], [])):
+        with pytest.raises(ValueError, match="same examples"):
+            paired_bootstrap(first, second)
+
+
+# ---- runs
+
+HALF = SamplingParams(threshold=0.5)
+
+
+def run(llm: PairWriter | None = None, count: int = 20, params: SamplingParams = HALF, **options: object) -> EvalResult:
+    settings = {"batch_size": 4, "progress": False, **options}
+    return evaluate(llm or PairWriter(), "word_problems", questions(count), params, **settings)  # type: ignore[arg-type]
+
+
+def test_the_figures_are_those_of_the_texts(tmp_path: Path) -> None:
+    result, traces = evaluate_with_traces(
+        PairWriter(abstention=0.3), "word_problems", questions(30), HALF, out=tmp_path / "r.jsonl", progress=False
+    )
+    steps = [step for trace in traces for step in trace.generation.steps]
+    assert result.num_examples == 30 and result.tokens == len(steps)
+    assert result.value == pytest.approx(sum(trace.score or 0 for trace in traces) / 30)
+    assert 0 < result.value < 1 and result.ci95[0] < result.value < result.ci95[1]
+    assert result.deferral_rate == sum(step.author == 1 for step in steps) / len(steps)
+    assert result.written_by == {"base": sum(s.author == 0 for s in steps), "helper": sum(s.author == 1 for s in steps)}
+    assert result.changed_tokens == sum(step.changed for step in steps) > 0
+    assert result.changed_share == result.changed_tokens / len(steps)
+    assert result.abstained == sum(step.abstained for step in steps) > 0
+    assert result.forward_passes["base"] == len(steps)
+    assert result.forward_passes["helper"] == result.abstained + result.written_by["helper"]
+    assert result.finish_reasons == {"stop": 30} and result.no_answer == 0
+    assert result.versions["torch"] and result.seed == 0
+    assert read_traces(tmp_path / "r.jsonl") == [replace(trace, seconds=round(trace.seconds, 4)) for trace in traces]
+
+
+def test_the_result_is_written_beside_the_traces_and_reads_back(tmp_path: Path) -> None:
+    result = run(out=tmp_path / "run.jsonl", name="pair")
+    assert result_path(tmp_path / "run.jsonl") == tmp_path / "run.json"
+    loaded = EvalResult.load(tmp_path / "run.json")
+    assert replace(loaded, seconds=0) == replace(result, seconds=0)
+    assert "pair: exact match" in loaded.summary() and json.dumps(loaded.to_dict())
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(CollmError, match=r"bad\.json"):
+        EvalResult.load(tmp_path / "bad.json")
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    whole = run()
+    stopped = PairWriter(fail_after=9)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, out=tmp_path / "run.jsonl")
+    with (tmp_path / "run.jsonl").open("ab") as file:
+        file.write(b'{"id": "q8", "text": "torn by kill -9')
+    rest = PairWriter()
+    resumed = run(rest, out=tmp_path / "run.jsonl")
+    assert rest.written == 20 - 8  # two batches of four were on the disk
+    assert resumed.scores == whole.scores and resumed.tokens == whole.tokens and resumed.ids == whole.ids
+    again = PairWriter()
+    assert run(again, out=tmp_path / "run.jsonl").scores == whole.scores
+    assert again.written == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"params": SamplingParams(threshold=0.6)}, "params.threshold: 0.5 there, 0.6 now"),
+        ({"params": SamplingParams(threshold=0.5, seed=1)}, "params.seed"),
+        ({"count": 19}, "examples"),
+        ({"identity": {"checkpoint": "other"}}, "identity"),
+    ],
+)
+def test_traces_of_another_run_are_refused(tmp_path: Path, options: dict[str, object], told: str) -> None:
+    run(out=tmp_path / "run.jsonl")
+    before = (tmp_path / "run.jsonl").read_bytes()
+    with pytest.raises(CollmError, match=re.escape(told)):
+        run(out=tmp_path / "run.jsonl", **options)
+    assert (tmp_path / "run.jsonl").read_bytes() == before
+
+
+def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "mine"}\n')
+    with pytest.raises(CollmError, match="not written by an evaluation"):
+        run(out=tmp_path / "data.jsonl")
+    with pytest.raises(CollmError, match="jsonl"):
+        run(out=tmp_path / "x.json")
+    assert (tmp_path / "data.jsonl").read_text() == '{"prompt": "mine"}\n'
+
+
+def test_every_example_has_a_seed_of_its_own_whatever_the_batch() -> None:
+    seeds = {}
+    for batch_size in (1, 7):
+        llm = PairWriter()
+        run(llm, batch_size=batch_size, params=replace(HALF, seed=5))
+        seeds[batch_size] = llm.seeds
+    assert seeds[1] == seeds[7] == [example_seed(5, f"q{i}") for i in range(20)]
+    assert len(set(seeds[1])) == 20
+    assert example_seed(6, "q0") != example_seed(5, "q0")
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "run.jsonl"
+    for examples, told in (
+        ([], "no examples"),
+        (questions(2) * 2, "same id"),
+        ([Example("a", prompt="q")], "no gold answer"),
+    ):
+        with pytest.raises(CollmError, match=told):
+            evaluate(PairWriter(), "gsm8k", examples, out=out, progress=False)
+    assert not out.exists()
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    run(progress=True, name="my pair")
+    captured = capsys.readouterr()
+    assert captured.out == "" and "my pair" in captured.err and "20/20" in captured.err
+
+
+def test_comparison_is_paired() -> None:
+    weak, strong = run(PairWriter(needed=8), count=60, name="weak"), run(PairWriter(needed=5), count=60, name="strong")
+    found = compare(weak, strong)
+    assert (found.first, found.second, found.only_first) == ("weak", "strong", 0)
+    assert found.only_second == sum(strong.scores) - sum(weak.scores) > 5
+    assert found.difference == pytest.approx(strong.value - weak.value)
+    assert found.mcnemar_p == mcnemar_exact(0, found.only_second) < 0.05
+    assert found.ci95[0] > 0 and found.bootstrap_p < 0.05
+    assert "strong against weak" in found.summary()
+    shuffled = replace(strong, ids=strong.ids[::-1], scores=strong.scores[::-1])
+    assert compare(weak, shuffled) == found
+    graded = replace(strong, scores=tuple(score / 2 for score in strong.scores))
+    assert compare(weak, graded).mcnemar_p is None
+
+
+def test_only_like_can_be_compared() -> None:
+    first = run()
+    for other in (run(count=19), replace(first, task="gsm8k"), replace(first, task_version=2)):
+        with pytest.raises(CollmError, match="different"):
+            compare(first, other)
+    assert math.isclose(compare(first, first).bootstrap_p, 1.0)

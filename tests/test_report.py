@@ -1,0 +1,228 @@
+"""The views: nothing a model writes can break them, and they say who wrote what."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+from test_trace import sample
+
+from collm.models.checkpoint import CalibrationRow, CalibrationTable
+from collm.report.html import Page, html_report, write_html
+from collm.report.plots import curve_csv, curve_svg, save_curve
+from collm.report.systems import SystemRow, systems_table
+from collm.report.terminal import coloured, legend, plain, print_generation, print_traces, summary
+from collm.report.trace import Trace
+from collm.types import Generation, Step
+
+NASTY = '</span></script><script>alert("x")</script>&amp;\x1b[31m\u202e'
+
+
+def generation(*tokens: tuple[str, int], names: tuple[str, ...] = ("base", "calc")) -> Generation:
+    gate = tuple(1 / len(names) for _ in names)
+    steps = tuple(Step(i, author, -0.25, gate, i if author == 0 else i + 1) for i, (_, author) in enumerate(tokens))
+    pieces = tuple(piece for piece, _ in tokens)
+    return Generation("".join(pieces), steps, pieces, "stop", 3, names, (len(steps), 1))
+
+
+WRITTEN = generation(("56 * 9", 0), (" =", 0), (" 5", 1), ("04", 1), ("\n", 0), ("#### 504", 0), ("<|im_end|>", 0))
+
+
+def table() -> CalibrationTable:
+    points = [
+        (0.0, 0.0, math.inf, 0.17),
+        (0.1, 0.098, 2.0, 0.3),
+        (0.5, 0.2, -math.inf, 0.2),
+        (1.0, 0.2, -math.inf, 0.2),
+    ]
+    rows = [
+        CalibrationRow(
+            target_rate=target,
+            achieved_rate=rate,
+            threshold=0.5,
+            log_odds=odds,
+            metric_value=value,
+            ci95=(value - 0.05, value + 0.05),
+        )
+        for target, rate, odds, value in points
+    ]
+    return CalibrationTable(task="word_problems", metric="exact_match", seed=0, num_prompts=20, rows=rows, best=1)
+
+
+class PageReader(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not close."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "path", "rect", "line", "polygon", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open[-1] == "circle" != tag:
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def tokens(self) -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if "t" in (attrs.get("class") or "").split()]
+
+
+def test_the_page_tells_author_gate_log_prob_and_the_base_token() -> None:
+    trace = Trace("q1", WRITTEN, "What is 56 * 9?", (None, None, " 6", "03", None, None, None), 1.0, "504", "504")
+    page = PageReader(html_report([trace]))
+    tokens = page.tokens()
+    assert len(tokens) == 7
+    assert tokens[0] == {"class": "t", "data-l": "-0.25", "data-g": "0.5 0.5", "style": "--g:0.500"}
+    assert tokens[2]["class"] == "t a1 changed" and tokens[2]["data-a"] == "1" and tokens[2]["data-b"] == " 6"
+    assert tokens[6]["class"] == "t special"
+    [article] = [attrs for tag, attrs in page.tags if tag == "article"]
+    assert json.loads(article["data-models"] or "") == ["base", "calc"]
+    assert "right" in (article["class"] or "")
+    assert "#### 504" in "".join(page.text)
+
+
+def test_the_page_loads_nothing_and_escapes_everything() -> None:
+    nasty = generation((NASTY, 1), (NASTY, 0), names=("base", NASTY))
+    trace = Trace(NASTY, nasty, ({"role": NASTY, "content": NASTY},) * 2, (NASTY, None), 0.0, NASTY, NASTY)
+    text = html_report(
+        [trace], Page(NASTY, NASTY, (SystemRow(NASTY, 0.5, None, NASTY, note=NASTY),), NASTY, footer=NASTY)
+    )
+    page = PageReader(text)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "\x1b" not in text and "\u202e" not in text
+    for _, attrs in page.tags:
+        assert not {"src", "href", "onclick", "onload"} & set(attrs)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert "default-src 'none'" in text
+    assert page.tokens()[0]["data-b"] == NASTY.replace("\x1b", "\\x1b").replace("\u202e", "\\x202e")
+
+
+def test_the_page_has_table_curve_and_a_limit() -> None:
+    rows = (SystemRow("alone", 0.2, (0.1, 0.3), "single", 0.0), SystemRow("pair", 0.4, (0.3, 0.5), "joint", 0.1, 0.05))
+    text = html_report([sample(), sample(id="b")], Page(systems=rows, curve=table(), max_samples=1))
+    page = PageReader(text)
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("article") == 1 and "first 1 of 2" in text
+    assert tags.count("polyline") == 1
+    assert "prefers-color-scheme: dark" in text
+    [best] = re.findall(r'<tr class="best">(.*?)</tr>', text)
+    assert "pair" in best and "30.0% to 50.0%" in best
+
+
+def test_an_empty_report_and_empty_generations_are_pages(tmp_path: Path) -> None:
+    PageReader(html_report([]))
+    write_html([Trace("a", Generation("", (), (), "stop", 1, ("base",)), "p")], tmp_path / "x" / "page.html")
+    assert "0 tokens" in (tmp_path / "x" / "page.html").read_text()
+
+
+def test_an_assistants_newline_is_seen_in_both_views() -> None:
+    written = generation(("a", 0), ("\n", 1), ("b", 0))
+    assert "↵</span>\n</span>" in html_report([Trace("a", written, "p")])
+    assert coloured(written).plain == "a↵\nb"
+    assert coloured(generation(("a\nb", 0))).plain == "a\nb"
+
+
+def test_plain_text_brackets_what_assistants_wrote() -> None:
+    assert plain(WRITTEN) == "56 * 9 =[ 504]\n#### 504<|im_end|>"
+    assert plain(generation(("a", 2), ("b", 1), names=("base", "x", "y"))) == "[2:a][1:b]"
+
+
+def terminal(colour: bool) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, force_terminal=colour, color_system="truecolor" if colour else None, width=80), stream
+
+
+def test_a_terminal_gets_colours_and_a_pipe_gets_none() -> None:
+    console, stream = terminal(colour=True)
+    print_generation(WRITTEN, console)
+    assert "\x1b[" in stream.getvalue() and "48;2;230;159;0" in stream.getvalue()
+    console, stream = terminal(colour=False)
+    print_generation(WRITTEN, console)
+    assert "\x1b" not in stream.getvalue()
+    assert stream.getvalue().startswith("56 * 9 =[ 504]\n#### 504<|im_end|>\nwritten by: base  [...] calc\n")
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_models_text_cannot_steer_the_terminal(colour: bool) -> None:
+    console, stream = terminal(colour)
+    print_traces(
+        [Trace("[red]x\x1b]0;", generation(("\x1b[2J\x07[bold]", 1)), "\x1b[2J", score=0.0, gold="4")], console
+    )
+    told = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    assert "\x1b" not in told and "\x07" not in told
+    assert "\\x1b[2J\\x07[bold]" in told and "[red]x" in told and "wrong, gold 4" in told
+
+
+def test_long_lines_are_not_broken_in_a_pipe() -> None:
+    console, stream = terminal(colour=False)
+    print_generation(generation(("x" * 300, 0)), console, with_legend=False)
+    assert stream.getvalue() == "x" * 300 + "\n"
+
+
+def test_legend_and_summary_name_models_and_figures() -> None:
+    assert "calc" in legend(("base", "calc")).plain
+    told = summary(WRITTEN)
+    assert "7 tokens, 28.6% deferred, 2 changed" in told and "base 7, calc 1" in told
+
+
+def test_the_systems_table_shows_every_row() -> None:
+    console, stream = terminal(colour=False)
+    console.print(systems_table([SystemRow("a [b]", 0.123, (0.1, 0.2), deferral_rate=0.5), SystemRow("c", 0.9)]))
+    told = stream.getvalue()
+    assert "a [b]" in told and "12.3%" in told and "10.0% to 20.0%" in told and "50.0%" in told and "90.0%" in told
+
+
+def test_the_curve_as_csv_reads_back() -> None:
+    rows = list(csv.DictReader(io.StringIO(curve_csv(table()))))
+    assert [float(row["log_odds"]) for row in rows] == [math.inf, 2.0, -math.inf, -math.inf]
+    assert [row["best"] for row in rows] == ["0", "1", "0", "0"]
+    assert float(rows[1]["ci95_high"]) == pytest.approx(0.35)
+
+
+def test_the_curve_as_svg_has_one_dot_per_threshold_inside_the_picture() -> None:
+    root = ElementTree.fromstring(curve_svg(table()))
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    dots = [circle for circle in root.iter("circle") if circle.find("title") is not None]
+    assert len(dots) == 3
+    assert all(0 < float(dot.attrib["cx"]) < width and 0 < float(dot.attrib["cy"]) < height for dot in dots)
+    xs = [float(dot.attrib["cx"]) for dot in dots]
+    assert xs == sorted(xs) and xs[0] < xs[1] < xs[2]
+    assert "best: 30.0%" in "".join(root.itertext())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_flat_curves_can_be_drawn(value: float, tmp_path: Path) -> None:
+    row = CalibrationRow(target_rate=0, achieved_rate=0, threshold=1, log_odds=math.inf, metric_value=value)
+    flat = CalibrationTable(task="t", metric="m", seed=0, num_prompts=1, rows=[row], best=0)
+    ElementTree.fromstring(curve_svg(flat))
+    assert (tmp_path / "curve.csv") in save_curve(flat, tmp_path)
+
+
+def test_curve_files_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = save_curve(table(), tmp_path)
+    assert [path.name for path in written] == ["curve.csv", "curve.svg", "curve.png"]
+    assert written[2].read_bytes().startswith(b"\x89PNG")
+    ElementTree.parse(written[1])
+    assert len(list(tmp_path.iterdir())) == 3
