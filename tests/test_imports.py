@@ -21,9 +21,9 @@ ORDER = [
     "data",
     "training",
     "llm",
+    "report",
     "evaluation",
     "calibration",
-    "report",
     "demo",
     "cli",
 ]

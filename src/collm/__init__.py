@@ -1,3 +1,54 @@
-"""collm: language models that learn to write together, token by token."""
+"""collm: language models that learn to write together, token by token.
+
+What most users need stands here. The names are imported when they are first used, so that `import collm`, and with it
+`collm --help`, costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collm.errors import CollmError
+    from collm.gate import log_gate, log_posterior, marginal_nll
+    from collm.llm import CollaborativeLM
+    from collm.types import Generation, LanguageModel, Prediction, Query, SamplingParams, Step
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CollaborativeLM",
+    "CollmError",
+    "Generation",
+    "LanguageModel",
+    "Prediction",
+    "Query",
+    "SamplingParams",
+    "Step",
+    "__version__",
+    "log_gate",
+    "log_posterior",
+    "marginal_nll",
+]
+
+_HOME = {
+    "CollaborativeLM": "collm.llm",
+    "CollmError": "collm.errors",
+    "log_gate": "collm.gate",
+    "log_posterior": "collm.gate",
+    "marginal_nll": "collm.gate",
+}
+"""Where a name lives; the others in `__all__` are in `collm.types`."""
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("_") or name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME.get(name, "collm.types")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

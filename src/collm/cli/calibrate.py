@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from collm.cli.console import Command
-from collm.cli.options import OUTPUT, batch_size_option, data_options, load_llm, model_options, read_examples
+from collm.cli.console import ResumableCommand
+from collm.cli.options import OUTPUT, batch_size_option, data_options, identity, load_llm, model_options, read_examples
 
 if TYPE_CHECKING:
     from collm.models.checkpoint import CalibrationTable
@@ -26,7 +26,7 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     return rates
 
 
-@click.command(cls=Command, short_help="Find thresholds for deferral rates.")
+@click.command(cls=ResumableCommand, short_help="Find thresholds for deferral rates.")
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
 @click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")
@@ -35,7 +35,13 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer.")
 @batch_size_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
-@click.option("--out", type=OUTPUT, metavar="DIR", help="Where curve.csv and curve.svg go.  [default: CHECKPOINT]")
+@click.option(
+    "--out",
+    type=OUTPUT,
+    metavar="DIR",
+    help="Where the curve (CSV, SVG, PNG) goes, and every text written on the way, so that a stopped run "
+    "resumes.  [default: the curve alone, to CHECKPOINT]",
+)
 @data_options
 @model_options
 def calibrate(
@@ -58,6 +64,8 @@ def calibrate(
         rounds=options["rounds"],
         max_tokens=options["max_tokens"],
         batch_size=options["batch_size"],
+        out=out,
+        identity=identity(str(checkpoint), options),
     )
     store_table(checkpoint, table)
     files = write_curve(table, out or checkpoint)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,11 +15,15 @@ from collm.cli.options import (
     batch_size_option,
     data_options,
     decoding_options,
+    identity,
     load_llm,
     model_options,
     read_examples,
     sampling_params,
 )
+
+if TYPE_CHECKING:
+    from collm.evaluation.result import EvalResult
 
 
 @click.command("eval", cls=ResumableCommand, short_help="Answer and score the questions of a task.")
@@ -41,7 +46,40 @@ def evaluate(checkpoint: str, task: str, data: str, out: Path | None, as_json: b
     from collm.evaluation.evaluate import evaluate as run
     from collm.evaluation.task import get_task
 
-    chosen = get_task(task)
-    examples = read_examples(data, options)
-    result = run(load_llm(checkpoint, options), chosen, examples, params, batch_size=options["batch_size"], out=out)
-    click.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result.summary())
+    result = run(
+        load_llm(checkpoint, options),
+        get_task(task),
+        read_examples(data, options),
+        params,
+        batch_size=options["batch_size"],
+        out=out,
+        identity=identity(checkpoint, options),
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(result), ensure_ascii=False))
+    else:
+        _show(result)
+
+
+def _show(result: EvalResult) -> None:
+    from rich.console import Console
+
+    from collm.report.systems import SystemRow, systems_table
+
+    row = SystemRow(
+        result.name,
+        result.value,
+        result.ci95,
+        deferral_rate=result.deferral_rate,
+        changed_share=result.changed_share,
+    )
+    Console().print(systems_table([row], result.metric))
+    counts = ", ".join(f"{name} {count}" for name, count in result.forward_passes.items())
+    click.echo(
+        f"{result.num_examples} questions of {result.task} (version {result.task_version}), seed {result.seed}; "
+        f"{result.tokens} tokens in {result.seconds:.0f} s; {result.no_answer} without an answer; "
+        f"forward passes: {counts}"
+    )
+    if result.equations_shown:
+        share = result.equations_right / result.equations_shown
+        click.echo(f"equations computed right: {result.equations_right} of {result.equations_shown} ({share:.1%})")

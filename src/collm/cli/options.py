@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -137,6 +138,22 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
         dtype=options["dtype"],
         device=options["device"],
     )
+
+
+def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one system from another in a file that a stopped run goes on from: names, and fingerprints of
+    what was trained."""
+    from collm.models.checkpoint import load_info
+
+    info = load_info(checkpoint)
+    trained = [Path(checkpoint) / name for name in ("gate.safetensors", "adapter_model.safetensors")]
+    return {
+        "checkpoint": checkpoint,
+        "assistants": list(options["assistants"]),
+        "base": options["base"],
+        "base_weights": None if info is None else info.base_fingerprint,
+        "trained": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in trained if path.is_file()],
+    }
 
 
 def read_examples(source: str, options: Mapping[str, Any]) -> list[Example]:
