@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from transformers import PreTrainedTokenizerFast
 from writers import PairWriter, questions
 
 from collm.calibration import ALWAYS, NEVER, calibrate, midpoints, store_table, write_curve
+from collm.data.formatting import Formatter
 from collm.decoding.policies import to_log_odds, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
+from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, CheckpointInfo, load_info, save_info
+from collm.models.fake import FakeModel
 from collm.types import SamplingParams
 
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -70,6 +75,23 @@ def test_the_table_tells_what_decoding_at_its_thresholds_achieves() -> None:
         assert result.value == row.metric_value and result.ci95 == row.ci95
         assert math.isinf(row.log_odds) or np.float32(row.log_odds) == row.log_odds
         assert to_log_odds(row.threshold) == pytest.approx(row.log_odds)
+
+
+def test_a_deferral_rate_just_works_once_calibrated(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """The whole way, with the real decoders: the rate asked for later is the rate measured now."""
+    vocab, eos = len(tiny_tokenizer), frozenset({2})
+    base = FakeModel("base", vocab, num_assistants=2, agreement=0.3, eos_token_ids=eos)
+    helpers = [FakeModel(name, vocab, agreement=0.3, abstention=0.2, eos_token_ids=eos) for name in ("x", "y")]
+    llm = CollaborativeLM([base, *helpers], [Formatter(tiny_tokenizer)] * 3)
+    examples, short = questions(10), SamplingParams(max_tokens=20)
+    table = calibrate(llm, "exact_match", examples, params=short, target_rates=(0, 0.2, 0.5, 1), progress=False)
+    llm.info.calibration.append(table)
+    for row in table.rows:
+        asked = replace(short, deferral_rate=row.target_rate)
+        result = evaluate(llm, "exact_match", examples, asked, progress=False, batch_size=3)
+        assert result.deferral_rate == row.achieved_rate
+    assert [row.achieved_rate for row in table.rows[:3]] == pytest.approx([0, 0.2, 0.5], abs=0.05)
+    assert 0.7 < table.rows[3].achieved_rate < 0.95
 
 
 def test_handed_back_deferrals_do_not_count_and_unreachable_rates_say_so() -> None:

@@ -29,7 +29,7 @@ from collm.types import Generation, SamplingParams, Step
 
 
 def sample(**changes: object) -> Trace:
-    [generation] = PairWriter(abstention=0.3).generate_batch(["What is 7"], SamplingParams())
+    [(_, generation)] = PairWriter(abstention=0.3).generate_each(["What is 7"], SamplingParams())
     settings = {"id": "a", "prompt": "What is 7", "score": 1.0, "answer": "7", "gold": "7", **changes}
     return Trace(generation=generation, base_pieces=base_pieces(generation, chr), **settings)  # type: ignore[arg-type]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from collm.data.examples import Example
-from collm.decoding.policies import to_log_odds
+from collm.decoding.policies import Policy, Threshold, to_log_odds
 from collm.types import Generation, Message, SamplingParams, Step
 
 
@@ -42,22 +42,34 @@ class PairWriter:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
 
-    def generate_batch(
+    def generate_each(
         self,
         prompts: Sequence[Sequence[Message] | str],
         params: SamplingParams | Sequence[SamplingParams],
         batch_size: int = 8,
-    ) -> list[Generation]:
+        *,
+        policy: Policy | None = None,
+        alone: int | str | None = None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Batches run from last to first: texts are not finished in the order of their prompts."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        return [self._write(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        for start in range(0, len(prompts), batch_size):
+            for i in reversed(range(start, min(start + batch_size, len(prompts)))):
+                yield i, self._write(prompts[i], each[i], policy, alone)
 
-    def _write(self, prompt: Sequence[Message] | str, params: SamplingParams) -> Generation:
+    def _write(
+        self, prompt: Sequence[Message] | str, params: SamplingParams, policy: Policy | None, alone: int | str | None
+    ) -> Generation:
         if self.fail_after is not None and self.written >= self.fail_after:
             raise KeyboardInterrupt
         self.written += 1
         self.seeds.append(params.seed)
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         eta = to_log_odds(0.5 if params.threshold is None else params.threshold)
+        if isinstance(policy, Threshold):
+            eta = policy.log_odds
+        if alone is not None:
+            eta = -math.inf if alone in (1, "helper") else math.inf
         steps: list[Step] = []
         while len(steps) < self.length:
             written = tuple(step.token_id for step in steps)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm.data.examples import Example
-from collm.decoding.policies import to_probability
+from collm.decoding.policies import Threshold, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
@@ -31,8 +31,6 @@ from collm.types import SamplingParams
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 NEVER, ALWAYS = math.inf, -math.inf
-LIMIT = 30.0
-"""Thresholds are kept within these log-odds, which a float64 probability still tells from 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def next_threshold(target: float, measured: Sequence[Measurement]) -> float | No
     share = (target - above.rate) / (below.rate - above.rate)
     pool = np.concatenate([above.gates, below.gates])
     for gates in (below.gates[below.accepted], pool):
-        inside = gates[(gates > below.log_odds) & (gates <= above.log_odds) & (np.abs(gates) < LIMIT)]
+        inside = gates[(gates > below.log_odds) & (gates <= above.log_odds)]
         candidates = midpoints(inside)
         candidates = candidates[(candidates > below.log_odds) & (candidates < above.log_odds)]
         if len(candidates):
@@ -127,7 +125,8 @@ def calibrate(
         target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf).
         rounds: how many thresholds are tried for each target at most; every one also serves the other targets.
         tolerance: a rate this close to its target is good enough.
-        params: how texts are written (temperature, stop strings); greedy with `max_tokens` and `seed` if not given.
+        params: how texts are written (temperature, stop strings), whoever writes; greedy with `max_tokens` and
+            `seed` if not given.
         out: folder for the traces of every threshold tried; a stopped calibration goes on where it was.
         identity: tells this checkpoint from others, see `evaluate`.
 
@@ -139,11 +138,19 @@ def calibrate(
     measured: dict[float, Measurement] = {}
 
     def measure(log_odds: float, what: str) -> None:
-        # The probability is a float64, so that it tells every float32 log-odds within LIMIT from its neighbours.
-        at = replace(params, deferral="threshold", threshold=to_probability(log_odds), deferral_rate=None, task=None)
         file = None if out is None else Path(out) / f"threshold_{log_odds:.9g}.jsonl"
         result, traces = evaluate_with_traces(
-            llm, task, examples, at, batch_size=batch_size, out=file, name=what, identity=identity, progress=progress
+            llm,
+            task,
+            examples,
+            params,
+            # A policy, for a threshold in `params` is a probability, which rounds large log-odds to 1.
+            policy=Threshold(log_odds),
+            batch_size=batch_size,
+            out=file,
+            name=what,
+            identity=identity,
+            progress=progress,
         )
         measured[log_odds] = Measurement(log_odds, result, *gate_log_odds(traces))
 

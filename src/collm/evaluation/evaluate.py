@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from collm.data.examples import Example, examples_fingerprint
+from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, summarise
 from collm.evaluation.task import Task, get_task
@@ -40,12 +41,15 @@ class Writer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
-    def generate_batch(
+    def generate_each(
         self,
         prompts: Sequence[Sequence[Message] | str],
         params: SamplingParams | Sequence[SamplingParams],
         batch_size: int,
-    ) -> list[Generation]: ...
+        *,
+        policy: Policy | None,
+        alone: int | str | None,
+    ) -> Iterator[tuple[int, Generation]]: ...
 
 
 def evaluate(
@@ -54,6 +58,8 @@ def evaluate(
     examples: Sequence[Example],
     params: SamplingParams = GREEDY,
     *,
+    policy: Policy | None = None,
+    alone: int | str | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
     name: str = "",
@@ -62,7 +68,17 @@ def evaluate(
 ) -> EvalResult:
     """The result of `evaluate_with_traces`; see there."""
     result, _ = evaluate_with_traces(
-        llm, task, examples, params, batch_size=batch_size, out=out, name=name, identity=identity, progress=progress
+        llm,
+        task,
+        examples,
+        params,
+        policy=policy,
+        alone=alone,
+        batch_size=batch_size,
+        out=out,
+        name=name,
+        identity=identity,
+        progress=progress,
     )
     return result
 
@@ -73,6 +89,8 @@ def evaluate_with_traces(
     examples: Sequence[Example],
     params: SamplingParams = GREEDY,
     *,
+    policy: Policy | None = None,
+    alone: int | str | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
     name: str = "",
@@ -85,8 +103,10 @@ def evaluate_with_traces(
     run changes a text, and random choices are independent between examples.
 
     Args:
-        out: a `.jsonl` file for the traces, written batch by batch; a run that finds its own traces there goes on
-            after them. The result is written as `.json` beside it.
+        policy: who writes, instead of what `params` says.
+        alone: name or number of the only model to be used: a baseline.
+        out: a `.jsonl` file for the traces, each written as soon as its text is finished; a run that finds its own
+            traces there goes on after them. The result is written as `.json` beside it.
         name: how the system is called in tables.
         identity: what else tells this system from others (checkpoint, fingerprint of weights); a file that was
             written under another identity or other settings is refused.
@@ -106,6 +126,8 @@ def evaluate_with_traces(
         "examples": examples_fingerprint(examples),
         "models": list(llm.model_names),
         "identity": dict(identity or {}),
+        "policy": None if policy is None else repr(policy),
+        "alone": alone,
         **{f"params.{key}": value for key, value in asdict(params).items()},
     }
     settings["params.stop"] = list(params.stop)
@@ -117,12 +139,11 @@ def evaluate_with_traces(
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
         row = bar.add_task(name or task.name, total=len(examples), completed=len(done), figures=_running(done))
-        for start in range(0, len(todo), batch_size):
-            traces = _answer(llm, task, todo[start : start + batch_size], params)
+        for trace in _answers(llm, task, todo, params, batch_size, policy, alone):
             if path is not None:
-                append_json(path, map(trace_to_dict, traces))
-            done.update((trace.id, trace) for trace in traces)
-            bar.update(row, advance=len(traces), figures=_running(done))
+                append_json(path, [trace_to_dict(trace)])
+            done[trace.id] = trace
+            bar.update(row, advance=1, figures=_running(done))
     ordered = [done[example.id] for example in examples]
     result = summarise(name or " + ".join(llm.model_names), task, ordered, params.seed, settings)
     if path is not None:
@@ -135,14 +156,23 @@ def result_path(out: str | Path) -> Path:
     return Path(out).with_suffix(".json")
 
 
-def _answer(llm: Writer, task: Task, rows: Sequence[tuple[Example, str]], params: SamplingParams) -> list[Trace]:
-    begin = time.perf_counter()
+def _answers(
+    llm: Writer,
+    task: Task,
+    rows: Sequence[tuple[Example, str]],
+    params: SamplingParams,
+    batch_size: int,
+    policy: Policy | None,
+    alone: int | str | None,
+) -> Iterator[Trace]:
+    """Scored texts in the order in which they are finished; their seconds add up to the time it took."""
     prompts = [example.question for example, _ in rows]
     own = [replace(params, seed=example_seed(params.seed, example.id)) for example, _ in rows]
-    generations = llm.generate_batch(prompts, own, batch_size=len(rows))
-    seconds = (time.perf_counter() - begin) / len(rows)
-    return [
-        Trace(
+    begin = time.perf_counter()
+    for index, generation in llm.generate_each(prompts, own, batch_size, policy=policy, alone=alone):
+        now = time.perf_counter()
+        (example, gold), prompt = rows[index], prompts[index]
+        yield Trace(
             id=example.id,
             generation=generation,
             prompt=prompt if isinstance(prompt, str) else tuple(prompt),
@@ -150,10 +180,9 @@ def _answer(llm: Writer, task: Task, rows: Sequence[tuple[Example, str]], params
             score=task.score(generation.text, gold),
             answer=task.extract(generation.text),
             gold=gold,
-            seconds=seconds,
+            seconds=now - begin,
         )
-        for (example, gold), prompt, generation in zip(rows, prompts, generations, strict=True)
-    ]
+        begin = now
 
 
 def example_seed(seed: int, example_id: str) -> int:
