@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -37,7 +38,7 @@ def refused(result: Result, *words: str, code: int = 1) -> None:
         assert word in result.stderr, result.stderr
     assert "Traceback" not in result.output
     if code == 1:
-        assert result.stderr.splitlines()[-1].startswith("error: ")
+        assert any(line.startswith("error: ") for line in result.stderr.splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,73 @@ def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path) -> None:
     assert not out.exists()
     done = subprocess.run([*command[:-1], "4096"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "going on after" in done.stderr, done.stderr
+
+
+# -- train
+
+
+RECIPE: dict[str, Any] = {
+    "out": "runs/pair",
+    "base": {"model": "base"},
+    "assistants": [{"name": "calculator", "model": "calculator"}, {"name": "helper", "model": "helper"}],
+    "data": {"train": "data.jsonl", "validation_share": 0.3},
+    "tune": "gate",
+    "training": {"epochs": 2},
+}
+
+
+def write_recipe(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(world: Path) -> str:
+    """A checkpoint made by `collm train`: the gate alone, for a calculator and a second model."""
+    result = collm("train", write_recipe(world / "recipe.yaml"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.rstrip().endswith("checkpoint written to runs/pair")
+    return "runs/pair"
+
+
+def test_train_makes_a_checkpoint_and_leaves_a_finished_one_alone(pair: str) -> None:
+    info = json.loads(Path(pair, "collm.json").read_text())
+    assert info["kind"] == "gate" and [a["name"] for a in info["assistants"]] == ["calculator", "helper"]
+    again = collm("train", "recipe.yaml")
+    assert again.exit_code == 0 and "finished already" in again.stderr
+
+
+def test_a_folder_belongs_to_its_recipe(pair: str, tmp_path: Path) -> None:
+    refused(collm("train", write_recipe(tmp_path / "other.yaml", training={"epochs": 3})), "another recipe", "training")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainng": {}}, ["unknown key 'trainng'", "did you mean 'training'?"]),
+        ({"training": {"epoch": 1}}, ["unknown key 'training.epoch'", "did you mean 'epochs'?"]),
+        ({"assistants": [{"name": "a", "modle": "calculator", "model": "calculator"}]}, ["did you mean 'model'?"]),
+        ({"tune": "everything"}, ["tune", "full"]),
+        ({"data": {"train": "missing.jsonl"}}, ["missing.jsonl"]),
+        ({"base": {"model": "./nowhere"}}, ["./nowhere", "no such folder"]),
+        ({"base": {"model": "pickled"}}, ["pickled", "safetensors"]),
+        ({"base": {"model": "calculator"}}, ["tool"]),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_recipes(world: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    refused(collm("train", write_recipe(tmp_path / "recipe.yaml", out=str(tmp_path / "out"), **changes)), *words)
+
+
+def test_a_recipe_that_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("out: [")
+    refused(collm("train", tmp_path / "recipe.yaml"), "recipe.yaml", "not valid YAML")
+
+
+def test_train_refuses_scores_of_another_template(world: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores"
+    assert collm("score", "data.jsonl", "--model", "base", "--out", scores, "--system", "Be brief.").exit_code == 0
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", out=str(tmp_path / "out"), base={"model": "base", "scores": str(scores)}
+    )
+    refused(collm("train", recipe), "stale", "system prompt")
