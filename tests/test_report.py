@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -128,6 +129,13 @@ def test_the_page_has_table_curve_and_a_limit() -> None:
     assert "prefers-color-scheme: dark" in text
     [best] = re.findall(r'<tr class="best">(.*?)</tr>', text)
     assert "pair" in best and "30.0% to 50.0%" in best
+
+
+def test_the_gate_view_is_offered_where_there_is_a_gate() -> None:
+    without = replace(WRITTEN, steps=tuple(replace(step, gate=()) for step in WRITTEN.steps))
+    assert 'data-view="gate"' in html_report([Trace("a", WRITTEN, "p")])
+    page = html_report([Trace("a", without, "p")])
+    assert 'data-view="gate"' not in page and "data-g=" not in page
 
 
 def test_an_empty_report_and_empty_generations_are_pages(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def _tools(traces: Sequence[Trace]) -> str:
     if any(step.abstained for step in steps):
         keys.append('<span><span class="back">handed back</span></span>')
     keys.append('<span class="gatekey">chance of deferring 0 %<i class="ramp"></i>100 %</span>')
-    views = _buttons("view", [("author", "Author"), ("gate", "Gate")])
+    gated = any(step.gate for step in steps)
+    views = _buttons("view", [("author", "Author"), ("gate", "Gate")]) if gated else ""
     filters = [("all", "All")]
     if any(trace.score is not None for trace in traces):
         filters += [("right", "Right"), ("wrong", "Wrong")]

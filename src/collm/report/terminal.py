@@ -122,8 +122,8 @@ def print_traces(traces: Iterable[Trace], console: Console | None = None) -> Non
         verdict = "" if trace.score is None else "right" if trace.score == 1 else f"wrong, gold {trace.gold}"
         head = Text(f"{printable(trace.id)}  ", style="bold")
         head.append(verdict, "green" if trace.score == 1 else "red")
-        console.print(head, highlight=False)
-        console.print(Text(printable(question_of(trace)), style="dim"), highlight=False)
+        console.print(head, soft_wrap=True, highlight=False)
+        console.print(Text(printable(question_of(trace)), style="dim"), soft_wrap=True, highlight=False)
         print_generation(trace.generation, console, with_legend=False)
         console.print()
         names = trace.generation.model_names
