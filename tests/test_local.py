@@ -197,6 +197,15 @@ def test_a_model_smaller_than_the_tokenizer_is_refused(tiny_tokenizer: PreTraine
         LocalModel(tiny("llama", vocab_size=300), tiny_tokenizer)
 
 
+def test_tokens_that_one_model_does_not_know_have_probability_zero(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = LocalModel(tiny("llama", vocab_size=320), tiny_tokenizer, name="small", vocab_size=325)
+    [[answer]] = model.predict([Query(0, (1, 2))])
+    assert isinstance(answer, Prediction)
+    assert answer.log_probs.shape == (325,) and bool(answer.log_probs[320:].isneginf().all())
+    with pytest.raises(CollmError, match="small: token 321 lies beyond the 320 tokens"):
+        model.predict([Query(0, (1, 321))])
+
+
 def test_unknown_architectures_are_recomputed_with_a_warning(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 330, "initializer_range": 0.3}
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **settings)).eval()

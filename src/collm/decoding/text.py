@@ -17,7 +17,9 @@ MAX_CONTEXT = 8
 class Decoder(Protocol):
     """The part of a tokenizer that is needed here."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ..., **kwargs: bool) -> str: ...
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = ..., *, clean_up_tokenization_spaces: bool = ...
+    ) -> str | list[str]: ...
 
 
 class Detokenizer:
@@ -56,9 +58,9 @@ class Detokenizer:
         return piece
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        text = self._tokenizer.decode(token_ids, self._skip_special_tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 class TextStream:

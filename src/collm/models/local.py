@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
@@ -16,6 +17,7 @@ from collm.models.backbone import causal_lm, hidden_states, project
 from collm.models.head import DeferralHead
 from collm.models.loading import eos_ids
 from collm.models.slots import SlotTable
+from collm.models.tokenizers import shared_vocab_size
 from collm.types import Answer, Prediction, Query
 
 PASS_TOKENS = 8192
@@ -32,13 +34,14 @@ class LocalModel:
     Architectures that the pool is not known to serve rightly are recomputed, with a warning (see `kv_pool.supports`).
 
     Args:
-        tokenizer: its length is the vocabulary shared by all models; further logits are padding and cut off.
+        vocab_size: of the vocabulary that all models share (the base's); as `tokenizer` says if not given. Further
+            logits are padding and cut off; tokens that this model does not know have probability 0.
         head: the gate; with it the model is a base.
         cache: False gives the plain twin.
         num_slots: sequences whose caches are kept, and rows of a forward pass at most.
 
     Raises:
-        CollmError: the tokenizer knows more tokens than the model.
+        CollmError: the tokenizer has more ordinary tokens than the model.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class LocalModel:
         head: DeferralHead | None = None,
         *,
         name: str = "base",
+        vocab_size: int | None = None,
         cache: bool = True,
         num_slots: int = 16,
     ) -> None:
@@ -57,11 +61,11 @@ class LocalModel:
         self._lm = lm
         self._name = name
         self._eos_token_ids = eos_ids(lm, tokenizer)
-        self._vocab_size = len(tokenizer)
-        rows = lm.get_output_embeddings().weight.shape[0]
-        if rows < self._vocab_size:
+        self._vocab_size = shared_vocab_size(tokenizer) if vocab_size is None else vocab_size
+        self._known_tokens: int = lm.get_output_embeddings().weight.shape[0]
+        if self._known_tokens < tokenizer.vocab_size:
             raise CollmError(
-                f"{name}: the model knows {rows} tokens and the tokenizer {self._vocab_size}; "
+                f"{name}: the model knows {self._known_tokens} tokens and the tokenizer {tokenizer.vocab_size}; "
                 "give the tokenizer that belongs to the model"
             )
         self.context_length: int | None = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
@@ -102,11 +106,7 @@ class LocalModel:
             CollmError: a query longer than the model's context, or predictions that are not numbers.
         """
         for query in queries:
-            if self.context_length is not None and len(query.token_ids) > self.context_length:
-                raise CollmError(
-                    f"{self._name}: {len(query.token_ids)} tokens do not fit into its context of "
-                    f"{self.context_length}; shorten the prompt"
-                )
+            self._check(query.token_ids)
         if self._pool is None:
             states = [self._recomputed(query) for query in queries]
         else:
@@ -114,6 +114,18 @@ class LocalModel:
             for start in range(0, len(queries), self._table.num_slots):
                 states += self._cached(self._pool, queries[start : start + self._table.num_slots])
         return self._answers(queries, torch.cat(states)) if states else []
+
+    def _check(self, token_ids: tuple[int, ...]) -> None:
+        if self.context_length is not None and len(token_ids) > self.context_length:
+            raise CollmError(
+                f"{self._name}: {len(token_ids)} tokens do not fit into its context of "
+                f"{self.context_length}; shorten the prompt"
+            )
+        if max(token_ids) >= self._known_tokens:
+            raise CollmError(
+                f"{self._name}: token {max(token_ids)} lies beyond the {self._known_tokens} tokens that the model "
+                "knows; give the tokenizer that belongs to it"
+            )
 
     def _recomputed(self, query: Query) -> Tensor:
         """Hidden states `[num_last, H]`, the plain way."""
@@ -163,6 +175,8 @@ class LocalModel:
 
     def _answers(self, queries: Sequence[Query], hidden: Tensor) -> list[list[Answer]]:
         log_probs = project(self._lm, hidden)[:, : self._vocab_size].float().log_softmax(dim=-1)
+        if self._known_tokens < self._vocab_size:
+            log_probs = F.pad(log_probs, (0, self._vocab_size - self._known_tokens), value=-torch.inf)
         gates = None if self.head is None else log_gate(self.head(hidden))
         broken = log_probs.isnan().any(dim=-1)
         if gates is not None:

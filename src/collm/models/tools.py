@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from collm.models.arithmetic import continuation
+from collm.models.tokenizers import shared_vocab_size
 from collm.types import Answer, Prediction, Query
 
 MAX_TAIL = 256
@@ -32,7 +33,7 @@ class Calculator:
         self._tokenizer = tokenizer
         self._decimals = decimals
         self._name = name
-        self._vocab_size = len(tokenizer)
+        self._vocab_size = shared_vocab_size(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
         self._pieces: dict[int, str] = {}
         # Decoding behind an anchor keeps the leading space that SentencePiece tokenizers drop at the start of a text.
@@ -106,7 +107,7 @@ class Calculator:
         return law
 
 
-def make_tool(name: str, tokenizer: PreTrainedTokenizerBase) -> Calculator:
+def make_tool(spec: str, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Calculator:
     """The tool of a spec (`collm.models.loading.TOOLS`), writing in the tokens of this tokenizer."""
-    assert name == "calculator", name
-    return Calculator(tokenizer)
+    assert spec == "calculator", spec
+    return Calculator(tokenizer, name=name or spec)

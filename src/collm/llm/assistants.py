@@ -1,0 +1,113 @@
+"""Match the assistants a user gives with those a checkpoint was trained with, and load them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from collm.data.formatting import Formatter, PromptFormat
+from collm.errors import CollmError
+from collm.models.checkpoint import AssistantInfo
+from collm.models.loading import is_tool, load_model, load_tokenizer
+from collm.models.local import LocalModel
+from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
+from collm.models.tools import make_tool
+from collm.types import LanguageModel
+
+AssistantSource = str | LanguageModel
+"""A spec, `"NAME=SPEC"`, or a model of one's own."""
+
+
+def load_assistants(
+    given: Sequence[AssistantSource],
+    trained: Sequence[AssistantInfo],
+    base: Formatter,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    cache: bool = True,
+) -> list[tuple[LanguageModel, Formatter]]:
+    """The assistants in the order of the gate, each with its prompt format.
+
+    Args:
+        trained: those of the checkpoint; none for a plain model, which takes whatever is given.
+        base: the base's formatter; tools and models of one's own see the prompt as the base does.
+
+    Raises:
+        CollmError: one is missing, one too many, two have one name, or a tokenizer differs from the base's.
+    """
+    infos, sources = _matched(given, trained)
+    names = [info.name for info in infos]
+    if len(set(names)) < len(names):
+        raise CollmError(f"two assistants have one name ({', '.join(names)}); name them as NAME=SPEC")
+    return [_load(s, info, base, dtype, device, cache) for s, info in zip(sources, infos, strict=True)]
+
+
+def _matched(
+    given: Sequence[AssistantSource], trained: Sequence[AssistantInfo]
+) -> tuple[list[AssistantInfo], list[AssistantSource]]:
+    """For each assistant, what is known about it and what to load."""
+    named = [_named(source, [info.name for info in trained]) for source in given]
+    if not trained:
+        return [AssistantInfo(name=name or _default_name(s), spec="") for name, s in named], [s for _, s in named]
+    by_name = {name: source for name, source in named if name is not None}
+    unnamed = [source for name, source in named if name is None]
+    unknown = sorted(set(by_name) - {info.name for info in trained})
+    if unknown:
+        known = ", ".join(info.name for info in trained)
+        raise CollmError(f"the checkpoint has no assistant called {', '.join(unknown)}; its assistants are {known}")
+    sources: list[AssistantSource] = []
+    for info in trained:
+        if info.name in by_name:
+            sources.append(by_name[info.name])
+        elif info.spec in unnamed:
+            sources.append(unnamed.pop(unnamed.index(info.spec)))
+        elif unnamed and not (is_tool(info.spec) and len(unnamed) < _wanting(trained, by_name, sources)):
+            sources.append(unnamed.pop(0))
+        elif is_tool(info.spec):
+            sources.append(info.spec)
+        else:
+            raise CollmError(
+                f"the assistant {info.name!r} is missing; give it as assistant {info.name}=SPEC "
+                f"(it was trained with {info.spec})"
+            )
+    if unnamed:
+        raise CollmError(f"{len(given)} assistants were given, but the checkpoint was trained with {len(trained)}")
+    return list(trained), sources
+
+
+def _wanting(trained: Sequence[AssistantInfo], by_name: dict[str, AssistantSource], done: Sequence[object]) -> int:
+    """How many assistants, from the next one on, are still to be found by their order."""
+    return sum(info.name not in by_name for info in trained[len(done) :])
+
+
+def _named(source: AssistantSource, known: Sequence[str]) -> tuple[str | None, AssistantSource]:
+    """Split `NAME=SPEC`; a model of one's own counts as named if the checkpoint knows its name."""
+    if not isinstance(source, str):
+        return (source.name if source.name in known or not known else None), source
+    name, sign, spec = source.partition("=")
+    # A folder may have "=" in its name.
+    return (name, spec) if sign and name and "/" not in name and not Path(source).exists() else (None, source)
+
+
+def _default_name(source: AssistantSource) -> str:
+    return Path(source).name if isinstance(source, str) else source.name
+
+
+def _load(
+    source: AssistantSource, info: AssistantInfo, base: Formatter, dtype: str, device: str, cache: bool
+) -> tuple[LanguageModel, Formatter]:
+    if not isinstance(source, str):
+        return source, base
+    if is_tool(source):
+        return make_tool(source, base.tokenizer, info.name), base
+    tokenizer = load_tokenizer(source)
+    require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
+    model = LocalModel(
+        load_model(source, dtype=dtype, device=device),
+        tokenizer,
+        name=info.name,
+        vocab_size=shared_vocab_size(base.tokenizer),
+        cache=cache,
+    )
+    return model, Formatter(tokenizer, PromptFormat(**info.format))

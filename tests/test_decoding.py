@@ -1,0 +1,460 @@
+"""Decoders, policies, noise, driver and detokenisation, on toy models."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from collm.decoding.collaborative import Flow, collaborative, compose, single
+from collm.decoding.policies import (
+    Always,
+    Never,
+    Policy,
+    Random,
+    Sampled,
+    Threshold,
+    log_odds,
+    to_log_odds,
+    to_probability,
+)
+from collm.decoding.run import Finished, run
+from collm.decoding.sampling import draw, noise, truncated
+from collm.decoding.text import Detokenizer, TextStream, stopping
+from collm.models.fake import FakeModel
+from collm.types import BASE, Answer, Prediction, Query, SamplingParams, Step
+
+V = 7
+PROMPT = (3, 1, 4)
+
+
+def fakes(num_assistants: int, **kwargs: Any) -> list[FakeModel]:
+    base = FakeModel("base", V, num_assistants=num_assistants)
+    return [base, *[FakeModel(f"a{k}", V, **kwargs) for k in range(1, num_assistants + 1)]]
+
+
+def no_eos(models: Sequence[object]) -> list[frozenset[int]]:
+    return [frozenset()] * len(models)
+
+
+def written(flow: Flow, models: Sequence[FakeModel]) -> tuple[list[Step], Finished]:
+    events = [event for _, event in run([flow], models)]
+    assert isinstance(events[-1], Finished)
+    steps = [event for event in events if isinstance(event, Step)]
+    assert len(steps) == len(events) - 1
+    return steps, events[-1]
+
+
+# -- policies
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=3))
+def test_log_odds_are_those_of_the_softmax(scores: list[float]) -> None:
+    log_gate = torch.tensor([0.0, *scores], dtype=torch.float64).log_softmax(dim=0).tolist()
+    assert log_odds(log_gate) == pytest.approx(float(torch.tensor(scores, dtype=torch.float64).logsumexp(0)), abs=1e-6)
+
+
+def test_a_threshold_is_strict_and_lives_in_log_odds() -> None:
+    gate = tuple(torch.log_softmax(torch.tensor([0.0, 17.5]), 0).tolist())
+    just = log_odds(gate)
+    assert Threshold(just).authors(gate, 0, 0) == (BASE,)
+    assert Threshold(math.nextafter(just, -math.inf)).authors(gate, 0, 0) == (1, BASE)
+    # As float32 probabilities these two are both 1.
+    assert Threshold(17.4).authors(gate, 0, 0) != Threshold(17.6).authors(gate, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("probability", "gate", "authors"),
+    [
+        (0.0, (0.999, 0.0005, 0.0005), (1, BASE)),
+        (1.0, (1e-12, 1 - 1e-12, 0.0), (BASE,)),
+        (0.5, (0.4, 0.25, 0.35), (2, BASE)),  # summed over assistants, then the largest
+        (0.6, (0.4, 0.25, 0.35), (BASE,)),
+        (0.0, (1.0, 0.0, 0.0), (BASE,)),
+    ],
+)
+def test_threshold(probability: float, gate: tuple[float, ...], authors: tuple[int, ...]) -> None:
+    log_gate = tuple(math.log(p) if p else -math.inf for p in gate)
+    threshold = Threshold.of_probability(probability)
+    if probability == 0.6:  # exactly on the gate up to rounding: settle the tie
+        threshold = Threshold(max(threshold.log_odds, log_odds(log_gate)))
+    assert threshold.authors(log_gate, 0, 0) == authors
+
+
+@given(st.floats(-40, 36))
+def test_log_odds_and_probabilities_are_inverse(value: float) -> None:
+    assert to_log_odds(to_probability(value)) == pytest.approx(value, abs=2e-1 if value > 30 else 1e-2)
+    assert (to_log_odds(0), to_log_odds(1)) == (-math.inf, math.inf)
+    assert (to_probability(-math.inf), to_probability(math.inf)) == (0, 1)
+
+
+def test_sampled_orders_models_as_the_gate_and_its_renormalisations() -> None:
+    gate = np.array([0.2, 0.5, 0.3])
+    orders = Counter(Sampled().authors(tuple(np.log(gate)), 11, position) for position in range(8000))
+    first = Counter(order[0] for order in orders.elements())
+    for z in range(3):
+        assert first[z] / 8000 == pytest.approx(gate[z], abs=0.02)
+    assert all(order[-1] == BASE for order in orders)
+    # Where 1 is drawn first and abstains, 2 comes next with probability 0.3 / (0.3 + 0.2).
+    after_one = [order[1] for order in orders.elements() if order[0] == 1]
+    assert after_one.count(2) / len(after_one) == pytest.approx(0.6, abs=0.03)
+
+
+def test_random_defers_at_its_rate_to_everybody() -> None:
+    authors = Counter(Random(0.3, 2).authors(None, 5, position)[0] for position in range(8000))
+    assert authors[1] / 8000 == pytest.approx(0.15, abs=0.02) == pytest.approx(authors[2] / 8000, abs=0.02)
+    assert all(Random(0.0, 1).authors(None, 5, i) == (BASE,) for i in range(50))
+    assert all(Random(1.0, 1).authors(None, 5, i) == (1, BASE) for i in range(50))
+
+
+# -- sampling
+
+
+def test_truncation_keeps_what_it_says() -> None:
+    law = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
+    assert truncated(law, 1, 1, 0).tolist() == pytest.approx([0.1, 0.4, 0.05, 0.3, 0.15])
+    assert truncated(law, 1, 1, 2).tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
+    assert truncated(law, 1, 0.69, 0).tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
+    assert truncated(law, 1, 0.71, 0).tolist() == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85])
+    assert truncated(law, 1, 1e-9, 0).tolist() == [0, 1, 0, 0, 0]
+    squared = np.array([0.1, 0.4, 0.05, 0.3, 0.15]) ** 2
+    assert truncated(law, 0.5, 1, 0).tolist() == pytest.approx(list(squared / squared.sum()))
+    assert truncated(torch.tensor([0.25] * 4).log(), 1, 1, 2).tolist() == [0.5, 0.5, 0, 0]
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda p: sum(p) > 0), st.floats(0, 1, exclude_max=True)
+)
+def test_a_draw_is_never_impossible(weights: list[float], uniform: float) -> None:
+    law = torch.tensor(weights, dtype=torch.float64)
+    assert law[draw(law, uniform)] > 0
+    assert law[draw(law, math.nextafter(1, 0))] > 0
+
+
+def test_noise_is_keyed_by_seed_position_and_purpose() -> None:
+    draws = {
+        noise(s, p, w).random() for s in (0, 1, -1, 2**70) for p in (0, 1) for w in ("author", "token", "deferral")
+    }
+    assert len(draws) == 4 * 2 * 3
+    assert noise(3, 4, "token").random() == noise(3, 4, "token").random()
+
+
+# -- flows
+
+
+MODES: dict[str, Policy | None] = {
+    "threshold": Threshold.of_probability(0.6),
+    "sampled": Sampled(),
+    "random": Random(0.5, 3),
+    "never": Never(),
+    "always": Always(),
+    "compose": None,
+}
+
+
+def start(mode: str, models: Sequence[FakeModel], params: SamplingParams, prompt: tuple[int, ...] = PROMPT) -> Flow:
+    policy, prompts = MODES[mode], [prompt] * len(models)
+    if isinstance(policy, Random):
+        policy = Random(policy.rate, len(models) - 1)
+    eos = [model.eos_token_ids for model in models]
+    return compose(prompts, params, eos) if policy is None else collaborative(prompts, params, policy, eos)
+
+
+@pytest.mark.parametrize("num_assistants", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_writes_what_its_definition_says(mode: str, temperature: float, num_assistants: int) -> None:
+    models = fakes(num_assistants, abstention=0.3)
+    params = SamplingParams(max_tokens=40, temperature=temperature, seed=3)
+    steps, finished = written(start(mode, models, params), models)
+    assert finished.finish_reason == "length" and len(steps) == 40
+    prefix = PROMPT
+    for position, step in enumerate(steps):
+        answers = [model.answer(prefix) for model in models]
+        base = answers[BASE]
+        assert base is not None and base.log_gate is not None
+        assert step.gate == pytest.approx(tuple(map(math.exp, base.log_gate)))
+        assert step.base_token_id == base.top_token_id
+        log_gate = torch.tensor(
+            [g if a is not None else -math.inf for g, a in zip(base.log_gate, answers, strict=True)]
+        )
+        author = answers[step.author]
+        assert author is not None
+        if mode == "compose":
+            shares = [g + a.log_probs for g, a in zip(log_gate.log_softmax(0), answers, strict=True) if a is not None]
+            law = torch.stack(shares).logsumexp(0)
+        else:
+            law = author.log_probs
+            policy = MODES[mode]
+            assert policy is not None
+            policy = Random(policy.rate, num_assistants) if isinstance(policy, Random) else policy
+            wanted = policy.authors(base.log_gate, 3, position)
+            assert step.author == next(z for z in wanted if answers[z] is not None)
+            assert step.abstained == (step.author == BASE and wanted[0] != BASE)
+        assert step.log_prob == pytest.approx(float(law[step.token_id]), abs=1e-5)
+        if temperature == 0:
+            assert step.token_id == int(law.argmax())
+        prefix = (*prefix, step.token_id)
+    authors = {step.author for step in steps}
+    assert authors == {"never": {BASE}}.get(mode, authors)
+    assert mode == "never" or len(authors) > 1
+    assert any(step.abstained for step in steps) == (mode not in ("never", "compose"))
+
+
+def exact_law(models: Sequence[FakeModel], length: int, temperature: float) -> dict[tuple[int, ...], float]:
+    """The marginal of all texts by enumeration: prod_t sum_z P(z) P_z(x_t), renormalised over models that answer."""
+    laws: dict[tuple[int, ...], float] = {}
+    for text in itertools.product(range(models[0].vocab_size), repeat=length):
+        probability = 1.0
+        for t in range(length):
+            answers = [model.answer(PROMPT + text[:t]) for model in models]
+            assert answers[BASE] is not None and answers[BASE].log_gate is not None
+            present = [z for z, answer in enumerate(answers) if answer is not None]
+            gate = {z: math.exp(answers[BASE].log_gate[z]) for z in present}
+            inner = sum(gate[z] * _law(answers[z], temperature)[text[t]] for z in present)
+            probability *= inner / sum(gate.values())
+        laws[text] = probability
+    return laws
+
+
+def _law(answer: Answer, temperature: float) -> list[float]:
+    assert answer is not None
+    return [float(p) for p in (answer.log_probs.double() / temperature).softmax(0)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_assistants", "abstention", "temperature"),
+    [("sampled", 1, 0.0, 1.0), ("sampled", 2, 0.4, 1.0), ("sampled", 1, 0.0, 0.5), ("compose", 2, 0.4, 1.0)],
+)
+def test_sampled_texts_follow_the_marginal_law(
+    mode: str, num_assistants: int, abstention: float, temperature: float
+) -> None:
+    models = [FakeModel("base", 3, num_assistants=num_assistants)]
+    models += [FakeModel(f"b{k}", 3, abstention=abstention) for k in range(num_assistants)]
+    if abstention:
+        assert any(m.answer(PROMPT + t) is None for m in models[1:] for t in [(), (0,), (1,), (2,)])
+    law = exact_law(models, 2, temperature)
+    assert sum(law.values()) == pytest.approx(1)
+    number = 1500
+    params = [SamplingParams(max_tokens=2, temperature=temperature, seed=seed) for seed in range(number)]
+    texts: dict[int, list[int]] = {i: [] for i in range(number)}
+    for i, event in run((start(mode, models, p) for p in params), models, batch_size=200):
+        if isinstance(event, Step):
+            texts[i].append(event.token_id)
+    counts = Counter(tuple(text) for text in texts.values())
+    chi_square = sum((counts[t] - number * p) ** 2 / (number * p) for t, p in law.items())
+    assert chi_square < 20.1  # the 99 % point for 8 degrees of freedom
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_do_not_depend_on_their_batch(mode: str) -> None:
+    models = fakes(2, abstention=0.2)
+    prompts = [(n, 2 * n % 5, 1) for n in range(12)]
+    params = [SamplingParams(max_tokens=3 + n % 7, temperature=1.0, seed=n) for n in range(12)]
+
+    def texts(batch_size: int) -> dict[int, list[object]]:
+        found: dict[int, list[object]] = {i: [] for i in range(12)}
+        flows = (start(mode, models, p, prompt) for p, prompt in zip(params, prompts, strict=True))
+        for i, event in run(flows, models, batch_size):
+            found[i].append(event)
+        return found
+
+    one_by_one = texts(1)
+    assert texts(5) == one_by_one == texts(12)
+    assert all(isinstance(events[-1], Finished) for events in one_by_one.values())
+
+
+def test_the_base_is_asked_for_all_texts_at_once() -> None:
+    models = fakes(2)
+    params = SamplingParams(max_tokens=10)
+    flows = [start("threshold", models, params, (n, n + 1)) for n in range(8)]
+    steps = [event for _, event in run(flows, models, 8) if isinstance(event, Step)]
+    assert models[BASE].calls == 10
+    assert 0 < sum(step.deferred for step in steps) < 80
+    assert models[1].calls <= 10 and models[2].calls <= 10
+
+
+def test_forward_passes_are_counted() -> None:
+    models = fakes(2, abstention=0.5)
+    steps, finished = written(start("always", models, SamplingParams(max_tokens=20)), models)
+    assert finished.forward_passes[BASE] == 20
+    assert sum(finished.forward_passes[1:]) == 20 == sum(s.deferred + s.abstained for s in steps)
+    _, finished = written(start("compose", models, SamplingParams(max_tokens=20)), models)
+    assert finished.forward_passes == (20, 20, 20)
+
+
+class Scripted:
+    """Writes a fixed text; abstains after it."""
+
+    def __init__(self, name: str, text: Sequence[int], eos: frozenset[int] = frozenset(), gate: float | None = None):
+        self.name, self.text, self.eos_token_ids, self.gate = name, text, eos, gate
+
+    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+        return [[self._answer(len(query.token_ids) - len(PROMPT))] for query in queries]
+
+    def _answer(self, position: int) -> Answer:
+        if position >= len(self.text):
+            return None
+        law = torch.full((400,), -torch.inf)
+        law[self.text[position]] = 0
+        gate = None if self.gate is None else (math.log1p(-self.gate), math.log(self.gate))
+        return Prediction(law, self.text[position], gate)
+
+
+@pytest.mark.parametrize(
+    ("base_eos", "assistant_eos", "gate", "written_tokens"),
+    [
+        ({9}, set(), 0.9, 3),  # an EOS of the base ends the text whoever writes it
+        (set(), {9}, 0.9, 3),
+        (set(), {9}, 0.1, 4),  # of the assistant only where it is the author
+        (set(), set(), 0.9, 4),
+    ],
+)
+def test_whose_eos_ends_the_text(base_eos: set[int], assistant_eos: set[int], gate: float, written_tokens: int) -> None:
+    models = [
+        Scripted("base", [5, 6, 9, 8], frozenset(base_eos), gate),
+        Scripted("a", [5, 6, 9, 8], frozenset(assistant_eos)),
+    ]
+    eos = [model.eos_token_ids for model in models]
+    flow = collaborative([PROMPT] * 2, SamplingParams(max_tokens=4), Threshold(0.0), eos)
+    events = [event for _, event in run([flow], models)]
+    assert len(events) - 1 == written_tokens
+    assert isinstance(events[-1], Finished)
+    assert events[-1].finish_reason == ("stop" if written_tokens == 3 else "length")
+
+
+def test_a_model_alone() -> None:
+    models = fakes(1)
+    steps, finished = written(single(1, [(), PROMPT], SamplingParams(max_tokens=6), no_eos(models)), models)
+    assert finished.forward_passes == (0, 6) and all(step.author == 1 and step.gate == () for step in steps)
+    silent = Scripted("a", [5, 6])
+    events = [e for _, e in run([single(1, [(), PROMPT], SamplingParams(), no_eos(models))], [models[0], silent])]
+    assert isinstance(events[-1], Finished) and events[-1].finish_reason == "abstained" and len(events) == 3
+
+
+def test_every_model_sees_its_own_prompt() -> None:
+    params = SamplingParams(max_tokens=12)
+    plain, _ = written(collaborative([PROMPT] * 2, params, Threshold(0.0), no_eos("..")), fakes(1))
+    base, assistant = fakes(1)
+    assistant.ignore_prompt = 2
+    shifted, _ = written(
+        collaborative([PROMPT, (6, 6, *PROMPT)], params, Threshold(0.0), no_eos("..")), [base, assistant]
+    )
+    assert shifted == plain and any(step.deferred for step in plain)
+
+
+# -- text
+
+
+def scripted_text(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: tuple[str, ...]
+) -> tuple[str, int, str]:
+    """Text, number of steps and finish reason of a flow that writes `ids` under stop strings; checked as streamed."""
+    eos = [frozenset({tokenizer.eos_token_id})]
+    params = SamplingParams(max_tokens=len(ids), stop=stop)
+    flow = stopping(single(0, [PROMPT], params, eos), TextStream(tokenizer, PROMPT, stop, eos))
+    stream, deltas, steps = TextStream(tokenizer, PROMPT, stop, eos), [], 0
+    for _, event in run([flow], [Scripted("base", ids, eos[0])]):
+        if isinstance(event, Step):
+            steps += 1
+            deltas.append(stream.push(event))
+        else:
+            reason = event.finish_reason
+    return "".join(deltas) + stream.finish(), steps, reason
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("Anna has 12 apples", (), "Anna has 12 apples"),
+        ("Anna has 12 apples", ("12",), "Anna has "),
+        ("Anna has 12 apples and", ("2 a",), "Anna has 1"),
+        ("Anna has 12 apples", ("zzz", "pples", "12 ap"), "Anna has "),  # the earliest
+        ("12 + 30 = 42\n#### 42\nMore", ("\n#", "M"), "12 + 30 = 42"),
+        ("aaab aaaab", ("aaaa",), "aaab "),
+        ("ends in a stop's beginning: 12 + 3", ("12 + 30",), "ends in a stop's beginning: 12 + 3"),
+        ("naïve Straße 👋🏽 ok", ("👋",), "naïve Straße "),
+        ("naïve Straße 👋🏽 ok", ("ße",), "naïve Stra"),
+        ("", ("x",), ""),
+    ],
+)
+def test_stop_strings(text: str, stop: tuple[str, ...], expected: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tiny_tokenizer.encode(text) + [tiny_tokenizer.eos_token_id]
+    found, steps, reason = scripted_text(tiny_tokenizer, ids, stop)
+    assert (found, reason) == (expected, "stop")
+    assert steps == len(ids) or text != expected
+    if text != expected:
+        # It stops at the token that completes the stop string, not later.
+        complete = tiny_tokenizer.decode(ids[: steps - 1])
+        assert not any(s in complete for s in stop)
+
+
+UNICODE = "Straße, 你好, 👋🏽 = 👩‍👩‍👧 — naïve"
+
+
+def test_unfinished_characters_are_held_back(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tiny_tokenizer.encode(UNICODE)
+    detokenizer = Detokenizer(tiny_tokenizer)
+    pieces = [detokenizer.push(token_id) for token_id in ids]
+    assert "".join(pieces) == UNICODE and len(ids) > len(UNICODE)
+    assert "\ufffd" not in "".join(pieces) and "" in pieces
+    cut = Detokenizer(tiny_tokenizer)
+    wave = tiny_tokenizer.encode("a👋")
+    assert [cut.push(token_id) for token_id in wave[:-1]] == ["a", *[""] * (len(wave) - 2)]
+    assert cut.flush() == "\ufffd"
+
+
+@given(text=st.text(max_size=20), noise_ids=st.lists(st.integers(0, 319), max_size=20))
+def test_pieces_join_to_the_text_of_the_whole(
+    text: str, noise_ids: list[int], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    valid = tiny_tokenizer.encode(text)
+    for ids, skip in [(valid, True), (valid, False), ([*valid, 1, 2, 0], True), ([1, *valid, 2], False)]:
+        detokenizer = Detokenizer(tiny_tokenizer, skip_special_tokens=skip)
+        joined = "".join([detokenizer.push(token_id) for token_id in ids]) + detokenizer.flush()
+        assert joined == tiny_tokenizer.decode(ids, skip_special_tokens=skip)
+    detokenizer = Detokenizer(tiny_tokenizer)  # any bytes at all: nothing breaks
+    for token_id in noise_ids:
+        assert isinstance(detokenizer.push(token_id), str)
+
+
+def test_the_prompt_gives_the_first_token_its_context() -> None:
+    class Spaced:
+        """As SentencePiece does: a space before each word, but not at the start of a text."""
+
+        def decode(
+            self, token_ids: list[int], skip_special_tokens: bool = True, *, clean_up_tokenization_spaces: bool = False
+        ) -> str:
+            return "".join(f" w{i}" for i in token_ids).removeprefix(" ")
+
+    after_prompt = Detokenizer(Spaced(), [1, 2, 3])
+    assert [after_prompt.push(4), after_prompt.push(5), after_prompt.flush()] == [" w4", " w5", ""]
+
+
+def test_an_eos_token_is_never_text() -> None:
+    class Plain:
+        def decode(
+            self, token_ids: list[int], skip_special_tokens: bool = True, *, clean_up_tokenization_spaces: bool = False
+        ) -> str:
+            return "".join(f"<{i}>" for i in token_ids)
+
+    stream = TextStream(Plain(), [], (), [frozenset({2}), frozenset({3})])
+    pushed = [stream.push(Step(t, a, 0.0)) for t, a in [(1, 0), (3, 0), (2, 1), (3, 1)]]
+    assert pushed == ["<1>", "<3>", "", ""]
+
+
+def test_params_are_checked() -> None:
+    params = SamplingParams()
+    for wrong in ({"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}):
+        with pytest.raises(ValueError):
+            replace(params, **wrong)

@@ -1,0 +1,297 @@
+"""The facade, on tiny transformers models: cached = uncached, streamed = whole, batched = one by one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from collm.data.formatting import Formatter
+from collm.decoding.policies import Never, Threshold
+from collm.errors import CollmError
+from collm.llm import CollaborativeLM
+from collm.llm.assistants import load_assistants
+from collm.llm.deferral import log_odds_for_rate, make_policy
+from collm.models.checkpoint import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, save_checkpoint
+from collm.models.fake import FakeModel
+from collm.models.head import DeferralHead
+from collm.models.loading import weights_fingerprint
+from collm.models.local import LocalModel
+from collm.models.tools import Calculator
+from collm.types import BASE, Generation, Message, SamplingParams
+
+QUESTIONS: list[Sequence[Message] | str] = [
+    [{"role": "user", "content": "Anna has 12 apples and buys 30 more."}],
+    "56 * 9 = ",
+    [{"role": "system", "content": "Solve."}, {"role": "user", "content": "How many books? " * 8}],
+    "Paris is the capital",
+    [{"role": "user", "content": "Straße 👋"}],
+]
+MODES: dict[str, dict[str, Any]] = {
+    "threshold": {"threshold": 0.5},
+    "sampled": {"deferral": "sampled", "temperature": 1.0, "top_p": 0.9},
+    "compose": {"deferral": "compose"},
+    "random": {"deferral": "random", "deferral_rate": 0.4, "temperature": 0.7, "top_k": 20},
+    "never": {"deferral": "never"},
+    "always": {"deferral": "always"},
+}
+
+
+def gate(num_assistants: int, width: int = 32) -> DeferralHead:
+    head = DeferralHead(width, num_assistants)
+    torch.manual_seed(5)
+    torch.nn.init.normal_(head.weight, std=0.3)
+    return head
+
+
+def pair(
+    tokenizer: PreTrainedTokenizerFast, kinds: Sequence[str] = ("llama", "qwen3"), cache: bool = True, **config: Any
+) -> CollaborativeLM:
+    """A base with a gate, an assistant for each further kind, and the calculator."""
+    networks = [make_model(kind, seed=i, **config) for i, kind in enumerate(kinds)]
+    head = gate(len(kinds))
+    models: list[Any] = [
+        LocalModel(network, tokenizer, None if i else head, name=f"m{i}" if i else "base", cache=cache)
+        for i, network in enumerate(networks)
+    ]
+    models.append(Calculator(tokenizer))
+    return CollaborativeLM(models, [Formatter(tokenizer)] * len(models))
+
+
+def same(a: Generation, b: Generation) -> bool:
+    """Equal texts, authors and reasons; log-probabilities and gates up to rounding."""
+    assert [s.log_prob for s in a.steps] == pytest.approx([s.log_prob for s in b.steps], abs=1e-3)
+    assert [g for s in a.steps for g in s.gate] == pytest.approx([g for s in b.steps for g in s.gate], abs=1e-3)
+    rounded = [replace(g, steps=tuple(replace(s, log_prob=0.0, gate=()) for s in g.steps)) for g in (a, b)]
+    return rounded[0] == rounded[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kinds", [("llama", "qwen3"), ("gemma3_text", "llama")], ids="+".join)
+def test_cached_batched_streamed_all_write_the_same(
+    kinds: tuple[str, ...], mode: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    llm, plain = pair(tiny_tokenizer, kinds), pair(tiny_tokenizer, kinds, cache=False)
+    params = [SamplingParams(max_tokens=20, seed=i, stop=("\n\n", "zq"), **MODES[mode]) for i in range(len(QUESTIONS))]
+    batched = llm.generate_batch(QUESTIONS, params, batch_size=3)
+    for question, own, found in zip(QUESTIONS, params, batched, strict=True):
+        assert same(found, plain.generate(question, own))
+        assert same(found, llm.generate(question, own))
+        chunks = list(llm.stream(question, own))
+        assert chunks[-1].generation is not None and same(found, chunks[-1].generation)
+        assert "".join(chunk.text for chunk in chunks) == found.text
+        assert "".join(chunk.piece for chunk in chunks) == "".join(found.pieces)
+        assert [c.step.token_id for c in chunks if c.step is not None] == list(found.token_ids)
+    deferred = sum(step.deferred for generation in batched for step in generation.steps)
+    assert (deferred == 0) == (mode == "never")
+    assert any(g.completion_tokens > 16 for g in batched)  # past the sliding window of 8
+
+
+def test_a_generation_is_consistent(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = pair(tiny_tokenizer)
+    found = llm.generate(QUESTIONS[0], SamplingParams(max_tokens=20))
+    assert found.model_names == ("base", "m1", "calculator")
+    assert found.prompt_tokens == len(llm.formatters[0].prompt(QUESTIONS[0]))
+    assert "".join(found.pieces) == tiny_tokenizer.decode(found.token_ids)
+    assert len(found.pieces) == len(found.steps) and found.forward_passes[BASE] == len(found.steps)
+    assert llm.decode(found.token_ids[:3]) == tiny_tokenizer.decode(found.token_ids[:3])
+
+
+def test_agrees_with_transformers_generate(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = pair(tiny_tokenizer)
+    ids = list(llm.formatters[0].prompt(QUESTIONS[0]))
+    base = llm.models[0]
+    assert isinstance(base, LocalModel)
+    expected = base.model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :].tolist()
+    found = llm.generate(QUESTIONS[0], SamplingParams(max_tokens=30, deferral="never"))
+    assert list(found.token_ids) == expected
+
+
+def test_the_calculator_writes_where_the_gate_defers(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    head = DeferralHead(32, 1)
+    torch.nn.init.constant_(head.bias, 5.0)
+    base = LocalModel(make_model(), tiny_tokenizer, head)
+    llm = CollaborativeLM([base, Calculator(tiny_tokenizer)], [Formatter(tiny_tokenizer)] * 2)
+    found = llm.generate("56 * 9 = ", SamplingParams(max_tokens=5))
+    assert found.text.startswith("504") and [step.author for step in found.steps] == [1, 1, 1, 0, 0]
+    assert [step.abstained for step in found.steps] == [False, False, False, True, True]
+    alone = llm.generate("56 * 9 = ", alone="calculator")
+    assert (alone.text, alone.finish_reason, alone.forward_passes) == ("504", "abstained", (0, 4))
+    assert llm.generate("56 * 9 = ", SamplingParams(max_tokens=5), alone=0).deferral_rate == 0
+    with pytest.raises(CollmError, match="no model 'calc'; the models are base, calculator"):
+        llm.generate("1", alone="calc")
+
+
+def test_prompts_at_the_end_of_the_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = pair(tiny_tokenizer, max_position_embeddings=24)
+    room = "a" * 20
+    found = llm.generate(room, SamplingParams(max_tokens=50, deferral="never"))
+    assert found.prompt_tokens == 20 and found.completion_tokens <= 5
+    assert found.finish_reason == "length" or found.completion_tokens < 5
+    with pytest.raises(CollmError, match="prompt 2 has 25 tokens, more than the context of 24 tokens of base"):
+        llm.generate_batch([room, "a" * 25])
+
+
+def test_one_params_for_each_prompt_or_one_for_all(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = pair(tiny_tokenizer)
+    assert llm.generate_batch([]) == []
+    with pytest.raises(CollmError, match="2 prompts but 1 sampling params"):
+        llm.generate_batch(["a", "b"], [SamplingParams()])
+
+
+def test_a_policy_of_ones_own(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    llm, params = pair(tiny_tokenizer), SamplingParams(max_tokens=8)
+    never = llm.generate("a", params, policy=Never())
+    assert never == llm.generate("a", replace(params, deferral="never"))
+    always = llm.generate("a", params, policy=Threshold(-math.inf))
+    assert all(step.deferred or step.abstained for step in always.steps)
+
+
+def test_a_fake_pair_needs_no_transformer(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    models = [FakeModel("base", 320, num_assistants=1), FakeModel("helper", 320)]
+    llm = CollaborativeLM(models, [Formatter(tiny_tokenizer)] * 2)
+    found = llm.generate("hello", SamplingParams(max_tokens=30))
+    assert 0 < found.deferral_rate < 1 and found.model_names == ("base", "helper")
+
+
+# -- deferral
+
+
+def table(task: str = "t", rows: Sequence[tuple[float, float]] = ()) -> CalibrationTable:
+    made = [
+        CalibrationRow(target_rate=r, achieved_rate=r, threshold=0.5, log_odds=x, metric_value=0.0) for r, x in rows
+    ]
+    return CalibrationTable(task=task, metric="m", seed=0, num_prompts=1, rows=made)
+
+
+TABLE = table(rows=[(0.0, math.inf), (0.1, 2.0), (0.2, 1.0), (0.5, -2.0), (1.0, -math.inf)])
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [(0, math.inf), (1, -math.inf), (0.1, 2.0), (0.15, 1.5), (0.5, -2.0), (0.3, 0.0), (0.1 + 0.2 - 0.1, 1.0)],
+)
+def test_rates_become_thresholds(rate: float, expected: float) -> None:
+    assert log_odds_for_rate([TABLE], rate) == pytest.approx(expected)
+
+
+def test_rates_that_calibration_does_not_know() -> None:
+    with pytest.raises(CollmError, match=r"0.05 lies outside the calibrated rates \(0, 0.1, 0.2, 0.5, 1\)"):
+        log_odds_for_rate([TABLE], 0.05)
+    with pytest.raises(CollmError, match="run collm calibrate"):
+        log_odds_for_rate([], 0.2)
+    two = [TABLE, table("u", [(0.2, 7.0)])]
+    with pytest.raises(CollmError, match=r"several tasks \(t, u\)"):
+        log_odds_for_rate(two, 0.2)
+    assert log_odds_for_rate(two, 0.2, "u") == 7.0
+    with pytest.raises(CollmError, match="not calibrated for task 'v', only for t, u"):
+        log_odds_for_rate(two, 0.2, "v")
+
+
+def test_policies_that_need_what_is_not_there() -> None:
+    with pytest.raises(CollmError, match="needs a gate"):
+        make_policy(SamplingParams(), 1, False, [])
+    with pytest.raises(CollmError, match="needs a gate"):
+        make_policy(SamplingParams(deferral="always"), 2, False, [])
+    with pytest.raises(CollmError, match="no assistant"):
+        make_policy(SamplingParams(threshold=0.3), 0, False, [])
+    assert make_policy(SamplingParams(), 0, False, []) == Never()
+    assert make_policy(SamplingParams(deferral="always"), 1, False, []).authors(None, 0, 0) == (1, BASE)
+    assert make_policy(SamplingParams(deferral_rate=0.2), 1, True, [TABLE]) == Threshold(1.0)
+    assert make_policy(SamplingParams(), 1, True, []) == Threshold(0.0)
+
+
+# -- from_pretrained
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`plain` and `expert`: models; `pair`: a checkpoint with assistants `expert` and `calculator`."""
+    root, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
+    for name, network in {"plain": make_model(seed=0), "expert": make_model("qwen3", seed=1)}.items():
+        network.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    base = make_model(seed=2)
+    info = CheckpointInfo(
+        base_fingerprint=weights_fingerprint(base),
+        assistants=[
+            AssistantInfo(name="expert", spec=str(root / "expert"), format={"system_prompt": "Be brief."}),
+            AssistantInfo(name="calculator", spec="calculator"),
+        ],
+        calibration=[TABLE],
+    )
+    save_checkpoint(root / "pair", info, base, gate(2), tokenizer)
+    return root
+
+
+def test_a_checkpoint_with_its_assistants(folders: Path) -> None:
+    expert = str(folders / "expert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_order = CollaborativeLM.from_pretrained(folders / "pair", [expert])
+    assert by_order.model_names == ("base", "expert", "calculator")
+    params = SamplingParams(max_tokens=16, deferral_rate=0.2)
+    found = by_order.generate(QUESTIONS[0], params)
+    by_name = CollaborativeLM.from_pretrained(
+        folders / "pair", ["calculator=calculator", f"expert={expert}"], cache=False
+    )
+    assert same(found, by_name.generate(QUESTIONS[0], params))
+    assert same(found, by_order.generate(QUESTIONS[0], replace(params, deferral_rate=None), policy=Threshold(1.0)))
+    # The expert sees the system prompt it was trained with, the base does not.
+    lengths = [len(formatter.prompt(QUESTIONS[0])) for formatter in by_order.formatters]
+    assert lengths[0] == lengths[2] < lengths[1]
+
+
+def test_a_plain_model_defers_never_always_or_at_random(folders: Path) -> None:
+    alone = CollaborativeLM.from_pretrained(folders / "plain")
+    text = alone.generate("Paris", SamplingParams(max_tokens=5)).text
+    llm = CollaborativeLM.from_pretrained(folders / "plain", [str(folders / "expert")])
+    assert llm.model_names == ("base", "expert") and not llm.has_gate
+    assert llm.generate("Paris", SamplingParams(max_tokens=5, deferral="never")).text == text
+    assert llm.generate("Paris", SamplingParams(max_tokens=5, deferral="always")).deferral_rate == 1
+    llm.generate("Paris", SamplingParams(max_tokens=5, deferral="random", deferral_rate=0.5))
+    for deferral in ("threshold", "sampled", "compose"):
+        with pytest.raises(CollmError, match="needs a gate"):
+            llm.generate("Paris", SamplingParams(deferral=deferral))
+
+
+def test_assistants_that_do_not_fit(folders: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    expert = str(folders / "expert")
+    with pytest.raises(CollmError, match="'expert' is missing; give it as assistant expert=SPEC"):
+        CollaborativeLM.from_pretrained(folders / "pair")
+    with pytest.raises(CollmError, match="no assistant called xpert; its assistants are expert, calculator"):
+        CollaborativeLM.from_pretrained(folders / "pair", [f"xpert={expert}"])
+    with pytest.raises(CollmError, match="3 assistants were given, but the checkpoint was trained with 2"):
+        CollaborativeLM.from_pretrained(folders / "pair", [expert, "calculator", expert])
+    with pytest.raises(CollmError, match="two assistants have one name"):
+        CollaborativeLM.from_pretrained(folders / "plain", [expert, expert])
+    make_tokenizer(vocab_size=290).save_pretrained(folders / "other")
+    make_model(vocab_size=290).save_pretrained(folders / "other")
+    with pytest.raises(CollmError, match="another tokenizer"):
+        CollaborativeLM.from_pretrained(folders / "plain", [str(folders / "other")])
+
+
+def test_tools_are_found_by_themselves_and_models_of_ones_own_taken(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    base, infos = (
+        Formatter(tiny_tokenizer),
+        [AssistantInfo(name=n, spec=s) for n, s in [("calc", "calculator"), ("x", "y")]],
+    )
+    own = FakeModel("mine", 320)
+    assert [m.name for m, _ in load_assistants([own], infos, base)] == ["calc", "mine"]
+    assert [m.name for m, _ in load_assistants([FakeModel("calc", 320), own], infos, base)] == ["calc", "mine"]
+    assert [m.name for m, _ in load_assistants(["x=calculator", own], infos, base)] == ["mine", "x"]
+
+
+def test_other_weights_of_the_base_are_noticed(folders: Path) -> None:
+    info = CheckpointInfo(kind="gate", base_model=str(folders / "plain"), base_fingerprint="0" * 16)
+    save_checkpoint(folders / "gate", info, make_model(), gate(1), None)
+    with pytest.warns(UserWarning, match="calibrate again"):
+        CollaborativeLM.from_pretrained(folders / "gate", ["calculator"])
