@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.data import resumable, scoring
 from collm.data.encoding import encode_examples
-from collm.data.examples import Example
+from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Encoded, Formatter, PromptFormat
 from collm.data.resumable import plan_batches
 from collm.data.scores import load_info, partial_path
@@ -64,6 +64,7 @@ def test_scores_equal_plain_forward_passes(
     formatter = Formatter(tiny_tokenizer)
     data = load_scores(score(EXAMPLES, model, formatter, tmp_path / "s", batch_tokens=200, progress=False))
     assert data["id"][:] == [example.id for example in EXAMPLES]
+    assert data["example"][3] == examples_fingerprint(EXAMPLES[3:4]) != data["example"][4]
     for row, example in zip(data, EXAMPLES, strict=True):
         log_prob, top1 = plainly(model, formatter.encode(example), 320)
         assert row["log_prob"] == pytest.approx(log_prob, abs=1e-4)
@@ -275,6 +276,19 @@ def test_what_training_expects(tmp_path: Path, tiny_tokenizer: PreTrainedTokeniz
     assert len(load_scores(out, expect={"data": expect["data"]})) == 12
     with pytest.raises(CollmError, match="stale.*weights .*max_length"):
         load_scores(out, expect={**expect, "model": "another", "max_length": 7})
+
+
+def test_the_base_s_system_prompt_does_not_make_its_completions_others(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """A tool is scored through the base's format; whether the base's formatter is given once more says nothing."""
+    base = Formatter(tiny_tokenizer, PromptFormat(system_prompt="Add."))
+    plain = Formatter(tiny_tokenizer)
+    other = Formatter(tiny_tokenizer, PromptFormat(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"))
+    fingerprint = scores_fingerprint(EXAMPLES, "tool", base)
+    assert fingerprint == scores_fingerprint(EXAMPLES, "tool", base, completions_from=plain)
+    assert fingerprint != scores_fingerprint(EXAMPLES, "tool", base, completions_from=other)
+    assert fingerprint != scores_fingerprint(EXAMPLES, "tool", plain, completions_from=base)
 
 
 def test_partial_scores_of_something_else_are_not_gone_on_with(

@@ -188,7 +188,10 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
 
 
 def examples_fingerprint(examples: Iterable[Example]) -> str:
-    """A hash of what models read and write: ids and texts, not the other fields, and in this order."""
+    """A hash of what models read and write: ids and texts, not the other fields, and in this order.
+
+    That of a single example tells whether a row of scores belongs to it, or to an older text under the same id.
+    """
     digest = hashlib.sha256()
     for example in examples:
         texts = [example.id, example.messages, example.prompt, example.completion]

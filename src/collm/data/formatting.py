@@ -136,6 +136,10 @@ class Formatter:
         parts = [self.format.system_prompt, self._template, self._adds_bos, tokenizer.bos_token, tokenizer.eos_token]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
+    def completions_fingerprint(self) -> str:
+        """A hash of what decides the completions' tokens: unlike `fingerprint`, whatever the system prompt and BOS."""
+        return hashlib.sha256(json.dumps([self._template, self.tokenizer.eos_token]).encode()).hexdigest()[:16]
+
     # -- conversations
 
     @cached_property

@@ -102,7 +102,7 @@ def run(
             "truncated_tokens": encoded.truncated_tokens,
         }
         in_order = [scores.get(i, nothing) for i in range(len(examples))]
-        save_scores(out, [example.id for example in examples], in_order, fingerprint, notes)
+        save_scores(out, examples, in_order, fingerprint, notes)
         journal.remove()
     return out
 

@@ -52,11 +52,14 @@ def scores_fingerprint(
     Args:
         model: `weights_fingerprint` of the model, or `tool_fingerprint` of a tool.
     """
-    formats = [formatter] if completions_from is None else [formatter, completions_from]
+    format = formatter.fingerprint()
+    shared = (completions_from or formatter).completions_fingerprint()
+    if shared != formatter.completions_fingerprint():
+        format += f"+{shared}"
     return {
         "model": model,
         "tokenizer": tokenizer_fingerprint(formatter.tokenizer),
-        "format": "+".join(dict.fromkeys(format.fingerprint() for format in formats)),
+        "format": format,
         "data": examples_fingerprint(examples),
         "max_length": max_length,
     }
@@ -107,7 +110,8 @@ def load_info(path: str | Path) -> dict[str, Any]:
 
 
 def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datasets.Dataset:
-    """Scores with columns `id`, `log_prob` and `top1` (lists over labelled tokens), a row for each example, in order.
+    """Scores: `id`, `log_prob` and `top1` (lists over labelled tokens), a row for each example, in order; `example`
+    is `examples_fingerprint` of the one example, for those who match rows by id.
 
     An example whose labelled tokens were all truncated away has empty lists.
 
@@ -132,7 +136,11 @@ def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datas
 
 
 def save_scores(
-    path: Path, ids: Sequence[str], scores: Sequence[TokenScores], fingerprint: Fingerprint, notes: dict[str, Any]
+    path: Path,
+    examples: Sequence[Example],
+    scores: Sequence[TokenScores],
+    fingerprint: Fingerprint,
+    notes: dict[str, Any],
 ) -> None:
     """Write all scores to a temporary folder and rename it, replacing older scores there.
 
@@ -144,7 +152,8 @@ def save_scores(
     top1 = np.concatenate([np.zeros(0, np.bool_), *(top1 for _, top1 in scores)])
     table = pa.table(
         {
-            "id": pa.array(ids, pa.string()),
+            "id": pa.array([example.id for example in examples], pa.string()),
+            "example": pa.array([examples_fingerprint([example]) for example in examples], pa.string()),
             "log_prob": pa.ListArray.from_arrays(offsets, pa.array(log_prob, pa.float32())),
             "top1": pa.ListArray.from_arrays(offsets, pa.array(top1, pa.bool_())),
         }
@@ -152,7 +161,7 @@ def save_scores(
     info = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
-        "num_examples": len(ids),
+        "num_examples": len(examples),
         "labelled_tokens": len(log_prob),
         # JSON has no infinities; a tool's log-probability is -inf wherever it abstains.
         "mean_log_prob": float(log_prob.mean()) if len(log_prob) and np.isfinite(log_prob).all() else None,
