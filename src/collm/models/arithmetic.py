@@ -155,8 +155,9 @@ def _evaluate(text: str) -> _Value | None:
             continue
         if parser.operators == 0:
             return None
-        dollar, commas = any("$" in number for number in numbers), any("," in number for number in numbers)
-        return _Value(value, dollar, as_unit, commas)
+        dollars = sum("$" in number for number in numbers)
+        ratio = dollars > 1 and "/" in kinds  # $560 / $80 is 7, not $7
+        return _Value(value, dollars > 0 and not ratio, as_unit, any("," in number for number in numbers))
     return None
 
 

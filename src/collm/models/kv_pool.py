@@ -36,7 +36,7 @@ def supports(model: torch.nn.Module) -> bool:
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     return (
-        config.model_type in SUPPORTED
+        lm.config.model_type in SUPPORTED  # the whole model's, so that no multimodal one slips in
         and set(_layer_types(config)) <= {"full_attention", "sliding_attention"}
         and all(each.get("rope_type", "default") in STATIC_ROPE for each in ropes)
         and not getattr(config, "use_bidirectional_attention", False)
