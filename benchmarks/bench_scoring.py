@@ -59,7 +59,7 @@ def made_up_examples(number: int) -> list[Example]:
 
 
 def made_up_model(examples: list[Example]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An untrained Llama of 13 million parameters with a vocabulary of 8,192, and a byte-level tokenizer."""
+    """An untrained small Llama with a vocabulary of 8,192, and a byte-level tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -88,7 +88,7 @@ def made_up_model(examples: list[Example]) -> tuple[PreTrainedModel, PreTrainedT
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder, hub id or GGUF file; else an untrained model of 13 million parameters")
+    parser.add_argument("--model", help="folder, hub id or GGUF file; else a small untrained Llama")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--examples", type=int, default=200)
@@ -151,7 +151,8 @@ def main() -> int:
     speeds = {name: tokens / sorted(values)[len(values) // 2] for name, values in seconds.items()}
     result: dict[str, object] = {
         "benchmark": "scoring",
-        "model": options.model or "untrained Llama, 13M",
+        "model": options.model or "untrained Llama",
+        "parameters": model.num_parameters(),
         "device": options.device,
         "dtype": options.dtype,
         "tokens": tokens,
