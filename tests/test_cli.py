@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def test_python_m_collm() -> None:
         (["generate", "x", "hello", "--deferral", "often"], ["often", "threshold"]),
         (["generate", "x", "hello", "--deferral", "random"], ["--deferral-rate"]),
         (["generate", "x", "hello", "--threshold", "0.5", "--deferral-rate", "0.2"], ["not both"]),
-        (["generate", "x", "hello", "--stream", "--json"], ["not both"]),
+        (["generate", "x", "hello", "--stream", "--json"], ["--json", "neither"]),
         (["generate", "x", "hello", "--raw", "--system", "Be brief."], ["--raw"]),
         (["generate", "x", "-"], ["the prompt is empty"]),
         (["calibrate", ".", "--task", "t", "--data", "d", "--rates", "0,half"], ["--rates", "0,half"]),
@@ -199,25 +199,43 @@ def test_debug_shows_the_traceback(world: Path, tmp_path: Path) -> None:
         collm("score", "data.jsonl", "--model", "pickled", "--out", tmp_path / "s", "--debug")
 
 
-def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path) -> None:
-    """A real signal to a real process, in the midst of scoring; the second run ends what the first began."""
-    rows = (world / "data.jsonl").read_text()
-    many = [dict(json.loads(line), id=f"{n}-{i}") for n in range(60) for i, line in enumerate(rows.splitlines())]
-    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
-    out = tmp_path / "scores"
-    command = [sys.executable, "-m", "collm", "score", str(tmp_path / "many.jsonl"), "--model", "base"]
-    command += ["--out", str(out), "--batch-tokens", "64"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size > 5000 for path in tmp_path.glob("*scores*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "run the same command again to resume" in errors and "Traceback" not in errors
-    assert not out.exists()
-    done = subprocess.run([*command[:-1], "4096"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "going on after" in done.stderr, done.stderr
+def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real signal in the midst of scoring; the second run ends what the first began."""
+    from collm.data import scoring
+
+    done = []
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        done.append(arguments)
+        return score_batch(*arguments)
+
+    score_batch = scoring.score_batch
+    command = ["score", "data.jsonl", "--model", "base", "--out", tmp_path / "scores", "--batch-tokens", 64]
+    monkeypatch.setattr(scoring, "score_batch", interrupted)
+    first = collm(*command)
+    assert first.exit_code == 130, first.output
+    assert "run the same command again to resume" in first.stderr and "Traceback" not in first.stderr
+    assert not (tmp_path / "scores").exists()
+    monkeypatch.undo()
+    second = collm(*command)
+    assert second.exit_code == 0 and "going on after 3 of 12" in second.stderr, second.output
+
+
+def test_ctrl_c_where_there_is_nothing_to_resume(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collm.llm import CollaborativeLM
+
+    monkeypatch.setattr(CollaborativeLM, "generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = collm("generate", "base", "Hello")
+    assert result.exit_code == 130 and "nothing was changed" in result.stderr
+
+
+def test_a_missing_extra_is_named(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "collm.training.train", raising=False)
+    result = collm("train", write_recipe(tmp_path / "recipe.yaml", out=str(tmp_path / "out")))
+    refused(result, "accelerate", "pip install 'collm[train]'")
 
 
 # -- train
@@ -288,3 +306,151 @@ def test_train_refuses_scores_of_another_template(world: Path, tmp_path: Path) -
         tmp_path / "recipe.yaml", out=str(tmp_path / "out"), base={"model": "base", "scores": str(scores)}
     )
     refused(collm("train", recipe), "stale", "system prompt")
+
+
+# -- writing together
+
+TOGETHER = ["--assistant", "helper=helper", "--max-tokens", "12"]
+QUESTION = "What is 12 + 30?"
+
+
+def test_generate_as_json(pair: str) -> None:
+    result = collm("generate", pair, QUESTION, *TOGETHER, "--json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)
+    assert row["models"] == ["base", "calculator", "helper"]
+    assert 1 <= len(row["steps"]) <= 12
+    assert all(len(step["gate"]) == 3 for step in row["steps"])
+
+
+def test_generate_prints_text_authors_and_figures(pair: str) -> None:
+    plain = collm("generate", pair, QUESTION, *TOGETHER, "--plain", "--threshold", "0.3")
+    streamed = collm("generate", pair, QUESTION, *TOGETHER, "--plain", "--threshold", "0.3", "--stream")
+    assert plain.exit_code == 0 and plain.stdout == streamed.stdout != "\n"
+    shown = collm("generate", pair, QUESTION, *TOGETHER)
+    assert "written by:" in shown.stdout and "deferred" in shown.stdout
+
+
+def test_generate_reads_the_prompt_from_stdin(pair: str) -> None:
+    given = collm("generate", pair, QUESTION, *TOGETHER, "--json")
+    piped = collm("generate", pair, "-", *TOGETHER, "--json", stdin=QUESTION + "\n")
+    assert piped.stdout == given.stdout
+    raw = collm("generate", pair, "-", *TOGETHER, "--json", "--raw", stdin=QUESTION + "\n")
+    assert json.loads(raw.stdout)["prompt_tokens"] < json.loads(given.stdout)["prompt_tokens"]
+
+
+def test_sampling_options_arrive(pair: str) -> None:
+    hot = [*TOGETHER, "--json", "--temperature", "1", "--deferral", "sampled"]
+    texts = {seed: collm("generate", pair, QUESTION, *hot, "--seed", seed).stdout for seed in (1, 1, 2)}
+    assert texts[1] != texts[2]
+    narrow = collm("generate", pair, QUESTION, *hot, "--top-k", 1, "--seed", 2, "--deferral", "never")
+    greedy = collm("generate", pair, QUESTION, *TOGETHER, "--json", "--deferral", "never")
+    assert json.loads(narrow.stdout)["text"] == json.loads(greedy.stdout)["text"]
+    full = json.loads(greedy.stdout)["text"]
+    cut = json.loads(
+        collm("generate", pair, QUESTION, *TOGETHER, "--json", "--deferral", "never", "--stop", full[3]).stdout
+    )
+    assert cut["text"] == full[: full.index(full[3])] and cut["finish_reason"] == "stop"
+
+
+def test_system_prompt_arrives(pair: str) -> None:
+    short = json.loads(collm("generate", pair, QUESTION, *TOGETHER, "--json").stdout)
+    longer = json.loads(collm("generate", pair, QUESTION, *TOGETHER, "--json", "--system", "Be brief.").stdout)
+    assert longer["prompt_tokens"] > short["prompt_tokens"]
+
+
+def test_a_plain_model_writes_alone(world: Path) -> None:
+    result = collm("generate", "base", QUESTION, "--max-tokens", 5, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["models"] == ["base"]
+    refused(collm("generate", "base", QUESTION, "--assistant", "calculator", "--deferral", "sampled"), "gate", "train")
+
+
+def test_alone_is_a_baseline(pair: str) -> None:
+    alone = json.loads(collm("generate", pair, QUESTION, *TOGETHER, "--json", "--alone", "helper").stdout)
+    helper = json.loads(collm("generate", "helper", QUESTION, "--max-tokens", 12, "--json").stdout)
+    assert {step["author"] for step in alone["steps"]} == {2}
+    assert alone["text"] == helper["text"]
+    refused(collm("generate", pair, QUESTION, *TOGETHER, "--alone", "helpr"), "helpr", "helper")
+
+
+def test_trace_and_picture(pair: str, tmp_path: Path) -> None:
+    trace, picture, page = tmp_path / "t.jsonl", tmp_path / "p.svg", tmp_path / "p.html"
+    made = collm("generate", pair, QUESTION, *TOGETHER, "--trace", trace, "--svg", picture)
+    assert made.exit_code == 0, made.output
+    assert picture.read_text().startswith("<svg") and "calculator" in picture.read_text()
+    shown = collm("trace", trace)
+    assert shown.exit_code == 0 and QUESTION in shown.stdout
+    written = collm("trace", trace, "--html", page)
+    assert written.exit_code == 0 and "helper" in page.read_text()
+    trace.write_text("{}\n")
+    refused(collm("trace", trace), "t.jsonl, line 1", "not a trace")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([QUESTION], ["'helper' is missing", "helper=SPEC"]),
+        ([QUESTION, "--assistant", "helpr=helper"], ["helpr", "calculator, helper"]),
+        ([QUESTION, "--assistant", "helper=nowhere/at/all"], ["nowhere/at/all"]),
+        (["many words " * 300, *TOGETHER], ["context of 256 tokens"]),
+        ([QUESTION, *TOGETHER, "--deferral-rate", "0.2"], ["collm calibrate"]),
+    ],
+    ids=["missing", "misspelt", "no-such-folder", "long-prompt", "no-calibration"],
+)
+def test_generate_refuses(pair: str, arguments: list[str], words: list[str]) -> None:
+    refused(collm("generate", pair, *arguments), *words)
+
+
+def test_a_newer_checkpoint_is_refused(pair: str, tmp_path: Path) -> None:
+    shutil.copytree(pair, tmp_path / "newer")
+    info = json.loads((tmp_path / "newer/collm.json").read_text())
+    (tmp_path / "newer/collm.json").write_text(json.dumps(dict(info, format_version=99)))
+    refused(collm("generate", tmp_path / "newer", QUESTION, *TOGETHER), "99", "upgrade collm")
+
+
+def test_other_weights_are_a_warning(pair: str) -> None:
+    result = collm("generate", pair, QUESTION, *TOGETHER, "--base", "helper", "--json")
+    assert result.exit_code == 0
+    assert "warning: helper does not hold the weights" in result.stderr and "collm calibrate" in result.stderr
+
+
+# -- eval and calibrate
+
+TASK = ["--task", "word_problems", "--data", "data.jsonl", "--limit", 6, "--batch-size", 3]
+
+
+def test_eval_resumes(pair: str, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    command = ["eval", pair, *TOGETHER, *TASK]
+    whole = collm(*command, "--json", "--out", out)
+    assert whole.exit_code == 0, whole.output
+    figures = json.loads(whole.stdout)
+    assert figures["num_examples"] == 6 and figures["ci95"][0] <= figures["value"] <= figures["ci95"][1]
+    lines = out.read_text().splitlines(keepends=True)
+    assert len(lines) == 7
+    out.write_text("".join(lines[:3]) + lines[3][:20])
+    again = collm(*command, "--json", "--out", out)
+    assert {**json.loads(again.stdout), "seconds": 0} == {**figures, "seconds": 0}
+    refused(collm(*command, "--out", out, "--seed", 1), "other settings", "seed")
+    assert "exact match" in collm(*command).stdout
+
+
+def test_eval_names_the_nearest_task(pair: str) -> None:
+    refused(collm("eval", pair, *TOGETHER, "--task", "word_problem", "--data", "data.jsonl"), "'word_problems'")
+
+
+def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
+    shutil.copytree(pair, tmp_path / "pair")
+    command = ["calibrate", tmp_path / "pair", *TOGETHER, *TASK, "--rates", "0,0.1,1", "--out", tmp_path / "curve"]
+    result = collm(*command)
+    assert result.exit_code == 0, result.output
+    assert "wanted" in result.stdout and (tmp_path / "curve/curve.csv").is_file()
+    [table] = json.loads((tmp_path / "pair/collm.json").read_text())["calibration"]
+    assert [row["target_rate"] for row in table["rows"]] == [0, 0.1, 1]
+    made = collm("generate", tmp_path / "pair", QUESTION, *TOGETHER, "--json", "--deferral-rate", "0.1")
+    assert made.exit_code == 0, made.output
+    refused(collm(*command[:-2], "--base", "base", "--data", "missing.jsonl"), "missing.jsonl")
+
+
+def test_calibrate_needs_a_gate(world: Path) -> None:
+    refused(collm("calibrate", "base", "--assistant", "calculator", "--max-tokens", 4, *TASK), "gate")

@@ -12,6 +12,7 @@ import click
 from collm.cli.console import ResumableCommand
 from collm.cli.options import (
     OUTPUT,
+    alone_option,
     batch_size_option,
     data_options,
     decoding_options,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 @click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
 @click.option("--data", required=True, metavar="DATA", help="Test examples.")
 @click.option("--out", type=OUTPUT, metavar="FILE", help="Trace of every answer; with it, a stopped run resumes.")
+@click.option("--name", metavar="NAME", help="What the system is called in the table.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as one JSON object.")
+@alone_option
 @batch_size_option
 @data_options
 @decoding_options
@@ -53,6 +56,8 @@ def evaluate(checkpoint: str, task: str, data: str, out: Path | None, as_json: b
         params,
         batch_size=options["batch_size"],
         out=out,
+        name=options["name"] or "",
+        alone=options["alone"],
         identity=identity(checkpoint, options),
     )
     if as_json:

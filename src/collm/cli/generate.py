@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import OUTPUT, decoding_options, load_llm, model_options, sampling_params
+from collm.cli.options import (
+    OUTPUT,
+    alone_option,
+    decoding_options,
+    load_llm,
+    model_options,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
-    from collm.types import Message
+    from collections.abc import Iterable
+
+    from collm.llm import Chunk
+    from collm.types import Generation, Message
 
 
 @click.command(cls=Command, short_help="Write an answer, coloured by author.")
@@ -20,27 +31,86 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--raw", is_flag=True, help="The prompt is text to be continued, not a user's message.")
 @click.option("--stream", is_flag=True, help="Show tokens as they are written.")
+@click.option("--plain", is_flag=True, help="The text alone, without colours, legend and figures.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, authors, gates.")
 @click.option("--svg", type=OUTPUT, metavar="FILE", help="Also draw the coloured text into a file.")
 @click.option("--trace", type=OUTPUT, metavar="FILE", help="Also append it to a trace file, for `collm trace`.")
+@alone_option
 @decoding_options
 @model_options
 def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **options: Any) -> None:
-    """Let the models of CHECKPOINT answer PROMPT together ("-" reads it from standard input)."""
-    if options["stream"] and options["as_json"]:
-        raise click.UsageError("give --stream or --json, not both")
+    """Let the models of CHECKPOINT answer PROMPT together ("-" reads it from standard input).
+
+    CHECKPOINT may be a plain model, too; it has no gate, so --deferral is then never, random or always.
+    """
+    if options["as_json"] and (options["stream"] or options["plain"]):
+        raise click.UsageError("--json goes with neither --stream nor --plain")
     if raw and system is not None:
         raise click.UsageError("--system needs a chat template; it cannot go with --raw")
     params = sampling_params(options)
-    text = click.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
-    if not text:
+    question = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    if not question:
         raise click.UsageError("the prompt is empty")
-    system_message: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    request: str | list[Message] = text if raw else [*system_message, {"role": "user", "content": text}]
-
-    from collm.report.trace import generation_to_dict
+    before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[Message] = [*before, {"role": "user", "content": question}]
+    request = question if raw else messages
 
     llm = load_llm(checkpoint, options)
-    generation = llm.generate(request, params)
+    if options["stream"]:
+        generation = _show_stream(llm.stream(request, params, alone=options["alone"]), options["plain"])
+    else:
+        generation = llm.generate(request, params, alone=options["alone"])
+    _show(generation, options)
+    _keep(generation, request, question, options)
+
+
+def _show_stream(chunks: Iterable[Chunk], plain: bool) -> Generation:
+    """Print tokens as they come: coloured on a terminal, as they are elsewhere."""
+    from rich.console import Console
+
+    from collm.report.terminal import printable, token_text
+
+    console = Console()
+    coloured = console.is_terminal and not console.no_color and not plain
+    generation = None
+    for chunk in chunks:
+        if coloured and chunk.step is not None:
+            console.print(token_text(chunk.piece, chunk.step), end="", soft_wrap=True, highlight=False)
+        elif not coloured:
+            click.echo(printable(chunk.text), nl=False)
+        generation = chunk.generation or generation
+    click.echo()
+    assert generation is not None, "the last chunk carries the generation"
+    return generation
+
+
+def _show(generation: Generation, options: dict[str, Any]) -> None:
+    """What is still to be shown: all of it, or after streaming the legend and the figures."""
+    from rich.console import Console
+
+    from collm.report.terminal import legend, print_generation, summary
+    from collm.report.trace import generation_to_dict
+
     if options["as_json"]:
         click.echo(json.dumps(generation_to_dict(generation), ensure_ascii=False))
+    elif options["plain"]:
+        if not options["stream"]:
+            click.echo(generation.text)
+    elif options["stream"]:
+        console = Console(stderr=True)
+        console.print(legend(generation.model_names), soft_wrap=True)
+        console.print(summary(generation), soft_wrap=True, highlight=False, markup=False)
+    else:
+        print_generation(generation)
+
+
+def _keep(generation: Generation, request: str | list[Message], question: str, options: dict[str, Any]) -> None:
+    """Write the files that were asked for."""
+    from collm.report.picture import generation_svg
+    from collm.report.trace import Trace, append_trace, write_text
+
+    if options["svg"] is not None:
+        write_text(options["svg"], generation_svg(generation, question))
+    if options["trace"] is not None:
+        prompt = request if isinstance(request, str) else tuple(request)
+        append_trace(options["trace"], Trace(id=question[:60], generation=generation, prompt=prompt))

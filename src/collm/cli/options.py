@@ -53,6 +53,10 @@ model_options = _together(
     machine_options,
 )
 
+alone_option = click.option(
+    "--alone", metavar="NAME", help="Only this model writes: base, or an assistant's name (a baseline)."
+)
+
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts written at once."
 )

@@ -216,6 +216,8 @@ class CollaborativeLM:
             flow = compose(ids, own, self._eos)
         else:
             policy = policy or make_policy(params, len(self.models) - 1, self.has_gate, self.info.calibration)
+            if policy.needs_gate:
+                require_gate(params, self.has_gate)
             flow = collaborative(ids, own, policy, self._eos)
         return stopping(flow, TextStream(self.tokenizer, ids[BASE], params.stop, self._eos)) if params.stop else flow
 
