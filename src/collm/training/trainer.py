@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from collm.data.collate import IGNORED
 from collm.errors import CollmError
 from collm.models.checkpoint import CheckpointInfo, load_info, save_checkpoint
 from collm.models.head import DeferralHead
@@ -34,6 +39,28 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return next((path for path in reversed(found) if whole(path)), None)
+
+
+class EpochSampler(Sampler[int]):
+    """Batches of examples of like length, in an order that depends on (seed, epoch) alone.
+
+    The Trainer's own sampler draws from the global random state, so that a resumed run, or one on more processes,
+    would see other batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed, self.epoch = list(lengths), step_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        yield from get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
 
 
 class CollmTrainer(Trainer):
@@ -107,7 +134,13 @@ class CollmTrainer(Trainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         sums: dict[str, Tensor] = {}
-        for inputs in self.get_eval_dataloader(eval_dataset):
+        rows: Any = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        # Where several processes share the batches, accelerate would repeat rows to even them out, and count them
+        # twice: even them out with rows that have no labelled token.
+        unit = self.args.eval_batch_size * self.accelerator.num_processes
+        filler = {**rows[0], "labels": np.full_like(rows[0]["labels"], IGNORED)}
+        rows += [filler] * (-len(rows) % unit if self.accelerator.num_processes > 1 else 0)
+        for inputs in self.get_eval_dataloader(rows):
             with self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(inputs))
             for name, value in outputs.items():
@@ -119,6 +152,11 @@ class CollmTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return EpochSampler([len(row["input_ids"]) for row in rows], step_size, self.args.seed)
 
     # -- the optimizer: the gate wants its own, larger learning rate
 

@@ -1,0 +1,427 @@
+"""Training: the loss on the Trainer, what is equal to what, resuming, checkpoints, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from collm.data.examples import load_examples
+from collm.data.formatting import Formatter
+from collm.errors import CollmError
+from collm.gate import log_gate, marginal_nll
+from collm.models.backbone import hidden_states
+from collm.models.checkpoint import load_base, load_info
+from collm.models.head import DeferralHead
+from collm.training import initialisation
+from collm.training.recipe import load_recipe, parse_recipe
+from collm.training.train import train
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, an assistant and data: sums, which the assistant is not taught either (it is random)."""
+    from conftest import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("training")
+    tokenizer = make_tokenizer()
+    for name, seed in (("base", 0), ("assistant", 1)):
+        make_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{a} + {b}"},
+                {"role": "assistant", "content": f"{a} + {b} = {a + b}"},
+            ]
+        }
+        for a in range(3, 9)
+        for b in range(10, 16)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:32]))
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[32:]))
+    return folder
+
+
+def recipe_values(workplace: Path, out: str, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "out": str(workplace / out),
+        "cache": str(workplace / "cache"),
+        "base": {"model": str(workplace / "base")},
+        "assistants": [
+            {"name": "calculator", "model": "calculator"},
+            {"name": "other", "model": str(workplace / "assistant")},
+        ],
+        "data": {"train": str(workplace / "train.jsonl"), "validation": str(workplace / "validation.jsonl")},
+        "init": {"max_tokens": 100},
+        "training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "evaluations": 2},
+    }
+    for key, change in changes.items():
+        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
+    return values
+
+
+def run(workplace: Path, out: str, **changes: Any) -> Path:
+    return train(parse_recipe(recipe_values(workplace, out, **changes)), progress=False)
+
+
+def log_of(folder: Path, key: str) -> list[float]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "gate.safetensors")}
+
+
+def assert_same_weights(a: Path, b: Path, atol: float) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def full(workplace: Path) -> Path:
+    return run(workplace, "full")
+
+
+def test_the_loss_is_the_marginal_nll_of_the_texts(workplace: Path, full: Path) -> None:
+    """The figure reported before training against a direct computation: every model on every text, one by one."""
+    from collm.models.tools import Calculator
+    from collm.types import Query
+
+    base, _, tokenizer, _ = load_base(workplace / "base")
+    assistant = AutoModelForCausalLM.from_pretrained(workplace / "assistant")
+    head = DeferralHead.load(full / "init")
+    calculator, formatter = Calculator(tokenizer), Formatter(tokenizer)
+    total, count = 0.0, 0
+    for example in load_examples(workplace / "validation.jsonl"):
+        encoded = formatter.encode(example)
+        ids = torch.tensor([encoded.token_ids])
+        with torch.inference_mode():
+            laws = [model(ids).logits[0].log_softmax(-1) for model in (base, assistant)]
+            gates = log_gate(head(hidden_states(base, ids)[0]))
+        for t, labelled in enumerate(encoded.labelled):
+            if labelled:
+                gold = encoded.token_ids[t]
+                [[answer]] = calculator.predict([Query(1, encoded.token_ids[:t])])
+                tool = -torch.inf if answer is None else float(answer.log_probs[gold])
+                log_probs = torch.tensor([float(laws[0][t - 1, gold]), tool, float(laws[1][t - 1, gold])])
+                total += float(marginal_nll(gates[t - 1][None, None], log_probs[None, None], torch.tensor([[True]])))
+                count += 1
+    info = load_info(full)
+    assert info is not None
+    assert info.training["figures"]["before"]["eval_nll"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_training_lowers_the_held_out_loss_and_logs_what_it_should(full: Path) -> None:
+    info = load_info(full)
+    assert info is not None
+    before, after = info.training["figures"]["before"], info.training["figures"]["after"]
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_nll"] < after["eval_base_nll"]
+    for name in ("calculator", "other"):
+        assert 0 < after[f"eval_gate/{name}"] < 1
+        assert 0 <= after[f"eval_posterior/{name}"] <= 1
+    assert len(log_of(full, "nll")) >= 2
+    assert not (full / "checkpoints").exists()
+
+
+def test_a_checkpoint_is_a_plain_model_too(full: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(full)
+    ours, head, tokenizer, info = load_base(full)
+    assert head is not None and head.num_assistants == 2
+    assert [assistant.name for assistant in info.assistants] == ["calculator", "other"]
+    ids = torch.tensor([tokenizer.encode("3 + 10 = ")])
+    torch.testing.assert_close(plain(ids).logits, ours(ids).logits)
+
+
+def test_accumulation_8x1_equals_1x8(workplace: Path, full: Path) -> None:
+    """Texts of unequal length, so that a mean of means would differ. Float32 sums in another order: 1e-5."""
+    other = run(workplace, "accumulated", training={"batch_size": 1, "gradient_accumulation": 8})
+    # The grouping by length shuffles by the step's size, which is the same: so are the texts of each step.
+    assert_same_weights(full, other, atol=1e-5)
+    assert log_of(other, "nll") == pytest.approx(log_of(full, "nll"), abs=1e-5)
+
+
+KILL_AT_SECOND_SAVE = """
+import os, signal, sys
+from collm.training import trainer
+from collm.training.recipe import load_recipe
+from collm.training.train import train
+save = trainer.CollmTrainer._save_checkpoint
+def killed(self, *args):
+    save(self, *args)
+    if self.state.global_step >= 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.CollmTrainer._save_checkpoint = killed
+train(load_recipe(sys.argv[1]), progress=False)
+"""
+
+
+def test_resumed_after_kill_9_equals_uninterrupted(workplace: Path, full: Path) -> None:
+    path = workplace / "killed.yaml"
+    path.write_text(json.dumps(recipe_values(workplace, "killed")))  # JSON is YAML
+    done = subprocess.run([sys.executable, "-c", KILL_AT_SECOND_SAVE, str(path)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    out = workplace / "killed"
+    assert load_info(out) is None
+    checkpoints = sorted((out / "checkpoints").glob("checkpoint-*"))
+    assert len(checkpoints) == 1
+    # A half-written later checkpoint is passed over.
+    half = out / "checkpoints" / "checkpoint-99"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert train(load_recipe(path), progress=False) == out
+    assert_same_weights(full, out, atol=0)
+
+
+TWO_PROCESSES = """
+import sys
+from collm.training.recipe import load_recipe
+from collm.training.train import train
+train(load_recipe(sys.argv[1]), progress=False)
+"""
+
+
+def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
+    """Data parallel over gloo: 2 x 4 texts a step against 1 x 8. Gradients are summed in another order: 1e-5.
+
+    The number of texts is a multiple of 8; otherwise accelerate repeats some to give all processes as many.
+    """
+    path = workplace / "two.yaml"
+    path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4})))
+    script = workplace / "two.py"
+    script.write_text(TWO_PROCESSES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, str(script), str(path)]
+        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE))
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    assert_same_weights(full, workplace / "two", atol=1e-5)
+    assert log_of(workplace / "two", "eval_nll") == pytest.approx(log_of(full, "eval_nll"), abs=1e-5)
+
+
+def test_gate_only_leaves_the_base_alone(workplace: Path) -> None:
+    out = run(workplace, "gate", tune="gate", training={"epochs": 20, "gate_learning_rate": 0.01})
+    info = load_info(out)
+    assert info is not None and info.kind == "gate" and info.base_model == str(workplace / "base")
+    assert not (out / "model.safetensors").exists()
+    model, head, _, _ = load_base(out)
+    untouched = AutoModelForCausalLM.from_pretrained(workplace / "base")
+    assert head is not None
+    torch.testing.assert_close(model.state_dict(), untouched.state_dict())
+    losses = log_of(out, "eval_loss")
+    assert info.training["figures"]["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+    assert info.training["figures"]["eval_loss"] < losses[0]
+
+
+def test_lora_is_small_and_loads_merged(workplace: Path) -> None:
+    out = run(workplace, "lora", tune="lora", training={"learning_rate": 1e-2})
+    assert not (out / "model.safetensors").exists()
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert names and not any("lm_head" in name or "embed" in name for name in names)
+    model, head, tokenizer, info = load_base(out)
+    assert head is not None and info.kind == "lora"
+    untouched = AutoModelForCausalLM.from_pretrained(workplace / "base")
+    ids = torch.tensor([tokenizer.encode("3 + 10 = ")])
+    assert (model(ids).logits - untouched(ids).logits).abs().max() > 1e-3
+
+
+def test_another_base_is_warned_of(workplace: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    out = run(workplace, "gate", tune="gate", training={"epochs": 20, "gate_learning_rate": 0.01})  # done already
+    tokenizer = load_base(workplace / "base")[2]
+    tiny_model(seed=5, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="collm calibrate"):
+        load_base(out, base=str(tmp_path))
+
+
+def test_plain_fine_tuning_and_weak_supervision(workplace: Path) -> None:
+    sft = run(workplace, "sft", objective="sft", assistants=[])
+    assert load_info(sft) is not None and not (sft / "gate.safetensors").exists()
+    info = load_info(run(workplace, "weak", objective="weak_supervision"))
+    assert info is not None
+    figures = info.training["figures"]["after"]
+    assert figures["eval_loss"] != pytest.approx(figures["eval_nll"], abs=1e-3)
+
+
+def test_deferral_cost_is_added_and_lowers_the_gate(workplace: Path) -> None:
+    gates = []
+    for cost in (0.0, 1.0):
+        out = run(
+            workplace,
+            f"cost{cost}",
+            tune="gate",
+            deferral_cost=cost,
+            training={"epochs": 20, "gate_learning_rate": 0.05},
+        )
+        info = load_info(out)
+        assert info is not None
+        figures = info.training["figures"]
+        deferred = figures["eval_gate/calculator"] + figures["eval_gate/other"]
+        assert figures["eval_loss"] == pytest.approx(figures["eval_nll"] + cost * deferred, abs=1e-5)
+        gates.append(deferred)
+    assert gates[1] < 0.7 * gates[0]
+
+
+def test_gradient_checkpointing_changes_nothing(workplace: Path, full: Path) -> None:
+    other = run(workplace, "checkpointing", training={"gradient_checkpointing": True})
+    assert_same_weights(full, other, atol=1e-6)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(workplace: Path) -> None:
+    values = recipe_values(
+        workplace, "nan", training={"learning_rate": 1e30, "epochs": 4, "evaluations": 8, "warmup": 0}
+    )
+    values["trainer"] = {"max_grad_norm": 0}
+    with pytest.raises(CollmError, match="the loss is nan.*lower learning_rate"):
+        train(parse_recipe(values), progress=False)
+    assert load_info(workplace / "nan") is None
+
+
+def test_runs_are_not_mixed_up(workplace: Path, full: Path) -> None:
+    before = weights(full)
+    assert run(workplace, "full") == full  # finished: left as it is
+    with pytest.raises(CollmError, match="another recipe.*training.*--restart"):
+        run(workplace, "full", training={"learning_rate": 2e-3})
+    (workplace / "foreign").mkdir()
+    (workplace / "foreign" / "thesis.txt").write_text("precious")
+    with pytest.raises(CollmError, match="choose another out"):
+        run(workplace, "foreign")
+    torch.testing.assert_close(before, weights(full))
+
+
+def test_another_tokenizer_is_refused(workplace: Path, tmp_path: Path) -> None:
+    from conftest import make_model, make_tokenizer
+
+    other = make_tokenizer(vocab_size=290)
+    make_model(vocab_size=len(other)).save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(CollmError, match="another tokenizer"):
+        run(workplace, "othertok", assistants=[{"name": "x", "model": str(tmp_path)}])
+
+
+def test_pickled_weights_are_refused(workplace: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((workplace / "base" / "config.json").read_text())
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CollmError, match="pickled weights.*safetensors"):
+        run(workplace, "pickle", base={"model": str(tmp_path)})
+
+
+def test_a_gate_of_another_width_is_refused(full: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(full, copy)
+    save_file({"weight": torch.zeros(2, 16), "bias": torch.zeros(2)}, copy / "gate.safetensors")
+    with pytest.raises(CollmError, match="width 16"):
+        load_base(copy)
+
+
+def test_newer_and_partial_checkpoints_are_refused(full: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(full, copy)
+    raw = json.loads((copy / "collm.json").read_text())
+    (copy / "collm.json").write_text(json.dumps({**raw, "format_version": 99}))
+    with pytest.raises(CollmError, match="upgrade collm"):
+        load_base(copy)
+    (copy / "collm.json").unlink()
+    with pytest.raises(CollmError, match="partly written"):
+        load_base(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objektive": "sft"}, "unknown key 'objektive'; did you mean 'objective'"),
+        ({"training": {"learning_rat": 1}}, "unknown key 'training.learning_rat'; did you mean 'learning_rate'"),
+        ({"assistants": [{"name": "a", "modle": "x"}]}, "did you mean 'model'"),
+        ({"objective": "sft"}, "leave out the assistants"),
+        ({"assistants": []}, "needs at least one assistant"),
+        ({"trainer": {"save_step": 3}}, "did you mean 'save_steps'"),
+    ],
+)
+def test_faulty_recipes_name_the_fault(workplace: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CollmError, match=message):
+        train(parse_recipe(recipe_values(workplace, "faulty", **change)), progress=False)
+
+
+def test_missing_and_malformed_recipe_files(tmp_path: Path) -> None:
+    with pytest.raises(CollmError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(CollmError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+# -- initialisation
+
+
+def test_initialisation_finds_what_hidden_states_tell() -> None:
+    """Large, shifted and correlated features, as hidden states are; a rare class that they do tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(16, 16, generator=generator)
+    hidden = torch.randn(4000, 16, generator=generator) @ mixing * 30 + 100
+    direction = torch.linalg.solve(mixing, torch.randn(16, generator=generator))
+    projection = (hidden - hidden.mean(0)) @ direction
+    labels = (projection > projection.quantile(0.97)).long()
+    head = initialisation.fit(hidden[:3000], labels[:3000], 1)
+    report = initialisation.report(head, hidden[3000:], labels[3000:], torch.ones(1000, 1).bool(), labels[:3000])
+    assert report.recall > 0.95
+    assert report.precision > 0.6  # balanced classes favour recall
+    assert report.label_share[1] == pytest.approx(0.03, abs=0.01)
+
+
+def test_initialisation_tells_assistants_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3000, 8, generator=generator)
+    labels = torch.where(hidden[:, 0] > 1, 1, torch.where(hidden[:, 1] > 1, 2, 0))
+    head = initialisation.fit(hidden, labels, 2)
+    report = initialisation.report(head, hidden, labels, torch.ones(3000, 2).bool(), labels)
+    assert report.recall > 0.9 and report.accuracy_of_choice > 0.9
+
+
+def test_initialisation_without_labels_starts_low() -> None:
+    head = initialisation.fit(torch.randn(50, 4), torch.zeros(50, dtype=torch.long), 2)
+    assert float(log_gate(head(torch.randn(10, 4))).exp()[:, 1:].max()) < 0.05
+
+
+def test_standardisation_folds_away() -> None:
+    hidden = torch.randn(100, 6) * 20 + 7
+    standardise = initialisation.Standardiser.of(hidden)
+    head = DeferralHead(6, 2)
+    torch.nn.init.normal_(head.weight)
+    expected = head(standardise(hidden))
+    standardise.fold(head)
+    torch.testing.assert_close(head(hidden), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_resumed_run_uses_the_same_initial_gate(full: Path) -> None:
+    figures = json.loads((full / "init" / "figures.json").read_text())
+    assert figures["label_share"] == pytest.approx([1 - sum(figures["label_share"][1:]), *figures["label_share"][1:]])
+    assert sum(figures["label_share"][1:]) > 0
