@@ -103,6 +103,10 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.pool.max_length
 
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in the first releases of transformers 5."""
+        return self.pool.max_length
+
 
 class KVPool(Cache):
     """The slots of one model. `forward` writes and reads them; who sits in which slot is the caller's affair."""
