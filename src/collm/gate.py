@@ -87,6 +87,8 @@ def pseudo_labels(base_top1: Tensor, assistant_top1: Tensor, assistant_log_probs
     """
     if method not in ("a", "b"):
         raise ValueError(f"the pseudo-label method is 'a' or 'b', not {method!r}")
+    if assistant_top1.shape[-1] == 0:  # a base alone defers nothing
+        return torch.zeros_like(base_top1, dtype=torch.long)
     some_right = assistant_top1.any(dim=-1)
     # In method (b) an assistant that is right still comes before one that is wrong.
     candidates = assistant_top1 | ~some_right[:, None]

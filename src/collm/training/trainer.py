@@ -91,7 +91,7 @@ class CollmTrainer(Trainer):
         if model.training:
             if not bool(torch.isfinite(loss)):
                 raise CollmError(
-                    f"the loss is {float(loss)} at step {self.state.global_step + 1}; training stopped, the last good "
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped, the last good "
                     f"checkpoint is {last_checkpoint(Path(str(self.args.output_dir)))}: lower learning_rate, or check "
                     "the data and scores"
                 )
@@ -134,7 +134,8 @@ class CollmTrainer(Trainer):
         model = self._wrap_model(self.model, training=False)
         model.eval()
         sums: dict[str, Tensor] = {}
-        rows: Any = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = list(given)
         # Where several processes share the batches, accelerate would repeat rows to even them out, and count them
         # twice: even them out with rows that have no labelled token.
         unit = self.args.eval_batch_size * self.accelerator.num_processes
