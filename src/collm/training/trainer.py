@@ -135,7 +135,7 @@ class CollmTrainer(Trainer):
         model.eval()
         sums: dict[str, Tensor] = {}
         given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = list(given)
+        rows: Any = list(given)
         # Where several processes share the batches, accelerate would repeat rows to even them out, and count them
         # twice: even them out with rows that have no labelled token.
         unit = self.args.eval_batch_size * self.accelerator.num_processes
