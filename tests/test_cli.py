@@ -454,3 +454,16 @@ def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
 
 def test_calibrate_needs_a_gate(world: Path) -> None:
     refused(collm("calibrate", "base", "--assistant", "calculator", "--max-tokens", 4, *TASK), "gate")
+
+
+# -- demo
+
+
+def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo itself takes minutes and is run by `make demo`; a small plan of it is tested with the demo."""
+    from collm import demo
+
+    calls = []
+    monkeypatch.setattr(demo, "run_demo", lambda out, *, seed: calls.append((out, seed)))
+    assert collm("demo", "--out", tmp_path / "demo", "--seed", 3).exit_code == 0
+    assert calls == [(tmp_path / "demo", 3)]
