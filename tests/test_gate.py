@@ -114,9 +114,7 @@ def test_a_token_that_nobody_can_write_costs_infinity_and_teaches_nothing() -> N
 @pytest.mark.parametrize(("score", "expected"), [(200.0, 2.0), (-200.0, 1.0)])
 def test_gate_at_zero_or_one(score: float, expected: float) -> None:
     scores = torch.full((1, 1, 1), score, requires_grad=True)
-    loss = gate.marginal_nll(
-        gate.log_gate(scores), torch.tensor([[[-1.0, -2.0]]]), torch.ones(1, 1, dtype=torch.bool)
-    )
+    loss = gate.marginal_nll(gate.log_gate(scores), torch.tensor([[[-1.0, -2.0]]]), torch.ones(1, 1, dtype=torch.bool))
     loss.backward()
     assert float(loss) == pytest.approx(expected)
     assert scores.grad is not None and bool(torch.isfinite(scores.grad).all())

@@ -379,6 +379,37 @@ def test_missing_and_malformed_recipe_files(tmp_path: Path) -> None:
         load_recipe(tmp_path / "bad.yaml")
 
 
+def test_scores_made_beforehand_are_used_and_checked(workplace: Path, full: Path, tmp_path: Path) -> None:
+    from collm.data.scoring import score, score_tool
+    from collm.models.tools import make_tool
+
+    tokenizer = load_base(workplace / "base")[2]
+    formatter, examples = Formatter(tokenizer), load_examples(workplace / "train.jsonl")
+    # Scored up to the base's context, as `max_length` is cut to it.
+    options: dict[str, Any] = {"max_length": 256, "progress": False}
+    score(examples, str(workplace / "base"), formatter, tmp_path / "base", **options)
+    score(examples, str(workplace / "assistant"), formatter, tmp_path / "other", **options)
+    score_tool(examples, make_tool("calculator", tokenizer), formatter, tmp_path / "calculator", **options)
+    given: dict[str, Any] = {
+        "base": {"model": str(workplace / "base"), "scores": str(tmp_path / "base")},
+        "assistants": [
+            {"name": "calculator", "model": "calculator", "scores": str(tmp_path / "calculator")},
+            {"name": "other", "model": str(workplace / "assistant"), "scores": str(tmp_path / "other")},
+        ],
+    }
+    out = run(workplace, "given", cache=str(tmp_path / "cache"), **given)
+    assert_same_weights(full, out, atol=0)
+    assert not list((tmp_path / "cache").glob("*-train-*"))  # only the validation examples were scored
+    edited = (workplace / "train.jsonl").read_text().replace("3 + 10 = 13", "3 + 10 = 31")
+    (tmp_path / "edited.jsonl").write_text(edited)
+    data = {"train": str(tmp_path / "edited.jsonl")}
+    with pytest.raises(CollmError, match=r"no scores for 1 of 32 examples as they now are .*line 1\)"):
+        run(workplace, "edited", cache=str(tmp_path / "cache"), data=data, **given)
+    with pytest.raises(CollmError, match="stale.*weights"):
+        swapped = [given["assistants"][0], {**given["assistants"][1], "scores": str(tmp_path / "base")}]
+        run(workplace, "swapped", cache=str(tmp_path / "cache"), **{**given, "assistants": swapped})
+
+
 # -- initialisation
 
 

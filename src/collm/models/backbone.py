@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from collm.errors import CollmError
 
+
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (whose adapters live in its layers), or the model itself."""
     inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
@@ -60,9 +61,10 @@ def check_project(model: nn.Module) -> None:
     expected = lm(input_ids=ids, use_cache=False).logits[0].float()
     found = project(lm, hidden_states(lm, ids, use_cache=False)[0]).float()
     lm.train(training)
+    if bool(expected.isnan().any()):
+        raise CollmError(f"{lm.name_or_path or type(lm).__name__}: the weights give NaN logits; they are damaged")
     tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
     if expected.shape != found.shape or not torch.allclose(expected, found, atol=tolerance, rtol=tolerance):
         raise CollmError(
-            f"{type(lm).__name__} computes its logits in a way that collm does not know; "
-            "please report the architecture"
+            f"{type(lm).__name__} computes its logits in a way that collm does not know; please report the architecture"
         )

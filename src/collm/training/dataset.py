@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,21 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm.data.collate import IGNORED, Row
 from collm.data.encoding import encode_examples
-from collm.data.examples import Example, load_examples
+from collm.data.examples import Example, examples_fingerprint, load_examples
 from collm.data.formatting import Encoded, Formatter
-from collm.data.resumable import plan_batches
 from collm.data.scores import load_scores, scores_fingerprint
 from collm.data.scoring import score, score_tool, tool_fingerprint
 from collm.errors import CollmError
 from collm.gate import pseudo_labels
-from collm.models.backbone import hidden_states
 from collm.models.loading import load_model, weights_fingerprint
 from collm.training.recipe import DataSection
 from collm.types import LanguageModel
@@ -208,11 +203,15 @@ def _assemble(examples: Sequence[Example], formatter: Formatter, max_length: int
     top1 = torch.zeros(count, num_models, dtype=torch.bool)
     for k, path in enumerate(paths):
         found = {str(row["id"]): row for row in load_scores(path).with_format("numpy")}
-        missing = [examples[i] for i in kept if examples[i].id not in found]
+        missing = [
+            examples[i]
+            for i in kept
+            if examples[i].id not in found or found[examples[i].id]["example"] != examples_fingerprint([examples[i]])
+        ]
         if missing:
             raise CollmError(
-                f"{path} has no scores for {len(missing)} of {len(examples)} examples (such as {missing[0].label}): "
-                "score the same data again"
+                f"{path} has no scores for {len(missing)} of {len(examples)} examples as they now are "
+                f"(such as {missing[0].label}): score the same data again"
             )
         start = 0
         for i, item in zip(kept, items, strict=True):
@@ -223,65 +222,3 @@ def _assemble(examples: Sequence[Example], formatter: Formatter, max_length: int
             top1[start : start + n, k] = torch.tensor(row["top1"][:n])
             start += item.num_labelled
     return ScoredSet(items, log_probs[:, 0], top1[:, 0], log_probs[:, 1:], top1[:, 1:])
-
-
-def all_hidden(model: nn.Module, data: ScoredSet, folder: Path, split: str, *, progress: bool = True) -> Tensor:
-    """Hidden states of all labelled tokens, `[N, H]` float32, kept in `folder` for other recipes on the same data."""
-    key = [weights_fingerprint(model), [item.token_ids for item in data.items], [item.labelled for item in data.items]]
-    path = folder / f"hidden-{split}-{digest(key)}.safetensors"
-    if path.is_file():
-        return load_file(path)["hidden"]
-    hidden, _ = collect_hidden(model, data, progress=progress)
-    temporary = path.with_suffix(".tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": hidden}, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CollmError(f"could not keep the hidden states in {folder}: {error}") from error
-    return hidden
-
-
-@torch.inference_mode()
-def collect_hidden(
-    model: nn.Module,
-    data: ScoredSet,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    batch_tokens: int = 8192,
-    progress: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Hidden states that predict labelled tokens: `[M, H]` float32 on the CPU, and their flat indices `[M]`,
-    ascending.
-
-    Args:
-        limit: take whole examples, in random order, until there are so many tokens; None: all.
-    """
-    order = (
-        np.random.default_rng(seed).permutation(len(data.items)) if limit is not None else np.arange(len(data.items))
-    )
-    chosen: list[int] = []
-    total = 0
-    for i in order.tolist():
-        if limit is not None and total >= limit:
-            break
-        chosen.append(i)
-        total += data.items[i].num_labelled
-    lengths = [len(item) for item in data.items]
-    device = next(model.parameters()).device
-    starts = data.ends - [item.num_labelled for item in data.items]
-    states, indices = [], []
-    for batch in tqdm(plan_batches(lengths, chosen, batch_tokens), desc="hidden states", disable=not progress):
-        width = lengths[batch[0]]
-        ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.bool_)
-        for row, i in enumerate(batch):
-            item = data.items[i]
-            ids[row, : len(item)], mask[row, : len(item)] = item.token_ids, item.labelled
-            indices.append(torch.arange(int(starts[i]), int(starts[i]) + item.num_labelled))
-        # Right padding and causal attention: no mask is needed.
-        hidden = hidden_states(model, torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)
-        states.append(hidden[torch.from_numpy(mask[:, 1:]).to(device)].float().cpu())
-    flat = torch.cat(indices)
-    ascending = flat.argsort()
-    return torch.cat(states)[ascending], flat[ascending]

@@ -1,0 +1,61 @@
+"""From a recipe to transformers' `TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from collm.errors import CollmError
+from collm.training.dataset import best_device
+from collm.training.recipe import Recipe
+from collm.training.trainer import evaluation_steps
+
+
+def training_arguments(recipe: Recipe, num_rows: int, progress: bool) -> TrainingArguments:
+    options = recipe.training
+    world_size = PartialState().num_processes
+    step_size = options.batch_size * options.gradient_accumulation * world_size
+    every = evaluation_steps(num_rows, step_size, options.epochs, options.evaluations)
+    values: dict[str, Any] = {
+        "output_dir": str(recipe.out / "checkpoints"),
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.schedule,
+        "warmup_steps": options.warmup,
+        "weight_decay": options.weight_decay,
+        "bf16": options.bf16,
+        "use_cpu": best_device() == "cpu",
+        "seed": options.seed,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 1,  # beside the best one
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": max(1, every // 10),
+        "report_to": "none",
+        "disable_tqdm": not progress,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for key in recipe.trainer:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise CollmError(f"trainer.{key} is not one of transformers' TrainingArguments{hint}")
+    try:
+        return TrainingArguments(**{**values, **recipe.trainer})
+    except (ValueError, TypeError) as error:
+        raise CollmError(f"the recipe's training settings do not work: {error}") from error
