@@ -60,7 +60,13 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        yield from get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
+        order = get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
+        steps = [order[i : i + self.step_size] for i in range(0, len(order), self.step_size)]
+        # They come sorted from long (hard) to short (easy) examples. A short last step stays last.
+        whole = len(order) // self.step_size
+        shuffled = torch.randperm(whole, generator=generator).tolist()
+        for i in [*shuffled, *range(whole, len(steps))]:
+            yield from steps[i]
 
 
 class CollmTrainer(Trainer):
