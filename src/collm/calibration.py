@@ -25,6 +25,7 @@ from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
 from collm.evaluation.task import Task, get_task
 from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info, save_info
+from collm.models.hub import write_card
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
 from collm.types import SamplingParams
@@ -204,6 +205,7 @@ def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
         )
     others = [other for other in info.calibration if other.task != table.task]
     save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
+    write_card(checkpoint)
 
 
 def write_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:

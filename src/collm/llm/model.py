@@ -17,6 +17,7 @@ from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
 from collm.llm.deferral import make_policy, require_gate
 from collm.models.checkpoint import CheckpointInfo, load_base
+from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.local import LocalModel
 from collm.types import BASE, FinishReason, Generation, LanguageModel, Message, SamplingParams, Step
 
@@ -48,6 +49,7 @@ class CollaborativeLM:
         formatters: how each model is shown its prompts.
         info: the checkpoint's description; its calibration turns deferral rates into thresholds.
         has_gate: whether the base's predictions carry a gate.
+        path: the checkpoint it was loaded from.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class CollaborativeLM:
         info: CheckpointInfo | None = None,
         *,
         has_gate: bool = True,
+        path: Path | None = None,
     ) -> None:
         assert len(models) == len(formatters) >= 1
         self.models = tuple(models)
         self.formatters = tuple(formatters)
         self.info = info or CheckpointInfo()
         self.has_gate = has_gate
+        self.path = path
         # What ends a turn in a model's template ends its text, whether or not its tokenizer calls that EOS.
         self._eos = tuple(m.eos_token_ids | f.end_ids for m, f in zip(models, formatters, strict=True))
 
@@ -96,7 +100,20 @@ class CollaborativeLM:
             raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
         local = LocalModel(model, tokenizer, head, name="base", cache=cache)
         models, formatters = [m for m, _ in found], [f for _, f in found]
-        return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None)
+        return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None, path=Path(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the checkpoint it was loaded from, calibration included; assistants keep their own places."""
+        copy_checkpoint(self._checkpoint(), folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the checkpoint it was loaded from, with a model card."""
+        return push_to_hub(self._checkpoint(), repo_id, private=private, token=token)
+
+    def _checkpoint(self) -> Path:
+        if self.path is None:
+            raise CollmError("this system was not loaded from a checkpoint; load it with from_pretrained")
+        return self.path
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

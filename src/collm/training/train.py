@@ -19,6 +19,7 @@ from collm.data.collate import Collator
 from collm.errors import CollmError
 from collm.models.checkpoint import load_info, save_checkpoint
 from collm.models.head import DeferralHead
+from collm.models.hub import write_card
 from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.training.arguments import training_arguments
@@ -197,4 +198,5 @@ def _finish(prepared: Prepared, model: nn.Module, head: DeferralHead | None, fig
     if info.kind == "full":
         info.base_fingerprint = weights_fingerprint(model)
     save_checkpoint(prepared.recipe.out, info, model, head, prepared.base.formatter.tokenizer)
+    write_card(prepared.recipe.out)
     shutil.rmtree(prepared.recipe.out / "checkpoints", ignore_errors=True)

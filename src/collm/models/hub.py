@@ -1,0 +1,93 @@
+"""Sharing checkpoints: the model card, a copy without the leftovers of training, the upload."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from collm.errors import CollmError
+from collm.models.checkpoint import CheckpointInfo, load_info
+
+CARD = "README.md"
+LEFTOVERS = ("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl")
+"""What lies in a run's folder besides the checkpoint."""
+
+
+def model_card(info: CheckpointInfo) -> str:
+    """The checkpoint's README: front matter for the hub, what it is, how to use it, its figures."""
+    recipe: dict[str, Any] = info.training.get("recipe", {})
+    names = ", ".join(assistant.name for assistant in info.assistants) or "none"
+    lines = ["---", "library_name: collm", "pipeline_tag: text-generation"]
+    if info.base_model is not None and not Path(info.base_model).exists() and info.base_model.count("/") == 1:
+        lines += [f"base_model: {info.base_model}"]
+    lines += ["tags: [collm, collaborative-decoding]", "---", "", "# A base that writes together with assistants", ""]
+    lines += [
+        "Trained with collm by maximising the marginal likelihood over who writes each token (Shen et al., ACL 2024, "
+        "arXiv 2403.03870): the base writes itself or hands the token to an assistant.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | `{info.base_model}` (weights {info.base_fingerprint}) |",
+        f"| assistants | {names} |",
+        f"| trained | {info.kind}, objective {recipe.get('objective', 'unknown')} |",
+    ]
+    if info.kind != "full":
+        lines += ["", "It holds no base weights: give the base with `base=` or `--base` if it lies elsewhere."]
+    given = "".join(f" --assistant {a.name}={a.spec}" for a in info.assistants)
+    lines += ["", "## Use", "", "```", f'collm generate PATH{given} "your question"', "```"]
+    figures: dict[str, Any] = info.training.get("figures", {})
+    last = figures.get("after", figures)
+    if last:
+        lines += ["", "## Held-out figures, per token", "", "| figure | value |", "|---|---|"]
+        lines += [f"| {k.removeprefix('eval_')} | {v:.4f} |" for k, v in last.items() if isinstance(v, float)]
+    for table in info.calibration:
+        title = f"Calibration: {table.task} ({table.num_prompts} prompts, seed {table.seed})"
+        lines += ["", f"## {title}", "", f"| target rate | achieved rate | {table.metric} |", "|---|---|---|"]
+        lines += [f"| {r.target_rate:.2f} | {r.achieved_rate:.3f} | {r.metric_value:.3f} |" for r in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+def write_card(folder: str | Path) -> None:
+    """Write or renew a checkpoint's card, after training and after each calibration."""
+    info = load_info(folder)
+    assert info is not None
+    (Path(folder) / CARD).write_text(model_card(info))
+
+
+def copy_checkpoint(source: str | Path, target: str | Path) -> None:
+    """Copy a checkpoint without what only training needed.
+
+    Raises:
+        CollmError: the source is no checkpoint, the target is not empty, or the disk is full.
+    """
+    if load_info(source) is None:
+        raise CollmError(f"{source} is not a collm checkpoint; it has no collm.json")
+    if Path(target).exists() and any(Path(target).iterdir()):
+        raise CollmError(f"{target} is not empty; choose another folder")
+    try:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFTOVERS), dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise CollmError(f"could not copy {source} to {target}: {error}") from error
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload a checkpoint with its card and return its address.
+
+    Raises:
+        CollmError: no checkpoint, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if load_info(folder) is None:
+        raise CollmError(f"{folder} is not a collm checkpoint; it has no collm.json")
+    write_card(folder)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        ignored = [pattern for name in LEFTOVERS for pattern in (name, f"{name}/*")]
+        commit = api.upload_folder(repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise CollmError(f"could not upload {folder} to {repo_id}: {error}") from error
+    return str(commit)
