@@ -1,0 +1,198 @@
+"""The demo from beginning to end: the order of things, in two processes, and what is shown of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from collm.data.examples import load_examples
+from collm.demo import stages
+from collm.demo.corpus import KINDS, make_corpus
+from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, SYSTEMS, Plan
+from collm.errors import CollmError
+from collm.models.checkpoint import load_info
+from collm.report.html import Page, write_html
+from collm.report.plots import save_curve
+from collm.report.systems import SystemRow, systems_table
+from collm.report.terminal import print_traces
+from collm.report.trace import Trace, read_traces, write_text
+
+SETTINGS, RESULTS, REPORT, LOG = "demo.json", "results.json", "report.html", "log.txt"
+SAMPLES_OF_KIND = 2
+
+Stage = Callable[..., Any]
+
+
+def run_demo(
+    out: str | Path, *, seed: int = 0, plan: Plan | None = None, workers: int = 2, console: Console | None = None
+) -> dict[str, Any]:
+    """Train three small models from scratch, teach them to write together, evaluate, and show it.
+
+    Writes `results.json`, `report.html`, `curve.csv` and `curve.svg` into `out`, beside the models, data and traces
+    they come from. A stopped demo goes on where it was. The figures do not depend on `workers`.
+
+    Args:
+        workers: processes that work side by side, one thread each; 0 does all in this process. Processes are spawned,
+            so a script that calls this needs the usual `if __name__ == "__main__":`.
+        console: where table and samples go; progress goes to stderr.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        CollmError: `out` holds something else.
+    """
+    begin = time.monotonic()
+    out, plan = Path(out), plan or Plan()
+    resumed = _claim(out, plan, seed)
+    say = _Progress(begin, Console(stderr=True))
+    say("inventing a world: people, sums, questions")
+    stages.write_files(out, make_corpus(plan.sizes, seed), plan, seed)
+    with _Workers(workers, out / LOG) as pool:
+        say("training three models from scratch: the base, and an expert each for facts and arithmetic")
+        pool.all([(stages.train_single, (out, name, plan, seed)) for name in (stages.BASE, ARITHMETIC, FACTS)])
+        say("scoring the training questions under each of them")
+        pool.all([(stages.score_training_data, (out, name)) for name in (stages.BASE, *EXPERTS)])
+        say("training the systems, calibrating on validation questions, evaluating on test questions")
+        leaders = sorted((s for s in SYSTEMS if s.like is None), key=lambda s: -len(s.assistants))
+        jobs = [(system, [s for s in SYSTEMS if s.like == system.name]) for system in leaders]
+        found = pool.all([(stages.run_system, (out, *job, plan, seed)) for job in jobs])
+    lines = {line["name"]: line for part in found for line in part}
+    results = {
+        "seconds": round(time.monotonic() - begin, 1),
+        "resumed": resumed,
+        "seed": seed,
+        "workers": workers,
+        "test_questions": plan.sizes.test,
+        "systems": [lines[system.name] for system in SYSTEMS],
+        "plan": plan.to_dict(),
+    }
+    _show(out, results, console or Console())
+    return results
+
+
+def _claim(out: Path, plan: Plan, seed: int) -> bool:
+    """Make `out` this demo's folder; whether an earlier start of it was there."""
+    settings = json.loads(json.dumps({"seed": seed, "plan": plan.to_dict()}))
+    path = out / SETTINGS
+    if path.is_file():
+        if json.loads(path.read_text()) != settings:
+            raise CollmError(f"{out} holds a demo with other settings: choose another folder, or delete it")
+        return True
+    if out.is_dir() and any(out.iterdir()):
+        raise CollmError(f"{out} is not empty and holds no demo: choose another folder")
+    write_text(path, json.dumps(settings, indent=1))
+    return False
+
+
+class _Progress:
+    """Says on stderr what is being done, and since when."""
+
+    def __init__(self, begin: float, console: Console) -> None:
+        self.begin = begin
+        self.console = console
+
+    def __call__(self, what: str) -> None:
+        self.console.print(Text(f"[{time.monotonic() - self.begin:5.0f} s] {what}"), soft_wrap=True, highlight=False)
+
+
+class _Workers:
+    """Runs stages side by side; what the libraries print on the way goes to a log file."""
+
+    def __init__(self, count: int, log: Path) -> None:
+        self.log = log
+        self.pool = (
+            ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread) if count else None
+        )
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def all(self, jobs: list[tuple[Stage, tuple[Any, ...]]]) -> list[Any]:
+        """Results in the order of the jobs; the first error is raised, and what has not begun is dropped."""
+        if self.pool is None:
+            return [_logged(self.log, stage, arguments) for stage, arguments in jobs]
+        futures: list[Future[Any]] = [self.pool.submit(_logged, self.log, *job) for job in jobs]
+        return [future.result() for future in futures]
+
+
+def _one_thread() -> None:
+    """Small models lose time to threads; and sums in another order would be other sums."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _logged(log: Path, stage: Stage, arguments: tuple[Any, ...]) -> Any:
+    with log.open("a") as file, _quiet(file):
+        return stage(*arguments)
+
+
+@contextlib.contextmanager
+def _quiet(file: TextIO) -> Iterator[None]:
+    from datasets.utils.logging import disable_progress_bar as no_dataset_bars
+    from transformers.utils.logging import disable_progress_bar as no_model_bars
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    no_dataset_bars()
+    no_model_bars()
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield
+
+
+def _show(out: Path, results: dict[str, Any], console: Console) -> None:
+    """Table and samples in the terminal; results.json, report.html and the curve in the folder."""
+    rows = [
+        SystemRow(
+            line["name"],
+            line["exact_match"],
+            (line["ci95"][0], line["ci95"][1]),
+            line["kind"],
+            line["deferral_rate"],
+            line["changed_share"],
+            note=" ".join(f"{kind} {line['by_kind'][kind]:.0%}" for kind in KINDS),
+        )
+        for line in results["systems"]
+    ]
+    joint = next(system for system in SYSTEMS if system.name == BOTH)
+    info = load_info(stages.model_folder(out, joint.checkpoint))
+    assert info is not None
+    [curve] = info.calibration
+    save_curve(curve, out)
+    traces = read_traces(stages.trace_file(out, joint))
+    lead = (
+        f"A base that knows neither, an assistant that knows facts ({FACTS}) and one that can calculate ({ARITHMETIC}) "
+        f"answer {results['test_questions']} held-out questions, token by token together. Nobody told the base when "
+        "to ask whom."
+    )
+    footer = f"collm demo, seed {results['seed']}, {results['seconds']:.0f} s with {results['workers']} processes."
+    page = Page("collm demo", lead, tuple(rows), "exact match", curve, footer=footer)
+    write_html(traces, out / REPORT, page)
+    write_text(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
+    plain = [dataclasses.replace(row, note="") for row in rows]
+    console.print(systems_table(plain, title=f"{results['test_questions']} held-out questions"))
+    print_traces(_samples(out, traces), console)
+    console.print(
+        Text(f"{results['seconds']:.0f} s. More in {out / REPORT}; figures in {out / RESULTS}."), highlight=False
+    )
+
+
+def _samples(out: Path, traces: list[Trace]) -> list[Trace]:
+    """The first few of each kind of question, right or wrong as they come."""
+    kinds = {example.id: example.fields["kind"] for example in load_examples(stages.data_file(out, "test"))}
+    return [trace for kind in KINDS for trace in [t for t in traces if kinds[t.id] == kind][:SAMPLES_OF_KIND]]
