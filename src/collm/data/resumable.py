@@ -84,7 +84,7 @@ def run(
         lengths = [len(item) for item in encoded.items]
         batches = plan_batches(lengths, [i for i in kept if i not in scores], batch_tokens)
         try:
-            with _progress_bar(sum(lengths[i] for batch in batches for i in batch), progress) as advance:
+            with progress_bar(sum(lengths[i] for batch in batches for i in batch), progress) as advance:
                 for batch in batches:
                     found = dict(zip(batch, work([encoded.items[i] for i in batch]), strict=True))
                     for i, (log_prob, _) in found.items():
@@ -127,7 +127,7 @@ def _unpack(record: dict[str, Any]) -> dict[int, TokenScores]:
 
 
 @contextmanager
-def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, enabled: bool, doing: str = "scoring") -> Iterator[Callable[[int], None]]:
     """A bar on stderr with tokens/s and the time left; yields the function that advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -137,7 +137,7 @@ def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
         def render(self, task: Task) -> Text:
             return Text(f"{task.finished_speed or task.speed or 0:,.0f} tokens/s")
 
-    columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.percentage:.0f} %"), Speed())
+    columns = (TextColumn(doing), BarColumn(), TextColumn("{task.percentage:.0f} %"), Speed())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled) as bar:
-        task = bar.add_task("scoring", total=total)
+        task = bar.add_task(doing, total=total)
         yield lambda tokens: bar.advance(task, tokens)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from collm.data.resumable import plan_batches
+from collm.data.resumable import plan_batches, progress_bar
 from collm.errors import CollmError
 from collm.models.backbone import hidden_states
 from collm.models.loading import weights_fingerprint
@@ -65,16 +64,18 @@ def collect_hidden(
     device = next(model.parameters()).device
     starts = data.ends - [item.num_labelled for item in data.items]
     states, indices = [], []
-    for batch in tqdm(plan_batches(lengths, chosen, batch_tokens), desc="hidden states", disable=not progress):
-        width = lengths[batch[0]]
-        ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.bool_)
-        for row, i in enumerate(batch):
-            item = data.items[i]
-            ids[row, : len(item)], mask[row, : len(item)] = item.token_ids, item.labelled
-            indices.append(torch.arange(int(starts[i]), int(starts[i]) + item.num_labelled))
-        # Right padding and causal attention: no mask is needed.
-        hidden = hidden_states(model, torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)
-        states.append(hidden[torch.from_numpy(mask[:, 1:]).to(device)].float().cpu())
+    with progress_bar(sum(lengths[i] for i in chosen), progress, "hidden states") as advance:
+        for batch in plan_batches(lengths, chosen, batch_tokens):
+            width = lengths[batch[0]]
+            ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.bool_)
+            for row, i in enumerate(batch):
+                item = data.items[i]
+                ids[row, : len(item)], mask[row, : len(item)] = item.token_ids, item.labelled
+                indices.append(torch.arange(int(starts[i]), int(starts[i]) + item.num_labelled))
+            # Right padding and causal attention: no mask is needed.
+            hidden = hidden_states(model, torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)
+            states.append(hidden[torch.from_numpy(mask[:, 1:]).to(device)].float().cpu())
+            advance(sum(lengths[i] for i in batch))
     flat = torch.cat(indices)
     ascending = flat.argsort()
     return torch.cat(states)[ascending], flat[ascending]
