@@ -87,7 +87,7 @@ class Sizes:
 
     people: tuple[int, int, int] = (100, 20, 40)
     """Of training, validation and test questions."""
-    fiction: int = 6000
+    fiction: int = 12000
     train: int = 2000
     validation: int = 100
     test: int = 300

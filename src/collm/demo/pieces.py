@@ -17,6 +17,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+ASSISTANT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""How an expert sees a conversation while it assists: it reads what has been written, not the question. That is how
+its own texts look, and all it has to do is to go on."""
 
 CONTEXT = 128
 """Tokens that a model can read."""

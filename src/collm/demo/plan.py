@@ -31,7 +31,7 @@ class Plan:
     """The base copies names and numbers into forms, which takes more than an expert's one subject."""
     expert_hidden_size: int = 64
     layers: int = 2
-    base: Schedule = Schedule(4, 3e-3)
+    base: Schedule = Schedule(3, 3e-3)
     """The base's first training, on fiction."""
     facts: Schedule = Schedule(22, 5e-3)
     drill: Schedule = Schedule(30, 5e-3)

@@ -194,5 +194,7 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
 
 def _samples(out: Path, traces: list[Trace]) -> list[Trace]:
     """The first few of each kind of question, right or wrong as they come."""
-    kinds = {example.id: example.fields["kind"] for example in load_examples(stages.data_file(out, "test"))}
-    return [trace for kind in KINDS for trace in [t for t in traces if kinds[t.id] == kind][:SAMPLES_OF_KIND]]
+    by_id = {trace.id: trace for trace in traces}
+    examples = load_examples(stages.data_file(out, "test"))
+    first = [[e.id for e in examples if e.fields["kind"] == kind][:SAMPLES_OF_KIND] for kind in KINDS]
+    return [by_id[id] for ids in first for id in ids]

@@ -12,10 +12,10 @@ from typing import Any
 
 from collm.calibration import calibrate, store_table
 from collm.data.examples import load_examples
-from collm.data.formatting import Formatter
+from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scoring import score
 from collm.demo.corpus import KINDS, Corpus, Row, texts
-from collm.demo.pieces import CONTEXT, make_tokenizer, write_fresh_model
+from collm.demo.pieces import ASSISTANT_TEMPLATE, CONTEXT, make_tokenizer, write_fresh_model
 from collm.demo.plan import ARITHMETIC, EXPERTS, FACTS, TASK, Plan, Schedule, System
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
@@ -27,6 +27,8 @@ from collm.training.train import train
 from collm.types import SamplingParams
 
 BASE = "base"
+FORMATS: dict[str, dict[str, Any]] = {BASE: {}, **{name: {"chat_template": ASSISTANT_TEMPLATE} for name in EXPERTS}}
+"""How each model is shown the questions while they write together."""
 STAGES = "stages"
 """Folder of half-trained models: untrained ones, and the arithmetic expert after its drill."""
 
@@ -112,9 +114,15 @@ def train_single(out: Path, name: str, plan: Plan, seed: int) -> None:
 def score_training_data(out: Path, name: str) -> None:
     """`collm score`, for one of the three."""
     folder = str(model_folder(out, name))
-    examples = load_examples(data_file(out, "train"))
+    tokenizer = load_tokenizer(folder)
     score(
-        examples, folder, Formatter(load_tokenizer(folder)), out / "scores" / name, max_length=CONTEXT, progress=False
+        load_examples(data_file(out, "train")),
+        folder,
+        Formatter(tokenizer, PromptFormat(**FORMATS[name])),
+        out / "scores" / name,
+        completions_from=None if name == BASE else Formatter(tokenizer),
+        max_length=CONTEXT,
+        progress=False,
     )
 
 
@@ -123,7 +131,12 @@ def train_system(out: Path, system: System, plan: Plan, seed: int) -> None:
     more: dict[str, Any] = {"objective": system.objective}
     if system.assistants:
         more["assistants"] = [
-            {"name": name, "model": str(model_folder(out, name)), "scores": str(out / "scores" / name)}
+            {
+                "name": name,
+                "model": str(model_folder(out, name)),
+                "format": FORMATS[name],
+                "scores": str(out / "scores" / name),
+            }
             for name in system.assistants
         ]
         more["base"] = {"scores": str(out / "scores" / BASE)}
