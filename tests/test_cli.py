@@ -446,7 +446,7 @@ def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "wanted" in result.stdout and (tmp_path / "curve/curve.csv").is_file()
     [table] = json.loads((tmp_path / "pair/collm.json").read_text())["calibration"]
-    assert [row["target_rate"] for row in table["rows"]] == [0, 0.1, 1]
+    assert {0, 0.1, 1} <= {row["target_rate"] for row in table["rows"]}
     made = collm("generate", tmp_path / "pair", QUESTION, *TOGETHER, "--json", "--deferral-rate", "0.1")
     assert made.exit_code == 0, made.output
     refused(collm(*command[:-2], "--base", "base", "--data", "missing.jsonl"), "missing.jsonl")

@@ -32,6 +32,8 @@ from collm.types import SamplingParams
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 NEVER, ALWAYS = math.inf, -math.inf
+EVEN = 0.0
+"""Log-odds of eta = 0.5: defer where the gate finds it likelier than not."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def calibrate(
     """Find the threshold for each target rate, and the quality there.
 
     Args:
-        target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf).
+        target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf). The table has a row more,
+            for the rate of eta = 0.5.
         rounds: how many thresholds are tried for each target at most; every one also serves the other targets.
         tolerance: a rate this close to its target is good enough.
         params: how texts are written (temperature, stop strings), whoever writes; greedy with `max_tokens` and
@@ -156,6 +159,9 @@ def calibrate(
         measured[log_odds] = Measurement(log_odds, result, *gate_log_odds(traces))
 
     measure(NEVER, "never defer")
+    # A trained gate is nearly sure at most tokens, so the rates around its own lie close together, far from those of
+    # the text that is written without deferring: without this point the search would jump over all of them.
+    measure(EVEN, "defer where the gate is above 0.5")
     measure(ALWAYS, "always defer")
     inner = [rate for rate in target_rates if 0 < rate < 1]
     for turn in range(1, rounds + 1):
@@ -165,7 +171,10 @@ def calibrate(
             candidate = next_threshold(rate, list(measured.values()))
             if candidate is not None:
                 measure(candidate, f"rate {rate:.2g}, round {turn}")
-    rows = [_row(rate, measured) for rate in target_rates]
+    rows = [_row(rate, _nearest(rate, measured)) for rate in target_rates]
+    if all(row.log_odds != EVEN and row.target_rate != measured[EVEN].rate for row in rows):
+        rows.append(_row(measured[EVEN].rate, measured[EVEN]))
+        rows.sort(key=lambda row: row.target_rate)
     # Of equally good ones, the cheapest.
     best = max(range(len(rows)), key=lambda i: (rows[i].metric_value, -rows[i].achieved_rate, rows[i].log_odds, -i))
     return CalibrationTable(
@@ -180,10 +189,9 @@ def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:
     return min(measured.values(), key=lambda m: (abs(m.rate - rate), -m.log_odds))
 
 
-def _row(rate: float, measured: Mapping[float, Measurement]) -> CalibrationRow:
-    found = _nearest(rate, measured)
+def _row(target: float, found: Measurement) -> CalibrationRow:
     return CalibrationRow(
-        target_rate=rate,
+        target_rate=target,
         achieved_rate=found.rate,
         threshold=to_probability(found.log_odds),
         log_odds=found.log_odds,
