@@ -2,7 +2,8 @@
 
 Who is allowed to see what is the point of it:
 
-- *fiction*: questions about people who do not exist, their facts drawn anew each time; the base learns the form there.
+- *fiction*: questions about people who do not exist, answered as one likes: facts and results are drawn anew each
+  time, so that the form is all there is to learn. The base reads it.
 - *facts*: statements about everyone in the world; only the facts expert reads them.
 - *arithmetic*: sums; only the arithmetic expert reads them in numbers enough to learn them.
 - *train*, *validation*, *test*: questions about different people of the world. The sums of validation and test occur
@@ -79,6 +80,10 @@ _ASKED = {
     "trade": ("What does {} do?", "What is the trade of {}?"),
     "age": ("How old is {}?", "What is the age of {}?"),
 }
+_ASKED_BOTH = (
+    "How old will {name} be in {years} years?",
+    "What is the age of somebody {years} years older than {name}?",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Sizes:
 
     people: tuple[int, int, int] = (100, 20, 40)
     """Of training, validation and test questions."""
-    fiction: int = 12000
+    fiction: int = 10000
     train: int = 2000
     validation: int = 100
     test: int = 300
@@ -125,28 +130,34 @@ def _conversation(kind: str, question: str, answer: str, gold: object) -> Row:
     return {"messages": messages, "answer": str(gold), "kind": kind}
 
 
-def _question(rng: random.Random, kind: str, people: Sequence[Person]) -> Row:
-    """A random question of a kind, about some of `people`."""
-    person, other = rng.sample(people, 2)
+def _question(rng: random.Random, kind: str, people: Sequence[Person], fiction: bool = False) -> Row:
+    """A random question of a kind, about some of `people`; in fiction, sums have any result."""
+
+    def add(a: int, b: int) -> int:
+        return rng.choice(AGES) + rng.choice(ADDENDS) if fiction else a + b
+
+    person = rng.choice(people)
     a, b = rng.choice(AGES), rng.choice(ADDENDS)
     if kind == "arithmetic":
-        return _conversation(kind, f"What is {a}+{b}?", f"{a}+{b}={a + b}.", a + b)
+        total = add(a, b)
+        return _conversation(kind, f"What is {a}+{b}?", f"{a}+{b}={total}.", total)
     if kind == "facts":
         fact = rng.choice(FACTS)
         asked = rng.choice(_ASKED[fact]).format(person.name)
         return _conversation(kind, asked, "".join(person.statement(fact)), getattr(person, fact))
-    known = "".join(person.statement("age"))
-    if rng.random() < 0.5:
-        asked = f"How old will {person.name} be in {b} years?"
-    else:
-        asked, b = f"How old are {person.name} and {other.name} together?", other.age
-        known += " " + "".join(other.statement("age"))
-    total = person.age + b
-    return _conversation(kind, asked, f"{known} {person.age}+{b}={total}.", total)
+    asked = rng.choice(_ASKED_BOTH).format(name=person.name, years=b)
+    total = add(person.age, b)
+    return _conversation(kind, asked, f"{''.join(person.statement('age'))} {person.age}+{b}={total}.", total)
 
 
 def _questions(
-    rng: random.Random, count: int, people: Sequence[Person], elsewhere: set[str], held_out: set[str]
+    rng: random.Random,
+    count: int,
+    people: Sequence[Person],
+    elsewhere: set[str],
+    held_out: set[str],
+    *,
+    fiction: bool = False,
 ) -> list[Row]:
     """`count` questions, three tenths facts, three tenths arithmetic, the rest both; none that is asked `elsewhere`,
     none with a sum that is `held_out`."""
@@ -157,7 +168,7 @@ def _questions(
     asked: set[str] = set()
     for kind in kinds:
         for attempt in itertools.count():
-            row = _question(rng, kind, people)
+            row = _question(rng, kind, people, fiction)
             question, answer = texts(row)
             if question in elsewhere or equations(answer) & held_out:
                 continue
@@ -194,8 +205,9 @@ def _arithmetic(rng: random.Random, held_out: set[str], fiction: Sequence[Row], 
     running = [texts(row) for row in fiction if row["kind"] == "both"]
     for _ in range(in_context):
         question, answer = rng.choice(running)
-        before, _, rest = answer.partition("=")
-        rows.append(_drill(before + "=", rest.partition(" ####")[0], question if rng.random() < 0.5 else ""))
+        before, _, _ = answer.partition("=")
+        a, _, b = before.rpartition(" ")[2].partition("+")
+        rows.append(_drill(before + "=", f"{int(a) + int(b)}.", question if rng.random() < 0.5 else ""))
     return rows
 
 
@@ -227,7 +239,8 @@ def make_corpus(sizes: Sizes | None = None, seed: int = 0) -> Corpus:
     # Some two hundred strangers at a time, and then their namesakes with other facts: nothing about them can be learnt.
     while len(rows["fiction"]) < sizes.fiction:
         cast = [_person(rng, name) for name in rng.sample(strangers, min(200, len(strangers)))]
-        rows["fiction"] += _questions(rng, min(500, sizes.fiction - len(rows["fiction"])), cast, asked, held_out)
+        count = min(500, sizes.fiction - len(rows["fiction"]))
+        rows["fiction"] += _questions(rng, count, cast, asked, held_out, fiction=True)
     rows["facts"] = _facts(rng, world, rows["fiction"], sizes.facts_in_context) + of_kind("train", "facts")
     rows["arithmetic"] = _arithmetic(rng, held_out, rows["fiction"], sizes.sums_in_context)
     rows["arithmetic"] += of_kind("train", "arithmetic")

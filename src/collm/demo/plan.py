@@ -42,7 +42,10 @@ class Plan:
     """Fine-tuning on the questions, alike for the base alone and for all that write together."""
     gate_learning_rate: float = 3e-3
     rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    rounds: int = 1
+    """Deferral rates of the joint system's curve."""
+    few_rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+    """And those among which the other systems find their best: no assistant is worth more."""
+    rounds: int = 2
     max_tokens: int = 40
     batch_size: int = 100
 

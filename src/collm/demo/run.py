@@ -58,7 +58,7 @@ def run_demo(
     resumed = _claim(out, plan, seed)
     say = _Progress(begin, Console(stderr=True))
     say("inventing a world: people, sums, questions")
-    stages.write_files(out, make_corpus(plan.sizes, seed), plan, seed)
+    _logged(out / LOG, stages.write_files, (out, make_corpus(plan.sizes, seed), plan, seed))
     with _Workers(workers, out / LOG) as pool:
         say("training three models from scratch: the base, and an expert each for facts and arithmetic")
         pool.all([(stages.train_single, (out, name, plan, seed)) for name in (stages.BASE, ARITHMETIC, FACTS)])

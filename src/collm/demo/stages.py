@@ -16,7 +16,7 @@ from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scoring import score
 from collm.demo.corpus import KINDS, Corpus, Row, texts
 from collm.demo.pieces import ASSISTANT_TEMPLATE, CONTEXT, make_tokenizer, write_fresh_model
-from collm.demo.plan import ARITHMETIC, EXPERTS, FACTS, TASK, Plan, Schedule, System
+from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, TASK, Plan, Schedule, System
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, load_info
@@ -168,7 +168,7 @@ def calibrate_system(out: Path, system: System, plan: Plan, seed: int) -> Calibr
         load_system(out, system),
         TASK,
         load_examples(data_file(out, "validation")),
-        target_rates=plan.rates,
+        target_rates=plan.rates if system.name == BOTH else plan.few_rates,
         seed=seed,
         rounds=plan.rounds,
         max_tokens=plan.max_tokens,
