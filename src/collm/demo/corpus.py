@@ -7,7 +7,7 @@ Who is allowed to see what is the point of it:
 - *facts*: statements about everyone in the world; only the facts expert reads them.
 - *arithmetic*: sums; only the arithmetic expert reads them in numbers enough to learn them.
 - *train*, *validation*, *test*: questions about different people of the world. The sums of validation and test occur
-  nowhere else, not even in the arithmetic expert's drill.
+  nowhere else, not even in the arithmetic expert's drill (which may hold them the other way round: 12+34 for 34+12).
 """
 
 from __future__ import annotations
@@ -19,31 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FIRST_NAMES = tuple(
-    """
-    Mira Tovin Elsa Odrin Kael Runa Silas Petra Jorun Vesna Alba Dorin Fenna Garo Hedda Ilan Jutta Koren Lumi Marek
-    Nessa Orla Pavo Quill Rosa Sten Tilda Ulric Vida Wren Ysolde Zeno Anouk Brom Cleo Dagny Edda Frode Greta Halvar
-    """.split()
-)
-LAST_NAMES = tuple(
-    """
-    Tolan Varn Brask Ellory Finch Gost Harrow Iversen Jarrow Kest Lund Morrow Nye Ostrin Pell Quist Rook Sarn Thorne
-    Ulver Vance Wick Yarrow Zeller Abbot Birk Crane Dell Ember Frost Gale Holt Ives Juno Knoll Lark Moss Nord Oak
-    Pike
-    """.split()
-)
-TOWNS = tuple(
-    """
-    Brevik Calder Dunmore Eastby Farrow Glenloch Haverly Ingleby Kirkby Larkhill Milford Norwick Oakley Penrith
-    Ravensby Selwick Thornby Ullswick Westmere Yarm
-    """.split()
-)
-TRADES = tuple(
-    """
-    baker potter weaver miller tailor carpenter fisher cook tanner mason printer farmer doctor painter sailor
-    teacher smith gardener barber clerk
-    """.split()
-)
+from collm.demo.words import FIRST_NAMES, LAST_NAMES, TOWNS, TRADES
+
 # Sums stay below 100. Training puts texts of like length into a batch, and batches in which every result has three
 # digits, or none has, teach a small model to count digits before they teach it to add.
 AGES = range(20, 50)
