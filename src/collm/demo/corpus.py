@@ -69,7 +69,7 @@ class Sizes:
 
     people: tuple[int, int, int] = (100, 20, 40)
     """Of training, validation and test questions."""
-    fiction: int = 10000
+    fiction: int = 8000
     train: int = 2000
     validation: int = 100
     test: int = 300
