@@ -191,7 +191,14 @@ def test_resumed_after_kill_9_equals_uninterrupted(workplace: Path, full: Path) 
 
 
 TWO_PROCESSES = """
-import sys
+import os, sys
+from collm.training import train as module
+claim, where = module._claim, sys.argv[1]
+def claimed(*args):
+    with open(where + ".claims", "a") as file:
+        file.write(os.environ["RANK"])
+    claim(*args)
+module._claim = claimed
 from collm.training.recipe import load_recipe
 from collm.training.train import train
 train(load_recipe(sys.argv[1]), progress=False)
@@ -213,12 +220,13 @@ def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     processes = []
     for rank in range(2):
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, str(script), str(path)]
         processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE))
     for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()[-3000:]
+    assert Path(f"{path}.claims").read_text() == "0"  # one process prepares, the other waits
     assert_same_weights(full, workplace / "two", atol=1e-5)
     assert log_of(workplace / "two", "eval_nll") == pytest.approx(log_of(full, "eval_nll"), abs=1e-5)
 

@@ -18,7 +18,7 @@ from collm.training.trainer import evaluation_steps
 
 def training_arguments(recipe: Recipe, num_rows: int, progress: bool) -> TrainingArguments:
     options = recipe.training
-    world_size = PartialState().num_processes
+    world_size = PartialState(cpu=best_device() == "cpu").num_processes
     step_size = options.batch_size * options.gradient_accumulation * world_size
     every = evaluation_steps(num_rows, step_size, options.epochs, options.evaluations)
     values: dict[str, Any] = {

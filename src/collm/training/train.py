@@ -23,7 +23,7 @@ from collm.models.hub import write_card
 from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.training.arguments import training_arguments
-from collm.training.dataset import ScoredSet
+from collm.training.dataset import ScoredSet, best_device
 from collm.training.gate_only import GateData, gate_figures, train_gate
 from collm.training.hidden import all_hidden
 from collm.training.model import BaseWithGate, LossConfig
@@ -50,7 +50,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: bool = True) -> Pa
         CollmError: anything the user can put right; the message says how.
     """
     out = recipe.out
-    state = PartialState()
+    state = PartialState(cpu=best_device() == "cpu")
     if state.is_main_process:
         _claim(recipe, restart)
     state.wait_for_everyone()
