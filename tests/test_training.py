@@ -27,6 +27,7 @@ from collm.models.head import DeferralHead
 from collm.training import initialisation
 from collm.training.recipe import load_recipe, parse_recipe
 from collm.training.train import train
+from collm.training.trainer import EpochSampler
 
 Run = Callable[..., Path]
 
@@ -156,6 +157,24 @@ def test_accumulation_8x1_equals_1x8(workplace: Path, full: Path) -> None:
     # The grouping by length shuffles by the step's size, which is the same: so are the texts of each step.
     assert_same_weights(full, other, atol=1e-5)
     assert log_of(other, "nll") == pytest.approx(log_of(full, "nll"), abs=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_each_epoch_shows_each_example_once_in_an_order_of_its_own(grouped: bool) -> None:
+    lengths = [5, 9, 1, 7, 7, 3, 2, 8, 6, 4] * 20
+    sampler = EpochSampler(lengths, 8, seed=1, grouped=grouped)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert sorted(epochs[-1]) == list(range(200))
+    assert epochs[0] == epochs[2] != epochs[1]
+    steps = [[lengths[i] for i in epochs[0][start : start + 8]] for start in range(0, 200, 8)]
+    spread = sum(max(step) - min(step) for step in steps) / len(steps)
+    assert (spread < 3) is grouped
+    # Not from long to short: that would be from hard to easy.
+    means = [sum(step) / 8 for step in steps]
+    assert means != sorted(means, reverse=True)
 
 
 KILL_AT_SECOND_SAVE = """

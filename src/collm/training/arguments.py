@@ -47,6 +47,8 @@ def training_arguments(recipe: Recipe, num_rows: int, progress: bool) -> Trainin
         "disable_tqdm": not progress,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        # Examples of like length make a batch: little padding.
+        "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     known = {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -42,14 +42,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class EpochSampler(Sampler[int]):
-    """Batches of examples of like length, in an order that depends on (seed, epoch) alone.
+    """All examples in an order that depends on (seed, epoch) alone; `grouped`: those of like length in one step.
 
     The Trainer's own sampler draws from the global random state, so that a resumed run, or one on more processes,
     would see other batches.
     """
 
-    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
-        self.lengths, self.step_size, self.seed, self.epoch = list(lengths), step_size, seed, 0
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int, grouped: bool = True) -> None:
+        self.lengths, self.step_size, self.seed, self.grouped, self.epoch = list(lengths), step_size, seed, grouped, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate at the start of each epoch."""
@@ -60,6 +60,9 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        if not self.grouped:
+            yield from torch.randperm(len(self.lengths), generator=generator).tolist()
+            return
         order = get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
         steps = [order[i : i + self.step_size] for i in range(0, len(order), self.step_size)]
         # They come sorted from long (hard) to short (easy) examples. A short last step stays last.
@@ -160,10 +163,14 @@ class CollmTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("group_by_length", "random"):
+            return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return EpochSampler([len(row["input_ids"]) for row in rows], step_size, self.args.seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return EpochSampler(lengths, step_size, self.args.seed, grouped=strategy == "group_by_length")
 
     # -- the optimizer: the gate wants its own, larger learning rate
 
