@@ -389,16 +389,22 @@ def test_trace_and_picture(pair: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([QUESTION], ["'helper' is missing", "helper=SPEC"]),
         ([QUESTION, "--assistant", "helpr=helper"], ["helpr", "calculator, helper"]),
         ([QUESTION, "--assistant", "helper=nowhere/at/all"], ["nowhere/at/all"]),
         (["many words " * 300, *TOGETHER], ["context of 256 tokens"]),
         ([QUESTION, *TOGETHER, "--deferral-rate", "0.2"], ["collm calibrate"]),
     ],
-    ids=["missing", "misspelt", "no-such-folder", "long-prompt", "no-calibration"],
+    ids=["misspelt", "no-such-folder", "long-prompt", "no-calibration"],
 )
 def test_generate_refuses(pair: str, arguments: list[str], words: list[str]) -> None:
     refused(collm("generate", pair, *arguments), *words)
+
+
+def test_a_missing_assistant_is_refused(pair: str, tmp_path: Path) -> None:
+    shutil.copytree(pair, tmp_path / "moved")
+    text = (tmp_path / "moved/collm.json").read_text()
+    (tmp_path / "moved/collm.json").write_text(text.replace('"spec": "helper"', '"spec": "gone/elsewhere"'))
+    refused(collm("generate", tmp_path / "moved", QUESTION), "'helper' is missing", "helper=SPEC", "gone/elsewhere")
 
 
 def test_a_newer_checkpoint_is_refused(pair: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from collm.llm.deferral import log_odds_for_rate, make_policy
 from collm.models.checkpoint import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, save_checkpoint
 from collm.models.fake import FakeModel
 from collm.models.head import DeferralHead
-from collm.models.loading import weights_fingerprint
+from collm.models.loading import load_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
 from collm.types import BASE, Generation, Message, SamplingParams
@@ -265,8 +265,12 @@ def test_a_plain_model_defers_never_always_or_at_random(folders: Path) -> None:
 
 def test_assistants_that_do_not_fit(folders: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     expert = str(folders / "expert")
+    # Where the assistant lies where it lay in training, it need not be given.
+    assert CollaborativeLM.from_pretrained(folders / "pair").model_names == ("base", "expert", "calculator")
+    (folders / "expert").rename(folders / "moved")
     with pytest.raises(CollmError, match="'expert' is missing; give it as assistant expert=SPEC"):
         CollaborativeLM.from_pretrained(folders / "pair")
+    (folders / "moved").rename(folders / "expert")
     with pytest.raises(CollmError, match="no assistant called xpert; its assistants are expert, calculator"):
         CollaborativeLM.from_pretrained(folders / "pair", [f"xpert={expert}"])
     with pytest.raises(CollmError, match="3 assistants were given, but the checkpoint was trained with 2"):
@@ -287,7 +291,9 @@ def test_tools_are_found_by_themselves_and_models_of_ones_own_taken(tiny_tokeniz
     own = FakeModel("mine", 320)
     assert [m.name for m, _ in load_assistants([own], infos, base)] == ["calc", "mine"]
     assert [m.name for m, _ in load_assistants([FakeModel("calc", 320), own], infos, base)] == ["calc", "mine"]
-    assert [m.name for m, _ in load_assistants(["x=calculator", own], infos, base)] == ["mine", "x"]
+    assert [m.name for m, _ in load_assistants([own, "calculator"], infos, base)] == ["calc", "mine"]
+    with pytest.raises(CollmError, match="another kind of writer"):
+        load_assistants(["x=calculator", own], infos, base)
 
 
 def test_other_weights_of_the_base_are_noticed(folders: Path) -> None:
@@ -295,3 +301,26 @@ def test_other_weights_of_the_base_are_noticed(folders: Path) -> None:
     save_checkpoint(folders / "gate", info, make_model(), gate(1), None)
     with pytest.warns(UserWarning, match="calibrate again"):
         CollaborativeLM.from_pretrained(folders / "gate", ["calculator"])
+
+
+def test_one_stop_string_is_not_its_characters() -> None:
+    stop: Any = "no way"
+    assert SamplingParams(stop=stop) == SamplingParams(stop=("no way",))
+    stop = ["a", "b"]
+    assert SamplingParams(stop=stop).stop == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "no kind of device 'gpu'"), ("cuda", "torch sees no CUDA device")]
+)
+def test_devices_that_are_not_there(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(CollmError, match=message):
+        load_model("anything", device=device)
+
+
+def test_mistyped_names_are_told_apart_from_network_faults() -> None:
+    with pytest.raises(CollmError, match="did you mean the tool 'calculator'"):
+        load_model("calculater")
+    with pytest.raises(CollmError, match="runs/nope: there is no such folder"):
+        load_model("runs/nope")

@@ -483,3 +483,23 @@ def test_a_resumed_run_uses_the_same_initial_gate(full: Path) -> None:
     figures = json.loads((full / "init" / "figures.json").read_text())
     assert figures["label_share"] == pytest.approx([1 - sum(figures["label_share"][1:]), *figures["label_share"][1:]])
     assert sum(figures["label_share"][1:]) > 0
+
+
+def test_scores_of_one_file_cover_its_held_out_share(workplace: Path, tmp_path: Path) -> None:
+    from collm.data.scoring import score
+
+    formatter, examples = Formatter(load_base(workplace / "base")[2]), load_examples(workplace / "train.jsonl")
+    for name, model in (("base", "base"), ("other", "assistant")):
+        score(examples, str(workplace / model), formatter, tmp_path / name, max_length=256, progress=False)
+    values = recipe_values(workplace, "share", cache=str(tmp_path / "cache"), tune="gate")
+    values["data"] = {"train": str(workplace / "train.jsonl"), "validation_share": 0.3}
+    values["base"]["scores"] = str(tmp_path / "base")
+    values["assistants"] = [{"name": "other", "model": str(workplace / "assistant"), "scores": str(tmp_path / "other")}]
+    train(parse_recipe(values), progress=False)
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} == {"hidden"}
+
+
+def test_a_start_that_failed_does_not_claim_its_folder(workplace: Path) -> None:
+    with pytest.raises(CollmError, match=r"none\.jsonl"):
+        run(workplace, "second-try", tune="gate", data={"train": str(workplace / "none.jsonl")})
+    assert load_info(run(workplace, "second-try", tune="gate")) is not None

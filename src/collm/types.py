@@ -106,6 +106,9 @@ class SamplingParams:
     """Whose calibration table `deferral_rate` is looked up in; needed only if the checkpoint has several."""
 
     def __post_init__(self) -> None:
+        # As the OpenAI API: one string is one stop string, not its characters.
+        stop: str | Sequence[str] = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.temperature < 0:

@@ -47,6 +47,7 @@ def _matched(
     given: Sequence[AssistantSource], trained: Sequence[AssistantInfo]
 ) -> tuple[list[AssistantInfo], list[AssistantSource]]:
     """For each assistant, what is known about it and what to load."""
+    given = [given] if isinstance(given, str) else given
     named = [_named(source, [info.name for info in trained]) for source in given]
     if not trained:
         return [AssistantInfo(name=name or _default_name(s), spec="") for name, s in named], [s for _, s in named]
@@ -64,7 +65,7 @@ def _matched(
             sources.append(unnamed.pop(unnamed.index(info.spec)))
         elif unnamed and not (is_tool(info.spec) and len(unnamed) < _wanting(trained, by_name, sources)):
             sources.append(unnamed.pop(0))
-        elif is_tool(info.spec):
+        elif is_tool(info.spec) or Path(info.spec).exists():
             sources.append(info.spec)
         else:
             raise CollmError(
@@ -73,6 +74,12 @@ def _matched(
             )
     if unnamed:
         raise CollmError(f"{len(given)} assistants were given, but the checkpoint was trained with {len(trained)}")
+    for info, source in zip(trained, sources, strict=True):
+        if isinstance(source, str) and is_tool(source) != is_tool(info.spec):
+            raise CollmError(
+                f"the gate was trained with {info.spec!r} as assistant {info.name!r}; {source!r} is another kind of "
+                "writer, and the gate knows nothing about it"
+            )
     return list(trained), sources
 
 

@@ -10,6 +10,7 @@ A *spec* is a string:
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -76,6 +77,7 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
     """
     if dtype not in DTYPES:
         raise CollmError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    _check_device(device)
     name, where = _locate(spec)
     _refuse_pickle(name)
     try:
@@ -83,7 +85,7 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
             name, dtype=DTYPES[dtype], use_safetensors=None if where else True, trust_remote_code=False, **where
         )
     except (OSError, ValueError, KeyError) as error:
-        raise CollmError(f"could not load the model {spec!r}: {error}") from error
+        raise _not_found(spec, error) from error
     if where:
         # Dequantised on loading, yet transformers still counts it as quantised and would refuse to save it.
         model.hf_quantizer = None  # type: ignore[assignment]
@@ -92,6 +94,26 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
             del config.quantization_config
         config._name_or_path = spec
     return model.to(device).eval()  # type: ignore[arg-type,no-any-return]
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise CollmError(f"there is no kind of device {device!r}; use cpu, cuda, cuda:1, mps, ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CollmError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or a CUDA build")
+
+
+def _not_found(spec: str, error: Exception) -> CollmError:
+    """Neither a folder nor on the hub: most often a mistyped name."""
+    close = difflib.get_close_matches(spec, TOOLS, n=1)
+    if close:
+        return CollmError(f"there is no model {spec!r}; did you mean the tool {close[0]!r}?")
+    if isinstance(error, OSError) and not Path(spec).exists():
+        reason = str(error).splitlines()[0]
+        return CollmError(f"{spec}: there is no such folder, and the hub did not give such a model ({reason})")
+    return CollmError(f"could not load {spec!r}: {error}")
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -104,7 +126,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
-        raise CollmError(f"could not load the tokenizer of {spec!r}: {error}") from error
+        raise _not_found(spec, error) from error
     return tokenizer
 
 

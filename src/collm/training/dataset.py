@@ -38,7 +38,7 @@ class Writer:
     formatter: Formatter
     tool: LanguageModel | None = None
     scores: Path | None = None
-    """Scores of the training examples that the user made beforehand."""
+    """Scores that the user made of the training file beforehand."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def _score_paths(
     max_length: int,
     folder: Path,
     model: PreTrainedModel | None,
+    one_file: bool,
     progress: bool,
 ) -> dict[str, Path]:
     """Where each split's scores are, made (or resumed) in `folder` if the user gave none."""
@@ -128,7 +129,7 @@ def _score_paths(
         )
         # Named by what it depends on, so that recipes can share a folder.
         path = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
-        if split == "train" and writer.scores is not None:
+        if writer.scores is not None and (split == "train" or one_file):
             path = writer.scores
             # A share of the scored file may have been held out since, so data are matched by id, in `_assemble`.
             load_scores(path, expect={key: value for key, value in fingerprint.items() if key != "data"})
@@ -178,16 +179,20 @@ def scored_sets(
     folder: Path,
     *,
     base_model: PreTrainedModel,
+    one_file: bool = False,
     progress: bool = True,
 ) -> dict[str, ScoredSet]:
     """Encode each split and score it with every model that has not scored it yet.
 
     With no assistants nothing is scored: plain fine-tuning needs no scores.
+
+    Args:
+        one_file: the splits were cut from one file, so scores the user made of it cover them all.
     """
     paths: list[dict[str, Path]] = []
     for writer in [base, *assistants] if assistants else []:
         model = base_model if writer is base else None
-        paths.append(_score_paths(writer, splits, base.formatter, max_length, folder, model, progress))
+        paths.append(_score_paths(writer, splits, base.formatter, max_length, folder, model, one_file, progress))
     return {
         split: _assemble(examples, base.formatter, max_length, [path[split] for path in paths])
         for split, examples in splits.items()

@@ -71,6 +71,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             max_length,
             recipe.cache_folder,
             base_model=model,
+            one_file=recipe.data.validation is None,
             progress=progress and state.is_main_process,
         )
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], progress)

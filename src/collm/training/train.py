@@ -81,7 +81,8 @@ def _claim(recipe: Recipe, restart: bool) -> None:
     if path.is_file():
         found = json.loads(path.read_text())
         differing = sorted(key for key in wanted if found.get(key) != wanted[key])
-        if differing:
+        begun = any((out / name).exists() for name in ("collm.json", "checkpoints", "init"))
+        if differing and begun:
             raise CollmError(
                 f"{out} holds a run of another recipe (it differs in {', '.join(differing)}): "
                 "choose another out, or pass --restart to train it anew"
