@@ -15,6 +15,7 @@ SOURCE = ROOT / "src" / "collm"
 ORDER = [
     "types",
     "errors",
+    "files",
     "gate",
     "decoding",
     "models",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from writers import PairWriter
 
 from collm.errors import CollmError
+from collm.files import write_text
 from collm.report.trace import (
     HEADER_KEY,
     Trace,
@@ -23,7 +24,6 @@ from collm.report.trace import (
     read_traces,
     trace_from_dict,
     trace_to_dict,
-    write_text,
 )
 from collm.types import Generation, SamplingParams, Step
 

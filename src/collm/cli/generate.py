@@ -106,8 +106,9 @@ def _show(generation: Generation, options: dict[str, Any]) -> None:
 
 def _keep(generation: Generation, request: str | list[Message], question: str, options: dict[str, Any]) -> None:
     """Write the files that were asked for."""
+    from collm.files import write_text
     from collm.report.picture import generation_svg
-    from collm.report.trace import Trace, append_trace, write_text
+    from collm.report.trace import Trace, append_trace
 
     if options["svg"] is not None:
         write_text(options["svg"], generation_svg(generation, question))

@@ -21,12 +21,13 @@ from collm.demo import stages
 from collm.demo.corpus import KINDS, make_corpus
 from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, SYSTEMS, Plan
 from collm.errors import CollmError
+from collm.files import write_text
 from collm.models.checkpoint import load_info
 from collm.report.html import Page, write_html
 from collm.report.plots import save_curve
 from collm.report.systems import SystemRow, systems_table
 from collm.report.terminal import print_traces
-from collm.report.trace import Trace, read_traces, write_text
+from collm.report.trace import Trace, read_traces
 
 SETTINGS, RESULTS, REPORT, LOG = "demo.json", "results.json", "report.html", "log.txt"
 SAMPLES_OF_KIND = 2

@@ -18,10 +18,10 @@ from collm.demo.corpus import KINDS, Corpus, Row, texts
 from collm.demo.pieces import ASSISTANT_TEMPLATE, CONTEXT, make_tokenizer, write_fresh_model
 from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, TASK, Plan, Schedule, System
 from collm.evaluation.evaluate import evaluate
+from collm.files import write_text
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, load_info
 from collm.models.loading import load_tokenizer
-from collm.report.trace import write_text
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
 from collm.types import SamplingParams

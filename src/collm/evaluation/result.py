@@ -15,7 +15,8 @@ from typing import Any
 from collm.errors import CollmError
 from collm.evaluation.stats import bootstrap_ci, mcnemar_exact, paired_bootstrap
 from collm.evaluation.task import Task, equations
-from collm.report.trace import Trace, write_text
+from collm.files import write_text
+from collm.report.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ fingerprint of its weights.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
+from collm.files import write_text
 from collm.models.backbone import causal_lm
 from collm.models.head import FILE as GATE_FILE
 from collm.models.head import DeferralHead
@@ -107,11 +107,8 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
 
 
 def save_info(folder: str | Path, info: CheckpointInfo) -> None:
-    path = Path(folder) / FILE
-    temporary = path.with_name(f".{FILE}.tmp")
     # JSON has no infinity; pydantic writes it as a string that it reads back as a float.
-    temporary.write_text(info.model_dump_json(indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(Path(folder) / FILE, info.model_dump_json(indent=2) + "\n")
 
 
 def save_checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from collm.errors import CollmError
+from collm.files import replacing
 
 FILE = "gate.safetensors"
 
@@ -36,9 +36,8 @@ class DeferralHead(nn.Module):
             return F.linear(hidden.float(), self.weight.float(), self.bias.float())
 
     def save(self, folder: Path) -> None:
-        temporary = folder / f".{FILE}.tmp"
-        save_file({"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}, temporary)
-        os.replace(temporary, folder / FILE)
+        with replacing(folder / FILE) as temporary:
+            save_file({"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}, temporary)
 
     @classmethod
     def load(cls, folder: Path) -> DeferralHead:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
+from collm.files import write_text
 from collm.models.checkpoint import CheckpointInfo, load_info
 
 CARD = "README.md"
@@ -52,7 +53,7 @@ def write_card(folder: str | Path) -> None:
     """Write or renew a checkpoint's card, after training and after each calibration."""
     info = load_info(folder)
     assert info is not None
-    (Path(folder) / CARD).write_text(model_card(info))
+    write_text(Path(folder) / CARD, model_card(info))
 
 
 def copy_checkpoint(source: str | Path, target: str | Path) -> None:

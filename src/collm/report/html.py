@@ -11,11 +11,12 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from collm.files import write_text
 from collm.models.checkpoint import CalibrationTable
 from collm.report.plots import curve_svg
 from collm.report.systems import SystemRow, percent
 from collm.report.terminal import printable
-from collm.report.trace import Trace, write_text
+from collm.report.trace import Trace
 from collm.types import BASE, Step
 
 NUM_COLOURS = 6

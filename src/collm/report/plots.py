@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from html import escape
 from pathlib import Path
 
-from collm.errors import CollmError
+from collm.files import replacing, write_text
 from collm.models.checkpoint import CalibrationRow, CalibrationTable
-from collm.report.trace import write_text
 
 COLUMNS = (
     "target_rate",
@@ -185,11 +183,5 @@ def save_curve_png(table: CalibrationTable, path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CollmError(f"could not write {path}: {error}") from error

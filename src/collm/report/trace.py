@@ -135,17 +135,6 @@ def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CollmError(f"could not write {path}: {error}") from error
-
-
 def append_trace(path: str | Path, trace: Trace) -> None:
     """Append one trace line durably; makes the folder if it is missing."""
     path = Path(path)

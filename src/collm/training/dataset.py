@@ -122,8 +122,8 @@ def _score_paths(
     if writer.tool is None and model is None:
         model = load_model(writer.spec, dtype=writer.dtype, device=best_device())
     paths: dict[str, Path] = {}
+    name = tool_fingerprint(writer.tool) if writer.tool is not None else weights_fingerprint(_known(model))
     for split, examples in splits.items():
-        name = tool_fingerprint(writer.tool) if writer.tool is not None else weights_fingerprint(_known(model))
         fingerprint = scores_fingerprint(
             examples, name, writer.formatter, completions_from=completions, max_length=max_length
         )

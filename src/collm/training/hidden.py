@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from collm.data.resumable import plan_batches, progress_bar
-from collm.errors import CollmError
+from collm.files import replacing
 from collm.models.backbone import hidden_states
 from collm.models.loading import weights_fingerprint
 from collm.training.dataset import ScoredSet, digest
@@ -24,13 +23,8 @@ def all_hidden(model: nn.Module, data: ScoredSet, folder: Path, split: str, *, p
     if path.is_file():
         return load_file(path)["hidden"]
     hidden, _ = collect_hidden(model, data, progress=progress)
-    temporary = path.with_suffix(".tmp")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         save_file({"hidden": hidden}, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CollmError(f"could not keep the hidden states in {folder}: {error}") from error
     return hidden
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from collm.data.formatting import Formatter, PromptFormat
+from collm.files import write_text
 from collm.models.backbone import check_project
 from collm.models.checkpoint import AssistantInfo, CheckpointInfo
 from collm.models.head import DeferralHead
@@ -139,9 +139,6 @@ def _initial_head(
         )
         if not bool((labels > 0).any()):
             logger.warning("no token is labelled to be deferred: no assistant is right where the base is wrong")
-    folder.mkdir(parents=True, exist_ok=True)
     head.save(folder)
-    temporary = folder / "figures.tmp"
-    temporary.write_text(json.dumps(figures, indent=2))
-    os.replace(temporary, folder / "figures.json")
+    write_text(folder / "figures.json", json.dumps(figures, indent=2))
     return head.to(device), scale, figures

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from collm.data.collate import Collator
 from collm.errors import CollmError
+from collm.files import write_text
 from collm.models.checkpoint import load_info, save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import write_card
@@ -89,13 +89,7 @@ def _claim(recipe: Recipe, restart: bool) -> None:
             )
     elif out.is_dir() and any(name.name != "cache" for name in out.iterdir()):
         raise CollmError(f"{out} is not empty and not a collm run: choose another out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(wanted, indent=2))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CollmError(f"could not write to {out}: {error}") from error
+    write_text(path, json.dumps(wanted, indent=2))
 
 
 def _loss_config(recipe: Recipe) -> LossConfig:
