@@ -22,7 +22,7 @@ from collm.report.plots import curve_csv, curve_svg, save_curve
 from collm.report.systems import SystemRow, systems_table
 from collm.report.terminal import coloured, legend, plain, print_generation, print_traces, summary
 from collm.report.trace import Trace
-from collm.types import Generation, Step
+from collm.types import Generation, Step, Usage
 
 NASTY = '</span></script><script>alert("x")</script>&amp;\x1b[31m\u202e'
 
@@ -31,7 +31,7 @@ def generation(*tokens: tuple[str, int], names: tuple[str, ...] = ("base", "calc
     gate = tuple(1 / len(names) for _ in names)
     steps = tuple(Step(i, author, -0.25, gate, i if author == 0 else i + 1) for i, (_, author) in enumerate(tokens))
     pieces = tuple(piece for piece, _ in tokens)
-    return Generation("".join(pieces), steps, pieces, "stop", 3, names, (len(steps), 1))
+    return Generation("".join(pieces), steps, pieces, "stop", 3, names, Usage(forward_passes=(len(steps), 1)))
 
 
 WRITTEN = generation(("56 * 9", 0), (" =", 0), (" 5", 1), ("04", 1), ("\n", 0), ("#### 504", 0), ("<|im_end|>", 0))

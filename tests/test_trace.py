@@ -45,7 +45,7 @@ def test_a_trace_file_gives_back_what_was_written(tmp_path: Path) -> None:
 
 def test_a_line_has_the_documented_fields() -> None:
     row = trace_to_dict(sample())
-    assert {"id", "prompt", "text", "finish_reason", "models", "prompt_tokens", "forward_passes", "steps"} <= set(row)
+    assert {"id", "prompt", "text", "finish_reason", "models", "prompt_tokens", "usage", "steps"} <= set(row)
     assert {"score", "answer"} <= set(row)
     assert {"piece", "token_id", "author", "log_prob", "gate", "changed", "abstained"} <= set(row["steps"][0])
     step = next(step for step in row["steps"] if step["changed"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from collm.data.examples import Example
 from collm.decoding.policies import Policy, Threshold, to_log_odds
-from collm.types import Generation, Message, SamplingParams, Step
+from collm.types import Generation, Message, SamplingParams, Step, Usage
 
 
 def draw(*key: object) -> float:
@@ -87,7 +87,8 @@ class PairWriter:
         steps.extend(Step(ord(letter), author, -0.1, law, ord(letter)) for letter in f"\n#### {answer}")
         pieces = tuple(chr(step.token_id) for step in steps)
         passes = (len(steps), sum(step.author or step.abstained for step in steps))
-        return Generation("".join(pieces), tuple(steps), pieces, "stop", len(question), self.model_names, passes)
+        usage = Usage(forward_passes=passes)
+        return Generation("".join(pieces), tuple(steps), pieces, "stop", len(question), self.model_names, usage)
 
 
 def questions(count: int) -> list[Example]:

@@ -18,7 +18,10 @@ BASE = 0
 """Index of the base model; assistants are 1..K."""
 
 Deferral = Literal["threshold", "sampled", "compose", "random", "never", "always"]
-FinishReason = Literal["stop", "length", "abstained"]
+OnAssistantError = Literal["fail", "base"]
+FinishReason = Literal["stop", "length", "abstained", "error", "cancelled"]
+"""`"error"`: a model failed in the middle, `Generation.error` says how; the text so far is kept."""
+Drafted = Literal["", "accepted", "recovered"]
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": ...}`, as in the OpenAI API."""
 
@@ -54,8 +57,33 @@ class Prediction:
     log_gate: tuple[float, ...] | None = None
 
 
-Answer = Prediction | None
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A model that failed after one prefix (predictions that are not numbers, a server that is gone), and how.
+
+    A fault belongs to one text: what else was asked in the same batch is answered as ever.
+    """
+
+    reason: str
+
+
+Answer = Prediction | Fault | None
 """`None`: the model abstains after this prefix (a tool that has nothing to say). The base never does."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """One forward pass of a transformers model, as issued.
+
+    `rows` texts went through it side by side, `width` tokens each (padding included); `tokens` of them were asked
+    for. `length`: positions attended to by the longest row. `seconds`: wall time, predictions on the host included.
+    """
+
+    rows: int
+    width: int
+    tokens: int
+    length: int
+    seconds: float
 
 
 class LanguageModel(Protocol):
@@ -91,6 +119,10 @@ class SamplingParams:
     - `"compose"`: one law, the mixture `sum_z P(Z = z) P_z`; every model is run at every token.
     - `"random"`: defer each token with probability `deferral_rate`, to a uniformly drawn assistant (a control).
     - `"never"`, `"always"`.
+
+    `speculative`: let models draft ahead of one another where that is expected to pay. It changes the speed, never
+    the text. `on_assistant_error`: where an assistant fails, the text ends with `"error"` (`"fail"`), or the base
+    writes the token in its place (`"base"`), which the step tells.
     """
 
     max_tokens: int = 256
@@ -104,6 +136,8 @@ class SamplingParams:
     deferral_rate: float | None = None
     task: str | None = None
     """Whose calibration table `deferral_rate` is looked up in; needed only if the checkpoint has several."""
+    speculative: bool = True
+    on_assistant_error: OnAssistantError = "fail"
 
     def __post_init__(self) -> None:
         # As the OpenAI API: one string is one stop string, not its characters.
@@ -119,6 +153,8 @@ class SamplingParams:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
         if self.deferral not in get_args(Deferral):
             raise ValueError(f"deferral must be one of {', '.join(get_args(Deferral))}, not {self.deferral!r}")
+        if self.on_assistant_error not in get_args(OnAssistantError):
+            raise ValueError(f"on_assistant_error must be 'fail' or 'base', not {self.on_assistant_error!r}")
         for name in ("threshold", "deferral_rate"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -138,7 +174,11 @@ class Step:
     `log_prob` is the natural log-probability of the token under the law of its author (for `compose`: under the
     mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
     no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
-    that the assistant handed back, so that the base wrote the token after all.
+    that the assistant handed back, so that the base wrote the token after all; `fault` says why if it failed.
+
+    How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
+    was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;
+    `discarded` tokens drafted after this one were thrown away with it.
     """
 
     token_id: int
@@ -147,6 +187,9 @@ class Step:
     gate: tuple[float, ...] = ()
     base_token_id: int | None = None
     abstained: bool = False
+    fault: str | None = None
+    draft: Drafted = ""
+    discarded: int = 0
 
     @property
     def deferred(self) -> bool:
@@ -156,6 +199,32 @@ class Step:
     def changed(self) -> bool:
         """An assistant wrote this token and the base would have written another."""
         return self.deferred and self.base_token_id is not None and self.base_token_id != self.token_id
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one text cost.
+
+    `forward_passes`, `tokens_by_author`: one number for each model, base first. A forward pass counts for every text
+    that took part in it. `drafted` = `accepted` + `recovered` + tokens thrown away behind a recovered one. `seconds`
+    are wall time from admission to the batch to the end, `first_token_seconds` to the first written token.
+    """
+
+    tokens_by_author: tuple[int, ...] = ()
+    forward_passes: tuple[int, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
+    recovered: int = 0
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.tokens_by_author)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -172,12 +241,17 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: int
     model_names: tuple[str, ...]
-    forward_passes: tuple[int, ...] = field(default=())
-    """Queries answered for this text by each model, base first."""
+    usage: Usage = field(default=Usage())
+    error: str | None = None
+    """Why the text ended with `"error"`."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         return tuple(step.token_id for step in self.steps)
+
+    @property
+    def forward_passes(self) -> tuple[int, ...]:
+        return self.usage.forward_passes
 
     @property
     def completion_tokens(self) -> int:

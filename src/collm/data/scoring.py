@@ -23,7 +23,7 @@ from collm.errors import CollmError
 from collm.models.backbone import check_project, hidden_states, project
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
-from collm.types import LanguageModel, Query
+from collm.types import Fault, LanguageModel, Query
 
 __all__ = [
     "load_scores",
@@ -169,6 +169,8 @@ def _ask_tool(tool: LanguageModel, item: Encoded) -> TokenScores:
     log_prob, top1 = [], []
     for (start, end), laws in zip(spans, answers, strict=True):
         for gold, law in zip(item.token_ids[start:end], laws, strict=True):
+            if isinstance(law, Fault):
+                raise CollmError(f"{tool.name}: {law.reason}")
             known = law is not None and gold < len(law.log_probs)
             log_prob.append(float(law.log_probs[gold]) if law is not None and known else -np.inf)
             top1.append(law is not None and law.top_token_id == gold)

@@ -11,19 +11,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 
 from collm.decoding.policies import Policy
 from collm.decoding.sampling import choose_token
-from collm.types import BASE, Answer, FinishReason, Prediction, Query, SamplingParams, Step
+from collm.errors import CollmError
+from collm.types import BASE, Answer, Fault, FinishReason, Prediction, Query, SamplingParams, Step
 
 Queries = tuple[Query, ...]
 Replies = list[list[Answer]]
 Flow = Generator[Queries | Step, Replies | None, FinishReason]
 TokenIds = tuple[int, ...]
 Ask = Generator[Queries, Replies | None, list[Answer]]
+
+
+class ModelFailed(CollmError):
+    """Raised in a flow whose model answered with a `Fault`: this text ends, the others in its batch go on."""
+
+
+def required(answer: Answer) -> Prediction:
+    """The prediction of a model without which the text cannot go on."""
+    if isinstance(answer, Fault):
+        raise ModelFailed(answer.reason)
+    assert answer is not None, "the base never abstains"
+    return answer
 
 
 def _ask(prompts: Sequence[TokenIds], completion: TokenIds, models: Sequence[int]) -> Ask:
@@ -33,7 +46,7 @@ def _ask(prompts: Sequence[TokenIds], completion: TokenIds, models: Sequence[int
     return [answer for [answer] in replies]
 
 
-def _ends(token_id: int, author: int, eos: Sequence[frozenset[int]]) -> bool:
+def ends_text(token_id: int, author: int, eos: Sequence[frozenset[int]]) -> bool:
     """A token ends the text if it is an end-of-sequence token of the base or of the model that wrote it."""
     return token_id in eos[BASE] or token_id in eos[author]
 
@@ -58,24 +71,57 @@ def collaborative(
     completion: TokenIds = ()
     while len(completion) < params.max_tokens:
         position = len(completion)
-        [base] = yield from _ask(prompts, completion, [BASE])
-        assert base is not None, "the base never abstains"
-        answer, author, abstained = base, BASE, False
+        [reply] = yield from _ask(prompts, completion, [BASE])
+        base = required(reply)
+        writers = Writers(base)
         for candidate in policy.authors(base.log_gate, params.seed, position):
             if candidate == BASE:
                 break
             [reply] = yield from _ask(prompts, completion, [candidate])
-            if reply is not None:
-                answer, author, abstained = reply, candidate, False
+            if writers.settled_by(candidate, reply, params):
                 break
-            abstained = True
-        token_id = choose_token(answer, params, position)
-        log_prob = float(answer.log_probs[token_id])
-        yield Step(token_id, author, log_prob, _gate(base.log_gate), base.top_token_id, abstained)
-        completion = (*completion, token_id)
-        if _ends(token_id, author, eos):
+        step = writers.step(params, position)
+        yield step
+        completion = (*completion, step.token_id)
+        if ends_text(step.token_id, step.author, eos):
             return "stop"
     return "length"
+
+
+@dataclass(slots=True)
+class Writers:
+    """Who writes one token: the base, until an assistant that was asked answers."""
+
+    base: Prediction
+    author: int = BASE
+    answer: Prediction | None = None
+    abstained: bool = False
+    fault: str | None = None
+
+    def settled_by(self, candidate: int, reply: Answer, params: SamplingParams) -> bool:
+        """Take in a candidate's reply; False if it has nothing to say and the next one is to be asked."""
+        if isinstance(reply, Prediction):
+            self.author, self.answer, self.abstained = candidate, reply, False
+            return True
+        if isinstance(reply, Fault):
+            if params.on_assistant_error == "fail":
+                raise ModelFailed(reply.reason)
+            self.fault = reply.reason
+        self.abstained = True
+        return False
+
+    def step(self, params: SamplingParams, position: int) -> Step:
+        answer = self.answer or self.base
+        token_id = choose_token(answer, params, position)
+        return Step(
+            token_id,
+            self.author,
+            float(answer.log_probs[token_id]),
+            _gate(self.base.log_gate),
+            self.base.top_token_id,
+            self.abstained,
+            self.fault,
+        )
 
 
 def compose(prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
@@ -86,22 +132,30 @@ def compose(prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[f
     completion: TokenIds = ()
     while len(completion) < params.max_tokens:
         answers = yield from _ask(prompts, completion, range(len(prompts)))
-        base = answers[BASE]
-        assert base is not None and base.log_gate is not None, "compose needs a base with a gate"
-        mixture, joint = _mixture(answers, base.log_gate)
+        base = required(answers[BASE])
+        assert base.log_gate is not None, "compose needs a base with a gate"
+        skips = params.on_assistant_error == "base"
+        fault = next((answer.reason for answer in answers if isinstance(answer, Fault)), None)
+        present = {
+            z: required(answer)
+            for z, answer in enumerate(answers)
+            if answer is not None and not (skips and isinstance(answer, Fault))
+        }
+        mixture, joint = _mixture(present, base.log_gate)
         token_id = choose_token(mixture, params, len(completion))
         author = max(joint, key=lambda z: joint[z][token_id])
-        yield Step(token_id, author, float(mixture.log_probs[token_id]), _gate(base.log_gate), base.top_token_id, False)
+        yield Step(
+            token_id, author, float(mixture.log_probs[token_id]), _gate(base.log_gate), base.top_token_id, False, fault
+        )
         completion = (*completion, token_id)
-        if _ends(token_id, author, eos):
+        if ends_text(token_id, author, eos):
             return "stop"
     return "length"
 
 
-def _mixture(answers: Sequence[Answer], log_gate: tuple[float, ...]) -> tuple[Prediction, dict[int, torch.Tensor]]:
+def _mixture(present: dict[int, Prediction], log_gate: tuple[float, ...]) -> tuple[Prediction, dict[int, torch.Tensor]]:
     """The mixture's law, and each answering model's share `log P(Z = z) + log P_z` `[V]` of it."""
-    device = cast(Prediction, answers[BASE]).log_probs.device
-    present = {z: answer for z, answer in enumerate(answers) if answer is not None}
+    device = present[BASE].log_probs.device
     weights = torch.tensor([log_gate[z] for z in present], dtype=torch.float64).log_softmax(dim=0).tolist()
     joint = {
         z: weight + answer.log_probs.to(device) for (z, answer), weight in zip(present.items(), weights, strict=True)
@@ -114,14 +168,15 @@ def single(model: int, prompts: Sequence[TokenIds], params: SamplingParams, eos:
     """One model on its own, the baseline. An assistant that abstains ends the text (`"abstained"`)."""
     completion: TokenIds = ()
     while len(completion) < params.max_tokens:
-        [answer] = yield from _ask(prompts, completion, [model])
-        if answer is None:
+        [reply] = yield from _ask(prompts, completion, [model])
+        if reply is None:
             return "abstained"
+        answer = required(reply)
         token_id = choose_token(answer, params, len(completion))
         base_token_id = answer.top_token_id if model == BASE else None
         log_prob = float(answer.log_probs[token_id])
         yield Step(token_id, model, log_prob, _gate(answer.log_gate), base_token_id)
         completion = (*completion, token_id)
-        if _ends(token_id, model, eos):
+        if ends_text(token_id, model, eos):
             return "stop"
     return "length"

@@ -19,7 +19,7 @@ from collm.llm.deferral import make_policy, require_gate
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.local import LocalModel
-from collm.types import BASE, FinishReason, Generation, LanguageModel, Message, SamplingParams, Step
+from collm.types import BASE, FinishReason, Generation, LanguageModel, Message, SamplingParams, Step, Usage
 
 Prompt = Sequence[Message] | str
 """A conversation, shown through each model's chat template, or a plain text to be continued."""
@@ -254,6 +254,7 @@ class CollaborativeLM:
     ) -> Generation:
         text = TextStream(self.tokenizer, ids[BASE], params.stop, self._eos)
         detokenizer = Detokenizer(self.tokenizer, ids[BASE], skip_special_tokens=False)
+        authors = [sum(step.author == model for step in steps) for model in range(len(self.models))]
         parts = [text.push(step) for step in steps] + [text.finish()]
         pieces = [detokenizer.push(step.token_id) for step in steps]
         if pieces:
@@ -265,7 +266,7 @@ class CollaborativeLM:
             finish_reason=finish_reason,
             prompt_tokens=len(ids[BASE]),
             model_names=self.model_names,
-            forward_passes=forward_passes,
+            usage=Usage(tuple(authors), forward_passes),
         )
 
     def _number(self, model: int | str) -> int:

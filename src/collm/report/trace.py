@@ -1,8 +1,8 @@
 """Traces: one JSON line per text, telling who wrote which token; what `eval` and `generate` write and `trace` shows.
 
-    {"id", "prompt" | "messages", "text", "finish_reason", "models": [...], "prompt_tokens", "forward_passes": [...],
-     "steps": [{"piece", "token_id", "author", "log_prob", "gate", "changed", "abstained", "base_token_id",
-     "base_piece"}], "score", "answer", "gold", "seconds"}
+    {"id", "prompt" | "messages", "text", "finish_reason", "models": [...], "prompt_tokens", "usage": {...}, "error",
+     "steps": [{"piece", "token_id", "author", "log_prob", "gate", "changed", "abstained", "fault", "draft",
+     "discarded", "base_token_id", "base_piece"}], "score", "answer", "gold", "seconds"}
 
 `log_prob` is null where it is -inf (JSON has no infinity). A line that is an object with the key `collm_run` is the
 header of a run; readers of traces skip it.
@@ -15,12 +15,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.types import Generation, Message, Step
+from collm.types import Generation, Message, Step, Usage
 
 HEADER_KEY = "collm_run"
 _log = logging.getLogger(__name__)
@@ -63,6 +63,9 @@ def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ..
             "gate": list(step.gate),
             "changed": step.changed,
             "abstained": step.abstained,
+            "fault": step.fault,
+            "draft": step.draft,
+            "discarded": step.discarded,
             "base_token_id": step.base_token_id,
             "base_piece": base,
         }
@@ -73,7 +76,8 @@ def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ..
         "finish_reason": generation.finish_reason,
         "models": list(generation.model_names),
         "prompt_tokens": generation.prompt_tokens,
-        "forward_passes": list(generation.forward_passes),
+        "usage": asdict(generation.usage),
+        "error": generation.error,
         "steps": steps,
     }
 
@@ -95,6 +99,9 @@ def trace_from_dict(row: Mapping[str, Any]) -> Trace:
             gate=tuple(float(gate) for gate in step.get("gate") or ()),
             base_token_id=step.get("base_token_id"),
             abstained=bool(step.get("abstained")),
+            fault=step.get("fault"),
+            draft=step.get("draft", ""),
+            discarded=int(step.get("discarded", 0)),
         )
         for step in row["steps"]
     )
@@ -105,7 +112,8 @@ def trace_from_dict(row: Mapping[str, Any]) -> Trace:
         finish_reason=row["finish_reason"],
         prompt_tokens=int(row.get("prompt_tokens", 0)),
         model_names=tuple(row["models"]),
-        forward_passes=tuple(row.get("forward_passes", ())),
+        usage=_usage(row.get("usage") or {}),
+        error=row.get("error"),
     )
     if any(not 0 <= step.author < len(generation.model_names) for step in steps):
         raise KeyError("models: a step has an author that is not among them")
@@ -119,6 +127,11 @@ def trace_from_dict(row: Mapping[str, Any]) -> Trace:
         gold=row.get("gold"),
         seconds=float(row.get("seconds", 0.0)),
     )
+
+
+def _usage(row: Mapping[str, Any]) -> Usage:
+    told: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Usage(**told)
 
 
 def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
