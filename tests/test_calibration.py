@@ -15,7 +15,17 @@ from hypothesis.extra.numpy import arrays
 from transformers import PreTrainedTokenizerFast
 from writers import PairWriter, questions
 
-from collm.calibration import ALWAYS, EVEN, NEVER, calibrate, midpoints, store_table, write_curve
+from collm.calibration import (
+    ALWAYS,
+    EVEN,
+    NEVER,
+    calibrate,
+    gate_log_odds,
+    midpoints,
+    missed,
+    store_table,
+    write_curve,
+)
 from collm.data.formatting import Formatter
 from collm.decoding.policies import to_log_odds, to_probability
 from collm.errors import CollmError
@@ -23,7 +33,8 @@ from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.models.fake import FakeModel
-from collm.types import SamplingParams
+from collm.report.trace import Trace
+from collm.types import Generation, SamplingParams, Step
 
 FLOATS = st.floats(width=32, allow_nan=False)
 
@@ -95,7 +106,23 @@ def test_a_deferral_rate_just_works_once_calibrated(tiny_tokenizer: PreTrainedTo
         assert result.deferral_rate == row.achieved_rate
     asked_for = [row.achieved_rate for row in table.rows if row.log_odds != EVEN]
     assert asked_for[:3] == pytest.approx([0, 0.2, 0.5], abs=0.05)
-    assert 0.7 < asked_for[3] < 0.95
+    assert 0.9 < asked_for[3] < 1  # the base writes where both abstain, at 4 % of the places
+
+
+def test_the_second_choice_has_the_log_odds_at_which_it_is_asked() -> None:
+    """Gate 0.3, 0.2, 0.5: the second assistant's token is deferred below log 0.7/0.3, the first's, after the second
+    abstained, below log 0.2/0.3 only."""
+    law = (0.3, 0.2, 0.5)
+    steps = tuple(Step(7, author, -0.5, law, 7, author == 0) for author in (0, 1, 2))
+    generation = Generation("abc", steps, ("a", "b", "c"), "length", 1, ("base", "x", "y"))
+    gates, accepted = gate_log_odds([Trace(id="q", generation=generation, prompt="")])
+    assert gates == pytest.approx([math.log(7 / 3), math.log(2 / 3), math.log(7 / 3)])
+    assert accepted.tolist() == [False, True, True]
+
+
+def test_rates_out_of_reach_are_told() -> None:
+    table = run(PairWriter(abstention=0.7), target_rates=(0.0, 0.1, 0.6, 1.0), rounds=3)
+    assert [row.target_rate for row in missed(table)] == [0.6, 1.0]
 
 
 def test_handed_back_deferrals_do_not_count_and_unreachable_rates_say_so() -> None:

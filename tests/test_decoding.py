@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +24,7 @@ from collm.decoding.policies import (
     Random,
     Sampled,
     Threshold,
+    by_gate,
     log_odds,
     to_log_odds,
     to_probability,
@@ -76,9 +77,10 @@ def test_a_threshold_is_strict_and_lives_in_log_odds() -> None:
 @pytest.mark.parametrize(
     ("probability", "gate", "authors"),
     [
-        (0.0, (0.999, 0.0005, 0.0005), (1, BASE)),
+        (0.0, (0.999, 0.0005, 0.0005), (1, 2, BASE)),
         (1.0, (1e-12, 1 - 1e-12, 0.0), (BASE,)),
-        (0.5, (0.4, 0.25, 0.35), (2, BASE)),  # summed over assistants, then the largest
+        (0.5, (0.4, 0.25, 0.35), (2, BASE)),  # 0.6 for any assistant; without the second 0.25 / 0.65 = 0.38
+        (0.35, (0.4, 0.25, 0.35), (2, 1, BASE)),
         (0.6, (0.4, 0.25, 0.35), (BASE,)),
         (0.0, (1.0, 0.0, 0.0), (BASE,)),
     ],
@@ -89,6 +91,29 @@ def test_threshold(probability: float, gate: tuple[float, ...], authors: tuple[i
     if probability == 0.6:  # exactly on the gate up to rounding: settle the tie
         threshold = Threshold(max(threshold.log_odds, log_odds(log_gate)))
     assert threshold.authors(log_gate, 0, 0) == authors
+
+
+@given(st.lists(st.floats(-8, 8), min_size=2, max_size=4), st.floats(-6, 6))
+def test_an_assistant_that_abstains_might_as_well_not_exist(scores: list[float], eta: float) -> None:
+    """What follows the first choice is the whole answer for the gate renormalised without it."""
+    log_gate = torch.tensor([0.0, *scores], dtype=torch.float64).log_softmax(dim=0)
+    first, *rest = Threshold(eta).authors(tuple(log_gate.tolist()), 0, 0)
+    if first == BASE:
+        return
+    others = [z for z in range(len(log_gate)) if z != first]
+    renormalised = tuple(log_gate[others].log_softmax(dim=0).tolist())
+    assume(abs(log_odds(renormalised) - eta) > 1e-9)
+    assert rest[0] == others[Threshold(eta).authors(renormalised, 0, 0)[0]]
+
+
+def test_the_next_assistant_writes_only_where_its_own_share_argues_for_it() -> None:
+    """By hand: gate 0.3, 0.2, 0.5; without the second assistant 0.2 / (0.3 + 0.2) = 0.4."""
+    log_gate = tuple(math.log(p) for p in (0.3, 0.2, 0.5))
+    assert Threshold.of_probability(0.5).authors(log_gate, 0, 0) == (2, BASE)
+    assert Threshold.of_probability(0.39).authors(log_gate, 0, 0) == (2, 1, BASE)
+    assert Threshold.of_probability(0.41).authors(log_gate, 0, 0) == (2, BASE)
+    assert Always().authors(log_gate, 0, 0) == (2, 1, BASE)
+    assert Always().authors(None, 0, 0) == (1, BASE)
 
 
 @given(st.floats(-40, 36))
@@ -178,7 +203,7 @@ def start(mode: str, models: Sequence[FakeModel], params: SamplingParams, prompt
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_writes_what_its_definition_says(mode: str, temperature: float, num_assistants: int) -> None:
-    models = fakes(num_assistants, abstention=0.3)
+    models = fakes(num_assistants, abstention=0.5)
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=3)
     steps, finished = written(start(mode, models, params), models)
     assert finished.finish_reason == "length" and len(steps) == 40
@@ -292,7 +317,9 @@ def test_forward_passes_are_counted() -> None:
     models = fakes(2, abstention=0.5)
     steps, finished = written(start("always", models, SamplingParams(max_tokens=20)), models)
     assert finished.forward_passes[BASE] == 20
-    assert sum(finished.forward_passes[1:]) == 20 == sum(s.deferred + s.abstained for s in steps)
+    # Asked are all assistants up to the one that wrote, in the order of the gate.
+    asked = [2 if step.abstained else 1 + by_gate(step.gate).index(step.author) for step in steps]
+    assert sum(finished.forward_passes[1:]) == sum(asked) and {1, 2} == set(asked)
     _, finished = written(start("compose", models, SamplingParams(max_tokens=20)), models)
     assert finished.forward_passes == (20, 20, 20)
 

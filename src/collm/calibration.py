@@ -4,7 +4,7 @@ The gate is read on the pair's *own* generations, and those shift with the thres
 text goes on otherwise. So each candidate is run, the rate it really achieves is measured, and the next candidate is
 taken between the two measured thresholds around the target, until the rate is met or no gate value lies between them.
 A deferral that a tool hands back is no deferred token: a calculator that abstains at most places makes high rates
-unreachable; such targets keep the nearest rate there is, and the table tells what was achieved.
+unreachable; such targets keep the nearest rate there is, and the table tells what was achieved (`missed`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm.data.examples import Example
-from collm.decoding.policies import Threshold, to_probability
+from collm.decoding.policies import Threshold, by_gate, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
@@ -28,9 +28,11 @@ from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info,
 from collm.models.hub import write_card
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
-from collm.types import SamplingParams
+from collm.types import BASE, SamplingParams, Step
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FAR = 0.05
+"""An achieved rate that lies further below its target than this has missed it."""
 NEVER, ALWAYS = math.inf, -math.inf
 EVEN = 0.0
 """Log-odds of eta = 0.5: defer where the gate finds it likelier than not."""
@@ -40,8 +42,8 @@ EVEN = 0.0
 class Measurement:
     """What a threshold did on the calibration prompts.
 
-    `gates`: the gate's log-odds of deferring at every written token, float32, `[N]`; `accepted`: an assistant wrote
-    that token, bool, `[N]`.
+    `gates`: for every written token, the gate's log-odds of deferring, float32, `[N]`: a threshold below them is one at
+    which the token's author is asked. `accepted`: an assistant wrote that token, bool, `[N]`.
     """
 
     log_odds: float
@@ -57,6 +59,8 @@ class Measurement:
 def gate_log_odds(traces: Sequence[Trace]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """`Measurement.gates` and `Measurement.accepted` of some texts.
 
+    An assistant that wrote because others had abstained was asked for its own share and those after it alone.
+
     Raises:
         CollmError: the texts carry no gate.
     """
@@ -64,9 +68,16 @@ def gate_log_odds(traces: Sequence[Trace]) -> tuple[NDArray[np.float32], NDArray
     if not steps or not all(step.gate for step in steps):
         raise CollmError("the texts carry no gate: calibration needs a checkpoint that was trained with a gate")
     gates = np.array([step.gate for step in steps], dtype=np.float64)
+    deferral = np.array([sum(_left(step)) for step in steps], dtype=np.float64)
     with np.errstate(divide="ignore"):
-        log_odds = np.log(gates[:, 1:].sum(axis=1)) - np.log(gates[:, 0])
+        log_odds = np.log(deferral) - np.log(gates[:, BASE])
     return log_odds.astype(np.float32), np.array([step.deferred for step in steps], dtype=np.bool_)
+
+
+def _left(step: Step) -> list[float]:
+    """Gates of the assistants that were left when the token's author was asked; of all, where the base wrote."""
+    order = by_gate(step.gate)
+    return [step.gate[z] for z in (order[order.index(step.author) :] if step.deferred else order)]
 
 
 def midpoints(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -180,6 +191,11 @@ def calibrate(
     return CalibrationTable(
         task=task.name, metric=task.metric, seed=params.seed, num_prompts=len(examples), rows=rows, best=best
     )
+
+
+def missed(table: CalibrationTable) -> list[CalibrationRow]:
+    """Rows whose achieved rate stays far below the wanted one."""
+    return [row for row in table.rows if row.achieved_rate < row.target_rate - FAR]
 
 
 def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:

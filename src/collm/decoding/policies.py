@@ -52,14 +52,18 @@ def to_probability(log_odds: float) -> float:
     return 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
 
 
-def likeliest_assistant(log_gate: Sequence[float]) -> int:
-    """The assistant with the largest gate; of equals, the first."""
-    return max(range(1, len(log_gate)), key=log_gate.__getitem__)
+def by_gate(log_gate: Sequence[float]) -> list[int]:
+    """The assistants in the order in which they are asked: the largest gate first; of equals, the first."""
+    return sorted(range(1, len(log_gate)), key=lambda z: -log_gate[z])
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Defer where the gate's log-odds exceed `log_odds` (strictly), to the assistant with the largest gate."""
+    """Defer where the gate's log-odds exceed `log_odds` (strictly), to the assistant with the largest gate.
+
+    Where it abstains, the gate is renormalised over the others and the same threshold holds for them, as if the one
+    that abstained did not exist. (Log-odds do not change in renormalising: its share is left out of the sum.)
+    """
 
     log_odds: float
     needs_gate: bool = True
@@ -70,7 +74,12 @@ class Threshold:
 
     def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
         assert log_gate is not None
-        return (likeliest_assistant(log_gate), BASE) if log_odds(log_gate) > self.log_odds else (BASE,)
+        order = by_gate(log_gate)
+        for asked in range(len(order)):
+            left = (log_gate[BASE], *(log_gate[z] for z in order[asked:]))
+            if not log_odds(left) > self.log_odds:
+                return (*order[:asked], BASE)
+        return (*order, BASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +123,10 @@ class Never:
 
 @dataclass(frozen=True, slots=True)
 class Always:
-    """Defer every token to the assistant with the largest gate; without a gate, to the first."""
+    """Defer every token to the assistant with the largest gate, and on to the next where it abstains; without a gate,
+    to the first."""
 
     needs_gate: bool = False
 
     def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
-        return (1 if log_gate is None else likeliest_assistant(log_gate), BASE)
+        return (1, BASE) if log_gate is None else (*by_gate(log_gate), BASE)
