@@ -92,6 +92,18 @@ def test_python_m_collm() -> None:
         (["generate", "x", "hello", "--deferral", "often"], ["often", "threshold"]),
         (["generate", "x", "hello", "--deferral", "random"], ["--deferral-rate"]),
         (["generate", "x", "hello", "--threshold", "0.5", "--deferral-rate", "0.2"], ["not both"]),
+        (
+            ["generate", "x", "hello", "--deferral", "always", "--threshold", "0.3"],
+            ["--threshold", "--deferral always"],
+        ),
+        (
+            ["eval", "x", "--task", "t", "--data", "d", "--deferral", "never", "--deferral-rate", "0.3"],
+            ["--deferral-rate is"],
+        ),
+        (["generate", "x", "hello", "--deferral", "compose", "--threshold", "0.3"], ["--deferral compose"]),
+        (["generate", "x", "hello", "--calibration-task", "t"], ["--calibration-task says", "--deferral-rate"]),
+        (["generate", "x", "hello", "--alone", "base", "--deferral", "always"], ["--alone", "--deferral"]),
+        (["generate", "x", "hello", "--alone", "base", "--threshold", "0"], ["--alone", "--threshold"]),
         (["generate", "x", "hello", "--stream", "--json"], ["--json", "neither"]),
         (["generate", "x", "hello", "--raw", "--system", "Be brief."], ["--raw"]),
         (["generate", "x", "-"], ["the prompt is empty"]),
@@ -320,6 +332,8 @@ def test_generate_as_json(pair: str) -> None:
     row = json.loads(result.stdout)
     assert row["models"] == ["base", "calculator", "helper"]
     assert 1 <= len(row["steps"]) <= 12
+    deferred = sum(step["author"] != 0 for step in row["steps"])
+    assert row["deferral_rate"] == pytest.approx(deferred / len(row["steps"]))
     assert all(len(step["gate"]) == 3 for step in row["steps"])
 
 
@@ -427,10 +441,11 @@ TASK = ["--task", "word_problems", "--data", "data.jsonl", "--limit", 6, "--batc
 
 def test_eval_resumes(pair: str, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    command = ["eval", pair, *TOGETHER, *TASK]
+    command = ["eval", pair, *TOGETHER, *TASK, "--threshold", "0"]
     whole = collm(*command, "--json", "--out", out)
     assert whole.exit_code == 0, whole.output
     figures = json.loads(whole.stdout)
+    assert 0 < figures["deferral_rate"] == sum(list(figures["written_by"].values())[1:]) / figures["tokens"]
     assert figures["num_examples"] == 6 and figures["ci95"][0] <= figures["value"] <= figures["ci95"][1]
     lines = out.read_text().splitlines(keepends=True)
     assert len(lines) == 7
@@ -439,6 +454,14 @@ def test_eval_resumes(pair: str, tmp_path: Path) -> None:
     assert {**json.loads(again.stdout), "seconds": 0} == {**figures, "seconds": 0}
     refused(collm(*command, "--out", out, "--seed", 1), "other settings", "seed")
     assert "exact match" in collm(*command).stdout
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_help_names_the_tasks(command: str) -> None:
+    from collm.evaluation.task import TASKS
+
+    words = collm(command, "--help").stdout.replace(",", " ").replace(".", " ").split()
+    assert set(TASKS) <= set(words)
 
 
 def test_eval_names_the_nearest_task(pair: str) -> None:
@@ -456,6 +479,20 @@ def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
     made = collm("generate", tmp_path / "pair", QUESTION, *TOGETHER, "--json", "--deferral-rate", "0.1")
     assert made.exit_code == 0, made.output
     refused(collm(*command[:-2], "--base", "base", "--data", "missing.jsonl"), "missing.jsonl")
+
+
+def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureFixture[str]) -> None:
+    from collm.cli.calibrate import _show
+    from collm.models.checkpoint import CalibrationRow, CalibrationTable
+
+    rows = [
+        CalibrationRow(target_rate=rate, achieved_rate=min(rate, 0.23), threshold=0.5, log_odds=0, metric_value=0.5)
+        for rate in (0.0, 0.2, 0.6, 1.0)
+    ]
+    _show(CalibrationTable(task="t", metric="exact_match", seed=0, num_prompts=1, rows=rows))
+    shown = capsys.readouterr()
+    assert [line.endswith("not reached") for line in shown.out.splitlines()] == [False, False, False, True, True]
+    assert "warning: the rates 0.6, 1 were not reached (highest achieved: 0.230)" in shown.err
 
 
 def test_calibrate_needs_a_gate(world: Path) -> None:

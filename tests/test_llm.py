@@ -184,8 +184,16 @@ def test_rates_become_thresholds(rate: float, expected: float) -> None:
 
 
 def test_rates_that_calibration_does_not_know() -> None:
-    with pytest.raises(CollmError, match=r"0.05 lies outside the calibrated rates \(0, 0.1, 0.2, 0.5, 1\)"):
+    # 0 never defers: there is no threshold to interpolate from.
+    works = r"Rates that work: 0, any from 0\.1 to 0\.5, 1\. For 0\.05, .* --rates 0,0\.05,0\.1,0\.2,0\.5,1$"
+    with pytest.raises(CollmError, match=works):
         log_odds_for_rate([TABLE], 0.05)
+    with pytest.raises(CollmError, match=r"Rates that work: 0, 0\.3, 1\."):
+        log_odds_for_rate([table(rows=[(0.0, math.inf), (0.3, 1.0), (1.0, -math.inf)])], 0.2)
+    unreachable = table(rows=[(0.1, math.inf), (0.3, 1.0), (0.4, 0.5), (0.9, -math.inf)])
+    assert log_odds_for_rate([unreachable], 0.9) == -math.inf
+    with pytest.raises(CollmError, match=r"Rates that work: 0, 0\.1, any from 0\.3 to 0\.4, 0\.9, 1\."):
+        log_odds_for_rate([unreachable], 0.6)
     with pytest.raises(CollmError, match="run collm calibrate"):
         log_odds_for_rate([], 0.2)
     two = [TABLE, table("u", [(0.2, 7.0)])]
@@ -207,6 +215,26 @@ def test_policies_that_need_what_is_not_there() -> None:
     assert make_policy(SamplingParams(deferral="always"), 1, False, []).authors(None, 0, 0) == (1, BASE)
     assert make_policy(SamplingParams(deferral_rate=0.2), 1, True, [TABLE]) == Threshold(1.0)
     assert make_policy(SamplingParams(), 1, True, []) == Threshold(0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"deferral": "always", "threshold": 0.3}, "threshold is read by .*leave out deferral='always'"),
+        ({"deferral": "never", "threshold": 0.3}, "threshold is read by"),
+        ({"deferral": "never", "deferral_rate": 0.3}, "deferral_rate is read by"),
+        ({"deferral": "random", "deferral_rate": 0.3, "task": "t"}, "task says in whose calibration"),
+        ({"task": "t"}, "task says in whose calibration"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(CollmError, match=words):
+        make_policy(SamplingParams(**settings), 1, True, [TABLE])
+
+
+def test_compose_ignores_nothing_silently(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CollmError, match="threshold is read by"):
+        pair(tiny_tokenizer).generate("a", SamplingParams(deferral="compose", threshold=0.3))
 
 
 # -- from_pretrained

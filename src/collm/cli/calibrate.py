@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from collm.cli.console import ResumableCommand
-from collm.cli.options import OUTPUT, batch_size_option, data_options, identity, load_llm, model_options, read_examples
+from collm.cli.options import (
+    OUTPUT,
+    batch_size_option,
+    data_options,
+    identity,
+    load_llm,
+    model_options,
+    read_examples,
+    task_option,
+)
 
 if TYPE_CHECKING:
     from collm.models.checkpoint import CalibrationTable
@@ -28,7 +37,7 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
 
 @click.command(cls=ResumableCommand, short_help="Find thresholds for deferral rates.")
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
+@task_option
 @click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")
 @click.option("--rates", default=DEFAULT_RATES, show_default=True, callback=_rates, help="Wanted deferral rates.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Steps towards each rate.")
@@ -74,9 +83,21 @@ def calibrate(
 
 
 def _show(table: CalibrationTable) -> None:
+    from collm.calibration import missed
+
+    far = missed(table)
     click.echo(f"{'wanted':>8} {'achieved':>9} {'threshold':>10} {table.metric:>12}")
     for index, row in enumerate(table.rows):
-        best = "  best" if index == table.best else ""
+        notes = ("  best" if index == table.best else "") + ("  not reached" if row in far else "")
         click.echo(
-            f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {row.threshold:>10.4f} {row.metric_value:>12.3f}{best}"
+            f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {row.threshold:>10.4f} {row.metric_value:>12.3f}{notes}"
+        )
+    if far:
+        highest = max(row.achieved_rate for row in table.rows)
+        rates = ", ".join(f"{row.target_rate:g}" for row in far)
+        click.echo(
+            f"warning: the rates {rates} were not reached (highest achieved: {highest:.3f}): --deferral-rate gives "
+            "what stands under achieved. Where assistants have nothing to say (tools), the base writes, and no "
+            "threshold can change that; else more --rounds come nearer",
+            err=True,
         )

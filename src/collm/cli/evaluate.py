@@ -21,6 +21,7 @@ from collm.cli.options import (
     model_options,
     read_examples,
     sampling_params,
+    task_option,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.command("eval", cls=ResumableCommand, short_help="Answer and score the questions of a task.")
 @click.argument("checkpoint")
-@click.option("--task", required=True, metavar="TASK", help="What answers are worth: a built-in task's name.")
+@task_option
 @click.option("--data", required=True, metavar="DATA", help="Test examples.")
 @click.option("--out", type=OUTPUT, metavar="FILE", help="Trace of every answer; with it, a stopped run resumes.")
 @click.option("--name", metavar="NAME", help="What the system is called in the table.")

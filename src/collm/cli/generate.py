@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="The prompt is text to be continued, not a user's message.")
 @click.option("--stream", is_flag=True, help="Show tokens as they are written.")
 @click.option("--plain", is_flag=True, help="The text alone, without colours, legend and figures.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, authors, gates.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, authors, gates, deferral rate.")
 @click.option("--svg", type=OUTPUT, metavar="FILE", help="Also draw the coloured text into a file.")
 @click.option("--trace", type=OUTPUT, metavar="FILE", help="Also append it to a trace file, for `collm trace`.")
 @alone_option
@@ -92,7 +92,8 @@ def _show(generation: Generation, options: dict[str, Any]) -> None:
     from collm.report.trace import generation_to_dict
 
     if options["as_json"]:
-        click.echo(json.dumps(generation_to_dict(generation), ensure_ascii=False))
+        figures = {"deferral_rate": generation.deferral_rate}
+        click.echo(json.dumps({**generation_to_dict(generation), **figures}, ensure_ascii=False))
     elif options["plain"]:
         if not options["stream"]:
             click.echo(generation.text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from collm.evaluation.task import TASKS
 from collm.types import Deferral, SamplingParams
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ model_options = _together(
 alone_option = click.option(
     "--alone", metavar="NAME", help="Only this model writes: base, or an assistant's name (a baseline)."
 )
+
+task_option = click.option("--task", required=True, metavar="TASK", help=f"What answers are worth: {', '.join(TASKS)}.")
 
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts written at once."
@@ -115,8 +119,13 @@ decoding_options = _together(
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     """Takes what `decoding_options` put into `options`; combinations that make no sense are usage errors."""
+    who = [name for name in ("threshold", "deferral_rate", "calibration_task") if options[name] is not None]
+    if options.get("alone") is not None and (who or options["deferral"] != "threshold"):
+        raise click.UsageError(
+            f"--alone lets one model write all of it: leave out {_option(who[0] if who else 'deferral')}, or --alone"
+        )
     try:
-        return SamplingParams(
+        params = SamplingParams(
             max_tokens=options["max_tokens"],
             temperature=options["temperature"],
             top_p=options["top_p"],
@@ -128,8 +137,25 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
             deferral_rate=options["deferral_rate"],
             task=options["calibration_task"],
         )
+        if who:
+            from collm.llm.deferral import refuse_ignored
+
+            refuse_ignored(params)
     except ValueError as error:
-        raise click.UsageError(str(error).replace("deferral_rate", "--deferral-rate")) from error
+        raise click.UsageError(_as_options(str(error))) from error
+    return params
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _as_options(message: str) -> str:
+    """A message about `SamplingParams` in the words of the command line."""
+    message = re.sub(r"\bdeferral=['\"]?(\w+)['\"]?", r"--deferral \1", message)
+    message = re.sub(r"\bdeferral_rate\b", "--deferral-rate", message)
+    message = re.sub(r"^task\b", "--calibration-task", message)
+    return re.sub(r"(?<!--deferral )\bthreshold\b", "--threshold", message)
 
 
 def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
