@@ -1,0 +1,219 @@
+"""When to draft and how far: what one model's look-ahead costs, and what it saves.
+
+Speculation never changes a text, so everything here may be an estimate, wall-clock times included.
+
+Two ways to look ahead, with `c_B(n)`, `c_A(n)` the seconds of a pass over `n` tokens of base and assistant:
+
+- The base drafts through its deferrals until D of them are pending, then the assistant judges all of them in one pass.
+  With the agreement a = P(the assistant writes what the base drafted | deferred) and the gap g = tokens per deferral,
+  a cycle costs `D g c_B(1) + c_A(D g)` and settles `1 + a + ... + a^(D-1)` deferrals (Leviathan et al. 2023, eq. 1).
+- The assistant drafts n tokens beyond one of its own, then the base checks all their gates in one pass: with
+  b = P(the next token is deferred to it, too), `(n+1) c_A(1) + c_B(n+1)` for `1 + b + ... + b^n` tokens.
+
+D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(1)` per deferred token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from collm.types import BASE
+
+MAX_DEFERRALS = 16
+MAX_RUN = 16
+MIN_GAIN = 0.03
+"""Share of a deferral's cost that drafting must promise to save; below it the estimates decide nothing."""
+
+
+class Pace(Protocol):
+    """How far one text's drafts may go."""
+
+    def deferrals(self, assistant: int) -> int:
+        """Deferrals to this assistant, the present one counted, that may be pending before it is asked; 1 = plain."""
+        ...
+
+    def run(self, assistant: int) -> int:
+        """Tokens it may draft beyond its last one before the base checks the gates; 0 = plain."""
+        ...
+
+    def observe(self, author: int, agreed: bool) -> None:
+        """A token was written; `agreed`: the base would have written the same."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPace:
+    """The same distance always: for tests and measurements."""
+
+    num_deferrals: int = 1
+    num_run: int = 0
+
+    def deferrals(self, assistant: int) -> int:
+        return self.num_deferrals
+
+    def run(self, assistant: int) -> int:
+        return self.num_run
+
+    def observe(self, author: int, agreed: bool) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class PassCosts:
+    """Seconds of a model's passes as a line over their tokens, fitted as they come; old ones are forgotten slowly.
+
+    Until passes of several widths have been seen, a token more is taken to cost `PRIOR_SLOPE` of a pass.
+    """
+
+    PRIOR_SLOPE = 0.04
+    FORGETTING = 0.97
+    seen: int = 0
+    rows: float = 1.0
+    _weight: float = 0.0
+    _tokens: float = 0.0
+    _seconds: float = 0.0
+    _variance: float = 0.0
+    _covariance: float = 0.0
+
+    def observe(self, rows: int, tokens: int, seconds: float) -> None:
+        if self.seen >= 5:
+            seconds = min(seconds, 3 * self._at(tokens))  # a hiccup of the machine, not a cost
+        self.seen += 1
+        self._weight = 1 + self.FORGETTING * self._weight
+        share = 1 / self._weight
+        self.rows += share * (rows - self.rows)
+        off_tokens, off_seconds = tokens - self._tokens, seconds - self._seconds
+        self._tokens += share * off_tokens
+        self._seconds += share * off_seconds
+        self._variance += share * (off_tokens * (tokens - self._tokens) - self._variance)
+        self._covariance += share * (off_tokens * (seconds - self._seconds) - self._covariance)
+
+    @property
+    def slope(self) -> float:
+        return max(0.0, (self._covariance + self.PRIOR_SLOPE * self._seconds) / (self._variance + 1))
+
+    def _at(self, tokens: float) -> float:
+        return max(self._seconds + self.slope * (tokens - self._tokens), 0.1 * self._seconds)
+
+    def block(self, tokens: float) -> float:
+        """One row's share of a pass in which every row brings so many tokens."""
+        return self._at(tokens * self.rows) / self.rows
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened at deferrals to one assistant."""
+
+    deferred: float = 0.0
+    agreed: float = 0.0
+    continued: float = 0.0
+
+
+@dataclass(slots=True)
+class Experience:
+    """What all texts of an engine have shown so far: pass costs, and the prior of a new text's tallies."""
+
+    costs: dict[int, PassCosts] = field(default_factory=dict)
+    tokens: float = 0.0
+    tallies: dict[int, Tally] = field(default_factory=dict)
+
+    def observe_pass(self, model: int, rows: int, tokens: int, seconds: float) -> None:
+        self.costs.setdefault(model, PassCosts()).observe(rows, tokens, seconds)
+
+    def knows(self, assistant: int) -> bool:
+        return all(model in self.costs and self.costs[model].seen >= 3 for model in (BASE, assistant))
+
+
+class AdaptivePace:
+    """Drafts as far as pays best, judged by this text's own tallies, with those of the engine as their prior."""
+
+    PRIOR_DEFERRALS = 8.0
+    PRIOR_TOKENS = 32.0
+
+    def __init__(self, experience: Experience) -> None:
+        self._engine = experience
+        self._tokens = 0.0
+        self._tallies: dict[int, Tally] = {}
+        self._last = BASE
+
+    def observe(self, author: int, agreed: bool) -> None:
+        self._tokens += 1
+        self._engine.tokens += 1
+        for tallies in (self._tallies, self._engine.tallies):
+            if self._last != BASE and author == self._last:
+                tallies.setdefault(author, Tally()).continued += 1
+            if author != BASE:
+                tally = tallies.setdefault(author, Tally())
+                tally.deferred += 1
+                tally.agreed += agreed
+        self._last = author
+
+    def deferrals(self, assistant: int) -> int:
+        return self._best(assistant)[0]
+
+    def run(self, assistant: int) -> int:
+        return self._best(assistant)[1]
+
+    def _best(self, assistant: int) -> tuple[int, int]:
+        if not self._engine.knows(assistant):
+            return 1, 0
+        gap, agreement, continuation = self._estimates(assistant)
+        return best_draft(
+            gap, agreement, continuation, self._engine.costs[BASE].block, self._engine.costs[assistant].block
+        )
+
+    def _estimates(self, assistant: int) -> tuple[float, float, float]:
+        """Gap, agreement and continuation of this text, drawn towards those of all texts."""
+        own, pool = self._tallies.get(assistant, Tally()), self._engine.tallies.get(assistant, Tally())
+        rate = (pool.deferred + 1) / (self._engine.tokens + 5)
+        rate = (own.deferred + self.PRIOR_TOKENS * rate) / (self._tokens + self.PRIOR_TOKENS)
+
+        def share(hits: float, pooled_hits: float) -> float:
+            prior = (pooled_hits + 0.5) / (pool.deferred + 1)
+            return (hits + self.PRIOR_DEFERRALS * prior) / (own.deferred + self.PRIOR_DEFERRALS)
+
+        return 1 / min(1.0, rate), share(own.agreed, pool.agreed), share(own.continued, pool.continued)
+
+
+class BlockCost(Protocol):
+    def __call__(self, tokens: float, /) -> float: ...
+
+
+def plain_cost(base: BlockCost, assistant: BlockCost) -> float:
+    """Seconds per deferred token of plain decoding."""
+    return base(1) + assistant(1)
+
+
+def draft_cost(num_deferrals: int, gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> float:
+    """Expected seconds per deferred token if the base drafts until `num_deferrals` are pending.
+
+    The base steps between two deferrals, which plain decoding takes as well, are not counted.
+    """
+    settled = _geometric(agreement, num_deferrals)
+    cycle = num_deferrals * gap * base(1) + assistant(1 + (num_deferrals - 1) * gap)
+    return cycle / settled - (gap - 1) * base(1)
+
+
+def run_cost(num_run: int, continuation: float, base: BlockCost, assistant: BlockCost) -> float:
+    """Expected seconds per deferred token if the assistant drafts `num_run` tokens beyond each of its own."""
+    return ((num_run + 1) * assistant(1) + base(num_run + 1)) / _geometric(continuation, num_run + 1)
+
+
+def best_draft(
+    gap: float, agreement: float, continuation: float, base: BlockCost, assistant: BlockCost
+) -> tuple[int, int]:
+    """The number of pending deferrals and the length of a run that are expected to cost least; at most one drafts."""
+    plain = plain_cost(base, assistant)
+    by_base = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
+    by_assistant = {n: run_cost(n, continuation, base, assistant) for n in range(1, MAX_RUN + 1)}
+    deferrals, run = min(by_base, key=by_base.__getitem__), min(by_assistant, key=by_assistant.__getitem__)
+    if min(by_base[deferrals], by_assistant[run]) > (1 - MIN_GAIN) * plain:
+        return 1, 0
+    return (deferrals, 0) if by_base[deferrals] <= by_assistant[run] else (1, run)
+
+
+def _geometric(ratio: float, terms: int) -> float:
+    """1 + ratio + ... + ratio^(terms - 1)."""
+    return terms if math.isclose(ratio, 1) else (1 - ratio**terms) / (1 - ratio)

@@ -1,0 +1,340 @@
+"""Speculative decoding: the plain decoder's text in fewer passes, whatever is drafted; and when drafting pays."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collm.decoding.collaborative import collaborative
+from collm.decoding.pace import AdaptivePace, Experience, FixedPace, Pace, PassCosts, best_draft, draft_cost, run_cost
+from collm.decoding.policies import Always, Never, Policy, Random, Sampled, Threshold
+from collm.decoding.run import Finished, run
+from collm.decoding.speculative import speculative
+from collm.models.fake import FakeModel
+from collm.types import BASE, Fault, Prediction, Query, SamplingParams, Step
+
+V = 5
+PROMPT = (3, 1, 4)
+POLICIES: dict[str, Policy] = {
+    "threshold 0": Threshold.of_probability(0),
+    "threshold 0.3": Threshold.of_probability(0.3),
+    "threshold 0.7": Threshold.of_probability(0.7),
+    "threshold 1": Threshold.of_probability(1),
+    "sampled": Sampled(),
+    "random": Random(0.5, 1),
+    "never": Never(),
+    "always": Always(),
+}
+
+
+class RandomPace:
+    """Drafts now near, now far: nothing about the text may depend on it."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def deferrals(self, assistant: int) -> int:
+        return int(self._rng.integers(1, 6))
+
+    def run(self, assistant: int) -> int:
+        return int(self._rng.integers(0, 5))
+
+    def observe(self, author: int, agreed: bool) -> None:
+        pass
+
+
+def fakes(num_assistants: int, eos: int | None = None, **kwargs: Any) -> list[FakeModel]:
+    ends = frozenset() if eos is None else frozenset({eos})
+    shared = {"agreement": kwargs.pop("agreement", 0.6), "concentration": 0.3, "eos_token_ids": ends}
+    base = FakeModel("base", V, num_assistants=num_assistants, **shared)
+    return [base, *[FakeModel(f"a{k}", V, **shared, **kwargs) for k in range(1, num_assistants + 1)]]
+
+
+def texts(
+    models: Sequence[Any], params: SamplingParams, policy: Policy, pace: Pace | None, prompt: tuple[int, ...] = PROMPT
+) -> tuple[list[Step], Finished]:
+    eos = [model.eos_token_ids for model in models]
+    prompts = [prompt] * len(models)
+    flow = (
+        collaborative(prompts, params, policy, eos) if pace is None else speculative(prompts, params, policy, eos, pace)
+    )
+    events = [event for _, event in run([flow], models)]
+    assert isinstance(events[-1], Finished)
+    return [event for event in events[:-1] if isinstance(event, Step)], events[-1]
+
+
+def plainly(steps: Sequence[Step]) -> list[Step]:
+    return [replace(step, draft="", discarded=0) for step in steps]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("num_assistants", [1, 2])
+@given(
+    seed=st.integers(0, 10**6),
+    prompt=st.lists(st.integers(0, V - 1), min_size=1, max_size=3),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    eos=st.sampled_from([None, 0]),
+    abstention=st.sampled_from([0.0, 0.3]),
+    max_tokens=st.integers(1, 24),
+)
+def test_speculative_equals_plain(
+    name: str,
+    num_assistants: int,
+    seed: int,
+    prompt: list[int],
+    temperature: float,
+    eos: int | None,
+    abstention: float,
+    max_tokens: int,
+) -> None:
+    models = fakes(num_assistants, eos, abstention=abstention)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.9 if temperature else 1, seed=seed)
+    steps, finished = texts(models, params, POLICIES[name], None, tuple(prompt))
+    fast, end = texts(models, params, POLICIES[name], RandomPace(seed), tuple(prompt))
+    assert plainly(fast) == steps and end.finish_reason == finished.finish_reason
+    usage = end.usage
+    assert usage.accepted == sum(step.draft == "accepted" for step in fast)
+    assert usage.drafted == usage.accepted + usage.recovered + sum(step.discarded for step in fast)
+
+
+@pytest.mark.parametrize("num_assistants", [1, 2])
+def test_sampled_texts_follow_the_enumerated_law(num_assistants: int) -> None:
+    """Z drawn, X drawn, both sides drafting: the marginal `prod_t sum_z P(z) P_z(x)` over all texts of three tokens."""
+    models = [
+        FakeModel("base", 3, num_assistants=num_assistants, agreement=0.5),
+        *[FakeModel(f"a{k}", 3, agreement=0.5) for k in range(1, num_assistants + 1)],
+    ]
+    law = {}
+    for text in itertools.product(range(3), repeat=3):
+        probability = 1.0
+        for t in range(3):
+            answers = [model.answer((1, *text[:t])) for model in models]
+            assert all(isinstance(answer, Prediction) for answer in answers)
+            gate = np.exp(answers[BASE].log_gate)  # type: ignore[union-attr, arg-type]
+            probability *= sum(
+                g * float(a.log_probs[text[t]].exp())  # type: ignore[union-attr]
+                for g, a in zip(gate, answers, strict=True)
+            )
+        law[text] = probability
+    assert sum(law.values()) == pytest.approx(1)
+    draws = 4000
+    flows = (
+        speculative(
+            [(1,)] * len(models),
+            SamplingParams(max_tokens=3, temperature=1.0, seed=seed),
+            Sampled(),
+            [frozenset()] * len(models),
+            RandomPace(seed),
+        )
+        for seed in range(draws)
+    )
+    written: dict[int, list[int]] = {}
+    for number, event in run(flows, models, 64):
+        if isinstance(event, Step):
+            written.setdefault(number, []).append(event.token_id)
+    counts = Counter(tuple(text) for text in written.values())
+    chi2 = sum((counts[text] - draws * p) ** 2 / (draws * p) for text, p in law.items())
+    assert chi2 < 54.1  # 0.999 quantile, 26 degrees of freedom
+
+
+def test_passes_of_a_draft_that_stands() -> None:
+    """The assistant always agrees: four deferrals, one pass of the assistant; none of the base is wasted."""
+    models = fakes(1, agreement=1.0)
+    params = SamplingParams(max_tokens=16)
+    steps, finished = texts(models, params, Always(), FixedPace(num_deferrals=4))
+    assert finished.usage.forward_passes == (16, 4)
+    assert [step.draft for step in steps] == ["accepted", "accepted", "accepted", ""] * 4
+    assert (finished.usage.drafted, finished.usage.accepted, finished.usage.recovered) == (12, 12, 0)
+    _, plain = texts(models, params, Always(), None)
+    assert plain.usage.forward_passes == (16, 16)
+
+
+def test_passes_of_a_run_the_assistant_drafts() -> None:
+    """All deferred: the assistant writes five, the base reads their gates in one pass."""
+    models = fakes(1, agreement=0.0)
+    steps, finished = texts(models, SamplingParams(max_tokens=16), Always(), FixedPace(num_run=4))
+    # One pass for the first token, and one for each block of five; the last block has none behind it to check.
+    assert finished.usage.forward_passes == (4, 16)
+    assert finished.usage.recovered == 0 and len(steps) == 16
+
+
+def test_waste_is_counted() -> None:
+    """The assistant never agrees: every draft of three falls at its first token."""
+    models = fakes(1, agreement=0.0)
+    tokens = 200
+    steps, finished = texts(models, SamplingParams(max_tokens=tokens), Always(), FixedPace(num_deferrals=3))
+    usage = finished.usage
+    agreed = sum(step.draft == "accepted" for step in steps)
+    assert usage.recovered == sum(step.discarded > 0 or step.draft == "recovered" for step in steps)
+    assert usage.drafted > 1.5 * (usage.accepted + usage.recovered) * 0.9 and agreed < tokens / 2
+    assert usage.forward_passes[BASE] > tokens + usage.recovered / 2
+
+
+@given(seed=st.integers(0, 1000), abstention=st.sampled_from([0.0, 0.4]), agreement=st.sampled_from([0.0, 0.5, 0.9]))
+def test_asking_late_never_costs_an_assistant_pass_more(seed: int, abstention: float, agreement: float) -> None:
+    models = fakes(1, agreement=agreement, abstention=abstention)
+    params, policy = SamplingParams(max_tokens=30), Threshold.of_probability(0.4)
+    prompt = (seed % V, seed // V % V, seed // V // V % V)
+    _, plain = texts(models, params, policy, None, prompt)
+    for deferrals in (1, 2, 5):
+        _, fast = texts(models, params, policy, FixedPace(deferrals), prompt)
+        assert fast.usage.forward_passes[1] <= plain.usage.forward_passes[1]
+        if deferrals == 1:
+            assert fast.usage.forward_passes == plain.usage.forward_passes and fast.usage.drafted == 0
+
+
+def test_costs_by_hand() -> None:
+    def base(tokens: float) -> float:
+        return 1 + 0.1 * (tokens - 1)
+
+    def assistant(tokens: float) -> float:
+        return 8 + 0.2 * (tokens - 1)
+
+    # Two deferrals, a gap of 2: four base steps and a block of three, for 1 + 0.5 deferrals; less one step in between.
+    assert draft_cost(2, 2, 0.5, base, assistant) == pytest.approx((4 + 8.4) / 1.5 - 1)
+    assert draft_cost(1, 2, 0.5, base, assistant) == pytest.approx(9) == run_cost(0, 0.5, base, assistant)
+    # One token further: two steps of the assistant, a block of two, for 1 + 0.5 tokens.
+    assert run_cost(1, 0.5, base, assistant) == pytest.approx((16 + 1.1) / 1.5)
+    assert best_draft(3.3, 0.0, 0.0, base, assistant) == (1, 0)
+    deferrals, run_length = best_draft(3.3, 0.9, 0.3, base, assistant)
+    assert deferrals > 3 and run_length == 0
+    # A cheap assistant in long runs drafts for the base.
+    deferrals, run_length = best_draft(1.5, 0.5, 0.9, assistant, base)
+    assert deferrals == 1 and run_length > 2
+    assert best_draft(1.0, 1.0, 0.0, base, assistant)[0] == 16
+
+
+def test_pass_costs_find_the_line() -> None:
+    costs = PassCosts()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tokens = int(rng.integers(1, 20))
+        costs.observe(1, tokens, 0.05 + 0.004 * tokens + rng.normal(0, 0.001))
+    assert costs.block(1) == pytest.approx(0.054, rel=0.05) and costs.block(16) == pytest.approx(0.114, rel=0.05)
+    costs.observe(1, 1, 5.0)
+    assert costs.block(1) < 0.08
+    batch = PassCosts()
+    for _ in range(50):
+        batch.observe(4, 4, 0.1)
+    assert batch.block(1) == pytest.approx(0.025, rel=0.01)
+
+
+class Clocked:
+    """A fake whose passes take as long as one says, on a clock of its own."""
+
+    def __init__(self, model: FakeModel, clock: list[float], alpha: float, beta: float) -> None:
+        self._model, self._clock, self._alpha, self._beta = model, clock, alpha, beta
+        self.name, self.eos_token_ids = model.name, model.eos_token_ids
+
+    def predict(self, queries: Sequence[Query]) -> list[Any]:
+        self._clock[0] += self._alpha + self._beta * sum(query.num_last for query in queries)
+        return self._model.predict(queries)
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("ratio", [0.2, 1.0, 8.0])
+def test_the_adaptive_pace_gains_where_there_is_something_to_gain(
+    agreement: float, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("collm.decoding.run.time.perf_counter", lambda: clock[0])
+    base, assistant = fakes(1, agreement=agreement)
+    models: Any = [Clocked(base, clock, 1.0, 0.03), Clocked(assistant, clock, ratio, 0.03 * ratio)]
+    policy, experience = Random(0.3, 1), Experience()
+    seconds = {}
+    for fast in (False, True):
+        clock[0] = 0.0
+        for n in range(24):
+            params = SamplingParams(max_tokens=64, seed=n)
+            own = AdaptivePace(experience) if fast else FixedPace()
+            flow = speculative([(n % V, n // V)] * 2, params, policy, [frozenset()] * 2, own)
+            list(run([flow], models, experience=experience))
+        seconds[fast] = clock[0]
+    gain = seconds[False] / seconds[True]
+    assert gain > 0.97
+    if agreement >= 0.9 and ratio >= 8:
+        assert gain > 1.3
+    if agreement == 0.0 and ratio == 8:
+        assert gain < 1.1  # nothing to be had: 1 + 1/8 if every base step were free
+
+
+def broken(models: list[FakeModel], *, raises: bool, at: int) -> list[Any]:
+    """The assistant fails for prompts that begin with 9, from a length on."""
+
+    class Broken:
+        name, eos_token_ids = models[1].name, models[1].eos_token_ids
+
+        def predict(self, queries: Sequence[Query]) -> list[Any]:
+            bad = [query.token_ids[0] == 9 and len(query.token_ids) >= at for query in queries]
+            if raises and any(bad):
+                raise RuntimeError("out of ink")
+            return [
+                [Fault("a1: out of ink")] * query.num_last if is_bad else models[1].predict([query])[0]
+                for query, is_bad in zip(queries, bad, strict=True)
+            ]
+
+    return [models[0], Broken()]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_failing_assistant_costs_one_text(raises: bool, fast: bool) -> None:
+    healthy = fakes(1)
+    models = broken(healthy, raises=raises, at=6)
+    params, policy = SamplingParams(max_tokens=12), Threshold.of_probability(0.3)
+    prompts = [(1, 2), (9, 2), (3, 2)]
+
+    def events(among: Sequence[Any], chosen: SamplingParams) -> dict[int, list[Any]]:
+        pace = FixedPace(3) if fast else FixedPace()
+        flows = [speculative([p, p], chosen, policy, [frozenset()] * 2, pace) for p in prompts]
+        found: dict[int, list[Any]] = {n: [] for n in range(3)}
+        for n, event in run(flows, among, 3):
+            found[n].append(event)
+        return found
+
+    whole, found = events(healthy, params), events(models, params)
+    for n in (0, 2):
+        assert found[n][:-1] == whole[n][:-1] and found[n][-1].finish_reason == "length"
+    failed = found[1][-1]
+    assert failed.finish_reason == "error" and "out of ink" in failed.error and "a1" in failed.error
+    assert plainly(found[1][:-1]) == plainly(whole[1][: len(found[1]) - 1]) and len(found[1]) > 1
+    rescued = events(models, replace(params, on_assistant_error="base"))[1]
+    assert rescued[-1].finish_reason == "length" and len(rescued) == 13
+    faults = [step for step in rescued[:-1] if step.fault]
+    assert faults and all(step.abstained and step.author == BASE and "out of ink" in step.fault for step in faults)
+
+
+def test_a_failing_base_ends_the_text() -> None:
+    class Base(FakeModel):
+        def answer(self, token_ids: Sequence[int]) -> Any:
+            return Fault("base: not a number") if len(token_ids) == 7 else super().answer(token_ids)
+
+    models = [Base("base", V, num_assistants=1), FakeModel("a1", V)]
+    for pace in (None, FixedPace(8), FixedPace(1, 8)):
+        steps, finished = texts(models, SamplingParams(max_tokens=12), Always(), pace)
+        assert (finished.finish_reason, finished.error, len(steps)) == ("error", "base: not a number", 4)
+
+
+def test_a_law_on_another_device_dtype_is_compared_by_token_only() -> None:
+    """Greedy agreement is about tokens: laws of different precision may speculate for one another."""
+    models = fakes(1, agreement=1.0)
+    low = models[1].answer
+
+    class Half(FakeModel):
+        def answer(self, token_ids: Sequence[int]) -> Any:
+            found = low(token_ids)
+            assert isinstance(found, Prediction)
+            return replace(found, log_probs=found.log_probs.to(torch.bfloat16))
+
+    half = [models[0], Half("a1", V)]
+    _, finished = texts(half, SamplingParams(max_tokens=8), Always(), FixedPace(4))
+    assert finished.usage.forward_passes == (8, 2)
