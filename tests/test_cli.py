@@ -47,7 +47,7 @@ def world(
     tiny_model: Callable[..., PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> Iterator[Path]:
-    """A folder to work in: `base`, `helper`, `pickled` (weights), `data.jsonl`, `recipe.yaml`."""
+    """A folder to work in: `base`, `helper`, `pickled` (weights), `data.jsonl`, `held_out.jsonl`, `recipe.yaml`."""
     root = tmp_path_factory.mktemp("world")
     for name, seed in (("base", 0), ("helper", 1)):
         tiny_model(seed=seed).save_pretrained(root / name)
@@ -68,6 +68,8 @@ def world(
         for number, (problem, answer) in enumerate(PROBLEMS)
     ]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [{**row, "id": f"h{number}"} for number, row in enumerate(rows[:4])]
+    (root / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     here = Path.cwd()
     os.chdir(root)
     yield root
@@ -131,7 +133,16 @@ def test_score(world: Path) -> None:
     arguments = ["score", "data.jsonl", "--model", "base", "--out", "scores/base"]
     first = collm(*arguments)
     assert first.exit_code == 0, first.output
-    assert first.stdout == "scores written to scores/base\n"
+    figures, where = first.stdout.splitlines()
+    assert where == "scores written to scores/base"
+    info = json.loads((world / "scores/base/scores.json").read_text())
+    for figure in (
+        f"12 examples, {info['labelled_tokens']} tokens scored",
+        f"mean log-probability {info['mean_log_prob']:.3f}",
+        f"its first choice {info['top1_rate']:.1%}",
+        f"{info['tokens_per_second']:,.0f} tokens/s",
+    ):
+        assert figure in figures
     scores = datasets.load_from_disk("scores/base")
     assert scores["id"] == [f"p{i}" for i in range(len(PROBLEMS))]
     written = (world / "scores/base/scores.json").stat().st_mtime_ns
@@ -146,6 +157,7 @@ def test_score_a_tool(world: Path) -> None:
     result = collm("score", "data.jsonl", "--model", "calculator", "--base", "base", "--out", "scores/calculator")
     assert result.exit_code == 0, result.output
     scores = datasets.load_from_disk("scores/calculator")
+    assert "possible to the model" in result.stdout and "mean" not in result.stdout
     # "12 + 30 = 42": the calculator is sure of the result and silent elsewhere.
     assert any(scores[0]["top1"]) and not all(scores[0]["top1"])
 
@@ -318,6 +330,79 @@ def test_train_refuses_scores_of_another_template(world: Path, tmp_path: Path) -
         tmp_path / "recipe.yaml", out=str(tmp_path / "out"), base={"model": "base", "scores": str(scores)}
     )
     refused(collm("train", recipe), "stale", "system prompt")
+
+
+@pytest.fixture
+def far_away(world: Path, tmp_path: Path) -> dict[str, Any]:
+    """The assistant of a recipe: scored elsewhere with a prompt of its own, and nothing but its scores is here."""
+    shutil.copytree("helper", tmp_path / "far")
+    options = ["--model", tmp_path / "far", "--base", "base", "--system", "Be brief.", "--max-length", 256]
+    for name in ("data", "held_out"):
+        assert collm("score", f"{name}.jsonl", *options, "--out", tmp_path / name).exit_code == 0
+    shutil.rmtree(tmp_path / "far")
+    scores = {"scores": str(tmp_path / "data"), "validation_scores": str(tmp_path / "held_out")}
+    return {"name": "helper", "model": str(tmp_path / "far"), **scores}
+
+
+TWO_FILES = {"train": "data.jsonl", "validation": "held_out.jsonl"}
+
+
+def test_train_from_scores_alone(world: Path, tmp_path: Path, far_away: dict[str, Any]) -> None:
+    """The same gate as with the assistant at hand, and a checkpoint that knows whose scores it was made from."""
+    near = {"name": "helper", "model": "helper", "format": {"system_prompt": "Be brief."}}
+    infos, gates = [], []
+    for name, assistant in (("alone", far_away), ("near", near)):
+        recipe = write_recipe(tmp_path / f"{name}.yaml", out=name, assistants=[assistant], data=TWO_FILES)
+        result = collm("train", recipe)
+        assert result.exit_code == 0, result.output
+        infos.append(json.loads(Path(name, "collm.json").read_text())["assistants"][0])
+        gates.append(Path(name, "gate.safetensors").read_bytes())
+    assert gates[0] == gates[1]
+    assert {**infos[0], "spec": "helper"} == infos[1] and infos[0]["weights_fingerprint"]
+    found = collm("generate", "alone", QUESTION, "--assistant", "helper", "--max-tokens", 3)
+    assert found.exit_code == 0 and "warning" not in found.stderr
+    other = collm("generate", "alone", QUESTION, "--assistant", "base", "--max-tokens", 3)
+    assert other.exit_code == 0
+    assert (
+        "warning: base does not hold the weights that the gate was trained with as assistant 'helper'" in other.stderr
+    )
+    assert "collm calibrate" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"validation_scores": None}, ["'helper'", "no such folder", "give the scores as validation_scores"]),
+        ({"scores": None, "validation_scores": None}, ["give the scores as scores and validation_scores"]),
+        ({"format": {"system_prompt": "Be long."}}, ["stale", "Be brief.", "Be long."]),
+        ({"validation_scores": "base_scores"}, ["base_scores", "stale", "weights"]),
+    ],
+    ids=["no-validation-scores", "no-scores", "other-prompt", "other-model"],
+)
+def test_scores_alone_that_do_not_do(
+    world: Path, tmp_path: Path, far_away: dict[str, Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    score = ["score", "held_out.jsonl", "--model", "base", "--out", "base_scores", "--max-length", 256]
+    assert collm(*score).exit_code == 0
+    recipe = write_recipe(tmp_path / "r.yaml", out=str(tmp_path / "out"), assistants=[{**far_away, **changes}])
+    values = yaml.safe_load(recipe.read_text())
+    refused(collm("train", write_recipe(recipe, **{**values, "data": TWO_FILES})), *words)
+
+
+def test_scores_of_tokens_that_the_base_does_not_learn(world: Path, tmp_path: Path, far_away: dict[str, Any]) -> None:
+    base = {
+        "model": "base",
+        "format": {"chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"},
+    }
+    recipe = write_recipe(
+        tmp_path / "r.yaml", out=str(tmp_path / "out"), base=base, assistants=[far_away], data=TWO_FILES
+    )
+    refused(collm("train", recipe), "stale", "--base")
+
+
+def test_scores_for_a_validation_file_want_one(world: Path, tmp_path: Path, far_away: dict[str, Any]) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", out=str(tmp_path / "out"), assistants=[far_away])
+    refused(collm("train", recipe), "validation_scores go with data.validation")
 
 
 # -- writing together

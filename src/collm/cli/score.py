@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     A stopped run resumes.
     """
     from collm.data.formatting import Formatter
+    from collm.data.scores import load_info
     from collm.data.scoring import score as score_model
     from collm.data.scoring import score_tool
     from collm.models.loading import is_tool, load_context_length, load_tokenizer
@@ -66,4 +68,20 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
         path = score_model(
             examples, model, formatter, out, dtype=options["dtype"], device=options["device"], **settings
         )
+    _show(load_info(path))
     click.echo(f"scores written to {path}")
+
+
+def _show(info: Mapping[str, Any]) -> None:
+    """Is the model any good at these texts? And how long do more of them take?"""
+    speed, mean, top1 = info.get("tokens_per_second"), info["mean_log_prob"], info["top1_rate"]
+    figures = [f"{info['num_examples']} examples, {info['labelled_tokens']} tokens scored"]
+    if mean is not None:
+        figures.append(f"mean log-probability {mean:.3f}")
+    elif info.get("answered_rate") is not None:
+        figures.append(f"possible to the model {info['answered_rate']:.1%}")
+    if top1 is not None:
+        figures.append(f"its first choice {top1:.1%}")
+    if speed is not None:
+        figures.append(f"{speed:,.0f} tokens/s (prompts included)")
+    click.echo("; ".join(figures))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,14 @@ def run(
     batch_tokens: int,
     resume: bool,
     progress: bool,
+    notes: Mapping[str, Any],
 ) -> Path:
     """Do all that is not done yet, batch by batch, and write the scores.
 
     Args:
         work: scores a batch.
         batch_tokens: may differ from that of the run being resumed.
+        notes: what else `scores.json` is to tell.
     """
     nothing = (np.zeros(0, np.float32), np.zeros(0, np.bool_))
     scores: dict[int, TokenScores] = {}
@@ -83,8 +86,9 @@ def run(
             logger.info("%s: going on after %d of %d examples", out, len(scores), len(kept))
         lengths = [len(item) for item in encoded.items]
         batches = plan_batches(lengths, [i for i in kept if i not in scores], batch_tokens)
+        tokens, begin = sum(lengths[i] for batch in batches for i in batch), time.monotonic()
         try:
-            with progress_bar(sum(lengths[i] for batch in batches for i in batch), progress) as advance:
+            with progress_bar(tokens, progress) as advance:
                 for batch in batches:
                     found = dict(zip(batch, work([encoded.items[i] for i in batch]), strict=True))
                     for i, (log_prob, _) in found.items():
@@ -96,13 +100,15 @@ def run(
         except KeyboardInterrupt:
             logger.warning("stopped: %d of %d examples are scored; run the same again to go on", len(scores), len(kept))
             raise
-        notes = {
+        counts = {
+            # Prompts included; of this run, which may have resumed another one.
+            "tokens_per_second": round(tokens / max(1e-9, time.monotonic() - begin), 1) if tokens else None,
             "dropped": encoded.dropped,
             "truncated": encoded.truncated,
             "truncated_tokens": encoded.truncated_tokens,
         }
         in_order = [scores.get(i, nothing) for i in range(len(examples))]
-        save_scores(out, examples, in_order, fingerprint, notes)
+        save_scores(out, examples, in_order, fingerprint, {**notes, **counts})
         journal.remove()
     return out
 

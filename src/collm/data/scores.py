@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def scores_fingerprint(
     }
 
 
+def prompt_notes(formatter: Formatter, completions_from: Formatter | None) -> dict[str, Any]:
+    """What `scores.json` tells of the prompts, so that training needs nothing else of the model: `prompt_format`, the
+    arguments of its `PromptFormat`, and `completions`, a fingerprint of what settled the completions' tokens."""
+    return {
+        "prompt_format": {key: value for key, value in asdict(formatter.format).items() if value is not None},
+        "completions": (completions_from or formatter).completions_fingerprint(),
+    }
+
+
 def require_match(found: Fingerprint, expect: Fingerprint, what: str) -> None:
     """Refuse scores made from something else; only the keys of `expect` are compared.
 
@@ -89,7 +99,7 @@ def partial_path(path: Path) -> Path:
 
 
 def load_info(path: str | Path) -> dict[str, Any]:
-    """What `scores.json` says: fingerprint, model, counts and means.
+    """What `scores.json` says: fingerprint, `prompt_notes`, counts and means.
 
     Raises:
         CollmError: no scores, half-written scores, or of a newer format.
@@ -165,6 +175,7 @@ def save_scores(
         "labelled_tokens": len(log_prob),
         # JSON has no infinities; a tool's log-probability is -inf wherever it abstains.
         "mean_log_prob": float(log_prob.mean()) if len(log_prob) and np.isfinite(log_prob).all() else None,
+        "answered_rate": float(np.isfinite(log_prob).mean()) if len(log_prob) else None,
         "top1_rate": float(top1.mean()) if len(top1) else None,
         **notes,
     }

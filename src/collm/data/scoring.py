@@ -18,7 +18,7 @@ from collm.data.encoding import encode_examples
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
-from collm.data.scores import TokenScores, load_scores, scores_fingerprint
+from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fingerprint
 from collm.errors import CollmError
 from collm.models.backbone import check_project, hidden_states, project
 from collm.models.loading import load_model, weights_fingerprint
@@ -94,7 +94,8 @@ def score(
                 "fewer batch_tokens"
             ) from error
 
-    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress)
+    notes = prompt_notes(formatter, completions_from)
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes)
 
 
 def tool_fingerprint(tool: LanguageModel) -> str:
@@ -125,7 +126,8 @@ def score_tool(
     def work(batch: Sequence[Encoded]) -> list[TokenScores]:
         return [_ask_tool(tool, item) for item in batch]
 
-    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress)
+    notes = prompt_notes(formatter, completions_from)
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes)
 
 
 @torch.inference_mode()

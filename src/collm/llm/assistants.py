@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
-from collm.models.checkpoint import AssistantInfo
+from collm.models.checkpoint import AssistantInfo, warn_of_other_weights
 from collm.models.loading import is_tool, load_model, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
@@ -35,6 +35,9 @@ def load_assistants(
 
     Raises:
         CollmError: one is missing, one too many, two have one name, or a tokenizer differs from the base's.
+
+    Warns:
+        UserWarning: an assistant has other weights than the one of training.
     """
     infos, sources = _matched(given, trained)
     names = [info.name for info in infos]
@@ -110,8 +113,14 @@ def _load(
         return make_tool(source, base.tokenizer, info.name), base
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
+    weights = load_model(source, dtype=dtype, device=device)
+    warn_of_other_weights(
+        weights,
+        info.weights_fingerprint,
+        f"{source} does not hold the weights that the gate was trained with as assistant {info.name!r}",
+    )
     model = LocalModel(
-        load_model(source, dtype=dtype, device=device),
+        weights,
         tokenizer,
         name=info.name,
         vocab_size=shared_vocab_size(base.tokenizer),

@@ -62,6 +62,8 @@ class AssistantInfo(_Strict):
     spec: str
     tokenizer_fingerprint: str | None = None
     """None for tools, which use the base's tokenizer."""
+    weights_fingerprint: str | None = None
+    """Of the weights whose scores it was trained with; None for tools and in checkpoints made before it was kept."""
     format: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of `PromptFormat`: how this assistant sees the prompt."""
 
@@ -104,6 +106,16 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
         raise
     except (ValueError, AttributeError, ValidationError) as error:
         raise CollmError(f"{path} is damaged: {error}") from error
+
+
+def warn_of_other_weights(model: nn.Module, trained: str | None, what: str) -> None:
+    """Warn if the weights are not those of the fingerprint `trained` (None: unknown)."""
+    if trained is not None and weights_fingerprint(model) != trained:
+        warnings.warn(
+            f"{what} (another quantisation or version?); deferral rates and quality may differ: "
+            "run collm calibrate again",
+            stacklevel=2,
+        )
 
 
 def save_info(folder: str | Path, info: CheckpointInfo) -> None:
@@ -166,12 +178,9 @@ def load_base(
         raise CollmError(f"{path} does not name its base model; give it with --base")
     model = load_model(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(spec)
-    if info.base_fingerprint is not None and weights_fingerprint(model) != info.base_fingerprint:
-        warnings.warn(
-            f"{spec} does not hold the weights that {path} was trained with (another quantisation or version?); "
-            "its deferral rates and quality may differ: run collm calibrate again",
-            stacklevel=2,
-        )
+    warn_of_other_weights(
+        model, info.base_fingerprint, f"{spec} does not hold the weights that {path} was trained with"
+    )
     if info.kind == "lora":
         from peft import PeftModel
 

@@ -11,14 +11,15 @@ from collm.files import write_text
 from collm.models.checkpoint import CheckpointInfo, load_info
 
 CARD = "README.md"
-LEFTOVERS = ("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl")
+LEFTOVERS = ("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock")
 """What lies in a run's folder besides the checkpoint."""
 
 
 def model_card(info: CheckpointInfo) -> str:
     """The checkpoint's README: front matter for the hub, what it is, how to use it, its figures."""
     recipe: dict[str, Any] = info.training.get("recipe", {})
-    names = ", ".join(assistant.name for assistant in info.assistants) or "none"
+    weights = {a.name: f" (weights {a.weights_fingerprint})" if a.weights_fingerprint else "" for a in info.assistants}
+    names = ", ".join(name + of for name, of in weights.items()) or "none"
     lines = ["---", "library_name: collm", "pipeline_tag: text-generation"]
     if info.base_model is not None and not Path(info.base_model).exists() and info.base_model.count("/") == 1:
         lines += [f"base_model: {info.base_model}"]

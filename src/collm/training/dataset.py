@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,32 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from collm.data.collate import IGNORED, Row
 from collm.data.encoding import encode_examples
 from collm.data.examples import Example, examples_fingerprint, load_examples
 from collm.data.formatting import Encoded, Formatter
-from collm.data.scores import load_scores, scores_fingerprint
-from collm.data.scoring import score, score_tool, tool_fingerprint
+from collm.data.scores import load_scores
 from collm.errors import CollmError
 from collm.gate import pseudo_labels
-from collm.models.loading import load_model, weights_fingerprint
 from collm.training.recipe import DataSection
-from collm.types import LanguageModel
-
-
-@dataclass(frozen=True)
-class Writer:
-    """One of the models, as far as scoring goes: base or assistant."""
-
-    name: str
-    spec: str
-    dtype: str
-    formatter: Formatter
-    tool: LanguageModel | None = None
-    scores: Path | None = None
-    """Scores that the user made of the training file beforehand."""
 
 
 @dataclass(frozen=True)
@@ -107,99 +90,24 @@ def load_split(data: DataSection) -> tuple[list[Example], list[Example]]:
     return rest, validation
 
 
-def _score_paths(
-    writer: Writer,
-    splits: Mapping[str, Sequence[Example]],
-    base: Formatter,
-    max_length: int,
-    folder: Path,
-    model: PreTrainedModel | None,
-    one_file: bool,
-    progress: bool,
-) -> dict[str, Path]:
-    """Where each split's scores are, made (or resumed) in `folder` if the user gave none."""
-    completions = None if writer.formatter is base else base
-    if writer.tool is None and model is None:
-        model = load_model(writer.spec, dtype=writer.dtype, device=best_device())
-    paths: dict[str, Path] = {}
-    name = tool_fingerprint(writer.tool) if writer.tool is not None else weights_fingerprint(_known(model))
-    for split, examples in splits.items():
-        fingerprint = scores_fingerprint(
-            examples, name, writer.formatter, completions_from=completions, max_length=max_length
-        )
-        # Named by what it depends on, so that recipes can share a folder.
-        path = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
-        if writer.scores is not None and (split == "train" or one_file):
-            path = writer.scores
-            # A share of the scored file may have been held out since, so data are matched by id, in `_assemble`.
-            load_scores(path, expect={key: value for key, value in fingerprint.items() if key != "data"})
-        elif writer.tool is not None:
-            score_tool(
-                examples,
-                writer.tool,
-                writer.formatter,
-                path,
-                completions_from=completions,
-                max_length=max_length,
-                progress=progress,
-            )
-        else:
-            score(
-                examples,
-                _known(model),
-                writer.formatter,
-                path,
-                completions_from=completions,
-                max_length=max_length,
-                progress=progress,
-            )
-        paths[split] = path
-    return paths
-
-
 def digest(value: object) -> str:
     """Eight hexadecimal digits of a JSON value's hash."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _known(model: PreTrainedModel | None) -> PreTrainedModel:
-    assert model is not None
-    return model
 
 
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def scored_sets(
-    splits: Mapping[str, Sequence[Example]],
-    base: Writer,
-    assistants: Sequence[Writer],
-    max_length: int,
-    folder: Path,
-    *,
-    base_model: PreTrainedModel,
-    one_file: bool = False,
-    progress: bool = True,
-) -> dict[str, ScoredSet]:
-    """Encode each split and score it with every model that has not scored it yet.
-
-    With no assistants nothing is scored: plain fine-tuning needs no scores.
+def assemble(examples: Sequence[Example], formatter: Formatter, max_length: int, paths: Sequence[Path]) -> ScoredSet:
+    """Encode examples with the base's `formatter` and put every model's scores beside them, matched by id.
 
     Args:
-        one_file: the splits were cut from one file, so scores the user made of it cover them all.
+        paths: scores of the base, then of each assistant; none for plain fine-tuning, which needs no scores.
+
+    Raises:
+        CollmError: an example has no scores, or was scored as something else.
     """
-    paths: list[dict[str, Path]] = []
-    for writer in [base, *assistants] if assistants else []:
-        model = base_model if writer is base else None
-        paths.append(_score_paths(writer, splits, base.formatter, max_length, folder, model, one_file, progress))
-    return {
-        split: _assemble(examples, base.formatter, max_length, [path[split] for path in paths])
-        for split, examples in splits.items()
-    }
-
-
-def _assemble(examples: Sequence[Example], formatter: Formatter, max_length: int, paths: Sequence[Path]) -> ScoredSet:
     encoded = encode_examples(examples, formatter, max_length=max_length)
     kept = encoded.kept
     items = tuple(encoded.items[i] for i in kept)

@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from collm.data.formatting import Formatter, PromptFormat
 from collm.files import write_text
 from collm.models.backbone import check_project
-from collm.models.checkpoint import AssistantInfo, CheckpointInfo
+from collm.models.checkpoint import CheckpointInfo
 from collm.models.head import DeferralHead
-from collm.models.loading import is_tool, load_model, load_tokenizer, weights_fingerprint
-from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint
-from collm.models.tools import make_tool
+from collm.models.loading import load_model, weights_fingerprint
+from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
-from collm.training.dataset import ScoredSet, Writer, best_device, load_split, scored_sets
+from collm.training.dataset import ScoredSet, assemble, best_device, load_split
 from collm.training.hidden import all_hidden, collect_hidden
-from collm.training.recipe import ModelSection, Recipe
+from collm.training.recipe import Recipe
+from collm.training.writers import SPLITS, assistant_info, make_writer, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Prepared:
 
     recipe: Recipe
     model: PreTrainedModel
-    base: Writer
+    tokenizer: PreTrainedTokenizerBase
     train: ScoredSet
     validation: ScoredSet
     head: DeferralHead | None
@@ -41,58 +40,47 @@ class Prepared:
     info: CheckpointInfo
 
 
-def _writer(name: str, section: ModelSection, base: Writer | None) -> Writer:
-    """One model's tokenizer and format; an assistant's must fit the base's."""
-    format = PromptFormat(**section.format.model_dump())
-    if base is not None and is_tool(section.model):
-        # A tool reads the base's text as it is.
-        tool = make_tool(section.model, base.formatter.tokenizer)
-        return Writer(name, section.model, section.dtype, base.formatter, tool, section.scores)
-    tokenizer = load_tokenizer(section.model)
-    if base is not None:
-        require_same_tokenizer(base.formatter.tokenizer, tokenizer, ("the base", f"assistant {name!r}"))
-    return Writer(name, section.model, section.dtype, Formatter(tokenizer, format), None, section.scores)
-
-
 def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
-    base = _writer("base", recipe.base, None)
-    assistants = [_writer(section.name, section, base) for section in recipe.assistants]
-    train_examples, validation_examples = load_split(recipe.data)
+    one_file = recipe.data.validation is None
+    base = make_writer("base", recipe.base, None, one_file=one_file)
+    assistants = [make_writer(section.name, section, base, one_file=one_file) for section in recipe.assistants]
+    splits = dict(zip(SPLITS, load_split(recipe.data), strict=True))
     model = load_model(recipe.base.model, dtype=recipe.base.dtype, device=best_device())
     check_project(model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(recipe.data.max_length, context or recipe.data.max_length)
     # One process scores and fits; the others then find it done.
     with state.main_process_first():
-        sets = scored_sets(
-            {"train": train_examples, "validation": validation_examples},
-            base,
-            assistants,
-            max_length,
-            recipe.cache_folder,
-            base_model=model,
-            one_file=recipe.data.validation is None,
-            progress=progress and state.is_main_process,
-        )
+        # With no assistants nothing is scored: plain fine-tuning needs no scores.
+        scores = [
+            scores_of(
+                writer,
+                splits,
+                base.open_formatter,
+                max_length,
+                recipe.cache_folder,
+                model if writer is base else None,
+                progress=progress and state.is_main_process,
+            )
+            for writer in ([base, *assistants] if assistants else [])
+        ]
+        sets = {
+            split: assemble(examples, base.open_formatter, max_length, [paths[split] for paths in scores])
+            for split, examples in splits.items()
+        }
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], progress)
     info = CheckpointInfo(
         kind=recipe.tune,
         base_model=recipe.base.model,
         base_fingerprint=weights_fingerprint(model),
-        tokenizer_fingerprint=tokenizer_fingerprint(base.formatter.tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(base.open_formatter.tokenizer),
         base_format=recipe.base.format.model_dump(exclude_none=True),
         assistants=[
-            AssistantInfo(
-                name=writer.name,
-                spec=writer.spec,
-                tokenizer_fingerprint=None if writer.tool else tokenizer_fingerprint(writer.formatter.tokenizer),
-                format=section.format.model_dump(exclude_none=True),
-            )
-            for writer, section in zip(assistants, recipe.assistants, strict=True)
+            assistant_info(writer, paths["train"]) for writer, paths in zip(assistants, scores[1:], strict=True)
         ],
         training={"recipe": recipe.model_dump(mode="json", exclude={"out", "cache"}), "initialisation": figures},
     )
-    return Prepared(recipe, model, base, sets["train"], sets["validation"], head, scale, info)
+    return Prepared(recipe, model, base.open_formatter.tokenizer, sets["train"], sets["validation"], head, scale, info)
 
 
 def _initial_head(

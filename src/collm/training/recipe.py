@@ -30,7 +30,10 @@ class ModelSection(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     format: FormatSection = FormatSection()
     scores: Path | None = None
-    """Scores of the training data made with `collm score`; otherwise they are made where they are needed."""
+    """Scores of `data.train` made with `collm score`; otherwise they are made where they are needed. An assistant whose
+    scores are all given is not opened."""
+    validation_scores: Path | None = None
+    """Scores of `data.validation`."""
 
 
 class AssistantSection(ModelSection):
@@ -112,6 +115,10 @@ class Recipe(_Section):
             raise ValueError(f"objective {self.objective} needs at least one assistant (or set objective: sft)")
         if self.tune == "gate" and self.objective != "marginal":
             raise ValueError("tune: gate goes with objective: marginal")
+        if self.data.validation is None and any(m.validation_scores for m in (self.base, *self.assistants)):
+            raise ValueError(
+                "validation_scores go with data.validation; what validation_share holds out is covered by scores"
+            )
         names = [assistant.name for assistant in self.assistants]
         if len(set(names)) < len(names) or "base" in names:
             raise ValueError("assistants need different names, none of them 'base'")

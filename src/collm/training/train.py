@@ -133,7 +133,7 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
     model: nn.Module = prepared.model
     if recipe.tune == "lora":
         model = _with_lora(recipe, prepared.model)
-    tokenizer = prepared.base.formatter.tokenizer
+    tokenizer = prepared.tokenizer
     module = BaseWithGate(model, prepared.head, _loss_config(recipe), shared_vocab_size(tokenizer))
     if recipe.training.gradient_checkpointing:
         module.gradient_checkpointing_enable()
@@ -192,6 +192,6 @@ def _finish(prepared: Prepared, model: nn.Module, head: DeferralHead | None, fig
     info.training["figures"] = figures
     if info.kind == "full":
         info.base_fingerprint = weights_fingerprint(model)
-    save_checkpoint(prepared.recipe.out, info, model, head, prepared.base.formatter.tokenizer)
+    save_checkpoint(prepared.recipe.out, info, model, head, prepared.tokenizer)
     write_card(prepared.recipe.out)
     shutil.rmtree(prepared.recipe.out / "checkpoints", ignore_errors=True)

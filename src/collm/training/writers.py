@@ -1,0 +1,163 @@
+"""The models that wrote or might have written the training text, and their scores of it: made here or given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from collm.data.examples import Example
+from collm.data.formatting import Formatter, PromptFormat
+from collm.data.scores import Fingerprint, load_info, load_scores, scores_fingerprint
+from collm.data.scoring import score, score_tool, tool_fingerprint
+from collm.errors import CollmError
+from collm.models.checkpoint import AssistantInfo
+from collm.models.loading import is_tool, load_model, load_tokenizer, weights_fingerprint
+from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint
+from collm.models.tools import make_tool
+from collm.training.dataset import best_device, digest
+from collm.training.recipe import ModelSection
+from collm.types import LanguageModel
+
+SPLITS = {"train": "scores", "validation": "validation_scores"}
+"""The splits, and the recipe's key for scores of each."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One of the models, as far as scoring goes: base or assistant."""
+
+    name: str
+    section: ModelSection
+    formatter: Formatter | None
+    """None: all its scores were made elsewhere, and it is not opened."""
+    tool: LanguageModel | None = None
+    given: Mapping[str, Path] = field(default_factory=dict)
+    """Scores that the user made beforehand, by split."""
+
+    @property
+    def open_formatter(self) -> Formatter:
+        assert self.formatter is not None, f"{self.name} is not opened"
+        return self.formatter
+
+
+def make_writer(name: str, section: ModelSection, base: Writer | None, *, one_file: bool) -> Writer:
+    """One model's tokenizer and format; an assistant's must fit the base's.
+
+    Args:
+        base: None for the base itself.
+        one_file: both splits were cut from one file, so its scores cover both.
+
+    Raises:
+        CollmError: an assistant that has to be opened is not there, or has another tokenizer.
+    """
+    paths = {"train": section.scores, "validation": section.scores if one_file else section.validation_scores}
+    given = {split: path for split, path in paths.items() if path is not None}
+    if base is not None and is_tool(section.model):
+        # A tool reads the base's text as it is.
+        formatter = base.open_formatter
+        return Writer(name, section, formatter, make_tool(section.model, formatter.tokenizer), given)
+    if (
+        base is not None
+        and given.keys() == SPLITS.keys()
+        and all("completions" in load_info(p) for p in given.values())
+    ):
+        return Writer(name, section, None, None, given)
+    try:
+        tokenizer = load_tokenizer(section.model)
+    except CollmError as error:
+        if base is None:
+            raise
+        lacking = [key for split, key in SPLITS.items() if split not in given and not (one_file and split != "train")]
+        raise CollmError(
+            f"assistant {name!r}: {error}. To train without it at hand, score the data where it lies (collm score) and "
+            f"give the scores as {' and '.join(lacking) or 'now (these are of an older collm, and tell too little)'}"
+        ) from error
+    if base is not None:
+        require_same_tokenizer(base.open_formatter.tokenizer, tokenizer, ("the base", f"assistant {name!r}"))
+    return Writer(name, section, Formatter(tokenizer, PromptFormat(**section.format.model_dump())), None, given)
+
+
+def scores_of(
+    writer: Writer,
+    splits: Mapping[str, Sequence[Example]],
+    base: Formatter,
+    max_length: int,
+    folder: Path,
+    model: PreTrainedModel | None = None,
+    *,
+    progress: bool = True,
+) -> dict[str, Path]:
+    """Where each split's scores are: those given, checked, or made (or resumed) in `folder`.
+
+    Args:
+        model: the writer's, if it is loaded already.
+
+    Raises:
+        CollmError: given scores were made from something else.
+    """
+    if writer.formatter is None:
+        _check_unopened(writer, base, max_length)
+        return dict(writer.given)
+    formatter, tool = writer.formatter, writer.tool
+    options: dict[str, Any] = {"completions_from": None if formatter is base else base, "max_length": max_length}
+    if tool is None and model is None:
+        model = load_model(writer.section.model, dtype=writer.section.dtype, device=best_device())
+    paths: dict[str, Path] = {}
+    for split, examples in splits.items():
+        name = tool_fingerprint(tool) if tool is not None else weights_fingerprint(_known(model))
+        fingerprint = scores_fingerprint(examples, name, formatter, **options)
+        if split in writer.given:
+            # Some of the scored file may have been held out since, so data are matched by id, by `assemble`.
+            load_scores(writer.given[split], expect={k: v for k, v in fingerprint.items() if k != "data"})
+            paths[split] = writer.given[split]
+            continue
+        # Named by what it depends on, so that recipes can share a folder.
+        paths[split] = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
+        if tool is not None:
+            score_tool(examples, tool, formatter, paths[split], progress=progress, **options)
+        else:
+            score(examples, _known(model), formatter, paths[split], progress=progress, **options)
+    return paths
+
+
+def _known(model: PreTrainedModel | None) -> PreTrainedModel:
+    assert model is not None
+    return model
+
+
+def _check_unopened(writer: Writer, base: Formatter, max_length: int) -> None:
+    """Do scores made elsewhere fit the base, the recipe and one another? Their own metadata tell."""
+    expect: Fingerprint = {"tokenizer": tokenizer_fingerprint(base.tokenizer), "max_length": max_length}
+    wanted_format = writer.section.format.model_dump(exclude_none=True)
+    for path in writer.given.values():
+        load_scores(path, expect=expect)
+        info = load_info(path)
+        if info["completions"] != base.completions_fingerprint():
+            raise CollmError(
+                f"{path} is stale: the tokens scored are not those the base learns (another chat template, or another "
+                "EOS); score again with --base"
+            )
+        if wanted_format and wanted_format != info["prompt_format"]:
+            raise CollmError(
+                f"{path} is stale: its prompts were shown with {info['prompt_format']}, and the recipe's format of "
+                f"{writer.name!r} is {wanted_format}; score again, or leave the format to the scores"
+            )
+        # The second split's must be of the very model that the first one's are of.
+        expect |= {key: info["fingerprint"][key] for key in ("model", "format")}
+
+
+def assistant_info(writer: Writer, scores: Path) -> AssistantInfo:
+    """What the checkpoint keeps of an assistant, from its scores of the training text."""
+    info = load_info(scores)
+    format = info["prompt_format"] if writer.formatter is None else writer.section.format.model_dump(exclude_none=True)
+    return AssistantInfo(
+        name=writer.name,
+        spec=writer.section.model,
+        tokenizer_fingerprint=None if writer.tool else info["fingerprint"]["tokenizer"],
+        weights_fingerprint=None if writer.tool else info["fingerprint"]["model"],
+        format=format,
+    )
