@@ -285,7 +285,6 @@ def pair(world: Path) -> str:
     """A checkpoint made by `collm train`: the gate alone, for a calculator and a second model."""
     result = collm("train", write_recipe(world / "recipe.yaml"))
     assert result.exit_code == 0, result.output
-    assert result.stdout.rstrip().endswith("checkpoint written to runs/pair")
     return "runs/pair"
 
 
@@ -293,7 +292,42 @@ def test_train_makes_a_checkpoint_and_leaves_a_finished_one_alone(pair: str) -> 
     info = json.loads(Path(pair, "collm.json").read_text())
     assert info["kind"] == "gate" and [a["name"] for a in info["assistants"]] == ["calculator", "helper"]
     again = collm("train", "recipe.yaml")
-    assert again.exit_code == 0 and "finished already" in again.stderr
+    assert again.exit_code == 0 and "finished already" in again.stderr and "written" not in again.output
+    lines = {name: value.strip() for name, _, value in (line.partition("  ") for line in again.stdout.splitlines())}
+    figures = info["training"]["figures"]
+    assert lines["held-out nll per token"] == f"{figures['eval_nll']:.4f}"
+    assert lines["of the base alone"] == f"{figures['eval_base_nll']:.4f}"
+    assert lines["mean gate, held out"].startswith(f"calculator {figures['eval_gate/calculator']:.3f}, helper")
+    assert lines["next"] == "collm calibrate runs/pair --task TASK --data CALIBRATION.jsonl"
+
+
+def test_train_tells_how_it_goes_and_what_came_of_it(world: Path, tmp_path: Path) -> None:
+    training = {"epochs": 2, "batch_size": 4, "evaluations": 2}
+    recipe = write_recipe(tmp_path / "r.yaml", out=str(tmp_path / "out"), tune="full", training=training)
+    result = collm("train", recipe)
+    assert result.exit_code == 0, result.output
+    assert "{'" not in result.output  # the Trainer's own dictionaries
+    told = result.stderr.splitlines()
+    figures = json.loads((tmp_path / "out/collm.json").read_text())["training"]["figures"]
+    [before] = [line for line in told if line.startswith("held out before training: loss ")]
+    assert f"base alone {figures['before']['eval_base_nll']:.4f}" in before and "mean gate: calculator 0." in before
+    assert sum(line.startswith("held out after step") for line in told) == 2
+    assert any(line.startswith(f"step 1 of {figures['steps']}: loss ") and line.endswith("left") for line in told)
+    kept = f"step {figures['best_step']} of {figures['steps']}, the best on held-out text"
+    assert any(line.startswith("kept ") and line.endswith(kept) for line in result.stdout.splitlines())
+
+
+def test_a_second_process_on_the_same_folder_is_refused(world: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    recipe = write_recipe(tmp_path / "r.yaml", out=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"):
+        refused(collm("train", recipe), "another process is training in", str(tmp_path / "out"))
+        refused(collm("train", recipe, "--restart"), "another process is training in")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
+    # The file of a process that was killed is in nobody's way; test_training kills one.
+    assert collm("train", recipe).exit_code == 0
 
 
 def test_a_folder_belongs_to_its_recipe(pair: str, tmp_path: Path) -> None:
@@ -355,6 +389,8 @@ def test_train_from_scores_alone(world: Path, tmp_path: Path, far_away: dict[str
         recipe = write_recipe(tmp_path / f"{name}.yaml", out=name, assistants=[assistant], data=TWO_FILES)
         result = collm("train", recipe)
         assert result.exit_code == 0, result.output
+        # Neither has learned anything: the helper is right nowhere.
+        assert "warning: no token is labelled to be deferred" in result.stderr and "init.method b" in result.stderr
         infos.append(json.loads(Path(name, "collm.json").read_text())["assistants"][0])
         gates.append(Path(name, "gate.safetensors").read_bytes())
     assert gates[0] == gates[1]

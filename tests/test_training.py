@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -198,7 +199,7 @@ def test_resumed_after_kill_9_equals_uninterrupted(workplace: Path, full: Path) 
     done = subprocess.run([sys.executable, "-c", KILL_AT_SECOND_SAVE, str(path)], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     out = workplace / "killed"
-    assert load_info(out) is None
+    assert load_info(out) is None and (out / ".lock").exists()
     checkpoints = sorted((out / "checkpoints").glob("checkpoint-*"))
     assert len(checkpoints) == 1
     # A half-written later checkpoint is passed over.
@@ -211,13 +212,13 @@ def test_resumed_after_kill_9_equals_uninterrupted(workplace: Path, full: Path) 
 
 TWO_PROCESSES = """
 import os, sys
-from collm.training import train as module
-claim, where = module._claim, sys.argv[1]
+from collm.training import folder
+claim, where = folder._claim, sys.argv[1]
 def claimed(*args):
     with open(where + ".claims", "a") as file:
         file.write(os.environ["RANK"])
     claim(*args)
-module._claim = claimed
+folder._claim = claimed
 from collm.training.recipe import load_recipe
 from collm.training.train import train
 train(load_recipe(sys.argv[1]), progress=False)
@@ -333,10 +334,16 @@ def test_runs_are_not_mixed_up(workplace: Path, full: Path) -> None:
     assert run(workplace, "full") == full  # finished: left as it is
     with pytest.raises(CollmError, match="another recipe.*training.*--restart"):
         run(workplace, "full", training={"learning_rate": 2e-3})
+    # A run of a version that did not know all of today's keys is still the same recipe's.
+    kept = json.loads((full / "run.json").read_text())
+    del kept["base"]["validation_scores"], kept["assistants"][0]["validation_scores"]
+    (full / "run.json").write_text(json.dumps(kept))
+    assert run(workplace, "full") == full
     (workplace / "foreign").mkdir()
     (workplace / "foreign" / "thesis.txt").write_text("precious")
     with pytest.raises(CollmError, match="choose another out"):
         run(workplace, "foreign")
+    assert {path.name for path in (workplace / "foreign").iterdir()} == {"thesis.txt"}
     torch.testing.assert_close(before, weights(full))
 
 
@@ -467,6 +474,19 @@ def test_initialisation_tells_assistants_apart() -> None:
 def test_initialisation_without_labels_starts_low() -> None:
     head = initialisation.fit(torch.randn(50, 4), torch.zeros(50, dtype=torch.long), 2)
     assert float(log_gate(head(torch.randn(10, 4))).exp()[:, 1:].max()) < 0.05
+
+
+def test_doubts_about_the_initial_gate() -> None:
+    good = initialisation.GateReport((0.9, 0.1), 0.5, 0.8, 1.0, 0.1, 0.9)
+    nan = float("nan")
+    assert initialisation.doubts(good) is None
+    for change, words in (
+        ({"label_share": (1.0, 0.0), "precision": nan, "recall": nan}, "no token is labelled"),
+        ({"precision": 0.0, "recall": nan}, "no held-out token is labelled"),
+        ({"precision": 0.0, "recall": 0.0}, "finds none of the held-out tokens"),
+        ({"precision": nan, "recall": 0.0}, "finds none of the held-out tokens"),  # it defers nothing at all
+    ):
+        assert words in (initialisation.doubts(dataclasses.replace(good, **change)) or ""), change
 
 
 def test_standardisation_folds_away() -> None:

@@ -18,7 +18,10 @@ def train(recipe: Path, restart: bool) -> None:
     Pseudo-labels, the gate's initialisation, then marginal likelihood. A stopped run resumes.
     """
     from collm.training.recipe import load_recipe
+    from collm.training.summary import summary
     from collm.training.train import train as run
 
-    path = run(load_recipe(recipe), restart=restart)
-    click.echo(f"checkpoint written to {path}")
+    lines = summary(run(load_recipe(recipe), restart=restart))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        click.echo(f"{name:<{width}}  {value}")

@@ -16,7 +16,7 @@ from collm.training.recipe import Recipe
 from collm.training.trainer import evaluation_steps
 
 
-def training_arguments(recipe: Recipe, num_rows: int, progress: bool) -> TrainingArguments:
+def training_arguments(recipe: Recipe, num_rows: int) -> TrainingArguments:
     options = recipe.training
     world_size = PartialState(cpu=best_device() == "cpu").num_processes
     step_size = options.batch_size * options.gradient_accumulation * world_size
@@ -44,7 +44,7 @@ def training_arguments(recipe: Recipe, num_rows: int, progress: bool) -> Trainin
         "greater_is_better": False,
         "logging_steps": max(1, every // 10),
         "report_to": "none",
-        "disable_tqdm": not progress,
+        "disable_tqdm": True,  # `ProgressLines` says the same and can be read in a file
         "remove_unused_columns": False,
         "label_names": ["labels"],
         # Examples of like length make a batch: little padding.

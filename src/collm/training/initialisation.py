@@ -7,6 +7,7 @@ everywhere gives marginal-likelihood training nothing to hold on to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,27 @@ class GateReport:
     deferred_share: float
     assistant_right: float
     """Of held-out tokens deferred, the share where the chosen assistant's top-1 is the gold token."""
+
+
+def doubts(report: GateReport) -> str | None:
+    """Why training from this gate is likely to end in never deferring, and what to do; None if all is well."""
+    if not sum(report.label_share[1:]):
+        return (
+            "no token is labelled to be deferred, for no assistant's first choice is right where the base's is wrong: "
+            "training will collapse to never deferring. Do the scores belong to these texts (collm score tells how "
+            "often the first choice is right)? If they do, take init.method b, or an assistant that knows more"
+        )
+    if math.isnan(report.recall):
+        return (
+            "no held-out token is labelled to be deferred, so nobody can tell whether the initial gate is any good: "
+            "hold out more text (data.validation_share or data.validation)"
+        )
+    if not report.precision > 0:
+        return (
+            "the initial gate finds none of the held-out tokens that are labelled to be deferred: training is likely "
+            "to collapse to never deferring. Give it more text, raise init.max_tokens, or take init.method b"
+        )
+    return None
 
 
 def fit(hidden: Tensor, labels: Tensor, num_assistants: int, *, max_iterations: int = 200) -> DeferralHead:

@@ -125,8 +125,9 @@ def _initial_head(
             report.recall,
             100 * report.assistant_right,
         )
-        if not bool((labels > 0).any()):
-            logger.warning("no token is labelled to be deferred: no assistant is right where the base is wrong")
+        doubt = initialisation.doubts(report)
+        if doubt is not None:
+            logger.warning("%s", doubt)
     head.save(folder)
     write_text(folder / "figures.json", json.dumps(figures, indent=2))
     return head.to(device), scale, figures

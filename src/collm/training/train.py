@@ -6,17 +6,16 @@ import json
 import logging
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, set_seed
 
 from collm.data.collate import Collator
-from collm.errors import CollmError
-from collm.files import write_text
 from collm.models.checkpoint import load_info, save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import write_card
@@ -24,17 +23,16 @@ from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.training.arguments import training_arguments
 from collm.training.dataset import ScoredSet, best_device
+from collm.training.folder import claimed
 from collm.training.gate_only import GateData, gate_figures, train_gate
 from collm.training.hidden import all_hidden
 from collm.training.model import BaseWithGate, LossConfig
 from collm.training.preparation import Prepared, prepare
+from collm.training.progress import ProgressLines, say
 from collm.training.recipe import Recipe
 from collm.training.trainer import CollmTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
-
-RUN = "run.json"
-"""In the output folder: the recipe it belongs to, so that another recipe does not go on from its checkpoints."""
 
 
 def train(recipe: Recipe, *, restart: bool = False, progress: bool = True) -> Path:
@@ -49,16 +47,19 @@ def train(recipe: Recipe, *, restart: bool = False, progress: bool = True) -> Pa
     Raises:
         CollmError: anything the user can put right; the message says how.
     """
-    out = recipe.out
     state = PartialState(cpu=best_device() == "cpu")
-    if state.is_main_process:
-        _claim(recipe, restart)
-    state.wait_for_everyone()
+    with claimed(recipe, restart) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        return _run(recipe, state, progress)
+
+
+def _run(recipe: Recipe, state: PartialState, progress: bool) -> Path:
+    out = recipe.out
     if load_info(out) is not None:
         logger.info("%s is finished already (--restart trains it anew)", out)
         return out
     if recipe.tune != "gate":
-        training_arguments(recipe, 1, progress)  # a fault in them should not show only after scoring
+        training_arguments(recipe, 1)  # a fault in them should not show only after scoring
     set_seed(recipe.training.seed)
     prepared = prepare(recipe, state, progress)
     result = _train_gate_only(prepared, progress) if recipe.tune == "gate" else _train_model(prepared, progress)
@@ -66,30 +67,6 @@ def train(recipe: Recipe, *, restart: bool = False, progress: bool = True) -> Pa
         _finish(prepared, *result)
     state.wait_for_everyone()
     return out
-
-
-def _claim(recipe: Recipe, restart: bool) -> None:
-    """Make the output folder this recipe's; refuse one that belongs to another."""
-    out = recipe.out
-    wanted = recipe.model_dump(mode="json", exclude={"out", "cache"})
-    path = out / RUN
-    if restart:
-        for name in ("checkpoints", "init"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("collm.json", RUN, "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    if path.is_file():
-        found = json.loads(path.read_text())
-        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
-        begun = any((out / name).exists() for name in ("collm.json", "checkpoints", "init"))
-        if differing and begun:
-            raise CollmError(
-                f"{out} holds a run of another recipe (it differs in {', '.join(differing)}): "
-                "choose another out, or pass --restart to train it anew"
-            )
-    elif out.is_dir() and any(name.name != "cache" for name in out.iterdir()):
-        raise CollmError(f"{out} is not empty and not a collm run: choose another out")
-    write_text(path, json.dumps(wanted, indent=2))
 
 
 def _loss_config(recipe: Recipe) -> LossConfig:
@@ -108,9 +85,13 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[nn.Module, Def
     log_path = recipe.out / "log.jsonl"
     log_path.unlink(missing_ok=True)
 
+    epochs = math.ceil(options.epochs)
+
     def log(record: dict[str, float]) -> None:
         with log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if progress and (record["epoch"] % max(1, epochs // 10) == 0 or record["epoch"] == 1):
+            say(f"epoch {record['epoch']} of {epochs}: loss {record['loss']:.4f}, held out {record['eval_loss']:.4f}")
 
     tokens_per_example = prepared.train.count / len(prepared.train.items)
     head = train_gate(
@@ -121,7 +102,7 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[nn.Module, Def
         learning_rate=options.gate_learning_rate,
         epochs=options.epochs,
         batch_tokens=max(1, round(options.batch_size * options.gradient_accumulation * tokens_per_example)),
-        patience=options.patience or math.ceil(options.epochs),
+        patience=options.patience or epochs,
         seed=options.seed,
         log=log,
     )
@@ -140,7 +121,7 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
     # Read by weak supervision only.
     method = "b" if recipe.init.method == "b" else "a"
     rows = prepared.train.rows(prepared.train.pseudo_labels(method))
-    arguments = training_arguments(recipe, len(rows), progress)
+    arguments = training_arguments(recipe, len(rows))
     trainer = CollmTrainer(
         model=module,
         args=arguments,
@@ -152,6 +133,9 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
         # The setting is for standardised hidden states; Adam's steps are of the size of the rate.
         gate_learning_rate=recipe.training.gate_learning_rate / prepared.hidden_scale,
     )
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        trainer.add_callback(ProgressLines())
     if recipe.training.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.patience))
     checkpoint = last_checkpoint(Path(str(arguments.output_dir)))
@@ -159,6 +143,7 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
         logger.info("resuming from %s", checkpoint)
     start = trainer.evaluate() if checkpoint is None else {}
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.remove_callback(ProgressLines)  # of the best checkpoint, which is told in the summary
     end = trainer.evaluate()
     if trainer.is_world_process_zero():
         lines = [json.dumps(record) + "\n" for record in trainer.state.log_history]

@@ -1,0 +1,76 @@
+"""A run's output folder: whose it is, and that one process at a time works in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from collm.errors import CollmError
+from collm.files import write_text
+from collm.training.recipe import Recipe
+
+RUN = "run.json"
+"""The recipe that the folder belongs to, so that another recipe does not go on from its checkpoints."""
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(recipe: Recipe, restart: bool) -> Iterator[None]:
+    """Make the output folder this recipe's and, for the length of the block, this process's.
+
+    The lock is the operating system's: it ends with the process, also by kill -9; the empty file stays.
+
+    Raises:
+        CollmError: the folder belongs to another recipe or to something else, or another process is training there.
+    """
+    out = recipe.out
+    if out.is_dir() and not (out / RUN).is_file() and {path.name for path in out.iterdir()} - {"cache", LOCK}:
+        raise CollmError(f"{out} is not empty and not a collm run: choose another out")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / LOCK, timeout=0):
+            _claim(recipe, restart)
+            yield
+    except Timeout as error:
+        raise CollmError(
+            f"another process is training in {out} now: wait until it has finished, stop it, or choose another out"
+        ) from error
+
+
+def _claim(recipe: Recipe, restart: bool) -> None:
+    out, path = recipe.out, recipe.out / RUN
+    wanted = _identity(recipe)
+    if restart:
+        for name in ("checkpoints", "init"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("collm.json", RUN, "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    if path.is_file():
+        found = _with_defaults(json.loads(path.read_text()), out)
+        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+        begun = any((out / name).exists() for name in ("collm.json", "checkpoints", "init"))
+        if differing and begun:
+            raise CollmError(
+                f"{out} holds a run of another recipe (it differs in {', '.join(differing)}): "
+                "choose another out, or pass --restart to train it anew"
+            )
+    write_text(path, json.dumps(wanted, indent=2))
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude={"out", "cache"})
+
+
+def _with_defaults(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A recipe kept by an earlier version, with the keys that there were not at the time."""
+    try:
+        return _identity(Recipe.model_validate({**found, "out": out}))
+    except ValidationError:
+        return found
