@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from collm.cli import main
 
@@ -67,6 +70,46 @@ def test_quoted_recipes_are_valid(page: str, text: str) -> None:
     from collm.training.recipe import parse_recipe
 
     parse_recipe(yaml.safe_load(text), page)
+
+
+WORDS = {str: "text", Path: "path", int: "integer", float: "number", bool: "true/false", list[str]: "list of texts"}
+
+
+def type_in_words(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "mapping"
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if annotation in WORDS or not kinds:
+        return WORDS[annotation]
+    return ", or ".join(WORDS[kind] for kind in kinds)
+
+
+def recipe_keys(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Type and default of every key, sections taken apart."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, field in section.model_fields.items():
+        annotation: Any = field.annotation
+        inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= recipe_keys(inner, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else json.dumps(field.default).strip('"')
+            found[prefix + name] = (type_in_words(annotation), default.replace("null", "none"))
+    return found
+
+
+def test_the_table_of_recipe_keys_is_whole_and_true() -> None:
+    from collm.training.recipe import Recipe
+
+    told: dict[str, tuple[str, str]] = {}
+    section = (ROOT / "docs" / "recipes.md").read_text().partition("## All keys")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| (`.*) \|$", section, re.MULTILINE):
+        keys, kind, default, meaning = row.split(" | ")
+        assert meaning
+        told |= dict.fromkeys(re.findall(r"`([^`]+)`", keys), (kind, default))
+    assert told == recipe_keys(Recipe)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
