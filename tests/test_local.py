@@ -14,9 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from collm.errors import CollmError
 from collm.models.head import DeferralHead
 from collm.models.kv_pool import SUPPORTED, supports
-from collm.models.local import LocalModel, _passes
-from collm.models.slots import SlotTable
-from collm.types import Answer, Prediction, Query
+from collm.models.local import LocalModel
+from collm.types import Answer, Fault, ForwardPass, Prediction, Query
 
 TOLERANCE = 2e-4
 """Float32 sums in another order; the laws of the tiny models span tens of nats."""
@@ -76,7 +75,7 @@ def test_cached_equals_recomputed(kind: str, tiny_tokenizer: PreTrainedTokenizer
     torch.nn.init.normal_(head.weight, std=0.1)
     cached = LocalModel(model, tiny_tokenizer, head, num_slots=5)
     plain = LocalModel(model, tiny_tokenizer, head, cache=False)
-    assert cached._pool is not None and plain._pool is None
+    assert cached._cache is not None and plain._cache is None
 
     def some(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(320) for _ in range(count))
@@ -165,31 +164,51 @@ def test_an_interrupted_pass_leaves_no_wrong_cache(
     assert close(found, expected)
 
 
-def test_too_long_for_the_context(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    model = LocalModel(tiny("llama", max_position_embeddings=16), tiny_tokenizer, name="small")
-    model.predict([Query(0, tuple(range(16)))])
-    with pytest.raises(CollmError, match="small: 17 tokens do not fit into its context of 16"):
-        model.predict([Query(0, tuple(range(17)))])
+def reasons(answers: list[list[Answer]]) -> list[list[str]]:
+    """Why each prefix of each query got no answer; empty where it did."""
+    return [[answer.reason if isinstance(answer, Fault) else "" for answer in each] for each in answers]
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_nan_is_refused_with_model_and_position(cache: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_text_that_is_too_long_fails_alone(cache: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = LocalModel(tiny("llama", max_position_embeddings=16), tiny_tokenizer, name="small", cache=cache)
+    found = model.predict([Query(0, tuple(range(17)), 2), Query(0, tuple(range(16)))])
+    message = "small: 17 tokens do not fit into its context of 16; shorten the prompt"
+    assert reasons(found) == [[message, message], [""]]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_nan_fails_the_texts_concerned(cache: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     network = tiny("llama", tie_word_embeddings=False)
     with torch.no_grad():
         network.get_input_embeddings().weight[7] = torch.nan
-    model = LocalModel(network, tiny_tokenizer, name="broken", cache=cache)
-    model.predict([Query(0, (1, 2, 3))])
-    with pytest.raises(CollmError, match="broken: the predictions after position 3 are not numbers"):
-        model.predict([Query(0, (1, 2, 3)), Query(0, (4, 5, 8, 7))])
-    # NaN passes through attention masks: none may stay behind in the caches.
-    model.predict([Query(0, (4, 5)), Query(0, tuple(range(10, 30)))])
+    model = LocalModel(network, tiny_tokenizer, name="broken", cache=cache, num_slots=2)
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    good, shared = tuple(range(10, 30)), tuple(range(30, 60))
+    queries = [Query(0, good), Query(0, (*shared, 7, 8)), Query(0, (*shared, 7, 9)), Query(0, (*shared, 9))]
+    for _ in range(2):
+        found = model.predict(queries)
+        assert [bool(reason) for [reason] in reasons(found)] == [False, True, True, False]
+        assert reasons(found)[1][0].startswith("broken: the predictions after position 31 are not numbers (NaN); ")
+        assert all(close(found[i][0], plain.predict([queries[i]])[0][0]) for i in (0, 3))
+    # The next texts in these slots are shorter than what stood there, and longer than one another: masks are in use.
+    for stored in stored_tensors(model):
+        assert not bool(stored.isnan().any())
+    later = [Query(0, (4, 5)), Query(0, tuple(range(10, 20)))]
+    for [a], [b] in zip(model.predict(later), plain.predict(later), strict=True):
+        assert close(a, b)
 
 
-def test_a_nan_gate_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def stored_tensors(model: LocalModel) -> list[torch.Tensor]:
+    pairs = [] if model._cache is None else model._cache.pool._stored
+    return [tensor for pair in pairs if pair is not None for tensor in pair]
+
+
+def test_a_nan_gate_is_a_fault(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     head = DeferralHead(32, 1)
     torch.nn.init.constant_(head.bias, torch.nan)
-    with pytest.raises(CollmError, match="not numbers"):
-        LocalModel(tiny("llama"), tiny_tokenizer, head).predict([Query(0, (1, 2))])
+    [[reason]] = reasons(LocalModel(tiny("llama"), tiny_tokenizer, head).predict([Query(0, (1, 2))]))
+    assert "not numbers" in reason
 
 
 def test_a_model_smaller_than_the_tokenizer_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -202,8 +221,9 @@ def test_tokens_that_one_model_does_not_know_have_probability_zero(tiny_tokenize
     [[answer]] = model.predict([Query(0, (1, 2))])
     assert isinstance(answer, Prediction)
     assert answer.log_probs.shape == (325,) and bool(answer.log_probs[320:].isneginf().all())
-    with pytest.raises(CollmError, match="small: token 321 lies beyond the 320 tokens"):
-        model.predict([Query(0, (1, 321))])
+    found = model.predict([Query(0, (1, 321)), Query(0, (1, 2, 3)), Query(0, (*range(30), 321, 4), 2)])
+    message = "small: token 321 lies beyond the 320 tokens that the model knows; give the tokenizer that belongs to it"
+    assert reasons(found) == [[message], [""], [message, message]]
 
 
 def test_unknown_architectures_are_recomputed_with_a_warning(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -248,17 +268,13 @@ def test_reserve_changes_the_number_of_slots(tiny_tokenizer: PreTrainedTokenizer
     assert all(close(a, b) for [a], [b] in zip(model.predict(queries), expected, strict=True))
 
 
-def test_a_long_prefill_does_not_pad_the_others() -> None:
-    passes = list(_passes([1, 100, 1, 90, 1, 2]))
-    assert passes == [[0, 2, 4, 5], [3, 1]]
-    assert [len(group) for group in _passes([5000, 5000])] == [1, 1]  # a pass holds so many tokens at most
-
-
-def test_slots_prefer_the_sequence_that_is_extended() -> None:
-    table = SlotTable(3)
-    for slot, held in zip(table.assign([(1, 2), (1, 2, 3), (9,)]), [(1, 2), (1, 2, 3), (9,)], strict=True):
-        table.hold(slot, held)
-    assert table.assign([(1, 2, 3, 4)]) == [1]
-    assert table.assign([(1, 2, 7, 8), (1, 2, 3, 5)]) == [0, 1]
-    assert table.assign([(5, 5, 5)]) == [2]  # used longest ago
-    assert table.common_prefix(1, (1, 2, 3, 5)) == 3
+def test_every_pass_is_told(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    told: list[ForwardPass] = []
+    model = LocalModel(tiny("llama"), tiny_tokenizer, on_pass=told.append)
+    model.predict([Query(0, tuple(range(20))), Query(0, (50, 51, 52))])
+    model.predict([Query(0, (*range(20), 4)), Query(0, (50, 51, 52, 53, 54), 2)])
+    assert [(done.rows, done.width, done.tokens, done.length) for done in told] == [(2, 20, 23, 20), (2, 2, 3, 21)]
+    assert all(done.seconds > 0 for done in told)
+    twin = LocalModel(model.model, tiny_tokenizer, cache=False, on_pass=told.append)
+    twin.predict([Query(0, (1, 2, 3))])
+    assert (told[-1].rows, told[-1].width, told[-1].tokens, told[-1].length) == (1, 3, 3, 3)

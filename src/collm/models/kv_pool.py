@@ -1,10 +1,10 @@
-"""Keys and values addressed by absolute position, under transformers' `Cache` interface.
+"""Keys and values addressed by absolute position, under transformers' attention interface.
 
-Row i of a batch writes its keys at their positions in its slot, and a per-row mask lets position p see only what it
-may. So rows of different lengths share one forward pass without left padding, a rollback costs nothing (later
-positions are overwritten, and the mask never shows them), and any prefix can be resumed.
+Row i of a pass writes its keys at their positions in its slot and sees only what stands up to them. So rows of any
+widths and lengths share one forward pass without padding, a rollback costs nothing (later positions are overwritten,
+and never shown before), and any prefix can be resumed or copied to another slot.
 
-Sliding-window layers get their own mask and keep all positions: more memory than they need, never a wrong answer.
+Sliding-window layers read their window alone and keep all positions: more memory than they need, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import AttentionInterface, PreTrainedModel
 
+from collm.models.attention import Row, Span, attend, spans
 from collm.models.backbone import causal_lm
 
 SUPPORTED = frozenset(
@@ -25,8 +25,8 @@ SUPPORTED = frozenset(
 """`model_type`s checked against a cache-free pass (tests/test_local.py)."""
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """RoPE scalings that do not depend on the length of the sequence; `dynamic` and `longrope` do."""
-LENGTH_STEP = 64
-"""Positions by which the pool grows, at least; it also grows by a quarter."""
+ATTENTION = "collm_kv_pool"
+"""The name of `_attention` among transformers' attention functions."""
 
 
 def supports(model: torch.nn.Module) -> bool:
@@ -52,123 +52,125 @@ def _layer_types(config: Any) -> list[str]:
     return list(kinds)
 
 
-class _Layer(CacheLayerMixin):
-    """Keys and values `[slot, kv_head, position, head_dim]`; the pool says where a pass writes and reads."""
-
-    is_sliding = False
-
-    def __init__(self, pool: KVPool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.pool = pool
-        self.keys: Tensor
-        self.values: Tensor
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (self.pool.num_slots, key_states.shape[1], self.pool.max_length)
-        self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[3]))
-        self.is_initialized = True
-
-    def grow(self) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros((self.pool.num_slots, old.shape[1], self.pool.max_length, old.shape[3]))
-        new[: old.shape[0], :, : old.shape[2]] = old
-        return new
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        pool = self.pool
-        self.keys[pool.slots[:, None], :, pool.positions] = key_states.transpose(1, 2)
-        self.values[pool.slots[:, None], :, pool.positions] = value_states.transpose(1, 2)
-        rows: slice | Tensor = pool.slots if pool.block is None else pool.block
-        return self.keys[rows, :, : pool.end], self.values[rows, :, : pool.end]
-
-    def swap(self, a: int, b: int, length: int) -> None:
-        if self.is_initialized:
-            for tensor in (self.keys, self.values):
-                kept = tensor[a, :, :length].clone()
-                tensor[a, :, :length] = tensor[b, :, :length]
-                tensor[b, :, :length] = kept
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.pool.end, 0
-
-    def get_max_length(self) -> int:
-        return self.pool.max_length
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in the first releases of transformers 5."""
-        return self.pool.max_length
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kv_pool: KVPool,
+    scaling: float,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer of a flat pass: query `[1, head, token, dim]`, new keys and values `[1, kv_head, token, dim]`."""
+    return kv_pool.attend(int(module.layer_idx), query, key, value, scaling, softcap), None  # type: ignore[arg-type]
 
 
-class KVPool(Cache):
+# It has no mask function: transformers then makes none, for ours come with the spans.
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class KVPool:
     """The slots of one model. `forward` writes and reads them; who sits in which slot is the caller's affair."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.num_slots, self.max_length = 1, LENGTH_STEP
-        self.slots: Tensor
-        self.positions: Tensor
-        self.block: slice | None = None
-        self.end = 0
+        self.num_slots = self.num_positions = 0
         self._model = model
         config: Any = model.config.get_text_config()
-        self._kinds = sorted(set(_layer_types(config)))
-        self._window: int = getattr(config, "sliding_window", None) or 0
-        self._layers = [_Layer(self) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=list(self._layers))
+        self._kinds = _layer_types(config)
+        window = getattr(config, "sliding_window", None) or 0
+        self._windows = {kind: window if kind == "sliding_attention" else 0 for kind in sorted(set(self._kinds))}
+        self._heads: int = config.num_key_value_heads
+        self._groups = config.num_attention_heads // self._heads
+        # For each layer keys and values [slot, kv_head, position, dim]; the first pass tells their shapes.
+        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * len(self._kinds)
+        self._spans: list[Span] = []
+        self._where: Tensor
 
-    def reserve(self, num_slots: int, length: int) -> None:
-        """Make room; what is stored stays."""
-        if num_slots <= self.num_slots and length <= self.max_length:
-            return
-        self.num_slots = max(num_slots, self.num_slots)
-        if length > self.max_length:
-            self.max_length = -(-max(length, self.max_length * 5 // 4) // LENGTH_STEP) * LENGTH_STEP
-        for layer in self._layers:
-            layer.grow()
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self._stored if pair is not None for tensor in pair)
 
-    def swap(self, a: int, b: int, length: int) -> None:
-        """Exchange the first `length` positions of two slots."""
-        for layer in self._layers:
-            layer.swap(a, b, length)
+    def resize(self, keep: Sequence[int], num_slots: int, num_positions: int) -> None:
+        """Room for so many slots and positions; the slots `keep` become the first ones, the others are empty.
 
-    def forward(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """Hidden states `[row, width, H]` of rows that go on at `starts`; columns past a row's end repeat its last."""
+        Layer by layer: at no time is more than one layer stored twice.
+        """
+        assert len(keep) <= num_slots
+        length = min(num_positions, self.num_positions)
+        for i, pair in enumerate(self._stored):
+            if pair is not None:
+                self._stored[i] = None
+                self._stored[i] = (
+                    _resized(pair[0], keep, num_slots, num_positions, length),
+                    _resized(pair[1], keep, num_slots, num_positions, length),
+                )
+        self.num_slots, self.num_positions = num_slots, num_positions
+
+    def free(self) -> None:
+        """Give all memory back."""
+        self._stored = [None] * len(self._kinds)
+        self.num_slots = self.num_positions = 0
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of a slot, into another one."""
+        for pair in self._stored:
+            for tensor in pair or ():
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Nothing of what a slot held can be read again: NaN would pass through masks."""
+        for pair in self._stored:
+            for tensor in pair or ():
+                tensor[slot].zero_()
+
+    def forward(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
+        """Hidden states `[token, H]` of the tokens of all rows, one row after another (sorted by width, then slot)."""
+        assert all(row.slot < self.num_slots and row.end <= self.num_positions for row in rows), "resize first"
         device = self._model.device
-        lengths = torch.tensor([len(row) for row in tokens])
-        width = int(lengths.max())
-        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in tokens])
-        positions = torch.tensor(starts)[:, None] + torch.minimum(torch.arange(width)[None], lengths[:, None] - 1)
-        self.end = int(positions.max()) + 1
-        assert self.end <= self.max_length and max(slots) < self.num_slots, "reserve first"
-        self.slots, self.positions = torch.tensor(slots, device=device), positions.to(device)
-        self.block = slice(slots[0], slots[0] + len(slots))
-        if list(slots) != list(range(slots[0], slots[0] + len(slots))):
-            self.block = None  # scattered rows are gathered, which copies them
+        positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)
+        slots = torch.tensor([row.slot for row in rows for _ in range(row.width)], device=device)
+        heads = torch.arange(self._heads, device=device)
+        self._where = ((slots[:, None] * self._heads + heads) * self.num_positions + positions[:, None]).flatten()
+        like = torch.empty(0, dtype=self._model.dtype, device=device)
+        self._spans = spans(rows, self._windows, self._groups, like)
+        config: Any = self._model.config
         backbone: Any = self._model.base_model
-        hidden: Tensor = backbone(
-            input_ids=ids.to(device),
-            attention_mask=self._mask(),
-            position_ids=self.positions,
-            past_key_values=self,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden
+        usual, config._attn_implementation = config._attn_implementation, ATTENTION
+        try:
+            hidden: Tensor = backbone(
+                input_ids=torch.tensor([token_ids], device=device),
+                position_ids=positions[None],
+                use_cache=False,
+                kv_pool=self,
+            ).last_hidden_state
+        finally:
+            config._attn_implementation = usual
+        return hidden[0]
 
-    def _mask(self) -> Tensor | dict[str, Tensor]:
-        """Additive masks `[row, 1, query, key]`; a dictionary by kind for models that mix kinds of layers."""
-        keys, queries = torch.arange(self.end, device=self.positions.device), self.positions[:, None, :, None]
-        causal = keys <= queries
-        masks = {}
-        for kind in self._kinds:
-            visible = causal if kind == "full_attention" else causal & (keys > queries - self._window)
-            bias = torch.zeros(visible.shape, dtype=self._model.dtype, device=keys.device)
-            masks[kind] = bias.masked_fill_(~visible, torch.finfo(self._model.dtype).min)
-        return masks if len(masks) > 1 else masks[self._kinds[0]]
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """Store new keys and values, and read: `[1, token, head, dim]`."""
+        stored = self._stored[layer]
+        if stored is None:
+            stored = self._stored[layer] = (self._empty(key), self._empty(value))
+        keys, values = stored
+        for tensor, new in ((keys, key), (values, value)):
+            width = new.shape[-1]
+            tensor.view(-1, width).index_copy_(0, self._where, new[0].transpose(0, 1).reshape(-1, width))
+        queries, kind = query[0].transpose(0, 1), self._kinds[layer]
+        read = [attend(queries, keys, values, span, kind, scale, softcap) for span in self._spans]
+        return (read[0] if len(read) == 1 else torch.cat(read))[None]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros((self.num_slots, like.shape[1], self.num_positions, like.shape[3]))
+
+
+def _resized(old: Tensor, keep: Sequence[int], num_slots: int, num_positions: int, length: int) -> Tensor:
+    new = old.new_zeros((num_slots, old.shape[1], num_positions, old.shape[3]))
+    for to, slot in enumerate(keep):
+        new[to, :, :length] = old[slot, :, :length]
+    return new

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -13,22 +15,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from collm.errors import CollmError
 from collm.gate import log_gate
 from collm.models import kv_pool
+from collm.models.attention import Row
 from collm.models.backbone import causal_lm, hidden_states, project
 from collm.models.head import DeferralHead
 from collm.models.loading import eos_ids
-from collm.models.slots import SlotTable
+from collm.models.prefix_cache import Job, PrefixCache, passes, waves
 from collm.models.tokenizers import shared_vocab_size
-from collm.types import Answer, Prediction, Query
-
-PASS_TOKENS = 8192
-"""Tokens, padding included, that one forward pass may hold."""
+from collm.types import Answer, Fault, ForwardPass, Prediction, Query
 
 
 class LocalModel:
     """Answers queries by forward passes; the caches make them short and never change an answer.
 
-    A query is compared with what the slots of the KV pool hold; only what is not there is computed. So an assistant
-    that has not been asked for a while catches up on the tokens it missed in one pass. Float32 answers agree with
+    A query is compared with what the slots of the KV pool hold; only what is not there is computed, and what another
+    slot holds of its beginning is copied. So an assistant that has not been asked for a while catches up on the tokens
+    it missed in one pass. Float32 answers agree with
     those of the twin `cache=False`, which recomputes every query by itself, up to rounding.
 
     Architectures that the pool is not known to serve rightly are recomputed, with a warning (see `kv_pool.supports`).
@@ -39,6 +40,9 @@ class LocalModel:
         head: the gate; with it the model is a base.
         cache: False gives the plain twin.
         num_slots: sequences whose caches are kept, and rows of a forward pass at most.
+        max_cache_tokens: bounds the memory of the caches: slots times positions, `cache_bytes` at most that many times
+            what one token takes. None: `num_slots` texts of any length.
+        on_pass: called after every forward pass.
 
     Raises:
         CollmError: the tokenizer has more ordinary tokens than the model.
@@ -54,7 +58,11 @@ class LocalModel:
         vocab_size: int | None = None,
         cache: bool = True,
         num_slots: int = 16,
+        max_cache_tokens: int | None = None,
+        on_pass: Callable[[ForwardPass], None] | None = None,
     ) -> None:
+        if max_cache_tokens is not None and max_cache_tokens < 1:
+            raise ValueError(f"max_cache_tokens must be at least 1, not {max_cache_tokens}")
         self.model = model
         self.head = head
         lm = causal_lm(model)
@@ -76,8 +84,8 @@ class LocalModel:
                 stacklevel=2,
             )
             cache = False
-        self._pool = kv_pool.KVPool(lm) if cache else None
-        self._table = SlotTable(num_slots)
+        self._cache = PrefixCache(kv_pool.KVPool(lm), num_slots, max_cache_tokens) if cache else None
+        self.on_pass = on_pass
 
     @property
     def name(self) -> str:
@@ -87,130 +95,158 @@ class LocalModel:
     def eos_token_ids(self) -> frozenset[int]:
         return self._eos_token_ids
 
-    def reserve(self, num_slots: int) -> None:
-        """Keep the caches of this many sequences from now on; a smaller number frees memory."""
-        if num_slots == self._table.num_slots:
-            return
-        self._forget(num_slots)
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the caches take now."""
+        return 0 if self._cache is None else self._cache.pool.num_bytes
 
-    def _forget(self, num_slots: int) -> None:
-        self._table = SlotTable(num_slots)
-        if self._pool is not None:
-            self._pool = kv_pool.KVPool(self._lm)
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether texts of these full lengths (prompt and completion) can be held at once."""
+        return self._cache is None or self._cache.fits(len(lengths), max(lengths, default=0))
+
+    def reserve(self, num_slots: int) -> None:
+        """Keep the caches of this many texts from now on; a smaller number than before frees their memory."""
+        if self._cache is not None:
+            if num_slots < self._cache.num_slots:
+                self._cache.forget()
+            self._cache.num_slots = num_slots
+
+    def forget(self) -> None:
+        """Empty the caches and free their memory; the next answers are computed from the start."""
+        if self._cache is not None:
+            self._cache.forget()
 
     @torch.inference_mode()
     def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
         """See `LanguageModel`.
 
-        Raises:
-            CollmError: a query longer than the model's context, or predictions that are not numbers.
+        A query that cannot be answered gets faults, and the others their answers: one that is too long for the context
+        or the memory, one with an unknown token, one whose predictions are not numbers.
         """
-        for query in queries:
-            self._check(query.token_ids)
-        if self._pool is None:
-            states = [self._recomputed(query) for query in queries]
-        else:
-            states = []
-            for start in range(0, len(queries), self._table.num_slots):
-                states += self._cached(self._pool, queries[start : start + self._table.num_slots])
-        return self._answers(queries, torch.cat(states)) if states else []
-
-    def _check(self, token_ids: tuple[int, ...]) -> None:
-        if self.context_length is not None and len(token_ids) > self.context_length:
-            raise CollmError(
-                f"{self._name}: {len(token_ids)} tokens do not fit into its context of "
-                f"{self.context_length}; shorten the prompt"
-            )
-        if max(token_ids) >= self._known_tokens:
-            raise CollmError(
-                f"{self._name}: token {max(token_ids)} lies beyond the {self._known_tokens} tokens that the model "
-                "knows; give the tokenizer that belongs to it"
-            )
-
-    def _recomputed(self, query: Query) -> Tensor:
-        """Hidden states `[num_last, H]`, the plain way."""
-        ids = torch.tensor([query.token_ids], device=self._lm.device)
-        return hidden_states(self._lm, ids, use_cache=False)[0, -query.num_last :]
-
-    def _cached(self, pool: kv_pool.KVPool, queries: Sequence[Query]) -> list[Tensor]:
-        """Hidden states `[num_last, H]` of each query, computing only what the pool does not hold."""
-        table = self._table
-        slots = table.assign([query.token_ids for query in queries])
-        # The last positions are computed even where their keys are there: their hidden states are not.
-        starts = [
-            min(table.common_prefix(slot, query.token_ids), len(query.token_ids) - query.num_last)
-            for slot, query in zip(slots, queries, strict=True)
+        faults = [self._too_long(query) for query in queries]
+        served = iter(self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None]))
+        return [
+            next(served) if fault is None else [fault] * query.num_last
+            for query, fault in zip(queries, faults, strict=True)
         ]
-        # Until the pass is over a slot holds no more than what is kept, whatever may interrupt it.
-        for slot, query, start in zip(slots, queries, starts, strict=True):
-            table.hold(slot, query.token_ids[:start])
-        pool.reserve(len(table.held), max(len(query.token_ids) for query in queries))
-        states: list[Tensor | None] = [None] * len(queries)
-        for rows in _passes([len(query.token_ids) - start for query, start in zip(queries, starts, strict=True)]):
-            rows = self._lined_up(pool, rows, slots)
-            tokens = [queries[row].token_ids[starts[row] :] for row in rows]
-            hidden = pool.forward([slots[row] for row in rows], tokens, [starts[row] for row in rows])
-            for i, row in enumerate(rows):
-                states[row] = hidden[i, len(tokens[i]) - queries[row].num_last : len(tokens[i])]
-                table.hold(slots[row], queries[row].token_ids)
-        return [state for state in states if state is not None]
 
-    def _lined_up(self, pool: kv_pool.KVPool, rows: Sequence[int], slots: list[int]) -> list[int]:
-        """`rows` in the order of their slots, moved to the front slots if that takes few moves.
+    def _served(self, queries: Sequence[Query]) -> Iterator[list[Answer]]:
+        if self._cache is None:
+            for query in queries:
+                yield self._recomputed(query)
+        else:
+            for batch in self._cache.batches(queries):
+                yield from self._cached(self._cache, batch)
 
-        Rows in one block of slots are read in place; scattered ones would be copied in every layer and step.
-        """
-        taken = {slots[row]: row for row in rows}
-        strays = [slot for slot in taken if slot >= len(rows)]
-        if 0 < len(strays) <= max(1, len(rows) // 4) and max(taken) - min(taken) >= len(rows):
-            others = {slot: row for row, slot in enumerate(slots)}
-            free = [slot for slot in range(len(rows)) if slot not in taken]
-            for stray, slot in zip(strays, free, strict=True):
-                pool.swap(stray, slot, max(len(self._table.held[stray]), len(self._table.held[slot])))
-                self._table.swap(stray, slot)
-                if slot in others:  # another query of this call, which waits for its own pass
-                    slots[others[slot]] = stray
-                slots[taken[stray]] = slot
-        return sorted(rows, key=slots.__getitem__)
+    def _too_long(self, query: Query) -> Fault | None:
+        length = len(query.token_ids)
+        if self.context_length is not None and length > self.context_length:
+            return Fault(
+                f"{self._name}: {length} tokens do not fit into its context of {self.context_length}; "
+                "shorten the prompt"
+            )
+        if not self.fits([length]):
+            assert self._cache is not None
+            return Fault(
+                f"{self._name}: {length} tokens do not fit into max_cache_tokens={self._cache.max_tokens}; "
+                f"raise it to at least {length}"
+            )
+        return None
 
-    def _answers(self, queries: Sequence[Query], hidden: Tensor) -> list[list[Answer]]:
-        log_probs = project(self._lm, hidden)[:, : self._vocab_size].float().log_softmax(dim=-1)
+    def _unknown(self, token_ids: tuple[int, ...]) -> Fault | None:
+        if max(token_ids) < self._known_tokens:
+            return None
+        return Fault(
+            f"{self._name}: token {max(token_ids)} lies beyond the {self._known_tokens} tokens that the model "
+            "knows; give the tokenizer that belongs to it"
+        )
+
+    def _recomputed(self, query: Query) -> list[Answer]:
+        """The plain way."""
+        unknown = self._unknown(query.token_ids)
+        if unknown is not None:
+            return [unknown] * query.num_last
+        began, length = perf_counter(), len(query.token_ids)
+        ids = torch.tensor([query.token_ids], device=self._lm.device)
+        found = self._predictions(hidden_states(self._lm, ids, use_cache=False)[0, -query.num_last :])
+        self._tell(ForwardPass(1, length, length, length, perf_counter() - began))
+        return [self._answer(query, i, prediction) for i, prediction in enumerate(found)]
+
+    def _cached(self, cache: PrefixCache, queries: Sequence[Query]) -> Iterator[list[Answer]]:
+        """Compute only what the slots do not hold."""
+        jobs = cache.jobs(queries)
+        for job in jobs:
+            # What is stored has been looked at before.
+            unknown = self._unknown(job.query.token_ids[job.done :])
+            if unknown is not None:
+                job.answers = [unknown] * job.query.num_last
+        try:
+            for wave in waves(jobs):
+                ready = [job for job in wave if not job.answers]
+                for job in ready:
+                    if job.new:
+                        cache.share(job)
+                for pieces in passes(ready):
+                    self._pass(cache, pieces)
+        finally:
+            # NaN passes through attention masks: none may stay behind.
+            for job in jobs:
+                if job.broken:
+                    cache.clear(job)
+        return (job.answers for job in jobs)
+
+    def _pass(self, cache: PrefixCache, pieces: Sequence[tuple[Job, int]]) -> None:
+        """One forward pass for the tokens of each job from `done` to `end`."""
+        began = perf_counter()
+        pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
+        rows = [Row(job.slot, job.done, end - job.done) for job, end in pieces]
+        token_ids = [token for job, end in pieces for token in job.query.token_ids[job.done : end]]
+        wanted: list[int] = []
+        at = 0
+        for (job, _), row in zip(pieces, rows, strict=True):
+            wanted += range(at + max(0, job.reusable - row.start), at + row.width)
+            at += row.width
+        try:
+            hidden = cache.pool.forward(rows, token_ids)
+            found = iter(self._predictions(hidden if len(wanted) == at else hidden[wanted]) if wanted else ())
+        except BaseException:
+            for job, _ in pieces:
+                cache.clear(job)
+            raise
+        for job, end in pieces:
+            for i in range(max(0, job.done - job.reusable), end - job.reusable):
+                job.answers.append(self._answer(job.query, i, next(found)))
+                job.broken |= isinstance(job.answers[-1], Fault)
+            cache.hold(job, end)
+            if job.broken:
+                cache.disown(job)
+        self._tell(ForwardPass(len(rows), rows[-1].width, at, max(row.end for row in rows), perf_counter() - began))
+
+    def _tell(self, done: ForwardPass) -> None:
+        if self.on_pass is not None:
+            self.on_pass(done)
+
+    def _predictions(self, hidden: Tensor) -> list[Prediction | None]:
+        """One for each hidden state `[N, H]`; None where it is not a number. What the host needs comes in one piece."""
+        logits = project(self._lm, hidden)[:, : self._vocab_size]
+        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         if self._known_tokens < self._vocab_size:
             log_probs = F.pad(log_probs, (0, self._vocab_size - self._known_tokens), value=-torch.inf)
-        gates = None if self.head is None else log_gate(self.head(hidden))
-        broken = log_probs.isnan().any(dim=-1)
-        if gates is not None:
-            broken |= gates.isnan().any(dim=-1)
-        top = log_probs.argmax(dim=-1).tolist()
-        gate_rows = None if gates is None else gates.double().tolist()
-        is_broken = broken.tolist() if bool(broken.any()) else None
-        answers: list[list[Answer]] = []
-        at = 0
-        for query in queries:
-            answers.append([])
-            for i in range(query.num_last):
-                if is_broken is not None and is_broken[at]:
-                    # NaN passes through attention masks: none may stay in the caches.
-                    self._forget(self._table.num_slots)
-                    position = len(query.token_ids) - query.num_last + i
-                    raise CollmError(
-                        f"{self._name}: the predictions after position {position} are not numbers (NaN); "
-                        "its weights are damaged or overflow in this dtype: try another dtype"
-                    )
-                gate = None if gate_rows is None else tuple(gate_rows[at])
-                answers[-1].append(Prediction(log_probs[at], top[at], gate))
-                at += 1
-        return answers
+        # One NaN makes its whole row NaN, in the gate's softmax, too. Float32 holds token ids exactly (up to 2**24).
+        told = [log_probs[:, :1], log_probs.argmax(dim=-1, keepdim=True).float()]
+        if self.head is not None:
+            told.append(log_gate(self.head(hidden)))
+        return [
+            None
+            if math.isnan(first) or (gate and math.isnan(gate[0]))
+            else Prediction(row, int(top), tuple(gate) if self.head is not None else None)
+            for row, (first, top, *gate) in zip(log_probs.unbind(), torch.cat(told, dim=1).tolist(), strict=True)
+        ]
 
-
-def _passes(widths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows grouped into forward passes: similar widths together, for a long prefill would pad all the others."""
-    group: list[int] = []
-    for row in sorted(range(len(widths)), key=widths.__getitem__):
-        narrowest = widths[group[0]] if group else 0
-        if group and (widths[row] > 2 * narrowest + 8 or widths[row] * (len(group) + 1) > PASS_TOKENS):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    def _answer(self, query: Query, i: int, prediction: Prediction | None) -> Answer:
+        if prediction is not None:
+            return prediction
+        return Fault(
+            f"{self._name}: the predictions after position {len(query.token_ids) - query.num_last + i} are not numbers "
+            "(NaN); its weights are damaged or overflow in this dtype: try another dtype"
+        )

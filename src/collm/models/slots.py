@@ -2,73 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 TokenIds = tuple[int, ...]
 
+REWIND = 64
+"""Tokens by which a text may be rolled back in its slot; drafts are shorter."""
+WORTH_SHARING = 16
+"""Tokens of a common prefix that are worth a copy, or the wait until another text has computed them."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """`held` has its keys stored. A text's prompt, `root` tokens, never changes, so that it tells texts apart."""
+
+    held: TokenIds = ()
+    root: int = 0
+    used: int = 0
+
 
 class SlotTable:
-    """At most `num_slots` sequences. New slots are opened before an old sequence is given up."""
+    """What the slots hold; it follows the pool's storage and never runs ahead of it."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.held: list[TokenIds] = []
-        """What each slot holds."""
-        self._used: list[int] = []
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
         self._clock = 0
 
-    def hold(self, slot: int, token_ids: TokenIds) -> None:
-        self.held[slot] = token_ids
+    def resize(self, keep: Sequence[int], num_slots: int, num_positions: int) -> None:
+        """As `KVPool.resize`."""
+        kept = [self.slots[slot] for slot in keep]
+        for slot in kept:
+            slot.held = slot.held[:num_positions]
+        self.slots = kept + [Slot() for _ in range(num_slots - len(kept))]
 
-    def swap(self, a: int, b: int) -> None:
-        self.held[a], self.held[b] = self.held[b], self.held[a]
-        self._used[a], self._used[b] = self._used[b], self._used[a]
+    def by_use(self) -> list[int]:
+        """The slots that hold something, last used first."""
+        filled = [number for number, slot in enumerate(self.slots) if slot.held]
+        return sorted(filled, key=lambda number: -self.slots[number].used)
 
-    def common_prefix(self, slot: int, token_ids: TokenIds) -> int:
-        """Length of the longest common prefix (a binary search: comparing slices is far quicker than tokens)."""
-        held = self.held[slot]
-        low, high = 0, min(len(held), len(token_ids))
-        while low < high:
-            middle = (low + high + 1) // 2
-            if held[low:middle] == token_ids[low:middle]:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
-    def assign(self, sequences: Sequence[TokenIds]) -> list[int]:
-        """A slot of its own for each sequence.
-
-        First the longest one that it merely extends; then one that shares at least half of it (a rollback, or the
-        same conversation); else a new slot, or the one that was used longest ago.
-        """
-        assert len(sequences) <= self.num_slots
+    def touch(self, numbers: Collection[int]) -> None:
         self._clock += 1
-        chosen: dict[int, int] = {}
-        free = set(range(len(self.held)))
-        for i, token_ids in enumerate(sequences):
-            extended = [
-                slot for slot in free if self.held[slot] and token_ids[: len(self.held[slot])] == self.held[slot]
-            ]
-            if extended:
-                chosen[i] = max(extended, key=lambda slot: len(self.held[slot]))
-                free.discard(chosen[i])
-        for i, token_ids in enumerate(sequences):
-            if i in chosen:
-                continue
-            shared = {slot: self.common_prefix(slot, token_ids) for slot in free}
-            best = max(shared, key=lambda slot: (shared[slot], -self._used[slot]), default=None)
-            if best is None or 2 * shared[best] < len(token_ids):
-                best = self._oldest(free)
-            chosen[i] = best
-            free.discard(best)
-        for slot in chosen.values():
-            self._used[slot] = self._clock
-        return [chosen[i] for i in range(len(sequences))]
+        for number in numbers:
+            self.slots[number].used = self._clock
 
-    def _oldest(self, free: set[int]) -> int:
-        if len(self.held) < self.num_slots:
-            self.held.append(())
-            self._used.append(0)
-            return len(self.held) - 1
-        return min(free, key=lambda slot: self._used[slot])
+    def match(self, sequences: Sequence[TokenIds]) -> dict[int, int]:
+        """The slots that hold these texts already: index of the sequence -> slot.
+
+        First the longest one that a sequence extends; then one whose prompt it shares and whose end it takes back.
+        """
+        found: dict[int, int] = {}
+        free = [number for number, slot in enumerate(self.slots) if slot.held]
+        for test in (_extends, _rewinds):
+            for i, token_ids in enumerate(sequences):
+                if i not in found:
+                    same = [number for number in free if test(token_ids, self.slots[number])]
+                    if same:
+                        found[i] = max(same, key=lambda number: len(self.slots[number].held))
+                        free.remove(found[i])
+        return found
+
+    def open(self, root: int, taken: Collection[int]) -> int:
+        """An empty slot, else the one used longest ago, for a new text; `taken` are not given away.
+
+        What it holds stays: it may be the beginning of the new text.
+        """
+        free = [number for number in range(len(self.slots)) if number not in taken]
+        chosen = min(free, key=lambda number: (bool(self.slots[number].held), self.slots[number].used))
+        self.slots[chosen].root = root
+        return chosen
+
+    def longest_prefix(self, token_ids: TokenIds) -> tuple[int, int]:
+        """The slot that shares most with a sequence, and how many tokens."""
+        shared = [common_prefix(slot.held, token_ids) for slot in self.slots]
+        return max(enumerate(shared), key=lambda pair: pair[1])
+
+
+def common_prefix(held: TokenIds, token_ids: TokenIds) -> int:
+    """Length of the longest common prefix (comparing slices is far quicker than tokens)."""
+    high = min(len(held), len(token_ids))
+    if held[:high] == token_ids[:high]:
+        return high
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if held[low:middle] == token_ids[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _extends(token_ids: TokenIds, slot: Slot) -> bool:
+    held = slot.held
+    # The last token tells almost all others at once.
+    return len(held) <= len(token_ids) and held[-1] == token_ids[len(held) - 1] and held == token_ids[: len(held)]
+
+
+def _rewinds(token_ids: TokenIds, slot: Slot) -> bool:
+    least = max(slot.root, len(slot.held) - REWIND, 1)
+    return (
+        len(token_ids) >= least
+        and len(slot.held) >= least
+        and slot.held[least - 1] == token_ids[least - 1]
+        and slot.held[:least] == token_ids[:least]
+    )
