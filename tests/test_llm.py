@@ -15,9 +15,10 @@ from conftest import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from collm.data.formatting import Formatter
+from collm.decoding.pace import FixedPace
 from collm.decoding.policies import Never, Threshold
 from collm.errors import CollmError
-from collm.llm import CollaborativeLM
+from collm.llm import CollaborativeLM, GenerationFailed
 from collm.llm.assistants import load_assistants
 from collm.llm.deferral import log_odds_for_rate, make_policy
 from collm.models.checkpoint import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, save_checkpoint
@@ -26,7 +27,7 @@ from collm.models.head import DeferralHead
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
-from collm.types import BASE, Generation, Message, SamplingParams
+from collm.types import BASE, Answer, Generation, Message, Query, SamplingParams, Usage
 
 QUESTIONS: list[Sequence[Message] | str] = [
     [{"role": "user", "content": "Anna has 12 apples and buys 30 more."}],
@@ -67,10 +68,11 @@ def pair(
 
 
 def same(a: Generation, b: Generation) -> bool:
-    """Equal texts, authors and reasons; log-probabilities and gates up to rounding."""
+    """Equal texts, authors and reasons; log-probabilities and gates up to rounding. What it cost may differ."""
     assert [s.log_prob for s in a.steps] == pytest.approx([s.log_prob for s in b.steps], abs=1e-3)
     assert [g for s in a.steps for g in s.gate] == pytest.approx([g for s in b.steps for g in s.gate], abs=1e-3)
-    rounded = [replace(g, steps=tuple(replace(s, log_prob=0.0, gate=()) for s in g.steps)) for g in (a, b)]
+    neutral: dict[str, Any] = {"log_prob": 0.0, "gate": (), "draft": "", "discarded": 0}
+    rounded = [replace(g, steps=tuple(replace(s, **neutral) for s in g.steps), usage=Usage()) for g in (a, b)]
     return rounded[0] == rounded[1]
 
 
@@ -95,9 +97,48 @@ def test_cached_batched_streamed_all_write_the_same(
     assert any(g.completion_tokens > 16 for g in batched)  # past the sliding window of 8
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pace", [FixedPace(4), FixedPace(1, 4)], ids=["base drafts", "assistant drafts"])
+def test_speculative_writes_what_plain_writes(
+    mode: str, pace: FixedPace, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collm.llm.model.AdaptivePace", lambda experience: pace)
+    llm, plain = pair(tiny_tokenizer), pair(tiny_tokenizer, cache=False)
+    params = [SamplingParams(max_tokens=24, seed=i, stop=("zq",), **MODES[mode]) for i in range(len(QUESTIONS))]
+    drafted = 0
+    for own, question, found in zip(params, QUESTIONS, llm.generate_batch(QUESTIONS, params, 3), strict=True):
+        expected = plain.generate(question, replace(own, speculative=False))
+        assert same(found, expected) and expected.usage.drafted == 0
+        drafted += found.usage.drafted
+        assert found.usage.tokens_by_author == expected.usage.tokens_by_author
+    assert (drafted > 0) == (mode not in ("never", "compose"))
+
+
+def test_a_model_that_fails_costs_its_own_text_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    class Failing(Calculator):
+        def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+            if any("7 + 7" in self._decode(query.token_ids) for query in queries):
+                raise ConnectionError("gone")
+            return super().predict(queries)
+
+    head = DeferralHead(32, 1)
+    torch.nn.init.constant_(head.bias, 5.0)
+    base = LocalModel(make_model(), tiny_tokenizer, head)
+    llm = CollaborativeLM([base, Failing(tiny_tokenizer)], [Formatter(tiny_tokenizer)] * 2)
+    params = SamplingParams(max_tokens=3)
+    good, bad = llm.generate_batch(["56 * 9 = ", "7 + 7 = "], params)
+    assert good.text == "504" and good.error is None
+    assert bad.finish_reason == "error" and bad.error == "calculator: ConnectionError: gone" and bad.steps == ()
+    with pytest.raises(GenerationFailed, match="gone") as failure:
+        llm.generate("7 + 7 = ", params)
+    assert failure.value.generation.finish_reason == "error"
+    rescued = llm.generate("7 + 7 = ", replace(params, on_assistant_error="base"))
+    assert rescued.finish_reason == "length" and all(step.fault for step in rescued.steps)
+
+
 def test_a_generation_is_consistent(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     llm = pair(tiny_tokenizer)
-    found = llm.generate(QUESTIONS[0], SamplingParams(max_tokens=20))
+    found = llm.generate(QUESTIONS[0], SamplingParams(max_tokens=20, speculative=False))
     assert found.model_names == ("base", "m1", "calculator")
     assert found.prompt_tokens == len(llm.formatters[0].prompt(QUESTIONS[0]))
     assert "".join(found.pieces) == tiny_tokenizer.decode(found.token_ids)

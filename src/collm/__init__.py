@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collm.errors import CollmError
     from collm.gate import log_gate, log_posterior, marginal_nll
-    from collm.llm import CollaborativeLM
-    from collm.types import Generation, LanguageModel, Prediction, Query, SamplingParams, Step
+    from collm.llm import CollaborativeLM, GenerationFailed
+    from collm.types import Fault, Generation, LanguageModel, Prediction, Query, SamplingParams, Step, Usage
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CollaborativeLM",
     "CollmError",
+    "Fault",
     "Generation",
+    "GenerationFailed",
     "LanguageModel",
     "Prediction",
     "Query",
     "SamplingParams",
     "Step",
+    "Usage",
     "__version__",
     "log_gate",
     "log_posterior",
@@ -34,6 +37,7 @@ __all__ = [
 
 _HOME = {
     "CollaborativeLM": "collm.llm",
+    "GenerationFailed": "collm.llm",
     "CollmError": "collm.errors",
     "log_gate": "collm.gate",
     "log_posterior": "collm.gate",

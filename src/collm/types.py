@@ -215,8 +215,8 @@ class Usage:
     drafted: int = 0
     accepted: int = 0
     recovered: int = 0
-    seconds: float = 0.0
-    first_token_seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
+    first_token_seconds: float = field(default=0.0, compare=False)
 
     @property
     def completion_tokens(self) -> int:

@@ -170,6 +170,8 @@ def _answers(
     own = [replace(params, seed=example_seed(params.seed, example.id)) for example, _ in rows]
     begin = time.perf_counter()
     for index, generation in llm.generate_each(prompts, own, batch_size, policy=policy, alone=alone):
+        if generation.error is not None:  # what is finished is kept, and the next start goes on from there
+            raise CollmError(f"{rows[index][0].id}: {generation.error}")
         now = time.perf_counter()
         (example, gold), prompt = rows[index], prompts[index]
         yield Trace(

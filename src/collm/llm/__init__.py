@@ -1,6 +1,6 @@
 """The facade: a base and its assistants that write one text together."""
 
 from collm.llm.assistants import AssistantSource
-from collm.llm.model import Chunk, CollaborativeLM, Prompt
+from collm.llm.model import Chunk, CollaborativeLM, GenerationFailed, Prompt
 
-__all__ = ["AssistantSource", "Chunk", "CollaborativeLM", "Prompt"]
+__all__ = ["AssistantSource", "Chunk", "CollaborativeLM", "GenerationFailed", "Prompt"]

@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.data.formatting import Formatter, PromptFormat
 from collm.decoding.collaborative import Flow, TokenIds, collaborative, compose, single
+from collm.decoding.pace import AdaptivePace, Experience
 from collm.decoding.policies import Policy
-from collm.decoding.run import Finished, run
+from collm.decoding.run import Finished, Lengths, run
+from collm.decoding.speculative import speculative
 from collm.decoding.text import Detokenizer, TextStream, stopping
 from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
@@ -19,11 +21,19 @@ from collm.llm.deferral import make_policy, require_gate
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.local import LocalModel
-from collm.types import BASE, FinishReason, Generation, LanguageModel, Message, SamplingParams, Step, Usage
+from collm.types import BASE, Generation, LanguageModel, Message, SamplingParams, Step
 
 Prompt = Sequence[Message] | str
 """A conversation, shown through each model's chat template, or a plain text to be continued."""
 GREEDY = SamplingParams()
+
+
+class GenerationFailed(CollmError):
+    """A model failed in the middle of a text; `generation` holds what was written until then."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(f"{generation.error} (after {generation.completion_tokens} tokens)")
+        self.generation = generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ class CollaborativeLM:
         self.info = info or CheckpointInfo()
         self.has_gate = has_gate
         self.path = path
+        self._experience = Experience()
         # What ends a turn in a model's template ends its text, whether or not its tokenizer calls that EOS.
         self._eos = tuple(m.eos_token_ids | f.end_ids for m, f in zip(models, formatters, strict=True))
 
@@ -137,8 +148,15 @@ class CollaborativeLM:
         policy: Policy | None = None,
         alone: int | str | None = None,
     ) -> Generation:
-        """Write one text; see `generate_batch`."""
-        return self.generate_batch([prompt], params, policy=policy, alone=alone)[0]
+        """Write one text; see `generate_batch`.
+
+        Raises:
+            GenerationFailed: a model failed in the middle.
+        """
+        [generation] = self.generate_batch([prompt], params, policy=policy, alone=alone)
+        if generation.error is not None:
+            raise GenerationFailed(generation)
+        return generation
 
     def generate_batch(
         self,
@@ -150,6 +168,8 @@ class CollaborativeLM:
         alone: int | str | None = None,
     ) -> list[Generation]:
         """Write a text for each prompt, at most `batch_size` at a time. A text does not depend on its batch-mates.
+
+        A text whose model fails in the middle ends there, with `finish_reason` and `error` telling; the others go on.
 
         Args:
             params: for all, or one for each prompt.
@@ -185,7 +205,7 @@ class CollaborativeLM:
             if isinstance(event, Step):
                 steps[i].append(event)
             else:
-                yield i, self._generation(ids[i], each[i], steps[i], event.finish_reason, event.forward_passes)
+                yield i, self._generation(ids[i], each[i], steps[i], event)
 
     def stream(
         self,
@@ -205,7 +225,7 @@ class CollaborativeLM:
                 steps.append(event)
                 yield Chunk(text.push(event), pieces.push(event.token_id), event)
             else:
-                whole = self._generation(ids, params, steps, event.finish_reason, event.forward_passes)
+                whole = self._generation(ids, params, steps, event)
                 yield Chunk(text.finish(), pieces.flush(), None, whole)
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
@@ -222,10 +242,12 @@ class CollaborativeLM:
 
     def _flow(
         self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Policy | None, alone: int | str | None
-    ) -> Flow:
+    ) -> tuple[Flow, Lengths]:
+        """The flow of a text, and how long it may get for each model."""
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
         room = [c - len(own) + 1 for own, m in zip(ids, self.models, strict=True) if (c := _context(m)) is not None]
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
+        lengths = tuple(len(prompt) + own.max_tokens - 1 for prompt in ids)
         if alone is not None:
             flow = single(self._number(alone), ids, own, self._eos)
         elif policy is None and params.deferral == "compose":
@@ -235,26 +257,36 @@ class CollaborativeLM:
             policy = policy or make_policy(params, len(self.models) - 1, self.has_gate, self.info.calibration)
             if policy.needs_gate:
                 require_gate(params, self.has_gate)
-            flow = collaborative(ids, own, policy, self._eos)
-        return stopping(flow, TextStream(self.tokenizer, ids[BASE], params.stop, self._eos)) if params.stop else flow
+            if params.speculative:
+                flow = speculative(ids, own, policy, self._eos, AdaptivePace(self._experience))
+            else:
+                flow = collaborative(ids, own, policy, self._eos)
+        if params.stop:
+            flow = stopping(flow, TextStream(self.tokenizer, ids[BASE], params.stop, self._eos))
+        return flow, lengths
 
-    def _run(self, flows: Iterable[Flow], batch_size: int) -> Iterator[tuple[int, Step | Finished]]:
+    def _run(self, flows: Iterable[tuple[Flow, Lengths]], batch_size: int) -> Iterator[tuple[int, Step | Finished]]:
         for model in self.models:
             if isinstance(model, LocalModel):
                 model.reserve(batch_size)
-        return run(flows, self.models, batch_size)
+        return run(flows, self.models, batch_size, fits=self._fits, experience=self._experience)
+
+    def _fits(self, lengths: Sequence[Lengths]) -> bool:
+        return all(
+            model.fits([each[number] for each in lengths])
+            for number, model in enumerate(self.models)
+            if isinstance(model, LocalModel)
+        )
 
     def _generation(
         self,
         ids: tuple[TokenIds, ...],
         params: SamplingParams,
         steps: Sequence[Step],
-        finish_reason: FinishReason,
-        forward_passes: tuple[int, ...],
+        finished: Finished,
     ) -> Generation:
         text = TextStream(self.tokenizer, ids[BASE], params.stop, self._eos)
         detokenizer = Detokenizer(self.tokenizer, ids[BASE], skip_special_tokens=False)
-        authors = [sum(step.author == model for step in steps) for model in range(len(self.models))]
         parts = [text.push(step) for step in steps] + [text.finish()]
         pieces = [detokenizer.push(step.token_id) for step in steps]
         if pieces:
@@ -263,10 +295,11 @@ class CollaborativeLM:
             text="".join(parts),
             steps=tuple(steps),
             pieces=tuple(pieces),
-            finish_reason=finish_reason,
+            finish_reason=finished.finish_reason,
             prompt_tokens=len(ids[BASE]),
             model_names=self.model_names,
-            usage=Usage(tuple(authors), forward_passes),
+            usage=finished.usage,
+            error=finished.error,
         )
 
     def _number(self, model: int | str) -> int:
