@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from paired import Ratio, interleave, report
+from reporting import report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from collm.bench.paired import Ratio, interleave
 from collm.data.encoding import encode_examples
 from collm.data.examples import Example
 from collm.data.formatting import Formatter

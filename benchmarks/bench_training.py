@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from paired import Ratio, interleave, report
+from reporting import report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from collm.bench.paired import Ratio, interleave
 from collm.data.collate import IGNORED
 from collm.models.head import DeferralHead
 from collm.models.loading import load_model

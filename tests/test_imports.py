@@ -24,6 +24,7 @@ ORDER = [
     "llm",
     "report",
     "evaluation",
+    "bench",
     "calibration",
     "demo",
     "cli",

@@ -7,6 +7,7 @@ import difflib
 import click
 
 from collm import __version__
+from collm.cli.bench import bench
 from collm.cli.calibrate import calibrate
 from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
@@ -42,5 +43,5 @@ def main() -> None:
     """
 
 
-for command in (score, train, calibrate, generate, evaluate, trace, demo):
+for command in (score, train, calibrate, generate, evaluate, trace, bench, demo):
     main.add_command(command)

@@ -1,0 +1,1 @@
+"""`collm bench`: what writing together costs, beside what it could cost at best."""

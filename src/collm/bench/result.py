@@ -1,0 +1,104 @@
+"""What a benchmark writes down: raw figures of every run. What follows from them is computed when it is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from collm.bench.ceilings import PassCosts
+from collm.errors import CollmError
+from collm.files import write_text
+
+Kind = Literal["pair", "engine", "batch", "growth"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Run(_Strict):
+    """One system, one batch of texts, once.
+
+    `seconds`: wall time from the prompts to the last token (of `growth` cells: from the first token to the last).
+    `deferred`: tokens an assistant wrote, `again` of them right behind one that it wrote as well, `changed` where the
+    base would have written another. `queries`: forward passes of each model as single texts count them; `passes` and
+    `pass_seconds`: those really issued, and their time. `distinct`: share of written pairs of neighbours that are new.
+    """
+
+    seconds: float
+    tokens: int
+    deferred: int = 0
+    again: int = 0
+    changed: int = 0
+    queries: tuple[int, ...] = ()
+    passes: tuple[int, ...] = ()
+    pass_seconds: tuple[float, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
+    recovered: int = 0
+    distinct: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+class Cell(_Strict):
+    """Some systems, interleaved on the same prompts.
+
+    `runs`: of each system, one a round. `passes`: bare forward passes measured in each round, `[round][model]`, as
+    (rows, width, seconds). `same_texts` of `texts` were written alike by plain and by speculative decoding.
+    """
+
+    kind: Kind
+    pair: str
+    batch: int = 1
+    rate: float = 0.0
+    context: int = 0
+    tokens: int = 0
+    runs: dict[str, list[Run]]
+    passes: list[tuple[list[tuple[int, int, float]], ...]] = []
+    texts: int = 0
+    same_texts: int = 0
+    load: float = 0.0
+    commit: str | None = None
+
+    @property
+    def key(self) -> str:
+        return cell_key(self.kind, self.pair, self.batch, self.rate, self.context)
+
+    def costs(self, round: int) -> tuple[PassCosts, PassCosts]:
+        """Of base and assistant. A tool's passes cost nothing."""
+        measured = [PassCosts({(r, w): s for r, w, s in points} or {(1, 1): 0.0}) for points in self.passes[round]]
+        return measured[0], measured[1]
+
+
+def cell_key(kind: Kind, pair: str, batch: int, rate: float, context: int) -> str:
+    return f"{kind} | {pair} | batch {batch} | rate {rate:g} | context {context}"
+
+
+class BenchResult(_Strict):
+    """`settings` tell one benchmark from another; `pairs` are their sizes and dials."""
+
+    format: int = 1
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    pairs: dict[str, dict[str, Any]] = {}
+    cells: list[Cell] = []
+
+    def save(self, path: Path, **more: Any) -> None:
+        """As JSON, whole or not at all; `more` is written along for readers, and not read again."""
+        row = {**self.model_dump(mode="json"), **more}
+        write_text(path, json.dumps(row, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, *ignored: str) -> BenchResult:
+        """Raises CollmError for a file that is not a benchmark's."""
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            return cls.model_validate({key: value for key, value in row.items() if key not in ignored})
+        except (OSError, ValueError, AttributeError, ValidationError) as error:
+            raise CollmError(f"{path} is not the result of a benchmark ({error}); give another folder") from error

@@ -1,0 +1,148 @@
+"""The whole benchmark: which cells, in which order, kept as they come."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from collm.bench.cells import Effort, batch_cell, engine_cell, growth_cell, pair_cell
+from collm.bench.figures import figures
+from collm.bench.pairs import Pair
+from collm.bench.result import BenchResult, Cell, Kind, cell_key
+from collm.errors import CollmError
+from collm.evaluation.result import commit, versions
+
+FILE = "bench.json"
+KINDS: tuple[Kind, ...] = get_args(Kind)
+GROWTH_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. `pairs`: how each is built, by name; they are built when their turn comes, one at a time.
+
+    Rate and batch of `batch` and `growth` cells are the ones nearest to 0.25 and the largest. `settings`: what else
+    tells this benchmark from another.
+    """
+
+    pairs: Mapping[str, Callable[[], Pair]]
+    kinds: Sequence[Kind] = KINDS
+    batches: Sequence[int] = (1, 4, 16)
+    rates: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.5)
+    contexts: Sequence[int] = (128, 512, 1024, 2048, 4096)
+    effort: Effort = Effort()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def cells(self, name: str) -> Iterator[tuple[str, Callable[[Pair], Cell]]]:
+        """Key and way to measure each cell of a pair."""
+        effort, middle, largest = self.effort, min(self.rates, key=lambda rate: abs(rate - 0.25)), max(self.batches)
+        shown = effort.prompt_tokens
+        if "pair" in self.kinds:
+            for batch in self.batches:
+                for rate in self.rates:
+                    key = cell_key("pair", name, batch, rate, shown)
+                    yield key, partial(pair_cell, effort=effort, batch=batch, rate=rate)
+        if "engine" in self.kinds:
+            for batch in self.batches:
+                yield cell_key("engine", name, batch, 0, shown), partial(engine_cell, effort=effort, batch=batch)
+        if "batch" in self.kinds and largest > 1:
+            key = cell_key("batch", name, largest, middle, shown)
+            yield key, partial(batch_cell, effort=effort, batch=largest, rate=middle)
+        if "growth" in self.kinds:
+            rate = middle or 0.25
+            for context in self.contexts:
+                key = cell_key("growth", name, 1, rate, context)
+                yield key, partial(growth_cell, effort=effort, context=context, rate=rate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For comparison with a file, hence as JSON gives it back."""
+        return {
+            "pairs": list(self.pairs),
+            "kinds": list(self.kinds),
+            "batches": list(self.batches),
+            "rates": list(self.rates),
+            "contexts": list(self.contexts),
+            **asdict(self.effort),
+            **self.settings,
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, besides the code."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "load": os.getloadavg()[0],
+        "versions": versions(),
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def bench(plan: Plan, out: Path | None = None, *, progress: bool = True) -> BenchResult:
+    """Measure all cells of a plan.
+
+    Args:
+        out: a folder; its `bench.json` is written anew after every cell, and a benchmark with the same plan goes on
+            after the cells that it finds there.
+
+    Raises:
+        CollmError: the folder holds another benchmark.
+    """
+    path = None if out is None else out / FILE
+    result = _begun(path, plan)
+    done = {cell.key for cell in result.cells}
+    planned = {name: list(plan.cells(name)) for name in plan.pairs}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        row = bar.add_task("bench", total=sum(map(len, planned.values())), completed=len(done))
+        for name, cells in planned.items():
+            wanted = [(key, measure) for key, measure in cells if key not in done]
+            if not wanted:
+                continue
+            bar.update(row, description=f"building {name}")
+            pair = plan.pairs[name]()
+            assert pair.name == name, (pair.name, name)
+            result.pairs[name] = pair.details
+            for key, measure in wanted:
+                bar.update(row, description=key)
+                cell = measure(pair)
+                assert cell.key == key, (cell.key, key)
+                result.cells.append(cell.model_copy(update={"load": os.getloadavg()[0], "commit": commit()}))
+                if path is not None:
+                    save(result, path)
+                bar.update(row, advance=1)
+    return result
+
+
+def save(result: BenchResult, path: Path) -> None:
+    """The raw figures, and for readers those with limits."""
+    judged = [{**asdict(figure), "holds": figure.holds} for figure in figures(result)]
+    result.save(path, figures=judged)
+
+
+def _begun(path: Path | None, plan: Plan) -> BenchResult:
+    """An earlier start of this very benchmark, or a new one."""
+    if path is None or not path.exists():
+        return BenchResult(settings=plan.to_dict(), machine=machine())
+    found = BenchResult.load(path, "figures")
+    asked = plan.to_dict()
+    differing = [key for key in {**found.settings, **asked} if found.settings.get(key) != asked.get(key)]
+    if differing:
+        what = "; ".join(f"{key}: {found.settings.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
+        raise CollmError(f"{path} holds another benchmark ({what}): give another folder, or delete it to start afresh")
+    return found

@@ -1,0 +1,157 @@
+"""`collm bench`: what writing together costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from collm.cli.console import ResumableCommand
+from collm.cli.options import OUTPUT, F, machine_options
+
+if TYPE_CHECKING:
+    from collm.bench.pairs import Pair
+
+KINDS = ("pair", "engine", "batch", "growth")
+
+
+def _list(name: str, kind: click.IntRange | click.FloatRange, default: str, help: str) -> Callable[[F], F]:
+    """An option that takes several numbers, `0.1,0.2,0.5`."""
+
+    def numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+        convert: Callable[..., float] = kind.convert
+        return tuple(convert(part.strip(), param, ctx) for part in value.split(","))
+
+    return click.option(name, callback=numbers, default=default, show_default=True, metavar="N,N,...", help=help)
+
+
+@click.command(cls=ResumableCommand, short_help="Measure what writing together costs, beside its ceilings.")
+@click.option(
+    "--pair",
+    type=click.Choice(("synthetic", "truncated", "models")),
+    default="synthetic",
+    show_default=True,
+    help="Random models whose cost ratio and agreement are dials; the first layers of a model with all of them; "
+    "any two models.",
+)
+@click.option("--base", metavar="SPEC", help="A model or checkpoint; of it, truncated takes the first layers.")
+@click.option("--assistant", metavar="SPEC", help="Of --pair models: a model, calculator, or tiny (a random one).")
+@click.option(
+    "--layers", type=click.IntRange(min=1), default=6, show_default=True, help="Of --pair truncated: the base's."
+)
+@click.option(
+    "--shape",
+    type=click.Choice(("small", "cpu", "gpu")),
+    default="cpu",
+    show_default=True,
+    help="Of --pair synthetic: a base of 1M, 16M or 1B parameters.",
+)
+@_list("--cost-ratio", click.FloatRange(min=1), "8", "Of --pair synthetic: assistant's pass to base's.")
+@_list("--agreement", click.FloatRange(0, 1), "0.9", "Of --pair synthetic: how often both would write the same.")
+@_list("--rate", click.FloatRange(0, 1), "0,0.1,0.2,0.3,0.5", "Deferral rates.")
+@_list("--batch", click.IntRange(min=1), "1,4,16", "Texts written at once.")
+@_list("--context", click.IntRange(min=1), "128,512,1024,2048,4096", "Prompt lengths of the growth cells.")
+@click.option(
+    "--only",
+    type=click.Choice(KINDS),
+    multiple=True,
+    help="pair: together and alone; engine: against transformers; batch: one text against many; growth: long "
+    "contexts. Repeat it for several.  [default: all]",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Besides one to warm up.")
+@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Written in each text.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each prompt.")
+@click.option("--quick", is_flag=True, help="One small synthetic pair, few rounds: under a minute.")
+@click.option("--out", type=OUTPUT, metavar="DIR", help="Keeps every cell as it comes; a stopped run resumes.")
+@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="All figures, raw ones included.")
+@click.option("--plot", type=OUTPUT, metavar="FILE", help="A picture (.png, .svg, .pdf).")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: torch's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
+@machine_options
+def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: int | None, **options: Any) -> None:
+    """Time a pair of models writing together, beside each of them alone and beside what could be reached at best.
+
+    Everything is interleaved on the same prompts; figures are medians with 95 % intervals, and ceilings come from
+    forward passes measured in the same rounds.
+    """
+    if options["quick"]:
+        options |= QUICK
+    pairs = _pairs(options)
+
+    import torch
+    from rich.console import Console
+
+    from collm.bench.cells import Effort
+    from collm.bench.result import Kind
+    from collm.bench.run import Plan, save
+    from collm.bench.run import bench as run
+    from collm.bench.table import tables
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    plan = Plan(
+        pairs,
+        [kind for kind in get_args(Kind) if kind in (options["only"] or KINDS)],
+        options["batch"],
+        options["rate"],
+        options["context"],
+        Effort(options["rounds"], options["tokens"], options["prompt_tokens"], options["seed"]),
+        {key: options[key] for key in ("pair", "base", "assistant", "layers", "shape", "dtype", "device")},
+    )
+    result = run(plan, out)
+    if json_file is not None:
+        save(result, json_file)
+    if plot is not None:
+        from collm.bench.plot import save_plot
+
+        save_plot(result, plot)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    for table in tables(result):
+        console.print(table)
+
+
+QUICK: dict[str, Any] = {
+    "pair": "synthetic",
+    "shape": "small",
+    "cost_ratio": (8.0,),
+    "agreement": (0.9,),
+    "rate": (0.3,),
+    "batch": (1, 16),
+    "context": (128, 1024),
+    "rounds": 2,
+    "tokens": 32,
+    "prompt_tokens": 32,
+}
+"""What `--quick` settles, whatever else is given."""
+
+
+def _pairs(options: dict[str, Any]) -> dict[str, Callable[[], Pair]]:
+    """How to build each pair, by its name."""
+    kind, base, assistant = options["pair"], options["base"], options["assistant"]
+    if kind != "synthetic" and base is None:
+        raise click.UsageError(f"--pair {kind} needs --base")
+    if kind == "models" and assistant is None:
+        raise click.UsageError("--pair models needs --assistant")
+    if kind != "models" and assistant is not None:
+        raise click.UsageError(f"--pair {kind} takes no --assistant")
+
+    from collm.bench import pairs
+
+    where = {"dtype": options["dtype"], "device": options["device"]}
+    if kind == "truncated":
+        layers = options["layers"]
+        return {pairs.truncated_name(base, layers): partial(pairs.truncated, base, layers, **where)}
+    if kind == "models":
+        return {pairs.models_name(base, assistant): partial(pairs.models, base, assistant, **where)}
+    return {
+        pairs.synthetic_name(ratio, agreement): partial(
+            pairs.synthetic, options["shape"], ratio, agreement, seed=options["seed"], **where
+        )
+        for ratio in options["cost_ratio"]
+        for agreement in options["agreement"]
+    }
