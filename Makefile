@@ -37,7 +37,8 @@ format: venv  ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## what training and scoring cost, as paired runs with intervals
+bench: venv  ## what writing, training and scoring cost, as paired runs with intervals
+	$(BIN)/collm bench --quick
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 wheel: venv  ## dist/collm-*.whl

@@ -71,9 +71,19 @@ def of_ceiling(cell: Cell, system: str, which: Callable[[Ceilings], float]) -> R
 
 def beyond_passes(runs: Sequence[Run]) -> Ratio | None:
     """Wall time over the time of the forward passes issued; None where these were not timed."""
-    if not all(run.pass_seconds and sum(run.pass_seconds) for run in runs):
+    if not all(run.pass_seconds for run in runs):
         return None
-    return Ratio.of([run.seconds / sum(run.pass_seconds) for run in runs])
+    return Ratio.of([run.seconds / run.pass_seconds for run in runs])
+
+
+def beyond_bare_passes(cell: Cell, system: str) -> Ratio:
+    """Wall time over what bare passes of the shapes issued would have taken."""
+    ratios = []
+    for number, run in enumerate(cell.runs[system]):
+        costs = zip(cell.costs(number), run.issued, strict=True)
+        bare = sum(count * cost(tokens / rows, rows) for cost, own in costs for rows, tokens, count, _ in own)
+        ratios.append(run.seconds / bare)
+    return Ratio.of(ratios)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +143,7 @@ def _pair_figures(cell: Cell) -> Iterator[Figure]:
         faster = speed_ratio(fast, cell.runs[ASSISTANT_ALONE])
         yield Figure("pair : assistant alone, cost ratio 4, rate 0.2 to 0.3, batch 1", where, faster, 1.5)
     # A count has no interval: it is the number that was asked for, or it is not.
-    exact = all(run.queries[:1] == (run.tokens,) and sum(run.queries[1:]) >= run.deferred for run in plain)
+    exact = all(run.queries == (run.tokens, run.deferred + run.abstained) for run in plain)
     yield Figure("plain: one base pass a token, one assistant pass a deferral", where, _certain(exact), 1.0)
     yield Figure("speculative texts = plain texts", where, _certain(cell.same_texts == cell.texts), 1.0)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.bench.synthetic import SHAPES, Dial, Shape, find_dial, make_model, make_tokenizer
@@ -23,7 +22,7 @@ from collm.models.loading import is_tool, load_model, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
-from collm.types import ForwardPass, LanguageModel, Message
+from collm.types import LanguageModel, Message
 
 TINY = "tiny"
 """The assistant that is a random model far smaller than any base."""
@@ -36,8 +35,6 @@ WORDS = (
 
 class Endless(LocalModel):
     """A model that no token stops: every text has as many tokens as were asked for."""
-
-    on_pass: Callable[[ForwardPass], None] | None = None
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -60,19 +57,17 @@ class Verbatim(Formatter):
 class Pair:
     """A base, an assistant, and what both are shown.
 
+    `system` sets both up afresh, with nothing in their caches. `gated`: a gate decides, and rates are calibrated.
     `networks`: base and assistant as transformers models; None for a tool. `details`: sizes and dials, for the record.
     `words`: what prompts are made of, token ids of one piece of text each.
     """
 
     name: str
-    llm: CollaborativeLM
+    system: Callable[[], CollaborativeLM]
     networks: tuple[PreTrainedModel, PreTrainedModel | None]
     words: tuple[TokenIds, ...]
     details: dict[str, Any]
-
-    @property
-    def device(self) -> torch.device:
-        return self.networks[0].device
+    gated: bool = False
 
     def prompts(self, number: int, length: int, seed: int) -> list[TokenIds]:
         """`number` different prompts of `length` tokens, made up of random words."""
@@ -180,31 +175,28 @@ def _pair(
     info: CheckpointInfo | None = None,
 ) -> Pair:
     network, tokenizer, head = base
-    helper: LanguageModel
-    other: PreTrainedModel | None
-    if isinstance(assistant, tuple):
-        other, theirs = assistant
-        _let_run(other)
-        helper = Endless(other, theirs, name="assistant", vocab_size=shared_vocab_size(tokenizer))
-    else:
-        helper, other = assistant, None
-    _let_run(network)
+    other = assistant[0] if isinstance(assistant, tuple) else None
     formatter = Verbatim(tokenizer)
-    llm = CollaborativeLM(
-        [Endless(network, tokenizer, head), helper], [formatter, formatter], info, has_gate=head is not None
-    )
+    for each in filter(None, (network, other)):
+        # Greedy and without end for transformers' own `generate`, too, whatever the model's folder says.
+        each.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+
+    def system() -> CollaborativeLM:
+        helper: LanguageModel
+        if isinstance(assistant, tuple):
+            helper = Endless(*assistant, name="assistant", vocab_size=shared_vocab_size(tokenizer))
+        else:
+            helper = assistant
+        models = [Endless(network, tokenizer, head), helper]
+        return CollaborativeLM(models, [formatter, formatter], info, has_gate=head is not None)
+
     sizes = {
         "base_parameters": network.num_parameters(),
         "assistant_parameters": 0 if other is None else other.num_parameters(),
         "layers": [0 if n is None else n.config.get_text_config().num_hidden_layers for n in (network, other)],
-        "calibrated_rates": [row.target_rate for table in llm.info.calibration[:1] for row in table.rows],
     }
-    return Pair(name, llm, (network, other), words, {**details, **sizes})
-
-
-def _let_run(network: PreTrainedModel) -> None:
-    """Greedy and without end for transformers' own `generate`, too, whatever the model's folder says."""
-    network.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    gated = head is not None and info is not None and bool(info.calibration)
+    return Pair(name, system, (network, other), words, {**details, **sizes}, gated)
 
 
 def _words(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, ...]:

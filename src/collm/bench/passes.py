@@ -74,13 +74,17 @@ class BarePasses:
         self._ids = torch.arange(rows * widest, device=network.device).view(rows, widest) % config.vocab_size
 
     @torch.inference_mode()
+    def run(self, width: int) -> list[int]:
+        """One pass over `width` new tokens of each row: the most probable next ones, row by row."""
+        hidden = hidden_states(self.network, self._ids[:, :width], past_key_values=self._cache, use_cache=True)
+        top: list[int] = project(self.network, hidden.flatten(0, 1)).argmax(dim=-1).tolist()
+        return top
+
     def seconds(self, width: int) -> float:
-        """Wall time of one pass over `width` new tokens of each row."""
-        ids = self._ids[:, :width]
+        """Wall time of one pass."""
         synchronise(self.network.device)
         start = time.perf_counter()
-        hidden = hidden_states(self.network, ids, past_key_values=self._cache, use_cache=True)
-        project(self.network, hidden.flatten(0, 1)).argmax(dim=-1).tolist()
+        self.run(width)
         return time.perf_counter() - start
 
 

@@ -13,15 +13,28 @@ from collm.files import replacing
 
 COLOURS = {BASE_ALONE: "#8a8f98", ASSISTANT_ALONE: "#b8860b", PLAIN: "#0072b2", SPECULATIVE: "#d55e00"}
 LIMITS = ((PLAIN, "plain"), (SPECULATIVE, "speculative"))
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Whether `save_plot` could draw to this path: asked before hours of measuring.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+        CollmError: another kind of file.
+    """
+    import matplotlib  # noqa: F401
+
+    if path.suffix not in FORMATS:
+        raise CollmError(f"{path}: a picture ends in {', '.join(FORMATS)}")
 
 
 def save_plot(result: BenchResult, path: Path) -> None:
     """One panel for each pair and batch size: tokens/s of each system, dashed their ceilings, dotted the oracle.
 
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-        CollmError: there is nothing to draw, or the file cannot be written.
+    Raises as `check_plot`, and CollmError where there is nothing to draw or the file cannot be written.
     """
+    check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,8 +59,10 @@ def save_plot(result: BenchResult, path: Path) -> None:
                 speeds = [[run.tokens_per_second for run in cell.runs[system]] for cell in cells]
                 axes.plot(rates, [statistics.median(s) for s in speeds], "o-", color=colour, markersize=4, label=system)
         for system, limit in LIMITS:
-            axes.plot(rates, [_best(cell, limit) for cell in cells], "--", color=COLOURS[system], linewidth=1)
-        axes.plot(rates, [_best(cell, "oracle") for cell in cells], ":", color="#555", linewidth=1, label="oracle")
+            best = [_best(cell, limit) for cell in cells]
+            axes.plot(rates, best, "--_", color=COLOURS[system], linewidth=1, label=f"ceiling: {limit}")
+        best = [_best(cell, "oracle") for cell in cells]
+        axes.plot(rates, best, ":_", color="#555", linewidth=1, label="ceiling: oracle")
         axes.set_title(f"{pair}, batch {batch}", fontsize=9)
         axes.set_xlabel("deferred tokens (%)", fontsize=8)
         axes.set_ylabel("tokens/s", fontsize=8)
@@ -56,11 +71,8 @@ def save_plot(result: BenchResult, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     grid.flat[0].legend(frameon=False, fontsize=7)
-    kind = path.suffix.removeprefix(".")
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise CollmError(f"{path}: a picture ends in .png, .svg or .pdf")
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind)
+        figure.savefig(temporary, format=path.suffix.removeprefix("."))
 
 
 def _best(cell: Cell, limit: str) -> float:

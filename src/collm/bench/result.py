@@ -13,6 +13,8 @@ from collm.errors import CollmError
 from collm.files import write_text
 
 Kind = Literal["pair", "engine", "batch", "growth"]
+Issued = tuple[int, int, int, float]
+"""Rows, tokens of all rows, number of such passes, their seconds in all."""
 
 
 class _Strict(BaseModel):
@@ -24,8 +26,9 @@ class Run(_Strict):
 
     `seconds`: wall time from the prompts to the last token (of `growth` cells: from the first token to the last).
     `deferred`: tokens an assistant wrote, `again` of them right behind one that it wrote as well, `changed` where the
-    base would have written another. `queries`: forward passes of each model as single texts count them; `passes` and
-    `pass_seconds`: those really issued, and their time. `distinct`: share of written pairs of neighbours that are new.
+    base would have written another; `abstained`: deferrals it handed back. `queries`: forward passes of each model as
+    single texts count them; `issued`: those that the models really made. `distinct`: share of pairs of neighbouring
+    tokens that are new in their text.
     """
 
     seconds: float
@@ -33,9 +36,9 @@ class Run(_Strict):
     deferred: int = 0
     again: int = 0
     changed: int = 0
+    abstained: int = 0
     queries: tuple[int, ...] = ()
-    passes: tuple[int, ...] = ()
-    pass_seconds: tuple[float, ...] = ()
+    issued: tuple[list[Issued], ...] = ()
     drafted: int = 0
     accepted: int = 0
     recovered: int = 0
@@ -44,6 +47,11 @@ class Run(_Strict):
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def pass_seconds(self) -> float:
+        """Time of all forward passes issued."""
+        return sum(seconds for own in self.issued for *_, seconds in own)
 
 
 class Cell(_Strict):
@@ -77,7 +85,7 @@ class Cell(_Strict):
 
 
 def cell_key(kind: Kind, pair: str, batch: int, rate: float, context: int) -> str:
-    return f"{kind} | {pair} | batch {batch} | rate {rate:g} | context {context}"
+    return f"{pair} | {kind}, batch {batch}, rate {rate:g}, context {context}"
 
 
 class BenchResult(_Strict):

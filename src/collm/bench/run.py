@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from collm.bench.cells import Effort, batch_cell, engine_cell, growth_cell, pair_cell
+from collm.bench.cells import batch_cell, engine_cell, growth_cell, pair_cell
 from collm.bench.figures import figures
 from collm.bench.pairs import Pair
 from collm.bench.result import BenchResult, Cell, Kind, cell_key
+from collm.bench.systems import Effort
 from collm.errors import CollmError
 from collm.evaluation.result import commit, versions
 
@@ -119,7 +120,7 @@ def bench(plan: Plan, out: Path | None = None, *, progress: bool = True) -> Benc
             assert pair.name == name, (pair.name, name)
             result.pairs[name] = pair.details
             for key, measure in wanted:
-                bar.update(row, description=key)
+                bar.update(row, description=key.removeprefix(f"{name} | "))
                 cell = measure(pair)
                 assert cell.key == key, (cell.key, key)
                 result.cells.append(cell.model_copy(update={"load": os.getloadavg()[0], "commit": commit()}))

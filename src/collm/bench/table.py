@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SPECULATIVE
-from collm.bench.figures import Figure, beyond_passes, ceilings, facts, figures, of_ceiling, speed_ratio
+from collm.bench.figures import (
+    Figure,
+    beyond_bare_passes,
+    beyond_passes,
+    ceilings,
+    facts,
+    figures,
+    of_ceiling,
+    speed_ratio,
+)
 from collm.bench.result import BenchResult, Cell, Run
 
 STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE, "padding": (0, 1)}
@@ -25,10 +34,12 @@ def speed(runs: Sequence[Run] | None) -> str:
 def pair_table(cells: Sequence[Cell]) -> Table:
     """A pair's cells, one row for each batch and rate; ceilings are the medians of the rounds' own."""
     cost = statistics.median(facts(cell).cost_ratio for cell in cells)
-    table = Table(title=f"{cells[0].pair}: a pass of the assistant costs {cost:.1f} of the base's", **STYLE)
+    new = statistics.mean(facts(cell).distinct for cell in cells)
+    title = f"{cells[0].pair}: an assistant's pass costs {cost:.1f} of the base's; {new:.0%} of neighbours are new"
+    table = Table(title=title, **STYLE)
     for heading in ("batch", "deferred", "agree", "base", "assistant", "plain", "of best", "speculative", "of best"):
         table.add_column(heading, justify="right")
-    for heading in ("oracle", "gain", "passes a token", "overhead"):
+    for heading in ("oracle", "gain", "passes a token", "outside", "time : bare"):
         table.add_column(heading, justify="right")
     for cell in cells:
         known, best = facts(cell), ceilings(cell)
@@ -44,6 +55,7 @@ def pair_table(cells: Sequence[Cell]) -> Table:
             *(speed(fast), f"{of_ceiling(cell, SPECULATIVE, lambda b: b.speculative).median:.0%}"),
             *(f"{oracle:.1f}", f"{speed_ratio(fast, plain).median:.2f}", passes),
             "" if outside is None else f"{1 - 1 / outside.median:.1%}",
+            f"{beyond_bare_passes(cell, SPECULATIVE).median:.2f}",
         )
     return table
 

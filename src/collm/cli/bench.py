@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from collm.cli.console import ResumableCommand
 from collm.cli.options import OUTPUT, F, machine_options
@@ -64,7 +65,7 @@ def _list(name: str, kind: click.IntRange | click.FloatRange, default: str, help
 @click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Besides one to warm up.")
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Written in each text.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each prompt.")
-@click.option("--quick", is_flag=True, help="One small synthetic pair, few rounds: under a minute.")
+@click.option("--quick", is_flag=True, help="Small defaults: one pair of tiny models, few rounds; under a minute.")
 @click.option("--out", type=OUTPUT, metavar="DIR", help="Keeps every cell as it comes; a stopped run resumes.")
 @click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="All figures, raw ones included.")
 @click.option("--plot", type=OUTPUT, metavar="FILE", help="A picture (.png, .svg, .pdf).")
@@ -78,18 +79,22 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     forward passes measured in the same rounds.
     """
     if options["quick"]:
-        options |= QUICK
+        options |= {key: value for key, value in QUICK.items() if _left_alone(key)}
     pairs = _pairs(options)
 
     import torch
     from rich.console import Console
 
-    from collm.bench.cells import Effort
     from collm.bench.result import Kind
     from collm.bench.run import Plan, save
     from collm.bench.run import bench as run
+    from collm.bench.systems import Effort
     from collm.bench.table import tables
 
+    if plot is not None:
+        from collm.bench.plot import check_plot, save_plot
+
+        check_plot(plot)
     if threads is not None:
         torch.set_num_threads(threads)
     plan = Plan(
@@ -105,8 +110,6 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     if json_file is not None:
         save(result, json_file)
     if plot is not None:
-        from collm.bench.plot import save_plot
-
         save_plot(result, plot)
     console = Console()
     if not console.is_terminal:
@@ -127,7 +130,12 @@ QUICK: dict[str, Any] = {
     "tokens": 32,
     "prompt_tokens": 32,
 }
-"""What `--quick` settles, whatever else is given."""
+"""The defaults that `--quick` changes."""
+
+
+def _left_alone(name: str) -> bool:
+    """Whether an option has its default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT
 
 
 def _pairs(options: dict[str, Any]) -> dict[str, Callable[[], Pair]]:
