@@ -393,3 +393,35 @@ def test_mistyped_names_are_told_apart_from_network_faults() -> None:
         load_model("calculater")
     with pytest.raises(CollmError, match="runs/nope: there is no such folder"):
         load_model("runs/nope")
+
+
+def test_each_assistant_has_its_own_place(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    make_model("llama", seed=1).save_pretrained(tmp_path / "a")
+    tiny_tokenizer.save_pretrained(tmp_path / "a")
+    spec = str(tmp_path / "a")
+    formatter = Formatter(tiny_tokenizer)
+    [(model, _), (other, _)] = load_assistants([f"one={spec}?dtype=bfloat16&device=cpu", f"two={spec}"], [], formatter)
+    assert isinstance(model, LocalModel) and isinstance(other, LocalModel)
+    assert (model.name, model.model.dtype, other.model.dtype) == ("one", torch.bfloat16, torch.float32)
+    [(unnamed, _)] = load_assistants([f"{spec}?dtype=bfloat16"], [], formatter)
+    assert isinstance(unnamed, LocalModel) and unnamed.model.dtype == torch.bfloat16
+    for bad, told in (("colour=red", "dtype=... or device=..."), ("dtype=float8", "dtype is one of")):
+        with pytest.raises(CollmError, match=told):
+            load_assistants([f"{spec}?{bad}"], [], formatter)
+
+
+def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    save_checkpoint(tmp_path / "c", CheckpointInfo(), make_model(seed=0), gate(1), tiny_tokenizer)
+    make_model("qwen3", seed=1).save_pretrained(tmp_path / "a")
+    tiny_tokenizer.save_pretrained(tmp_path / "a")
+    free = CollaborativeLM.from_pretrained(tmp_path / "c", [str(tmp_path / "a")])
+    tight = CollaborativeLM.from_pretrained(tmp_path / "c", [str(tmp_path / "a")], max_cache_tokens=64)
+    params = SamplingParams(max_tokens=16, deferral="always")
+    prompts = ["a" * n for n in (3, 10, 14, 5)]
+    for a, b in zip(tight.generate_batch(prompts, params), free.generate_batch(prompts, params), strict=True):
+        assert same(a, b)
+    held, unbounded = tight.models[0], free.models[0]
+    assert isinstance(held, LocalModel) and isinstance(unbounded, LocalModel)
+    assert held.cache_bytes < unbounded.cache_bytes
+    with pytest.raises(CollmError, match="max_cache_tokens; raise it to at least 75, or lower max_tokens"):
+        tight.generate("a" * 60, params)

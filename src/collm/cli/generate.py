@@ -17,6 +17,7 @@ from collm.cli.options import (
     model_options,
     sampling_params,
 )
+from collm.errors import CollmError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,9 +60,11 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     if options["stream"]:
         generation = _show_stream(llm.stream(request, params, alone=options["alone"]), options["plain"])
     else:
-        generation = llm.generate(request, params, alone=options["alone"])
+        [generation] = llm.generate_batch([request], params, alone=options["alone"])
     _show(generation, options)
     _keep(generation, request, question, options)
+    if generation.error is not None:
+        raise CollmError(generation.error)
 
 
 def _show_stream(chunks: Iterable[Chunk], plain: bool) -> Generation:

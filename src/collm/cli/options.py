@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from collm.evaluation.task import TASKS
-from collm.types import Deferral, SamplingParams
+from collm.types import Deferral, OnAssistantError, SamplingParams
 
 if TYPE_CHECKING:
     from collm.data.examples import Example
@@ -47,10 +47,16 @@ model_options = _together(
         multiple=True,
         metavar="[NAME=]SPEC",
         help="An assistant: folder, hub id, .gguf file, pkg:PACKAGE/FILE.gguf, or calculator. Repeat it for several, "
-        "in the order of training or by NAME.",
+        "in the order of training or by NAME. SPEC?dtype=bfloat16&device=cuda:1 places one by itself.",
     ),
     click.option(
         "--base", metavar="SPEC", help="Where the base model lies, for a checkpoint that holds an adapter or a gate."
+    ),
+    click.option(
+        "--max-cache-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Bounds each model's KV cache: texts at a time x their length.",
     ),
     machine_options,
 )
@@ -114,6 +120,19 @@ decoding_options = _together(
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeat it for several."),
+    click.option(
+        "--speculative/--no-speculative",
+        default=True,
+        show_default=True,
+        help="Let models draft ahead where that saves time; the text is the same.",
+    ),
+    click.option(
+        "--on-assistant-error",
+        type=click.Choice(get_args(OnAssistantError)),
+        default="fail",
+        show_default=True,
+        help="Where an assistant fails: end the text, or let the base write.",
+    ),
 )
 
 
@@ -136,6 +155,8 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
             threshold=options["threshold"],
             deferral_rate=options["deferral_rate"],
             task=options["calibration_task"],
+            speculative=options["speculative"],
+            on_assistant_error=options["on_assistant_error"],
         )
         if who:
             from collm.llm.deferral import refuse_ignored
@@ -167,6 +188,7 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
         base=options["base"],
         dtype=options["dtype"],
         device=options["device"],
+        max_cache_tokens=options["max_cache_tokens"],
     )
 
 

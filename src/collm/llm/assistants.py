@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
@@ -26,10 +28,12 @@ def load_assistants(
     dtype: str = "float32",
     device: str = "cpu",
     cache: bool = True,
+    max_cache_tokens: int | None = None,
 ) -> list[tuple[LanguageModel, Formatter]]:
     """The assistants in the order of the gate, each with its prompt format.
 
     Args:
+        given: specs; `SPEC?dtype=bfloat16&device=cuda:1` loads one otherwise than the rest.
         trained: those of the checkpoint; none for a plain model, which takes whatever is given.
         base: the base's formatter; tools and models of one's own see the prompt as the base does.
 
@@ -43,7 +47,29 @@ def load_assistants(
     names = [info.name for info in infos]
     if len(set(names)) < len(names):
         raise CollmError(f"two assistants have one name ({', '.join(names)}); name them as NAME=SPEC")
-    return [_load(s, info, base, dtype, device, cache) for s, info in zip(sources, infos, strict=True)]
+    placement = Placement(dtype, device, cache, max_cache_tokens)
+    return [_load(s, info, base, placement) for s, info in zip(sources, infos, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How and where a model is loaded."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    cache: bool = True
+    max_cache_tokens: int | None = None
+
+    def of(self, source: str) -> tuple[str, Placement]:
+        """The spec without its `?dtype=...&device=...`, and the placement that this asks for."""
+        spec, mark, asked = source.rpartition("?")
+        if not mark or Path(source).exists():
+            return source, self
+        settings = dict(parse_qsl(asked, keep_blank_values=True))
+        unknown = sorted(set(settings) - {"dtype", "device"})
+        if unknown or not settings:
+            raise CollmError(f"{source}: after the ? stands dtype=... or device=... (joined by &), not {asked!r}")
+        return spec, replace(self, **settings)  # type: ignore[arg-type]
 
 
 def _matched(
@@ -97,7 +123,7 @@ def _named(source: AssistantSource, known: Sequence[str]) -> tuple[str | None, A
         return (source.name if source.name in known or not known else None), source
     name, sign, spec = source.partition("=")
     # A folder may have "=" in its name.
-    return (name, spec) if sign and name and "/" not in name and not Path(source).exists() else (None, source)
+    return (name, spec) if sign and name and not set(name) & set("/?") and not Path(source).exists() else (None, source)
 
 
 def _default_name(source: AssistantSource) -> str:
@@ -105,15 +131,16 @@ def _default_name(source: AssistantSource) -> str:
 
 
 def _load(
-    source: AssistantSource, info: AssistantInfo, base: Formatter, dtype: str, device: str, cache: bool
+    source: AssistantSource, info: AssistantInfo, base: Formatter, placement: Placement
 ) -> tuple[LanguageModel, Formatter]:
     if not isinstance(source, str):
         return source, base
+    source, placed = placement.of(source)
     if is_tool(source):
         return make_tool(source, base.tokenizer, info.name), base
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
-    weights = load_model(source, dtype=dtype, device=device)
+    weights = load_model(source, dtype=placed.dtype, device=placed.device)
     warn_of_other_weights(
         weights,
         info.weights_fingerprint,
@@ -124,6 +151,7 @@ def _load(
         tokenizer,
         name=info.name,
         vocab_size=shared_vocab_size(base.tokenizer),
-        cache=cache,
+        cache=placed.cache,
+        max_cache_tokens=placed.max_cache_tokens,
     )
     return model, Formatter(tokenizer, PromptFormat(**info.format))

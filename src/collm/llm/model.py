@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,6 +92,7 @@ class CollaborativeLM:
         dtype: str = "float32",
         device: str = "cpu",
         cache: bool = True,
+        max_cache_tokens: int | None = None,
     ) -> CollaborativeLM:
         """Load a checkpoint and its assistants.
 
@@ -100,16 +102,19 @@ class CollaborativeLM:
                 own. Tools that the checkpoint was trained with need not be given.
             base: where the base model lies, for a checkpoint that holds an adapter or a gate alone.
             cache: False recomputes every token from the start: the plain twin, for tests.
+            max_cache_tokens: bounds the KV cache of each model (texts at a time x their length). Texts wait until
+                there is room; one that cannot fit at all is refused. None: as much as is asked for.
 
         Raises:
             CollmError: an assistant is missing, has another tokenizer, or is one too many.
         """
         model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
         formatter = Formatter(tokenizer, PromptFormat(**info.base_format))
-        found = load_assistants(assistants, info.assistants, formatter, dtype=dtype, device=device, cache=cache)
+        own: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
+        found = load_assistants(assistants, info.assistants, formatter, dtype=dtype, device=device, **own)
         if head is not None and head.num_assistants != len(found):
             raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
-        local = LocalModel(model, tokenizer, head, name="base", cache=cache)
+        local = LocalModel(model, tokenizer, head, name="base", **own)
         models, formatters = [m for m, _ in found], [f for _, f in found]
         return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None, path=Path(path))
 
@@ -248,6 +253,11 @@ class CollaborativeLM:
         room = [c - len(own) + 1 for own, m in zip(ids, self.models, strict=True) if (c := _context(m)) is not None]
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
         lengths = tuple(len(prompt) + own.max_tokens - 1 for prompt in ids)
+        if not self._fits([lengths]):
+            raise CollmError(
+                f"a prompt of {max(map(len, ids))} tokens and max_tokens={own.max_tokens} do not fit into "
+                f"max_cache_tokens; raise it to at least {max(lengths)}, or lower max_tokens"
+            )
         if alone is not None:
             flow = single(self._number(alone), ids, own, self._eos)
         elif policy is None and params.deferral == "compose":

@@ -83,16 +83,26 @@ def legend(model_names: Sequence[str], colour: bool = True) -> Text:
 
 
 def summary(generation: Generation) -> str:
-    """One line of figures: tokens, deferral rate, changed tokens, forward passes."""
+    """One line of figures: tokens and who wrote them, and what they cost."""
+    usage = generation.usage
     passes = ", ".join(
         f"{name} {count}" for name, count in zip(generation.model_names, generation.forward_passes, strict=False)
     )
     handed_back = sum(step.abstained for step in generation.steps)
-    return (
+    faults = sum(step.fault is not None for step in generation.steps)
+    parts = [
         f"{generation.completion_tokens} tokens, {generation.deferral_rate:.1%} deferred, "
-        f"{generation.changed_tokens} changed, {handed_back} handed back, finished by {generation.finish_reason}"
-        + (f"; forward passes: {printable(passes)}" if passes else "")
-    )
+        f"{generation.changed_tokens} changed, {handed_back} handed back"
+        + (f" ({faults} by a failing assistant)" if faults else "")
+        + f", finished by {generation.finish_reason}"
+        + (f" ({printable(generation.error)})" if generation.error is not None else ""),
+        f"forward passes: {printable(passes)}" if passes else "",
+        f"{usage.drafted} drafted, {usage.accepted} accepted" if usage.drafted else "",
+        f"{usage.tokens_per_second:.1f} tokens/s, the first after {usage.first_token_seconds:.2f} s"
+        if usage.seconds
+        else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def print_generation(generation: Generation, console: Console | None = None, *, with_legend: bool = True) -> None:
