@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from collm.bench import ceilings, pairs
 from collm.bench.ceilings import Ceilings, PassCosts
 from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SPECULATIVE, pair_cell
-from collm.bench.figures import beyond_passes, facts, figures, of_ceiling
+from collm.bench.figures import SAME, beyond_passes, facts, figures, of_ceiling
 from collm.bench.paired import Ratio, in_turn
 from collm.bench.pairs import Pair, first_layers, synthetic
 from collm.bench.passes import BarePasses
@@ -83,6 +85,35 @@ def test_ceilings_of_constant_costs_by_hand() -> None:
     # Runs of two on average, drafted two at a time: 2 * 8 + 1 seconds settle 1.5 of them.
     assert ceilings.running(BASE, ASSISTANT, 0.25, 0.5, 0) == pytest.approx(0.75 + 0.25 * 9)
     assert ceilings.running(BASE, ASSISTANT, 0.25, 0.5, 1) == pytest.approx(0.75 + 0.25 * 17 / 1.5)
+
+
+def test_drafting_costs_what_a_simulation_costs() -> None:
+    """Cycle by cycle: the base writes through three deferrals, a disagreement throws away what stands behind it."""
+    rng, rate, agreement, pending = random.Random(0), 0.25, 0.7, 3
+    seconds = tokens = 0
+    for _ in range(20_000):
+        gaps = [next(n for n in count(1) if rng.random() < rate) for _ in range(pending)]
+        seconds += sum(gaps) + 8
+        kept = next((i + 1 for i in range(pending) if rng.random() > agreement), pending)
+        tokens += sum(gaps[:kept])
+    assert ceilings.drafting(BASE, ASSISTANT, rate, agreement, pending) == pytest.approx(seconds / tokens, rel=0.02)
+
+
+def test_running_costs_what_a_simulation_costs() -> None:
+    """Token by token: after a deferral the assistant writes three, and the base says how many were deferred, too."""
+    rng, again, first, drafted = random.Random(0), 0.6, 0.2, 2
+    seconds, tokens, deferrals, follows = 0, 0, 0, False
+    while tokens < 100_000:
+        if not follows and rng.random() > first:
+            seconds, tokens = seconds + 1, tokens + 1
+            continue
+        kept = 1 + next((i for i in range(drafted) if rng.random() > again), drafted)
+        seconds, tokens, deferrals = seconds + 8 * (drafted + 1) + 1, tokens + kept, deferrals + kept
+        follows = kept == drafted + 1 and rng.random() < again
+        if not follows:  # the gate behind the run is known already: that token is the base's
+            seconds, tokens = seconds + 1, tokens + 1
+    found = ceilings.running(BASE, ASSISTANT, deferrals / tokens, again, drafted)
+    assert found == pytest.approx(seconds / tokens, rel=0.02)
 
 
 def test_an_assistant_reads_what_it_missed() -> None:
@@ -248,6 +279,15 @@ def test_a_pass_too_many_is_a_failure() -> None:
     made = cell(base_alone=(110.0, 100), plain=(265.0, 101), speculative=(180.0, 120))
     found = figures(BenchResult(settings={}, machine={}, cells=[made]))
     assert [f.holds for f in found if f.demand.startswith("plain: one base pass")] == [False]
+
+
+def test_texts_must_be_equal_in_float32() -> None:
+    made = cell(base_alone=(110.0, 100), plain=(265.0, 100), speculative=(180.0, 120)).model_copy(
+        update={"same_texts": 1}
+    )
+    for dtype, verdicts in (("float32", [False]), ("bfloat16", [])):
+        found = figures(BenchResult(settings={"dtype": dtype}, machine={}, cells=[made]))
+        assert [f.holds for f in found if f.demand == SAME] == verdicts
 
 
 def test_a_figure_fails_only_if_its_whole_interval_lies_beyond() -> None:

@@ -93,11 +93,14 @@ Measured = list[tuple[int, int, float]]
 
 
 def measure_passes(benches: Iterable[BarePasses], widths: Sequence[int]) -> Measured:
-    """The median of three passes for each number of rows and each width; of one where that is long anyway."""
+    """The mean of three passes for each number of rows and each width; one where that is long anyway.
+
+    Not the median: what is compared with these times has all its hiccups, too.
+    """
     measured = []
     for bench in benches:
         for width in widths:
             repeats = 3 if bench.rows * width <= SMALL else 1
-            seconds = sorted(bench.seconds(width) for _ in range(repeats))
-            measured.append((bench.rows, width, seconds[repeats // 2]))
+            seconds = sum(bench.seconds(width) for _ in range(repeats)) / repeats
+            measured.append((bench.rows, width, seconds))
     return measured

@@ -125,8 +125,10 @@ def bench(plan: Plan, out: Path | None = None, *, progress: bool = True) -> Benc
                 assert cell.key == key, (cell.key, key)
                 result.cells.append(cell.model_copy(update={"load": os.getloadavg()[0], "commit": commit()}))
                 if path is not None:
-                    save(result, path)
+                    result.save(path)
                 bar.update(row, advance=1)
+    if path is not None:
+        save(result, path)
     return result
 
 

@@ -37,9 +37,9 @@ def pair_table(cells: Sequence[Cell]) -> Table:
     new = statistics.mean(facts(cell).distinct for cell in cells)
     title = f"{cells[0].pair}: an assistant's pass costs {cost:.1f} of the base's; {new:.0%} of neighbours are new"
     table = Table(title=title, **STYLE)
-    for heading in ("batch", "deferred", "agree", "base", "assistant", "plain", "of best", "speculative", "of best"):
+    for heading in ("batch", "deferred", "agree", "base", "assistant", "plain", "of best", "spec.", "of best"):
         table.add_column(heading, justify="right")
-    for heading in ("oracle", "gain", "passes a token", "outside", "time : bare"):
+    for heading in ("oracle", "gain", "passes", "outside", ": bare"):
         table.add_column(heading, justify="right")
     for cell in cells:
         known, best = facts(cell), ceilings(cell)
