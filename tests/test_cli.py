@@ -250,7 +250,7 @@ def test_ctrl_c_says_how_to_go_on(world: Path, tmp_path: Path, monkeypatch: pyte
 def test_ctrl_c_where_there_is_nothing_to_resume(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from collm.llm import CollaborativeLM
 
-    monkeypatch.setattr(CollaborativeLM, "generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(CollaborativeLM, "generate_batch", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     result = collm("generate", "base", "Hello")
     assert result.exit_code == 130 and "nothing was changed" in result.stderr
 
@@ -464,6 +464,29 @@ def test_generate_prints_text_authors_and_figures(pair: str) -> None:
     assert plain.exit_code == 0 and plain.stdout == streamed.stdout != "\n"
     shown = collm("generate", pair, QUESTION, *TOGETHER)
     assert "written by:" in shown.stdout and "deferred" in shown.stdout
+
+
+def test_generate_keeps_what_was_written_before_an_assistant_failed(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collm.models.tools import Calculator
+
+    def fail(*_: object) -> None:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(Calculator, "predict", fail)
+    command = ["generate", pair, QUESTION, *TOGETHER, "--threshold", "0", "--json"]
+    failed = collm(*command)
+    row = json.loads(failed.stdout)
+    assert failed.exit_code == 1 and "the line is dead" in failed.stderr
+    assert row["finish_reason"] == "error" and "calculator" in row["error"] and len(row["steps"]) < 12
+    rescued = collm(*command, "--on-assistant-error", "base")
+    row = json.loads(rescued.stdout)
+    assert rescued.exit_code == 0 and any("dead" in (step["fault"] or "") for step in row["steps"])
+
+
+def test_speculation_changes_no_text(pair: str) -> None:
+    command = ["generate", pair, QUESTION, *TOGETHER, "--threshold", "0.3", "--json"]
+    fast, plain = (json.loads(collm(*command, *more).stdout) for more in ([], ["--no-speculative"]))
+    assert fast["text"] == plain["text"] and plain["usage"]["drafted"] == 0
 
 
 def test_generate_reads_the_prompt_from_stdin(pair: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm.decoding.collaborative import collaborative
@@ -78,6 +78,7 @@ def plainly(steps: Sequence[Step]) -> list[Step]:
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("num_assistants", [1, 2])
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     prompt=st.lists(st.integers(0, V - 1), min_size=1, max_size=3),
@@ -126,7 +127,7 @@ def test_sampled_texts_follow_the_enumerated_law(num_assistants: int) -> None:
             )
         law[text] = probability
     assert sum(law.values()) == pytest.approx(1)
-    draws = 4000
+    draws = 3000
     flows = (
         speculative(
             [(1,)] * len(models),
@@ -179,6 +180,7 @@ def test_waste_is_counted() -> None:
     assert usage.forward_passes[BASE] > tokens + usage.recovered / 2
 
 
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1000), abstention=st.sampled_from([0.0, 0.4]), agreement=st.sampled_from([0.0, 0.5, 0.9]))
 def test_asking_late_never_costs_an_assistant_pass_more(seed: int, abstention: float, agreement: float) -> None:
     models = fakes(1, agreement=agreement, abstention=abstention)
