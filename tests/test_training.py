@@ -272,6 +272,8 @@ def test_lora_is_small_and_loads_merged(workplace: Path) -> None:
     assert names and not any("lm_head" in name or "embed" in name for name in names)
     model, head, tokenizer, info = load_base(out)
     assert head is not None and info.kind == "lora"
+    told = json.loads((out / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == info.base_model, "a place on the machine that trained it"
     untouched = AutoModelForCausalLM.from_pretrained(workplace / "base")
     ids = torch.tensor([tokenizer.encode("3 + 10 = ")])
     assert (model(ids).logits - untouched(ids).logits).abs().max() > 1e-3

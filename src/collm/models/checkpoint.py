@@ -143,6 +143,9 @@ def save_checkpoint(
             options = {} if state_dict is None else {"state_dict": state_dict}
             if info.kind == "lora":
                 options["save_embedding_layers"] = False  # type: ignore[assignment]
+                for adapter in model.peft_config.values():  # type: ignore[operator]
+                    # Else PEFT names the place where the base lay on this machine.
+                    adapter.base_model_name_or_path = info.base_model
             model.save_pretrained(folder, **options)  # type: ignore[operator]
         if tokenizer is not None and info.kind == "full":
             tokenizer.save_pretrained(folder)
