@@ -585,6 +585,22 @@ def test_other_weights_are_a_warning(pair: str) -> None:
 TASK = ["--task", "word_problems", "--data", "data.jsonl", "--limit", 6, "--batch-size", 3]
 
 
+def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
+    for name, more in (("joint", []), ("alone", ["--alone", "base"])):
+        done = collm("eval", pair, *TASK, *TOGETHER, *more, "--name", name, "--out", tmp_path / f"{name}.jsonl")
+        assert done.exit_code == 0, done.output
+    files = [tmp_path / "alone.json", tmp_path / "joint.json"]
+    shown = collm("compare", *files)
+    assert "joint against alone" in shown.stdout and "McNemar" in shown.stdout and "6 questions" in shown.stdout
+    [row] = json.loads(collm("compare", *files, "--against", "joint", "--json").stdout)
+    assert (row["first"], row["second"], row["num_examples"]) == ("joint", "alone", 6)
+    refused(collm("compare", *files, "--against", "jont"), "jont", "joint", code=2)
+    refused(collm("compare", files[0], tmp_path / "joint.jsonl"), "not the result of an evaluation")
+    other = collm("eval", pair, *TASK, "--limit", "5", *TOGETHER, "--name", "few", "--out", tmp_path / "few.jsonl")
+    assert other.exit_code == 0
+    refused(collm("compare", files[0], tmp_path / "few.json"), "different examples")
+
+
 def test_eval_resumes(pair: str, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     command = ["eval", pair, *TOGETHER, *TASK, "--threshold", "0"]

@@ -9,6 +9,7 @@ import click
 from collm import __version__
 from collm.cli.bench import bench
 from collm.cli.calibrate import calibrate
+from collm.cli.compare import compare
 from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
 from collm.cli.generate import generate
@@ -43,5 +44,5 @@ def main() -> None:
     """
 
 
-for command in (score, train, calibrate, generate, evaluate, trace, bench, demo):
+for command in (score, train, calibrate, generate, evaluate, compare, trace, bench, demo):
     main.add_command(command)
