@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
 from collm.gate import log_gate
-from collm.models import kv_pool
+from collm.models import kv_pool, narrow
 from collm.models.attention import Row
 from collm.models.backbone import causal_lm, hidden_states, project
 from collm.models.head import DeferralHead
@@ -84,6 +84,7 @@ class LocalModel:
                 stacklevel=2,
             )
             cache = False
+        narrow.prepare(lm)
         self._cache = PrefixCache(kv_pool.KVPool(lm), num_slots, max_cache_tokens) if cache else None
         self.on_pass = on_pass
 
@@ -124,11 +125,12 @@ class LocalModel:
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
         faults = [self._too_long(query) for query in queries]
-        served = iter(self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None]))
-        return [
-            next(served) if fault is None else [fault] * query.num_last
-            for query, fault in zip(queries, faults, strict=True)
-        ]
+        served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
+        with narrow.narrow_products():
+            return [
+                next(served) if fault is None else [fault] * query.num_last
+                for query, fault in zip(queries, faults, strict=True)
+            ]
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Answer]]:
         if self._cache is None:
