@@ -21,7 +21,8 @@ def model_card(info: CheckpointInfo) -> str:
     weights = {a.name: f" (weights {a.weights_fingerprint})" if a.weights_fingerprint else "" for a in info.assistants}
     names = ", ".join(name + of for name, of in weights.items()) or "none"
     lines = ["---", "library_name: collm", "pipeline_tag: text-generation"]
-    if info.base_model is not None and not Path(info.base_model).exists() and info.base_model.count("/") == 1:
+    hub_id = info.base_model is not None and info.base_model.count("/") == 1 and ":" not in info.base_model
+    if hub_id and not Path(str(info.base_model)).exists():
         lines += [f"base_model: {info.base_model}"]
     lines += ["tags: [collm, collaborative-decoding]", "---", "", "# A base that writes together with assistants", ""]
     lines += [
