@@ -317,7 +317,7 @@ def test_the_base_is_asked_for_all_texts_at_once() -> None:
     models = fakes(2)
     params = SamplingParams(max_tokens=10)
     flows = [start("threshold", models, params, (n, n + 1)) for n in range(8)]
-    steps = [event for _, event in run(flows, models, 8) if isinstance(event, Step)]
+    steps = [event for _, event in run(flows, models, 8, patience=0) if isinstance(event, Step)]
     assert models[BASE].calls == 10
     assert 0 < sum(step.deferred for step in steps) < 80
     assert models[1].calls <= 10 and models[2].calls <= 10

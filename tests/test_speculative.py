@@ -340,3 +340,42 @@ def test_a_law_on_another_device_dtype_is_compared_by_token_only() -> None:
     half = [models[0], Half("a1", V)]
     _, finished = texts(half, SamplingParams(max_tokens=8), Always(), FixedPace(4))
     assert finished.usage.forward_passes == (8, 2)
+
+
+def clocked(
+    clock: list[float], rates: Sequence[float], patience: float, tokens: int = 48
+) -> tuple[float, dict[int, float], list[list[int]]]:
+    """Seconds of a batch whose texts defer at these rates to a dear assistant; when each ended; what they wrote."""
+    clock[0] = 0.0
+    base, assistant = fakes(1, agreement=0.5)
+    models: Any = [Clocked(base, clock, 1.0, 0.01), Clocked(assistant, clock, 8.0, 0.1)]
+    flows = [
+        speculative(
+            [(n % V, n // V)] * 2,
+            SamplingParams(max_tokens=tokens, seed=n),
+            Random(rate, 1),
+            [frozenset()] * 2,
+            FixedPace(),
+        )
+        for n, rate in enumerate(rates)
+    ]
+    ended: dict[int, float] = {}
+    written: list[list[int]] = [[] for _ in rates]
+    for number, event in run(flows, models, len(rates), patience=patience):
+        if isinstance(event, Step):
+            written[number].append(event.token_id)
+        else:
+            ended[number] = clock[0]
+    return clock[0], ended, written
+
+
+def test_texts_wait_for_one_another_at_a_dear_assistant(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("collm.decoding.run.time.perf_counter", lambda: clock[0])
+    at_once, _, expected = clocked(clock, [0.3] * 16, 0)
+    gathered, _, written = clocked(clock, [0.3] * 16, 1)
+    assert written == expected and gathered < 0.75 * at_once
+    # One text that defers, among others that never do, is not left waiting for them.
+    _, impatient, _ = clocked(clock, [0.3, *[0.0] * 15], 0, tokens=200)
+    _, patient, _ = clocked(clock, [0.3, *[0.0] * 15], 1, tokens=200)
+    assert patient[0] < 2.1 * impatient[0]

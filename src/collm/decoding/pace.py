@@ -79,7 +79,7 @@ class PassCosts:
 
     def observe(self, rows: int, tokens: int, seconds: float) -> None:
         if self.seen >= 5:
-            seconds = min(seconds, 3 * self._at(tokens))  # a hiccup of the machine, not a cost
+            seconds = min(seconds, 3 * self.pass_seconds(tokens))  # a hiccup of the machine, not a cost
         self.seen += 1
         self._weight = 1 + self.FORGETTING * self._weight
         share = 1 / self._weight
@@ -94,12 +94,13 @@ class PassCosts:
     def slope(self) -> float:
         return max(0.0, (self._covariance + self.PRIOR_SLOPE * self._seconds) / (self._variance + 1))
 
-    def _at(self, tokens: float) -> float:
+    def pass_seconds(self, tokens: float) -> float:
+        """Of a pass over so many tokens, of all its rows together."""
         return max(self._seconds + self.slope * (tokens - self._tokens), 0.1 * self._seconds)
 
     def block(self, tokens: float) -> float:
         """One row's share of a pass in which every row brings so many tokens."""
-        return self._at(tokens * self.rows) / self.rows
+        return self.pass_seconds(tokens * self.rows) / self.rows
 
 
 @dataclass(slots=True)

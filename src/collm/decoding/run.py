@@ -40,6 +40,7 @@ class _Running:
     started: float
     num_models: int
     queries: Queries = ()
+    asked: float = 0.0
     replies: list[list[Answer] | None] = field(default_factory=list)
     forward_passes: list[int] = field(default_factory=list)
     tokens_by_author: list[int] = field(default_factory=list)
@@ -64,7 +65,7 @@ class _Running:
                 yield self.number, self.finished("error", str(failure))
                 return
             if not isinstance(event, Step):
-                self.queries, self.replies = event, [None] * len(event)
+                self.queries, self.replies, self.asked = event, [None] * len(event), time.perf_counter()
                 return
             to_send = None
             self._count(event)
@@ -105,6 +106,8 @@ class Engine:
         fits: whether texts of these lengths can be held by the models' caches at the same time; a flow waits until
             it fits beside those that run.
         experience: where pass costs are noted, for the pace of speculation.
+        patience: how long a text that waits for an assistant may be kept waiting for others to join it, in passes of
+            that assistant; see `_turn`. 0 serves assistants at once.
     """
 
     def __init__(
@@ -114,8 +117,9 @@ class Engine:
         *,
         fits: Callable[[Sequence[Lengths]], bool] | None = None,
         experience: Experience | None = None,
+        patience: float = 1.0,
     ) -> None:
-        self._models, self._batch_size = tuple(models), batch_size
+        self._models, self._batch_size, self._patience = tuple(models), batch_size, patience
         self._fits = fits or (lambda lengths: True)
         self._experience = experience or Experience()
         self._waiting: deque[tuple[int, Flow, Lengths]] = deque()
@@ -152,15 +156,42 @@ class Engine:
         return None
 
     def step(self) -> Iterator[Event]:
-        """One round. Texts that wait for an assistant come first, so that the base always sees the whole batch."""
+        """One round."""
         yield from self._admit()
-        deferred = [item for item in self._running if item.wants_assistants_only]
-        batch = deferred or list(self._running)
+        batch = self._turn()
         self._serve(batch)
         for item in batch:
             if item in self._running:  # nobody has cancelled it meanwhile
                 yield from item.advance([reply for reply in item.replies if reply is not None])
         self._running = [item for item in self._running if item.queries]
+
+    def _turn(self) -> list[_Running]:
+        """Whose turn it is: texts that wait for an assistant, or else all that want the base.
+
+        A dear pass that serves one text costs about as much as one that serves all. So an assistant is asked once
+        the texts that wait for it have together waited as long as its pass would delay those that want the base, or
+        once the first of them has waited for the time of `patience` passes (as in the ski-rental problem, that costs it
+        at most twice the time); and at once where it is no dearer than the base, or nobody wants the base.
+        """
+        wanting = [item for item in self._running if not item.wants_assistants_only]
+        waiting = [item for item in self._running if item.wants_assistants_only]
+        if not wanting or not self._patience:
+            return waiting or wanting
+        now = time.perf_counter()
+        for model in sorted({query.model for item in waiting for query in item.queries}):
+            texts = [item for item in waiting if any(query.model == model for query in item.queries)]
+            pass_seconds = self._dear(model, sum(query.num_last for item in texts for query in item.queries))
+            waited = [now - item.asked for item in texts]
+            if sum(waited) >= len(wanting) * pass_seconds or max(waited) >= self._patience * pass_seconds:
+                return texts
+        return wanting
+
+    def _dear(self, model: int, tokens: int) -> float:
+        """Seconds of an assistant's pass if that is known to be dearer than one of the base, else 0."""
+        if not self._experience.knows(model):
+            return 0.0
+        seconds = self._experience.costs[model].pass_seconds(tokens)
+        return seconds if seconds > 1.5 * self._experience.costs[BASE].pass_seconds(1) else 0.0
 
     def _admit(self) -> Iterator[Event]:
         while self._waiting and len(self._running) < self._batch_size:
@@ -218,9 +249,10 @@ def run(
     *,
     fits: Callable[[Sequence[Lengths]], bool] | None = None,
     experience: Experience | None = None,
+    patience: float = 1.0,
 ) -> Iterator[Event]:
     """Drive flows to their ends, at most `batch_size` at a time; they are drawn from `flows` as there is room."""
-    engine = Engine(models, batch_size, fits=fits, experience=experience)
+    engine = Engine(models, batch_size, fits=fits, experience=experience, patience=patience)
     waiting = iter(flows)
     while True:
         for flow in islice(waiting, engine.num_free):
