@@ -231,7 +231,11 @@ class LocalModel:
     def _predictions(self, hidden: Tensor) -> list[Prediction | None]:
         """One for each hidden state `[N, H]`; None where it is not a number. What the host needs comes in one piece."""
         logits = project(self._lm, hidden)[:, : self._vocab_size]
-        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        if logits.dtype == torch.float32 and logits.is_contiguous():
+            # In place: for a batch, fresh memory of this size costs many times what is computed in it.
+            log_probs = torch.log_softmax(logits, dim=-1, out=logits)
+        else:
+            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         if self._known_tokens < self._vocab_size:
             log_probs = F.pad(log_probs, (0, self._vocab_size - self._known_tokens), value=-torch.inf)
         # One NaN makes its whole row NaN, in the gate's softmax, too. Float32 holds token ids exactly (up to 2**24).
