@@ -3,6 +3,7 @@
 A *spec* is a string:
 
 - a folder or a hub id with a Hugging Face model in it;
+- a folder with a PEFT adapter, which names the spec of its base model;
 - `FILE.gguf`, dequantised on loading (its metadata bring the tokenizer);
 - `pkg:PACKAGE/FILE.gguf`, a file inside an installed Python package (found, not imported);
 - the name of a tool: `calculator`.
@@ -13,11 +14,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
@@ -56,7 +59,7 @@ def _locate(spec: str) -> tuple[str, dict[str, str]]:
     return spec, {}
 
 
-def _refuse_pickle(name: str) -> None:
+def refuse_pickle(name: str) -> None:
     """A folder whose only weights are pickled is refused with its own message: unpickling can run any code."""
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
@@ -69,6 +72,30 @@ def _refuse_pickle(name: str) -> None:
         )
 
 
+def adapter_config(spec: str) -> dict[str, Any] | None:
+    """What a folder with a PEFT adapter says about it; None for any other spec.
+
+    Raises:
+        CollmError: it does not name its base model.
+    """
+    path = Path(spec) / "adapter_config.json"
+    if is_tool(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text())
+    if not config.get("base_model_name_or_path"):
+        raise CollmError(f"{path} does not name its base model (base_model_name_or_path)")
+    return config
+
+
+def _load_adapter(spec: str, base: str, dtype: str, device: str) -> PreTrainedModel:
+    """A base model with one adapter in its layers, not merged."""
+    from peft import PeftModel
+
+    model = load_model(base, dtype=dtype, device=device)
+    PeftModel.from_pretrained(model, spec, autocast_adapter_dtype=False).eval()
+    return model
+
+
 def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """The causal language model of a spec, in evaluation mode.
 
@@ -79,7 +106,10 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
         raise CollmError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     _check_device(device)
     name, where = _locate(spec)
-    _refuse_pickle(name)
+    refuse_pickle(name)
+    adapter = adapter_config(spec)
+    if adapter is not None:
+        return _load_adapter(spec, adapter["base_model_name_or_path"], dtype, device)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=DTYPES[dtype], use_safetensors=None if where else True, trust_remote_code=False, **where
@@ -122,6 +152,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     Raises:
         CollmError: no such tokenizer.
     """
+    adapter = adapter_config(spec)
+    if adapter is not None and not (Path(spec) / "tokenizer_config.json").is_file():
+        return load_tokenizer(adapter["base_model_name_or_path"])
     name, where = _locate(spec)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
@@ -132,7 +165,8 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 
 def load_context_length(spec: str) -> int | None:
     """The longest sequence a model was made for, from its configuration alone."""
-    name, where = _locate(spec)
+    adapter = adapter_config(spec)
+    name, where = _locate(spec if adapter is None else adapter["base_model_name_or_path"])
     value = getattr(AutoConfig.from_pretrained(name, **where), "max_position_embeddings", None)
     return int(value) if value is not None else None
 
@@ -154,8 +188,12 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     Values are rounded to bfloat16, so that the same weights held in float32 or bfloat16 agree.
     """
+    return named_fingerprint(model.named_parameters())
+
+
+def named_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in sorted(parameters, key=lambda pair: pair[0]):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // SAMPLED_VALUES)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -43,6 +43,7 @@ class LocalModel:
         max_cache_tokens: bounds the memory of the caches: slots times positions, `cache_bytes` at most that many times
             what one token takes. None: `num_slots` texts of any length.
         on_pass: called after every forward pass.
+        activate: called before `model` is used, if it is several models by turns (`adapters.Variant.activate`).
 
     Raises:
         CollmError: the tokenizer has more ordinary tokens than the model.
@@ -60,6 +61,7 @@ class LocalModel:
         num_slots: int = 16,
         max_cache_tokens: int | None = None,
         on_pass: Callable[[ForwardPass], None] | None = None,
+        activate: Callable[[], None] | None = None,
     ) -> None:
         if max_cache_tokens is not None and max_cache_tokens < 1:
             raise ValueError(f"max_cache_tokens must be at least 1, not {max_cache_tokens}")
@@ -87,6 +89,7 @@ class LocalModel:
         narrow.prepare(lm)
         self._cache = PrefixCache(kv_pool.KVPool(lm), num_slots, max_cache_tokens) if cache else None
         self.on_pass = on_pass
+        self._activate = activate
 
     @property
     def name(self) -> str:
@@ -126,6 +129,8 @@ class LocalModel:
         """
         faults = [self._too_long(query) for query in queries]
         served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
+        if self._activate is not None:
+            self._activate()
         with narrow.narrow_products():
             return [
                 next(served) if fault is None else [fault] * query.num_last

@@ -1,0 +1,143 @@
+"""Several models from one set of weights: a base, and LoRA adapters of it that are switched on and off.
+
+A pair whose assistants are adapters of its base then takes the memory of one model. What is given back for each
+spec is a `Variant`: the shared transformers model, and `activate`, which makes it this variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from collm.models.loading import adapter_config, load_model, named_fingerprint, refuse_pickle, weights_fingerprint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+class Weights:
+    """A base model with any number of adapters in its layers, at most one of them active."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.fingerprint = weights_fingerprint(model)
+        self.adapters: list[str] = []
+        self._peft: PeftModel | None = None
+        self._layers: list[BaseTunerLayer] = []
+        self._active: str | None = None
+
+    def add(self, folder: str) -> str:
+        """Put the adapter of a folder into the layers; returns the name it has there. It is not active."""
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        refuse_pickle(folder)
+        name = f"shared_{len(self.adapters)}"
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(self.model, folder, name, autocast_adapter_dtype=False)
+        else:
+            self._peft.load_adapter(folder, name, autocast_adapter_dtype=False)
+        self._peft.eval()
+        self.adapters.append(name)
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._active = name
+        self.activate(None)
+        return name
+
+    def activate(self, name: str | None) -> None:
+        """None is the base itself."""
+        if name == self._active:
+            return
+        active = [] if name is None else [name]
+        for layer in self._layers:
+            # `set_adapter` and `enable_adapters` also go through every parameter: 35 ms for 30 layers, at each turn.
+            layer._active_adapter = active
+        self._active = name
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One of the models that a set of weights holds; None is the base."""
+
+    weights: Weights
+    adapter: str | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.weights.model
+
+    def activate(self) -> None:
+        self.weights.activate(self.adapter)
+
+    def fingerprint(self) -> str:
+        """`weights_fingerprint` of this variant, as if it had been loaded by itself."""
+        return self.weights.fingerprint if self.adapter is None else named_fingerprint(self._own_parameters())
+
+    def _own_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters under the names that PEFT gives them where there is this adapter alone."""
+        named = [(name.split("."), tensor) for name, tensor in self.model.named_parameters()]
+        wrapped = {tuple(parts[: parts.index(self.adapter) - 1]) for parts, _ in named if self.adapter in parts}
+        for parts, tensor in named:
+            if self.adapter in parts:
+                parts = ["default" if part == self.adapter else part for part in parts]
+            elif set(parts) & set(self.weights.adapters):
+                continue  # another adapter's
+            elif "base_layer" in parts and tuple(parts[: parts.index("base_layer")]) not in wrapped:
+                parts = [part for part in parts if part != "base_layer"]
+            yield ".".join(parts), tensor
+
+
+class ModelStore:
+    """Models by spec, each set of weights in memory once for every dtype and device.
+
+    Adapters that change more than their own matrices (biases, the output head, new tokens) are loaded by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[str, str, str], Weights] = {}
+        self._variants: dict[tuple[str, str, str], Variant] = {}
+
+    def put(self, spec: str, model: PreTrainedModel, *, dtype: str = "float32", device: str = "cpu") -> Variant:
+        """A model that has been loaded already; adapters are put into it."""
+        self._loaded[spec, dtype, device] = Weights(model)
+        return Variant(self._loaded[spec, dtype, device])
+
+    def load(self, spec: str, *, dtype: str = "float32", device: str = "cpu") -> Variant:
+        """The model of a spec; as `load_model`, but for what is in memory already."""
+        key = (spec, dtype, device)
+        if key not in self._variants:
+            config = adapter_config(spec)
+            if config is None or not _is_pure(config):
+                self._variants[key] = Variant(self._weights(spec, dtype, device))
+            else:
+                weights = self._weights(str(config["base_model_name_or_path"]), dtype, device)
+                self._variants[key] = Variant(weights, weights.add(str(Path(spec))))
+        return self._variants[key]
+
+    def _weights(self, spec: str, dtype: str, device: str) -> Weights:
+        """By name, else by fingerprint: one model may lie in two places."""
+        key = (spec, dtype, device)
+        if key not in self._loaded:
+            found = Weights(load_model(spec, dtype=dtype, device=device))
+            same = [
+                weights
+                for (_, *placed), weights in self._loaded.items()
+                if placed == [dtype, device] and weights.fingerprint == found.fingerprint
+            ]
+            self._loaded[key] = same[0] if same else found
+        return self._loaded[key]
+
+
+def _is_pure(config: dict[str, object]) -> bool:
+    changes_more = ("modules_to_save", "trainable_token_indices")
+    return (
+        config.get("peft_type") == "LORA"
+        and config.get("bias", "none") == "none"
+        and not any(config.get(name) for name in changes_more)
+    )

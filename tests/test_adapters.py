@@ -1,0 +1,111 @@
+"""Adapters of one base share its weights, and answer as if they had been loaded by themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_local import close, tiny
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from collm.errors import CollmError
+from collm.models.adapters import ModelStore, Variant
+from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
+from collm.models.local import LocalModel
+from collm.types import Query
+
+QUERIES = [Query(0, tuple(range(3, 20)), 2), Query(0, (5, 6, 7))]
+
+
+def save_adapter(base: str, folder: Path, seed: int, **settings: Any) -> str:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, init_lora_weights=False, **{"target_modules": ["q_proj", "v_proj"], **settings})
+    model = get_peft_model(load_model(base), config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("adapters")
+    network: PreTrainedModel = tiny("llama", vocab_size=320)
+    for name in ("base", "copy"):
+        network.save_pretrained(folder / name)
+        tiny_tokenizer.save_pretrained(folder / name)
+    base = str(folder / "base")
+    return {
+        "base": base,
+        "one": save_adapter(base, folder / "one", 1),
+        "two": save_adapter(base, folder / "two", 2, target_modules=["q_proj", "up_proj"]),
+        "elsewhere": save_adapter(str(folder / "copy"), folder / "elsewhere", 3),
+        "head": save_adapter(base, folder / "head", 4, modules_to_save=["lm_head"]),
+    }
+
+
+def local(variant: Variant, tokenizer: PreTrainedTokenizerFast) -> LocalModel:
+    return LocalModel(variant.model, tokenizer, activate=variant.activate)
+
+
+def test_shared_weights_answer_as_separate_ones(specs: dict[str, str], tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    store = ModelStore()
+    names = ["base", "one", "two", "elsewhere"]
+    variants = {name: store.load(specs[name]) for name in names}
+    alone = {name: load_model(specs[name]) for name in names}
+    models = {name: local(variant, tiny_tokenizer) for name, variant in variants.items()}
+    expected = {name: LocalModel(alone[name], tiny_tokenizer, cache=False).predict(QUERIES) for name in names}
+    for name in [*names, *reversed(names)]:  # by turns, as a pair does
+        for found, right in zip(models[name].predict(QUERIES), expected[name], strict=True):
+            assert all(close(a, b) for a, b in zip(found, right, strict=True))
+    for i, name in enumerate(names):
+        assert not any(close(expected[name][0][0], expected[other][0][0]) for other in names[:i])
+
+
+def test_there_is_one_set_of_base_weights(specs: dict[str, str]) -> None:
+    store = ModelStore()
+    names = ["base", "one", "two", "elsewhere"]
+    variants = [store.load(specs[name]) for name in names]
+    assert len({id(variant.model) for variant in variants}) == 1
+    places = {variant.model.get_input_embeddings().weight.data_ptr() for variant in variants}
+    own = sum(t.numel() for n, t in variants[0].model.named_parameters() if "lora_" not in n)
+    assert len(places) == 1 and own == load_model(specs["base"]).num_parameters()
+    for name, variant in zip(names, variants, strict=True):
+        assert variant.fingerprint() == weights_fingerprint(load_model(specs[name]))
+    assert store.load(specs["one"]) is variants[1]
+    assert store.load(specs["one"], dtype="bfloat16").model is not variants[1].model
+
+
+def test_a_base_that_is_there_already_takes_the_adapters(
+    specs: dict[str, str], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    store, network = ModelStore(), load_model(specs["base"])
+    expected = LocalModel(network, tiny_tokenizer, cache=False).predict(QUERIES)
+    base = store.put("somewhere", network)  # found by its weights, not by its name
+    assistant = store.load(specs["one"])
+    assert assistant.model is network
+    local(assistant, tiny_tokenizer).predict(QUERIES)
+    found = local(base, tiny_tokenizer).predict(QUERIES)
+    assert all(close(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_an_adapter_that_changes_more_is_loaded_by_itself(specs: dict[str, str]) -> None:
+    store = ModelStore()
+    base, other = store.load(specs["base"]), store.load(specs["head"])
+    assert other.model is not base.model and other.adapter is None
+
+
+def test_an_adapter_needs_no_tokenizer_of_its_own(specs: dict[str, str], tmp_path: Path) -> None:
+    assert load_tokenizer(specs["one"]).get_vocab() == load_tokenizer(specs["base"]).get_vocab()
+    assert load_context_length(specs["one"]) == 256
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(CollmError, match="does not name its base model"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": specs["base"]})
+    )
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(CollmError, match="pickled"):
+        ModelStore().load(str(tmp_path))
