@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from test_local import close, tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import CollmError
+from collm.llm import CollaborativeLM
 from collm.models.adapters import ModelStore, Variant
 from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
 from collm.models.local import LocalModel
-from collm.types import Query
+from collm.types import Query, SamplingParams
 
 QUERIES = [Query(0, tuple(range(3, 20)), 2), Query(0, (5, 6, 7))]
 
@@ -109,3 +111,17 @@ def test_an_adapter_needs_no_tokenizer_of_its_own(specs: dict[str, str], tmp_pat
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CollmError, match="pickled"):
         ModelStore().load(str(tmp_path))
+
+
+def test_a_pair_of_adapters_takes_the_memory_of_one_model(specs: dict[str, str]) -> None:
+    llm = CollaborativeLM.from_pretrained(specs["base"], [f"one={specs['one']}", f"two={specs['two']}"])
+    params = SamplingParams(max_tokens=12, deferral="random", deferral_rate=0.6)
+    apart = CollaborativeLM.from_pretrained(
+        specs["base"],
+        [LocalModel(load_model(specs[name]), llm.tokenizer, name=name) for name in ("one", "two")],
+    )
+    for seed in range(4):
+        found, expected = (each.generate("abc", replace(params, seed=seed)) for each in (llm, apart))
+        assert found.token_ids == expected.token_ids and {1, 2} & {step.author for step in found.steps}
+    networks = [model.model for model in llm.models if isinstance(model, LocalModel)]
+    assert len(networks) == 3 and len({id(network) for network in networks}) == 1

@@ -9,8 +9,9 @@ from urllib.parse import parse_qsl
 
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
+from collm.models.adapters import ModelStore
 from collm.models.checkpoint import AssistantInfo, warn_of_other_weights
-from collm.models.loading import is_tool, load_model, load_tokenizer
+from collm.models.loading import is_tool, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
@@ -29,6 +30,7 @@ def load_assistants(
     device: str = "cpu",
     cache: bool = True,
     max_cache_tokens: int | None = None,
+    store: ModelStore | None = None,
 ) -> list[tuple[LanguageModel, Formatter]]:
     """The assistants in the order of the gate, each with its prompt format.
 
@@ -36,6 +38,7 @@ def load_assistants(
         given: specs; `SPEC?dtype=bfloat16&device=cuda:1` loads one otherwise than the rest.
         trained: those of the checkpoint; none for a plain model, which takes whatever is given.
         base: the base's formatter; tools and models of one's own see the prompt as the base does.
+        store: what is in memory already; adapters of one model share its weights.
 
     Raises:
         CollmError: one is missing, one too many, two have one name, or a tokenizer differs from the base's.
@@ -47,8 +50,8 @@ def load_assistants(
     names = [info.name for info in infos]
     if len(set(names)) < len(names):
         raise CollmError(f"two assistants have one name ({', '.join(names)}); name them as NAME=SPEC")
-    placement = Placement(dtype, device, cache, max_cache_tokens)
-    return [_load(s, info, base, placement) for s, info in zip(sources, infos, strict=True)]
+    placement, store = Placement(dtype, device, cache, max_cache_tokens), store or ModelStore()
+    return [_load(s, info, base, placement, store) for s, info in zip(sources, infos, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def _default_name(source: AssistantSource) -> str:
 
 
 def _load(
-    source: AssistantSource, info: AssistantInfo, base: Formatter, placement: Placement
+    source: AssistantSource, info: AssistantInfo, base: Formatter, placement: Placement, store: ModelStore
 ) -> tuple[LanguageModel, Formatter]:
     if not isinstance(source, str):
         return source, base
@@ -140,18 +143,19 @@ def _load(
         return make_tool(source, base.tokenizer, info.name), base
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
-    weights = load_model(source, dtype=placed.dtype, device=placed.device)
+    variant = store.load(source, dtype=placed.dtype, device=placed.device)
     warn_of_other_weights(
-        weights,
+        variant.fingerprint(),
         info.weights_fingerprint,
         f"{source} does not hold the weights that the gate was trained with as assistant {info.name!r}",
     )
     model = LocalModel(
-        weights,
+        variant.model,
         tokenizer,
         name=info.name,
         vocab_size=shared_vocab_size(base.tokenizer),
         cache=placed.cache,
         max_cache_tokens=placed.max_cache_tokens,
+        activate=variant.activate,
     )
     return model, Formatter(tokenizer, PromptFormat(**info.format))

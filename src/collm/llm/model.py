@@ -19,8 +19,10 @@ from collm.decoding.text import Detokenizer, TextStream, stopping
 from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
 from collm.llm.deferral import make_policy, require_gate
+from collm.models.adapters import ModelStore
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
+from collm.models.loading import adapter_config
 from collm.models.local import LocalModel
 from collm.types import BASE, Generation, LanguageModel, Message, SamplingParams, Step
 
@@ -111,10 +113,18 @@ class CollaborativeLM:
         model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
         formatter = Formatter(tokenizer, PromptFormat(**info.base_format))
         own: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
-        found = load_assistants(assistants, info.assistants, formatter, dtype=dtype, device=device, **own)
+        store = ModelStore()
+        # What the base was before training, if it still is that: assistants that are adapters of it share its weights.
+        untrained = {"gate": base or info.base_model, "full": None if head else str(path)}.get(info.kind)
+        shared = None
+        if untrained is not None and adapter_config(untrained) is None:
+            shared = store.put(untrained, model, dtype=dtype, device=device)
+        found = load_assistants(assistants, info.assistants, formatter, store=store, dtype=dtype, device=device, **own)
         if head is not None and head.num_assistants != len(found):
             raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
-        local = LocalModel(model, tokenizer, head, name="base", **own)
+        local = LocalModel(
+            model, tokenizer, head, name="base", activate=None if shared is None else shared.activate, **own
+        )
         models, formatters = [m for m, _ in found], [f for _, f in found]
         return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None, path=Path(path))
 

@@ -108,9 +108,9 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
         raise CollmError(f"{path} is damaged: {error}") from error
 
 
-def warn_of_other_weights(model: nn.Module, trained: str | None, what: str) -> None:
-    """Warn if the weights are not those of the fingerprint `trained` (None: unknown)."""
-    if trained is not None and weights_fingerprint(model) != trained:
+def warn_of_other_weights(found: str, trained: str | None, what: str) -> None:
+    """Warn if the weights' fingerprint `found` is not that of training (None: unknown)."""
+    if trained is not None and found != trained:
         warnings.warn(
             f"{what} (another quantisation or version?); deferral rates and quality may differ: "
             "run collm calibrate again",
@@ -182,7 +182,9 @@ def load_base(
     model = load_model(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(spec)
     warn_of_other_weights(
-        model, info.base_fingerprint, f"{spec} does not hold the weights that {path} was trained with"
+        weights_fingerprint(model),
+        info.base_fingerprint,
+        f"{spec} does not hold the weights that {path} was trained with",
     )
     if info.kind == "lora":
         from peft import PeftModel
