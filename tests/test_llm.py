@@ -425,3 +425,42 @@ def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFa
     assert held.cache_bytes < unbounded.cache_bytes
     with pytest.raises(CollmError, match="max_cache_tokens; raise it to at least 75, or lower max_tokens"):
         tight.generate("a" * 60, params)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("", "empty"),
+        ([], "a text or a list of messages"),
+        (None, "not None"),
+        (3, "type int"),
+        (["one", "two"], "generate_batch"),
+        ([[{"role": "user", "content": "hi"}]], "generate_batch"),
+        ([{"role": "u", "content": "hi"}], "roles are"),
+        ([{"role": "user"}], "None as content"),
+        ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "only text"),
+        ([3], "message 1"),
+    ],
+)
+def test_prompts_of_another_shape_are_refused(prompt: Any, told: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = pair(tiny_tokenizer)
+    with pytest.raises(CollmError, match=told):
+        llm.generate(prompt)
+    with pytest.raises(CollmError, match="list of prompts"):
+        llm.generate_batch("one prompt")
+
+
+def test_a_rate_that_is_never_reached_asks_everywhere() -> None:
+    """A tool abstains at most places: its highest rate is what asking always gives."""
+
+    def row(target: float, achieved: float, odds: float) -> CalibrationRow:
+        return CalibrationRow(
+            target_rate=target, achieved_rate=achieved, threshold=0.5, log_odds=odds, metric_value=0.5
+        )
+
+    rows = [row(0, 0, math.inf), row(0.1, 0.1, 2.0), row(0.14, 0.14, 0.0), row(1, 0.15, -math.inf)]
+    table = CalibrationTable(task="t", metric="m", seed=0, num_prompts=9, rows=rows, best=2)
+    assert log_odds_for_rate([table], 0.12) == pytest.approx(1.0)
+    assert [log_odds_for_rate([table], rate) for rate in (0.145, 0.2, 0.9)] == [-math.inf] * 3
+    with pytest.raises(CollmError, match="Rates that work"):
+        log_odds_for_rate([table], 0.05)

@@ -6,6 +6,7 @@ with `Prediction` values, and what the user gets back are `Step` and `Generation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,6 +144,11 @@ class SamplingParams:
         # As the OpenAI API: one string is one stop string, not its characters.
         stop: str | Sequence[str] = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        for name in ("max_tokens", "top_k", "seed"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature must be a number, not {self.temperature}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.temperature < 0:

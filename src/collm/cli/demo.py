@@ -7,12 +7,16 @@ from pathlib import Path
 import click
 
 from collm.cli.console import ResumableCommand
-from collm.cli.options import OUTPUT
 
 
 @click.command(cls=ResumableCommand, short_help="The whole method in minutes, without downloads.")
 @click.option(
-    "--out", type=OUTPUT, default="collm-demo", show_default=True, metavar="DIR", help="Where all of it goes."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="collm-demo",
+    show_default=True,
+    metavar="DIR",
+    help="Where all of it goes.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
 def demo(out: Path, seed: int) -> None:

@@ -100,6 +100,8 @@ def _show(generation: Generation, options: dict[str, Any]) -> None:
     elif options["plain"]:
         if not options["stream"]:
             click.echo(generation.text)
+        if not generation.text:
+            click.echo(f"nothing was written: finished by {generation.finish_reason}", err=True)
     elif options["stream"]:
         console = Console(stderr=True)
         console.print(legend(generation.model_names), soft_wrap=True)

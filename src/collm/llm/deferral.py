@@ -10,6 +10,9 @@ from collm.errors import CollmError
 from collm.models.checkpoint import CalibrationRow, CalibrationTable
 from collm.types import SamplingParams
 
+NEAR = 0.03
+"""Rates closer than this to one another are not worth a refusal."""
+
 
 def make_policy(
     params: SamplingParams, num_assistants: int, has_gate: bool, calibration: Sequence[CalibrationTable]
@@ -89,6 +92,10 @@ def log_odds_for_rate(calibration: Sequence[CalibrationTable], rate: float, task
     finite = [row for row in rows if math.isfinite(row.log_odds)]
     below = [row for row in finite if row.target_rate < rate]
     above = [row for row in finite if row.target_rate > rate]
+    always = [row for row in rows if row.log_odds == -math.inf]
+    if below and not above and always and always[-1].achieved_rate <= max(rate, below[-1].achieved_rate + NEAR):
+        # A tool that abstains at most places: no threshold gives more than asking it everywhere does.
+        return -math.inf
     if not below or not above:
         raise CollmError(
             f"deferral_rate {rate:g} lies between calibrated rates of which one has no finite threshold (never or "

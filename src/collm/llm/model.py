@@ -19,15 +19,14 @@ from collm.decoding.text import Detokenizer, TextStream, stopping
 from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
 from collm.llm.deferral import make_policy, require_gate
+from collm.llm.prompt import Prompt, require_prompt
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.loading import adapter_config
 from collm.models.local import LocalModel
-from collm.types import BASE, Generation, LanguageModel, Message, SamplingParams, Step
+from collm.types import BASE, Generation, LanguageModel, SamplingParams, Step
 
-Prompt = Sequence[Message] | str
-"""A conversation, shown through each model's chat template, or a plain text to be continued."""
 GREEDY = SamplingParams()
 
 
@@ -208,6 +207,8 @@ class CollaborativeLM:
         alone: int | str | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """As `generate_batch`, each text with its number as soon as it is finished."""
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise CollmError("generate_batch takes a list of prompts; for a single one there is generate")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise CollmError(
@@ -245,6 +246,7 @@ class CollaborativeLM:
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         """The prompt as each model sees it."""
+        require_prompt(prompt)
         ids = tuple(formatter.prompt(prompt) for formatter in self.formatters)
         for model, own in zip(self.models, ids, strict=True):
             context = _context(model)

@@ -49,7 +49,8 @@ def prepare(model: nn.Module) -> None:
     """Make a model's linear layers capable of both products, where that pays. Its parameters stay as they are."""
     if pays():
         for module in model.modules():
-            if type(module) is nn.Linear:
+            # A quantised weight is a tensor of another type, with products of its own.
+            if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
                 module.__class__ = NarrowLinear
 
 
