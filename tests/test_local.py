@@ -258,6 +258,21 @@ def test_bfloat16_answers_are_float32_and_near(tiny_model: Callable[..., PreTrai
     assert torch.allclose(exact.log_probs, rough.log_probs, atol=0.1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_bfloat16_cached_is_near_recomputed(kind: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Batched and cached, sums are rounded in another order: to 8 bits, in two layers."""
+    network, rng = tiny(kind, initializer_range=0.05).to(torch.bfloat16), random.Random(0)
+    cached, plain = LocalModel(network, tiny_tokenizer), LocalModel(network, tiny_tokenizer, cache=False)
+    texts = [tuple(rng.randrange(320) for _ in range(n)) for n in (3, 20, 21, 60)]
+    for _ in range(4):
+        texts = [(*ids, *(rng.randrange(320) for _ in range(rng.choice([1, 1, 4])))) for ids in texts]
+        queries = [Query(0, ids, 2) for ids in texts]
+        for found, expected in zip(cached.predict(queries), plain.predict(queries), strict=True):
+            for a, b in zip(found, expected, strict=True):
+                assert isinstance(a, Prediction) and isinstance(b, Prediction)
+                assert torch.allclose(a.log_probs, b.log_probs, atol=0.05)
+
+
 def test_reserve_changes_the_number_of_slots(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = LocalModel(tiny("llama"), tiny_tokenizer, num_slots=2)
     queries = [Query(0, (n, 5, 6)) for n in range(4)]

@@ -47,6 +47,16 @@ def test_outside_a_layer_is_what_it_was(on_amd: None, monkeypatch: pytest.Monkey
     assert isinstance(layer, nn.Linear) and list(layer.state_dict()) == ["weight", "bias"]
 
 
+def test_weights_of_another_kind_are_left_alone(on_amd: None) -> None:
+    class Quantised(nn.Parameter):
+        pass
+
+    layer = nn.Linear(24, 40)
+    layer.weight = Quantised(layer.weight.detach())
+    narrow.prepare(layer)
+    assert type(layer) is nn.Linear
+
+
 def test_a_model_answers_alike(on_amd: None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     network = tiny("qwen2")
     queries = [Query(0, tuple(range(3, 3 + n)), min(n, 2)) for n in (1, 5, 9)]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
-from collm.gate import log_gate
 from collm.models import kv_pool, narrow
 from collm.models.attention import Row
-from collm.models.backbone import causal_lm, hidden_states, project
+from collm.models.backbone import causal_lm, hidden_states
 from collm.models.head import DeferralHead
+from collm.models.laws import Laws
 from collm.models.loading import eos_ids
 from collm.models.prefix_cache import Job, PrefixCache, passes, waves
 from collm.models.tokenizers import shared_vocab_size
@@ -71,8 +68,8 @@ class LocalModel:
         self._lm = lm
         self._name = name
         self._eos_token_ids = eos_ids(lm, tokenizer)
-        self._vocab_size = shared_vocab_size(tokenizer) if vocab_size is None else vocab_size
-        self._known_tokens: int = lm.get_output_embeddings().weight.shape[0]
+        self._laws = Laws(lm, head, shared_vocab_size(tokenizer) if vocab_size is None else vocab_size)
+        self._known_tokens = self._laws.known_tokens
         if self._known_tokens < tokenizer.vocab_size:
             raise CollmError(
                 f"{name}: the model knows {self._known_tokens} tokens and the tokenizer {tokenizer.vocab_size}; "
@@ -175,7 +172,7 @@ class LocalModel:
             return [unknown] * query.num_last
         began, length = perf_counter(), len(query.token_ids)
         ids = torch.tensor([query.token_ids], device=self._lm.device)
-        found = self._predictions(hidden_states(self._lm, ids, use_cache=False)[0, -query.num_last :])
+        found = self._laws.of(hidden_states(self._lm, ids, use_cache=False)[0, -query.num_last :])
         self._tell(ForwardPass(1, length, length, length, perf_counter() - began))
         return [self._answer(query, i, prediction) for i, prediction in enumerate(found)]
 
@@ -215,7 +212,7 @@ class LocalModel:
             at += row.width
         try:
             hidden = cache.pool.forward(rows, token_ids)
-            found = iter(self._predictions(hidden if len(wanted) == at else hidden[wanted]) if wanted else ())
+            found = iter(self._laws.of(hidden if len(wanted) == at else hidden[wanted]) if wanted else ())
         except BaseException:
             for job, _ in pieces:
                 cache.clear(job)
@@ -232,27 +229,6 @@ class LocalModel:
     def _tell(self, done: ForwardPass) -> None:
         if self.on_pass is not None:
             self.on_pass(done)
-
-    def _predictions(self, hidden: Tensor) -> list[Prediction | None]:
-        """One for each hidden state `[N, H]`; None where it is not a number. What the host needs comes in one piece."""
-        logits = project(self._lm, hidden)[:, : self._vocab_size]
-        if logits.dtype == torch.float32 and logits.is_contiguous():
-            # In place: for a batch, fresh memory of this size costs many times what is computed in it.
-            log_probs = torch.log_softmax(logits, dim=-1, out=logits)
-        else:
-            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        if self._known_tokens < self._vocab_size:
-            log_probs = F.pad(log_probs, (0, self._vocab_size - self._known_tokens), value=-torch.inf)
-        # One NaN makes its whole row NaN, in the gate's softmax, too. Float32 holds token ids exactly (up to 2**24).
-        told = [log_probs[:, :1], log_probs.argmax(dim=-1, keepdim=True).float()]
-        if self.head is not None:
-            told.append(log_gate(self.head(hidden)))
-        return [
-            None
-            if math.isnan(first) or (gate and math.isnan(gate[0]))
-            else Prediction(row, int(top), tuple(gate) if self.head is not None else None)
-            for row, (first, top, *gate) in zip(log_probs.unbind(), torch.cat(told, dim=1).tolist(), strict=True)
-        ]
 
     def _answer(self, query: Query, i: int, prediction: Prediction | None) -> Answer:
         if prediction is not None:
