@@ -22,7 +22,12 @@ TOLERANCE = 2e-4
 WINDOW = 8
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attn_implementation": "eager",
+    },
     "gemma3_text": {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma": {"head_dim": 8},
     "mistral": {"sliding_window": WINDOW},

@@ -33,6 +33,7 @@ def supports(model: torch.nn.Module) -> bool:
     """Whether the pool is known to give this model the same answers as a pass without cache."""
     lm = causal_lm(model)
     config: Any = lm.config.get_text_config()
+    softcap = getattr(config, "attn_logit_softcapping", None)
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     return (
@@ -40,7 +41,8 @@ def supports(model: torch.nn.Module) -> bool:
         and set(_layer_types(config)) <= {"full_attention", "sliding_attention"}
         and all(each.get("rope_type", "default") in STATIC_ROPE for each in ropes)
         and not getattr(config, "use_bidirectional_attention", False)
-        and lm.config._attn_implementation in ("sdpa", "eager")
+        # The first releases of transformers 5 drop Gemma 2's softcap under sdpa, which they choose by default.
+        and lm.config._attn_implementation in (("eager",) if softcap else ("sdpa", "eager"))
     )
 
 
