@@ -76,8 +76,8 @@ Answer = Prediction | Fault | None
 class ForwardPass:
     """One forward pass of a transformers model, as issued.
 
-    `rows` texts went through it side by side, `width` tokens each (padding included); `tokens` of them were asked
-    for. `length`: positions attended to by the longest row. `seconds`: wall time, predictions on the host included.
+    `rows` texts took part, `width` tokens in the widest of them and `tokens` in all (none is padding). `length`:
+    positions attended to by the longest row. `seconds`: wall time, predictions on the host included.
     """
 
     rows: int
