@@ -145,7 +145,7 @@ def _load(
     require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
     variant = store.load(source, dtype=placed.dtype, device=placed.device)
     warn_of_other_weights(
-        variant.fingerprint(),
+        variant.fingerprint,
         info.weights_fingerprint,
         f"{source} does not hold the weights that the gate was trained with as assistant {info.name!r}",
     )

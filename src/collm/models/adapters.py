@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,15 @@ class Weights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.fingerprint = weights_fingerprint(model)
         self.adapters: list[str] = []
         self._peft: PeftModel | None = None
         self._layers: list[BaseTunerLayer] = []
         self._active: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base. It reads through all weights, so only when somebody asks."""
+        return weights_fingerprint(self.model)
 
     def add(self, folder: str) -> str:
         """Put the adapter of a folder into the layers; returns the name it has there. It is not active."""
@@ -40,6 +45,7 @@ class Weights:
         refuse_pickle(folder)
         name = f"shared_{len(self.adapters)}"
         if self._peft is None:
+            _ = self.fingerprint  # adapters give the parameters other names
             self._peft = PeftModel.from_pretrained(self.model, folder, name, autocast_adapter_dtype=False)
         else:
             self._peft.load_adapter(folder, name, autocast_adapter_dtype=False)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,9 +110,9 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
         raise CollmError(f"{path} is damaged: {error}") from error
 
 
-def warn_of_other_weights(found: str, trained: str | None, what: str) -> None:
-    """Warn if the weights' fingerprint `found` is not that of training (None: unknown)."""
-    if trained is not None and found != trained:
+def warn_of_other_weights(found: Callable[[], str], trained: str | None, what: str) -> None:
+    """Warn if the weights' fingerprint, which takes a while to find, is not that of training (None: unknown)."""
+    if trained is not None and found() != trained:
         warnings.warn(
             f"{what} (another quantisation or version?); deferral rates and quality may differ: "
             "run collm calibrate again",
@@ -182,7 +184,7 @@ def load_base(
     model = load_model(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(spec)
     warn_of_other_weights(
-        weights_fingerprint(model),
+        partial(weights_fingerprint, model),
         info.base_fingerprint,
         f"{spec} does not hold the weights that {path} was trained with",
     )

@@ -26,8 +26,8 @@ class LocalModel:
 
     A query is compared with what the slots of the KV pool hold; only what is not there is computed, and what another
     slot holds of its beginning is copied. So an assistant that has not been asked for a while catches up on the tokens
-    it missed in one pass. Float32 answers agree with
-    those of the twin `cache=False`, which recomputes every query by itself, up to rounding.
+    it missed in one pass. Float32 answers agree with those of the twin `cache=False`, which recomputes every query by
+    itself, up to rounding.
 
     Architectures that the pool is not known to serve rightly are recomputed, with a warning (see `kv_pool.supports`).
 
