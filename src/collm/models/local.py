@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
@@ -233,7 +234,21 @@ class LocalModel:
     def _answer(self, query: Query, i: int, prediction: Prediction | None) -> Answer:
         if prediction is not None:
             return prediction
+        asked = len(query.token_ids) - query.num_last + i
         return Fault(
-            f"{self._name}: the predictions after position {len(query.token_ids) - query.num_last + i} are not numbers "
-            "(NaN); its weights are damaged or overflow in this dtype: try another dtype"
+            f"{self._name}: the predictions after position {asked} are not numbers (NaN{self._since(query, asked)}); "
+            "its weights are damaged or overflow in this dtype: try another dtype"
+        )
+
+    def _since(self, query: Query, asked: int) -> str:
+        """Where it began. Looked for by bisection, for a NaN passes through masks to the positions before it, too; that
+        takes a few passes, which only a fault pays."""
+
+        def bad(position: int) -> bool:
+            ids = torch.tensor([query.token_ids[: position + 1]], device=self._lm.device)
+            return self._laws.of(hidden_states(self._lm, ids, use_cache=False)[0, -1:])[0] is None
+
+        first = bisect_left(range(asked), True, key=bad)
+        return (
+            "" if first == asked else f", as all from position {first} on, where token {query.token_ids[first]} stands"
         )
