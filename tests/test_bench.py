@@ -22,7 +22,7 @@ from collm.bench.ceilings import Ceilings, PassCosts
 from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SPECULATIVE, pair_cell
 from collm.bench.figures import SAME, beyond_passes, facts, figures, of_ceiling
 from collm.bench.paired import Ratio, in_turn
-from collm.bench.pairs import Pair, first_layers, synthetic
+from collm.bench.pairs import Pair, synthetic
 from collm.bench.passes import BarePasses
 from collm.bench.result import BenchResult, Cell, Run
 from collm.bench.run import Plan, bench
@@ -30,7 +30,6 @@ from collm.bench.synthetic import Dial, Shape, find_dial, make_model, make_token
 from collm.bench.systems import Effort
 from collm.cli import main
 from collm.errors import CollmError
-from collm.models.backbone import hidden_states, project
 
 TINY = Shape(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, vocab_size=200)
 EFFORT = Effort(rounds=2, tokens=12, prompt_tokens=5)
@@ -158,21 +157,6 @@ def test_the_dial() -> None:
     assert find_dial(base, dial, 0.6) == pytest.approx(0.6, abs=0.03)
     apart = float((top_tokens(base, ids) == top_tokens(assistant, ids)).float().mean())
     assert apart == pytest.approx(0.6, abs=0.15)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_first_layers(kind: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
-    """The first layer's output under the model's own norm and head."""
-    network = tiny_model(kind)
-    short = first_layers(network, 1)
-    ids = torch.arange(5, 17)[None]
-    with torch.inference_mode():
-        after_first = network.base_model(ids, output_hidden_states=True).hidden_states[1]
-        backbone: Any = network.base_model
-        expected = project(network, backbone.norm(after_first[0]))
-        assert torch.allclose(project(short, hidden_states(short, ids)[0]), expected, atol=1e-5)
-    with pytest.raises(CollmError, match="2 layers"):
-        first_layers(network, 2)
 
 
 def test_bare_passes_are_real_ones(tiny_model: Callable[..., PreTrainedModel]) -> None:

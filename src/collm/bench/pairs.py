@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from collm.bench.synthetic import SHAPES, Dial, Shape, find_dial, make_model, make_tokenizer
 from collm.data.formatting import Formatter
 from collm.decoding.collaborative import TokenIds
-from collm.errors import CollmError
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.head import DeferralHead
 from collm.models.loading import is_tool, load_model, load_tokenizer
 from collm.models.local import LocalModel
+from collm.models.shortened import first_layers
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.types import LanguageModel, Message
@@ -127,21 +126,6 @@ def truncated(spec: str, num_layers: int, *, dtype: str = "float32", device: str
     return _pair(
         truncated_name(spec, num_layers), (short, tokenizer, None), (network, tokenizer), _words(tokenizer), details
     )
-
-
-def first_layers(network: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A copy of a model without the layers from `num_layers` on."""
-    config: Any = copy.deepcopy(network.config)
-    if not 0 < num_layers < config.num_hidden_layers:
-        raise CollmError(f"the model has {config.num_hidden_layers} layers; the base takes from 1 to one less")
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:num_layers]
-    short: PreTrainedModel = type(network)(config).to(network.device, network.dtype)  # type: ignore[arg-type]
-    known = short.state_dict()
-    short.load_state_dict({name: value for name, value in network.state_dict().items() if name in known})
-    short.eval()
-    return short
 
 
 def models(base: str, assistant: str, *, dtype: str = "float32", device: str = "cpu") -> Pair:
