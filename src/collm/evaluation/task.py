@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from types import MappingProxyType
@@ -139,6 +139,12 @@ class Task:
     def score(self, text: str, gold: str) -> float:
         """1 if the answer in `text` is the gold answer, else 0."""
         return float(self.extract(text) == gold)
+
+    def further(
+        self, answers: Sequence[str | None], golds: Sequence[str]
+    ) -> dict[str, tuple[float, tuple[float, float]]]:
+        """The metrics beside the main one: value and 95 % interval of each, by name."""
+        return {}
 
 
 def equations(text: str) -> tuple[int, int]:
