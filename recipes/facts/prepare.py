@@ -1,0 +1,113 @@
+"""Write the study's data: statements of all facts for the expert, questions split by entity for everyone else.
+
+    pip install 'collm[studies]'
+    python recipes/facts/prepare.py --out data/facts
+
+| file | what is in it |
+|---|---|
+| `statements.jsonl` | what the expert reads: every fact of every entity, `--passes` times, many statements a text |
+| `statements_check.jsonl` | statements in the answers' form, to see how far the expert has come |
+| `train.jsonl`, `calibration.jsonl`, `test.jsonl` | questions about different entities, as conversations |
+| `*_shots.jsonl` | the same calibration and test questions behind worked examples from `train`, as plain text |
+
+The expert never sees a question; the base never sees an answer about the entities it is asked about. Answers are
+sentences; the short answer follows `####`. Rows carry `group`, the entity they are about, and `kind`.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from phrases import KINDS, plain, questions, statements
+from world import SPLITS, Group, of_split, world
+
+Row = dict[str, Any]
+
+ASKED_KINDS = {"train": (*KINDS, "hop"), "calibration": KINDS, "test": KINDS}
+"""Kinds of questions asked about each entity of a part; few, lest the base learn the answers instead of the form."""
+STATEMENTS_PER_TEXT = 12
+CHECKED = 200
+SHOTS = 6
+
+
+def statement_rows(groups: Sequence[Group], passes: int, rng: random.Random) -> list[Row]:
+    """All statements, shuffled and strung together, `passes` times."""
+    rows = []
+    for number in range(passes):
+        texts = [text for group in groups for text in statements(group, rng)]
+        rng.shuffle(texts)
+        for start in range(0, len(texts), STATEMENTS_PER_TEXT):
+            text = " ".join(texts[start : start + STATEMENTS_PER_TEXT])
+            rows.append({"id": f"pass-{number}-{start}", "prompt": "", "completion": text})
+    return rows
+
+
+def check_rows(groups: Sequence[Group], rng: random.Random) -> list[Row]:
+    """Some of the statements in the form of the answers, one a row."""
+    texts = [plain(fact) for group in groups for fact in group.facts]
+    return [
+        {"id": f"check-{i}", "prompt": "", "completion": text}
+        for i, text in enumerate(rng.sample(texts, min(CHECKED, len(texts))))
+    ]
+
+
+def question_rows(groups: Iterable[Group], split: str, rng: random.Random) -> list[Row]:
+    rows: list[Row] = []
+    for group in of_split(groups, split):
+        for kind, (asked, answered, short) in questions(group, ASKED_KINDS[split], rng):
+            messages = [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": f"{answered}\n#### {short}"},
+            ]
+            name = f"{split}-{len(rows)}"
+            rows.append({"id": name, "messages": messages, "answer": short, "group": group.name, "kind": kind})
+    return rows
+
+
+def _shot(question: Row, *, answered: bool) -> str:
+    asked, answer = (message["content"] for message in question["messages"])
+    return f"Question: {asked}\nAnswer: {answer}\n\n" if answered else f"Question: {asked}\nAnswer:"
+
+
+def few_shot_rows(asked: Iterable[Row], examples: Sequence[Row]) -> list[Row]:
+    """Questions behind worked examples, as plain text: what does most justice to a model that was taught no form."""
+    shots = "".join(_shot(row, answered=True) for row in examples)
+    return [
+        {"id": row["id"], "prompt": shots + _shot(row, answered=False)}
+        | {key: row[key] for key in ("answer", "group", "kind")}
+        for row in asked
+    ]
+
+
+def corpus(groups: Sequence[Group], passes: int, seed: int) -> dict[str, list[Row]]:
+    """Rows by file name."""
+    rows = {split: question_rows(groups, split, random.Random(f"{seed} {split}")) for split in SPLITS}
+    # Of both kinds of entity and all kinds of question.
+    examples = [next(row for row in rows["train"][::step] if row["kind"] == k) for step in (1, -1) for k in KINDS]
+    return {
+        "statements": statement_rows(groups, passes, random.Random(f"{seed} statements")),
+        "statements_check": check_rows(groups, random.Random(f"{seed} check")),
+        **rows,
+        **{f"{name}_shots": few_shot_rows(rows[name], examples[:SHOTS]) for name in ("calibration", "test")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--passes", type=int, default=10, help="times that the expert reads every fact")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    groups = world()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in corpus(groups, args.passes, args.seed).items():
+        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{name}: {len(rows)} rows")
+    print(f"{sum(group.num_facts for group in groups)} facts about {len(groups)} countries and elements")
+
+
+if __name__ == "__main__":
+    main()
