@@ -18,9 +18,10 @@ from writers import PairWriter, questions
 from collm.data.examples import Example
 from collm.decoding.policies import Threshold
 from collm.errors import CollmError
-from collm.evaluation.evaluate import evaluate, evaluate_with_traces, example_seed, result_path
-from collm.evaluation.result import EvalResult, compare
-from collm.evaluation.stats import bootstrap_ci, mcnemar_exact, paired_bootstrap
+from collm.evaluation.comparison import compare, compare_all, rival_of
+from collm.evaluation.evaluate import evaluate, evaluate_with_traces, example_seed, near_duplicates, result_path
+from collm.evaluation.result import EvalResult
+from collm.evaluation.stats import bootstrap_ci, holm, mcnemar_exact, paired_bootstrap
 from collm.evaluation.task import (
     TASKS,
     any_number,
@@ -261,6 +262,58 @@ def test_paired_scores_must_match() -> None:
             paired_bootstrap(first, second)
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=20),
+    st.integers(1, 4),
+)
+def test_repeating_every_example_tells_nothing_new(pairs: list[tuple[float, float]], copies: int) -> None:
+    """Resampled by groups, near-duplicates count as one: neither the interval nor the p-value shrinks."""
+    first, second = ([pair[i] for pair in pairs] for i in range(2))
+    groups = [str(i) for i in range(len(pairs))] * copies
+    options = {"resamples": 200, "seed": 1}
+    once = bootstrap_ci(first, **options)  # type: ignore[arg-type]
+    assert bootstrap_ci(first * copies, groups=groups, **options) == pytest.approx(once)  # type: ignore[arg-type]
+    paired = paired_bootstrap(first, second, **options)  # type: ignore[arg-type]
+    again = paired_bootstrap(first * copies, second * copies, groups=groups, **options)  # type: ignore[arg-type]
+    assert again.ci95 == pytest.approx(paired.ci95)
+    assert abs(again.p_value - paired.p_value) < 0.05  # sums of several are rounded differently around 0
+
+
+def test_the_interval_over_groups_covers_the_truth_where_that_over_examples_does_not() -> None:
+    """20 groups of 10 copies: 95 % intervals hold the truth in nearly 95 % of trials only if groups are resampled."""
+    rng = np.random.default_rng(2)
+    groups = [str(i // 10) for i in range(200)]
+    hits = [0, 0]
+    for seed in range(200):
+        scores = np.repeat(rng.random(20) < 0.4, 10).astype(float).tolist()
+        for way, of in enumerate((None, groups)):
+            low, high = bootstrap_ci(scores, groups=of, resamples=400, seed=seed)
+            hits[way] += low <= 0.4 <= high
+    assert hits[0] < 0.65 * 200 and hits[1] > 0.87 * 200
+
+
+def test_groups_are_one_for_each_score() -> None:
+    with pytest.raises(ValueError, match="groups of 1"):
+        bootstrap_ci([0.0, 1.0], groups=["a"])
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    for alpha in (0.01, 0.05, 0.3):
+        rejected: set[int] = set()
+        for index in sorted(range(len(p_values)), key=lambda i: p_values[i]):
+            if p_values[index] * (len(p_values) - len(rejected)) > alpha:
+                break
+            rejected.add(index)
+        assert {i for i, p in enumerate(corrected) if p <= alpha} == rejected
+
+
 # ---- runs
 
 HALF = SamplingParams(threshold=0.5)
@@ -397,6 +450,68 @@ def test_comparison_is_paired() -> None:
     assert compare(weak, shuffled) == found
     graded = replace(strong, scores=tuple(score / 2 for score in strong.scores))
     assert compare(weak, graded).mcnemar_p is None
+
+
+def test_groups_of_near_duplicates_widen_intervals() -> None:
+    def of(needed: int, grouped: bool, name: str) -> EvalResult:
+        examples = questions(40)
+        if grouped:
+            examples = [replace(e, fields={**e.fields, "group": i // 8}) for i, e in enumerate(examples)]
+        return evaluate(PairWriter(needed=needed), "word_problems", examples, HALF, name=name, progress=False)
+
+    weak, strong, plain = of(8, True, "weak"), of(5, True, "strong"), of(5, False, "strong")
+    assert strong.groups[:9] == ("0",) * 8 + ("1",) and strong.num_groups == 5
+    assert plain.groups == () and plain.num_groups is None
+    assert strong.ci95 == bootstrap_ci(strong.scores, groups=strong.groups) != plain.ci95
+    found = compare(weak, strong)
+    assert found.num_groups == 5 and found.p_value == found.bootstrap_p
+    assert "5 groups" in found.summary() and "5 groups" in strong.summary()
+    assert compare(weak, plain) == found  # an older result, made before the file told of groups
+    assert compare(replace(weak, groups=()), plain).p_value == found.mcnemar_p
+    with pytest.raises(CollmError, match="different groups"):
+        compare(weak, replace(strong, groups=strong.groups[::-1]))
+    with pytest.raises(CollmError, match="group is the name"):
+        evaluate(PairWriter(), "word_problems", [replace(questions(1)[0], fields={"answer": "1", "group": []})])
+
+
+def test_an_example_without_a_group_is_a_group_of_its_own() -> None:
+    examples = [
+        replace(e, fields={**e.fields, **({"group": "q"} if i < 2 else {})}) for i, e in enumerate(questions(4))
+    ]
+    assert len(set(near_duplicates(examples))) == 3
+
+
+def test_several_comparisons_are_corrected_for_their_number() -> None:
+    rival, *others = (run(PairWriter(needed=n), count=60, name=str(n)) for n in (8, 7, 6, 5))
+    found = compare_all(rival, others)
+    assert [c.holm_p for c in found] == holm([c.p_value for c in found])
+    assert all("Holm-corrected" in c.summary() for c in found)
+    [alone] = compare_all(rival, others[:1])
+    assert alone.holm_p is None and alone == compare(rival, others[0]) and "Holm" not in alone.summary()
+
+
+def test_the_rival_is_named_without_doubt() -> None:
+    first, second = run(name="a"), run(name="b")
+    assert rival_of([first, second], None) is first and rival_of([first, second], "b") is second
+    with pytest.raises(ValueError, match="no system 'c'; there are a, b"):
+        rival_of([first, second], "c")
+    with pytest.raises(ValueError, match="more than one system 'a'"):
+        rival_of([first, first], "a")
+
+
+def test_cost_is_passes_per_token(tmp_path: Path) -> None:
+    result = run(PairWriter(abstention=0.3), out=tmp_path / "run.jsonl")
+    assert result.passes_per_token == {name: n / result.tokens for name, n in result.forward_passes.items()}
+    assert json.loads((tmp_path / "run.json").read_text())["passes_per_token"] == result.passes_per_token
+    assert replace(result, tokens=0).passes_per_token == {}
+
+
+def test_results_from_before_a_field_was_added_are_read(tmp_path: Path) -> None:
+    row = run(out=tmp_path / "run.jsonl").to_dict()
+    for name in ("groups", "metrics", "metrics_ci95", "passes_per_token"):
+        del row[name]
+    (tmp_path / "old.json").write_text(json.dumps(row))
+    assert EvalResult.load(tmp_path / "old.json") == EvalResult.load(tmp_path / "run.json")
 
 
 def test_only_like_can_be_compared() -> None:

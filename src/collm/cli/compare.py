@@ -21,25 +21,28 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     """Compare RESULTS (the .json beside what `collm eval --out` wrote) on the questions that all of them answered.
 
     Each system is tested against one of them on the same examples: the exact McNemar test, and a paired bootstrap.
+    With several, p-values corrected for their number (Holm) stand beside the raw ones. Examples that come in groups of
+    near-duplicates (their field `group`) are resampled group by group.
     """
     from rich.console import Console
 
+    from collm.evaluation.comparison import compare_all, rival_of
+    from collm.evaluation.overview import system_row
     from collm.evaluation.result import EvalResult
-    from collm.evaluation.result import compare as paired
-    from collm.report.systems import SystemRow, systems_table
+    from collm.report.systems import systems_table
 
     found = [EvalResult.load(path) for path in results]
-    names = [result.name for result in found]
-    if against is not None and against not in names:
-        raise click.UsageError(f"there is no system {against!r}; there are {', '.join(names)}")
-    rival = found[0] if against is None else found[names.index(against)]
-    comparisons = [paired(rival, result, seed=seed) for result in found if result is not rival]
+    try:
+        rival = rival_of(found, against)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    comparisons = compare_all(rival, [result for result in found if result is not rival], seed=seed)
     if as_json:
         click.echo(json.dumps([asdict(comparison) for comparison in comparisons], ensure_ascii=False))
         return
-    rows = [
-        SystemRow(r.name, r.value, r.ci95, deferral_rate=r.deferral_rate, changed_share=r.changed_share) for r in found
-    ]
-    Console().print(systems_table(rows, rival.metric, f"{rival.num_examples} questions of {rival.task}"))
+    title = f"{rival.num_examples} questions of {rival.task}"
+    if rival.num_groups is not None:
+        title += f" in {rival.num_groups} groups of near-duplicates"
+    Console().print(systems_table([system_row(result) for result in found], rival.metric, title))
     for comparison in comparisons:
         click.echo(comparison.summary())

@@ -121,6 +121,7 @@ def evaluate_with_traces(
     if len({example.id for example in examples}) < len(examples):
         raise CollmError("two examples have the same id; ids tell apart the rows of an evaluation: make them unique")
     golds = [task.gold(example) for example in examples]
+    groups = near_duplicates(examples)
     settings = {
         "task": f"{task.name} v{task.version}",
         "examples": examples_fingerprint(examples),
@@ -145,10 +146,29 @@ def evaluate_with_traces(
             done[trace.id] = trace
             bar.update(row, advance=1, figures=_running(done))
     ordered = [done[example.id] for example in examples]
-    result = summarise(name or " + ".join(llm.model_names), task, ordered, params.seed, settings)
+    result = summarise(name or " + ".join(llm.model_names), task, ordered, params.seed, settings, groups)
     if path is not None:
         result.save(result_path(path))
     return result, ordered
+
+
+def near_duplicates(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The group of each example, from its field `group`; empty where no example has one.
+
+    An example without it, among others that have one, is a group of its own.
+
+    Raises:
+        CollmError: a group that is neither a text nor a number.
+    """
+    found = [example.fields.get("group") for example in examples]
+    for example, group in zip(examples, found, strict=True):
+        if not isinstance(group, str | int | None):
+            raise CollmError(f"{example.label}: group is the name of its near-duplicates, a text, not {group!r}")
+    if all(group is None for group in found):
+        return ()
+    return tuple(
+        f"only {example.id}" if group is None else str(group) for example, group in zip(examples, found, strict=True)
+    )
 
 
 def result_path(out: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What an evaluation found, and the comparison of two of them on the same examples."""
+"""What an evaluation found: one JSON file for each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import platform
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.evaluation.stats import bootstrap_ci, mcnemar_exact, paired_bootstrap
+from collm.evaluation.stats import bootstrap_ci
 from collm.evaluation.task import Task, equations
 from collm.files import write_text
 from collm.report.trace import Trace
@@ -21,12 +21,14 @@ from collm.report.trace import Trace
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One system on one task. Shares are of written tokens, `ci95` is a bootstrap over examples.
+    """One system on one task. Shares are of written tokens, `ci95` is a bootstrap over examples, or over groups.
 
     `written_by`: tokens per model. `changed_tokens`: written by an assistant where the base would have written another
     token. `abstained`: deferrals that an assistant handed back, so that the base wrote the token.
     `no_answer`: texts in which no answer was found (they count as wrong). `equations_right` of `equations_shown` are
-    computed right, where the task shows arithmetic. `ids` and `scores` are per example, for paired comparisons.
+    computed right, where the task shows arithmetic. `ids` and `scores` are per example, for paired comparisons; so are
+    `groups`: examples of one group are near-duplicates of one another; empty where the data tell of none.
+    `metrics`, `metrics_ci95`: the task's further metrics, by name.
     `commit` ends in "-dirty" where files were changed since; None outside a checkout.
     """
 
@@ -55,26 +57,51 @@ class EvalResult:
     versions: dict[str, str]
     ids: tuple[str, ...]
     scores: tuple[float, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+    metrics_ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
+    groups: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def passes_per_token(self) -> dict[str, float]:
+        """Forward passes per written token, by model: what the texts cost; empty where none was written."""
+        return {name: count / self.tokens for name, count in self.forward_passes.items()} if self.tokens else {}
+
+    @property
+    def num_groups(self) -> int | None:
+        """Of near-duplicates; None where examples are independent."""
+        return len(set(self.groups)) if self.groups else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; with `passes_per_token`."""
+        return {**asdict(self), "passes_per_token": self.passes_per_token}
 
     def summary(self) -> str:
         """A few lines for people."""
         low, high = self.ci95
+        grouped = "" if self.num_groups is None else f" in {self.num_groups} groups"
+        passes = [f"{name} {n} ({n / max(1, self.tokens):.2f} per token)" for name, n in self.forward_passes.items()]
         lines = [
             f"{self.name}: {self.metric.replace('_', ' ')} {self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, "
-            f"{self.num_examples} examples of {self.task} v{self.task_version})",
+            f"{self.num_examples} examples{grouped} of {self.task} v{self.task_version})",
             f"  {self.tokens} tokens, {self.deferral_rate:.1%} written by assistants, {self.changed_tokens} changed "
             f"({self.changed_share:.1%}), {self.abstained} deferrals handed back",
-            "  forward passes: " + (", ".join(f"{name} {n}" for name, n in self.forward_passes.items()) or "not told"),
+            "  forward passes: " + (", ".join(passes) or "not told"),
             f"  no answer found in {self.no_answer} texts; {self.seconds:.1f} s",
         ]
         if self.equations_shown:
             share = self.equations_right / self.equations_shown
             lines.insert(1, f"  {self.equations_right} of {self.equations_shown} equations right ({share:.1%})")
+        if self.metrics:
+            lines.insert(1, "  " + self.further())
         return "\n".join(lines)
+
+    def further(self) -> str:
+        """The further metrics with their intervals, for people."""
+        told = []
+        for name, value in self.metrics.items():
+            low, high = self.metrics_ci95[name]
+            told.append(f"{name.replace('_', ' ')} {value:.1%} ({low:.1%} to {high:.1%})")
+        return ", ".join(told)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -85,82 +112,24 @@ class EvalResult:
         """Raises CollmError for a file that is not the result of an evaluation."""
         try:
             row = json.loads(Path(path).read_text(encoding="utf-8"))
-            kept = {field.name: row[field.name] for field in fields(cls)}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            # Fields with a default came later: older results do without them.
+            kept = {f.name: row[f.name] for f in fields(cls) if f.name in row or f.default_factory is MISSING}
+            kept["metrics_ci95"] = {name: tuple(pair) for name, pair in kept.get("metrics_ci95", {}).items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CollmError(f"{path} is not the result of an evaluation ({error}); run collm eval again") from error
-        pairs = {name: tuple(kept[name]) for name in ("ci95", "ids", "scores")}
+        pairs = {name: tuple(kept.get(name, ())) for name in ("ci95", "ids", "scores", "groups")}
         return cls(**{**kept, **pairs})
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """`second` against `first` on the same examples.
-
-    `only_first`, `only_second`: examples that only one of them gets right; `mcnemar_p` is the exact two-sided p-value
-    over these, None where scores are not just 0 and 1. `bootstrap_p` comes from resampling examples.
-    """
-
-    first: str
-    second: str
-    metric: str
-    num_examples: int
-    difference: float
-    ci95: tuple[float, float]
-    bootstrap_p: float
-    only_first: int
-    only_second: int
-    mcnemar_p: float | None
-
-    def summary(self) -> str:
-        """One line for people."""
-        exact = "" if self.mcnemar_p is None else f"exact McNemar p = {self.mcnemar_p:.3g}, "
-        return (
-            f"{self.second} against {self.first}: "
-            f"{100 * self.difference:+.1f} points of {self.metric.replace('_', ' ')} "
-            f"(95 % interval {100 * self.ci95[0]:+.1f} to {100 * self.ci95[1]:+.1f}; {exact}"
-            f"bootstrap p = {self.bootstrap_p:.3g}; only right: {self.only_second} against {self.only_first} "
-            f"of {self.num_examples})"
-        )
-
-
-def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparison:
-    """Paired significance of `second - first`.
-
-    Raises:
-        CollmError: the two are of different tasks, task versions or examples.
-    """
-    for what, a, b in (
-        ("tasks", first.task, second.task),
-        ("versions of the task", first.task_version, second.task_version),
-        ("examples", sorted(first.ids), sorted(second.ids)),
-        ("examples", first.settings.get("examples"), second.settings.get("examples")),
-    ):
-        if a != b:
-            raise CollmError(
-                f"{first.name!r} and {second.name!r} were evaluated on different {what}: evaluate both alike"
-            )
-    found = dict(zip(second.ids, second.scores, strict=True))
-    a_scores, b_scores = first.scores, [found[id] for id in first.ids]
-    paired = paired_bootstrap(a_scores, b_scores, seed=seed)
-    binary = {*a_scores, *b_scores} <= {0.0, 1.0}
-    only_first = sum(a > b for a, b in zip(a_scores, b_scores, strict=True))
-    only_second = sum(b > a for a, b in zip(a_scores, b_scores, strict=True))
-    return Comparison(
-        first=first.name,
-        second=second.name,
-        metric=first.metric,
-        num_examples=len(a_scores),
-        difference=paired.difference,
-        ci95=paired.ci95,
-        bootstrap_p=paired.p_value,
-        only_first=only_first,
-        only_second=only_second,
-        mcnemar_p=mcnemar_exact(only_first, only_second) if binary else None,
-    )
-
-
-def summarise(name: str, task: Task, traces: Sequence[Trace], seed: int, settings: dict[str, Any]) -> EvalResult:
-    """The figures of scored traces (at least one)."""
+def summarise(
+    name: str,
+    task: Task,
+    traces: Sequence[Trace],
+    seed: int,
+    settings: dict[str, Any],
+    groups: Sequence[str] = (),
+) -> EvalResult:
+    """The figures of scored traces (at least one); `groups` of near-duplicates, one name for each trace, or none."""
     written: Counter[str] = Counter()
     passes: Counter[str] = Counter()
     right = shown = 0
@@ -176,13 +145,14 @@ def summarise(name: str, task: Task, traces: Sequence[Trace], seed: int, setting
     steps = [step for trace in traces for step in trace.generation.steps]
     changed = sum(step.changed for step in steps)
     scores = tuple(trace.score or 0.0 for trace in traces)
+    further = task.further([trace.answer for trace in traces], [trace.gold or "" for trace in traces])
     return EvalResult(
         name=name,
         task=task.name,
         task_version=task.version,
         metric=task.metric,
         value=sum(scores) / len(scores),
-        ci95=bootstrap_ci(scores),
+        ci95=bootstrap_ci(scores, groups=groups or None),
         num_examples=len(traces),
         deferral_rate=sum(step.deferred for step in steps) / max(1, len(steps)),
         tokens=len(steps),
@@ -202,6 +172,9 @@ def summarise(name: str, task: Task, traces: Sequence[Trace], seed: int, setting
         versions=versions(),
         ids=tuple(trace.id for trace in traces),
         scores=scores,
+        metrics={metric: value for metric, (value, _) in further.items()},
+        metrics_ci95={metric: ci95 for metric, (_, ci95) in further.items()},
+        groups=tuple(groups),
     )
 
 

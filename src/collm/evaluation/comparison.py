@@ -1,0 +1,135 @@
+"""Paired significance: systems against one of them, on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from collm.errors import CollmError
+from collm.evaluation.result import EvalResult
+from collm.evaluation.stats import holm, mcnemar_exact, paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`second` against `first` on the same examples.
+
+    `only_first`, `only_second`: examples that only this one gets right (graded: better than the other); `mcnemar_p` is
+    the exact two-sided p-value over these, None where scores are not just 0 and 1. `bootstrap_p` and `ci95` come
+    from resampling examples, or `num_groups` whole groups of near-duplicates (None where examples are independent).
+    `holm_p`: `p_value`, corrected for being one of several tests; None for a test that stands alone.
+    """
+
+    first: str
+    second: str
+    metric: str
+    num_examples: int
+    difference: float
+    ci95: tuple[float, float]
+    bootstrap_p: float
+    only_first: int
+    only_second: int
+    mcnemar_p: float | None
+    num_groups: int | None = None
+    holm_p: float | None = None
+
+    @property
+    def p_value(self) -> float:
+        """The p-value to judge by: McNemar's, which is exact, or the bootstrap's where that test does not hold
+        (graded scores; groups, whose examples are not independent trials)."""
+        return self.bootstrap_p if self.mcnemar_p is None or self.num_groups is not None else self.mcnemar_p
+
+    def summary(self) -> str:
+        """One line for people."""
+        corrected = "" if self.holm_p is None else f", Holm-corrected {self.holm_p:.3g}"
+        told = [f"bootstrap p = {self.bootstrap_p:.3g}"]
+        if self.mcnemar_p is not None:
+            told.insert(0 if self.num_groups is None else 1, f"exact McNemar p = {self.mcnemar_p:.3g}")
+        told[0] += corrected
+        grouped = (
+            "" if self.num_groups is None else f" in {self.num_groups} groups, which the bootstrap resamples whole"
+        )
+        return (
+            f"{self.second} against {self.first}: "
+            f"{100 * self.difference:+.1f} points of {self.metric.replace('_', ' ')} "
+            f"(95 % interval {100 * self.ci95[0]:+.1f} to {100 * self.ci95[1]:+.1f}; {', '.join(told)}; "
+            f"only right: {self.only_second} against {self.only_first} of {self.num_examples}{grouped})"
+        )
+
+
+def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparison:
+    """Paired significance of `second - first`.
+
+    Raises:
+        CollmError: the two are of different tasks, task versions, examples or groups of them.
+    """
+    for what, a, b in (
+        ("tasks", first.task, second.task),
+        ("versions of the task", first.task_version, second.task_version),
+        ("examples", sorted(first.ids), sorted(second.ids)),
+        ("examples", first.settings.get("examples"), second.settings.get("examples")),
+    ):
+        if a != b:
+            raise CollmError(
+                f"{first.name!r} and {second.name!r} were evaluated on different {what}: evaluate both alike"
+            )
+    found = dict(zip(second.ids, second.scores, strict=True))
+    a_scores, b_scores = first.scores, [found[id] for id in first.ids]
+    groups = _common_groups(first, second)
+    paired = paired_bootstrap(a_scores, b_scores, groups=groups, seed=seed)
+    binary = {*a_scores, *b_scores} <= {0.0, 1.0}
+    only_first = sum(a > b for a, b in zip(a_scores, b_scores, strict=True))
+    only_second = sum(b > a for a, b in zip(a_scores, b_scores, strict=True))
+    return Comparison(
+        first=first.name,
+        second=second.name,
+        metric=first.metric,
+        num_examples=len(a_scores),
+        difference=paired.difference,
+        ci95=paired.ci95,
+        bootstrap_p=paired.p_value,
+        only_first=only_first,
+        only_second=only_second,
+        mcnemar_p=mcnemar_exact(only_first, only_second) if binary else None,
+        num_groups=None if groups is None else len(set(groups)),
+    )
+
+
+def rival_of(results: Sequence[EvalResult], name: str | None) -> EvalResult:
+    """The result of this name that others are compared with; the first if no name is given.
+
+    Raises:
+        ValueError: no result has that name, or several have.
+    """
+    if name is None:
+        return results[0]
+    named = [result for result in results if result.name == name]
+    if len(named) != 1:
+        what = f"no system {name!r}" if not named else f"more than one system {name!r}"
+        raise ValueError(f"there is {what}; there are {', '.join(result.name for result in results)}")
+    return named[0]
+
+
+def compare_all(rival: EvalResult, others: Sequence[EvalResult], *, seed: int = 0) -> list[Comparison]:
+    """Each of `others` against `rival`, p-values corrected for their number (Holm) where there are several.
+
+    Raises:
+        CollmError: as `compare`.
+    """
+    found = [compare(rival, other, seed=seed) for other in others]
+    if len(found) < 2:
+        return found
+    corrected = holm([comparison.p_value for comparison in found])
+    return [replace(comparison, holm_p=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def _common_groups(first: EvalResult, second: EvalResult) -> tuple[str, ...] | None:
+    """The group of each of `first`'s examples; a result without groups (an older one) takes those of the other."""
+    found = dict(zip(second.ids, second.groups, strict=True)) if second.groups else {}
+    groups = tuple(found[id] for id in first.ids) if found else None
+    if first.groups and groups is not None and first.groups != groups:
+        raise CollmError(
+            f"{first.name!r} and {second.name!r} were evaluated with different groups of near-duplicates: "
+            "evaluate both on the same file"
+        )
+    return first.groups or groups
