@@ -249,6 +249,4 @@ class LocalModel:
             return self._laws.of(hidden_states(self._lm, ids, use_cache=False)[0, -1:])[0] is None
 
         first = bisect_left(range(asked), True, key=bad)
-        return (
-            "" if first == asked else f", as all from position {first} on, where token {query.token_ids[first]} stands"
-        )
+        return "" if first == asked else f", as all from position {first} on: token {query.token_ids[first]}"
