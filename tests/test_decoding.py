@@ -19,14 +19,18 @@ from transformers import PreTrainedTokenizerFast
 from collm.decoding.collaborative import Flow, collaborative, compose, single
 from collm.decoding.policies import (
     Always,
+    ByEntropy,
+    ByTopProbability,
     Never,
     Policy,
     Random,
     Sampled,
     Threshold,
     by_gate,
+    entropy,
     log_odds,
     to_log_odds,
+    to_nats,
     to_probability,
 )
 from collm.decoding.run import Finished, run
@@ -37,6 +41,12 @@ from collm.types import BASE, Answer, Prediction, Query, SamplingParams, Step
 
 V = 7
 PROMPT = (3, 1, 4)
+
+
+def authors(policy: Policy, log_gate: Sequence[float] | None, seed: int = 0, position: int = 0) -> tuple[int, ...]:
+    """What a policy makes of a gate alone."""
+    gate = None if log_gate is None else tuple(log_gate)
+    return policy.decide(Prediction(torch.zeros(2), 0, gate), seed, position).authors
 
 
 def fakes(num_assistants: int, **kwargs: Any) -> list[FakeModel]:
@@ -68,14 +78,14 @@ def test_log_odds_are_those_of_the_softmax(scores: list[float]) -> None:
 def test_a_threshold_is_strict_and_lives_in_log_odds() -> None:
     gate = tuple(torch.log_softmax(torch.tensor([0.0, 17.5]), 0).tolist())
     just = log_odds(gate)
-    assert Threshold(just).authors(gate, 0, 0) == (BASE,)
-    assert Threshold(math.nextafter(just, -math.inf)).authors(gate, 0, 0) == (1, BASE)
+    assert authors(Threshold(just), gate, 0, 0) == (BASE,)
+    assert authors(Threshold(math.nextafter(just, -math.inf)), gate, 0, 0) == (1, BASE)
     # As float32 probabilities these two are both 1.
-    assert Threshold(17.4).authors(gate, 0, 0) != Threshold(17.6).authors(gate, 0, 0)
+    assert authors(Threshold(17.4), gate, 0, 0) != authors(Threshold(17.6), gate, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("probability", "gate", "authors"),
+    ("probability", "gate", "expected"),
     [
         (0.0, (0.999, 0.0005, 0.0005), (1, 2, BASE)),
         (1.0, (1e-12, 1 - 1e-12, 0.0), (BASE,)),
@@ -85,35 +95,35 @@ def test_a_threshold_is_strict_and_lives_in_log_odds() -> None:
         (0.0, (1.0, 0.0, 0.0), (BASE,)),
     ],
 )
-def test_threshold(probability: float, gate: tuple[float, ...], authors: tuple[int, ...]) -> None:
+def test_threshold(probability: float, gate: tuple[float, ...], expected: tuple[int, ...]) -> None:
     log_gate = tuple(math.log(p) if p else -math.inf for p in gate)
     threshold = Threshold.of_probability(probability)
     if probability == 0.6:  # exactly on the gate up to rounding: settle the tie
         threshold = Threshold(max(threshold.log_odds, log_odds(log_gate)))
-    assert threshold.authors(log_gate, 0, 0) == authors
+    assert authors(threshold, log_gate, 0, 0) == expected
 
 
 @given(st.lists(st.floats(-8, 8), min_size=2, max_size=4), st.floats(-6, 6))
 def test_an_assistant_that_abstains_might_as_well_not_exist(scores: list[float], eta: float) -> None:
     """What follows the first choice is the whole answer for the gate renormalised without it."""
     log_gate = torch.tensor([0.0, *scores], dtype=torch.float64).log_softmax(dim=0)
-    first, *rest = Threshold(eta).authors(tuple(log_gate.tolist()), 0, 0)
+    first, *rest = authors(Threshold(eta), tuple(log_gate.tolist()), 0, 0)
     if first == BASE:
         return
     others = [z for z in range(len(log_gate)) if z != first]
     renormalised = tuple(log_gate[others].log_softmax(dim=0).tolist())
     assume(abs(log_odds(renormalised) - eta) > 1e-9)
-    assert rest[0] == others[Threshold(eta).authors(renormalised, 0, 0)[0]]
+    assert rest[0] == others[authors(Threshold(eta), renormalised, 0, 0)[0]]
 
 
 def test_the_next_assistant_writes_only_where_its_own_share_argues_for_it() -> None:
     """By hand: gate 0.3, 0.2, 0.5; without the second assistant 0.2 / (0.3 + 0.2) = 0.4."""
     log_gate = tuple(math.log(p) for p in (0.3, 0.2, 0.5))
-    assert Threshold.of_probability(0.5).authors(log_gate, 0, 0) == (2, BASE)
-    assert Threshold.of_probability(0.39).authors(log_gate, 0, 0) == (2, 1, BASE)
-    assert Threshold.of_probability(0.41).authors(log_gate, 0, 0) == (2, BASE)
-    assert Always().authors(log_gate, 0, 0) == (2, 1, BASE)
-    assert Always().authors(None, 0, 0) == (1, BASE)
+    assert authors(Threshold.of_probability(0.5), log_gate, 0, 0) == (2, BASE)
+    assert authors(Threshold.of_probability(0.39), log_gate, 0, 0) == (2, 1, BASE)
+    assert authors(Threshold.of_probability(0.41), log_gate, 0, 0) == (2, BASE)
+    assert authors(Always(), log_gate, 0, 0) == (2, 1, BASE)
+    assert authors(Always(), None, 0, 0) == (1, BASE)
 
 
 @given(st.floats(-40, 36))
@@ -129,7 +139,7 @@ def test_log_odds_and_probabilities_are_inverse(value: float) -> None:
 
 def test_sampled_orders_models_as_the_gate_and_its_renormalisations() -> None:
     gate = np.array([0.2, 0.5, 0.3])
-    orders = Counter(Sampled().authors(tuple(np.log(gate)), 11, position) for position in range(8000))
+    orders = Counter(authors(Sampled(), tuple(np.log(gate)), 11, position) for position in range(8000))
     first = Counter(order[0] for order in orders.elements())
     for z in range(3):
         assert first[z] / 8000 == pytest.approx(gate[z], abs=0.02)
@@ -140,10 +150,37 @@ def test_sampled_orders_models_as_the_gate_and_its_renormalisations() -> None:
 
 
 def test_random_defers_at_its_rate_to_everybody() -> None:
-    authors = Counter(Random(0.3, 2).authors(None, 5, position)[0] for position in range(8000))
-    assert authors[1] / 8000 == pytest.approx(0.15, abs=0.02) == pytest.approx(authors[2] / 8000, abs=0.02)
-    assert all(Random(0.0, 1).authors(None, 5, i) == (BASE,) for i in range(50))
-    assert all(Random(1.0, 1).authors(None, 5, i) == (1, BASE) for i in range(50))
+    drawn = Counter(authors(Random(0.3, 2), None, 5, position)[0] for position in range(8000))
+    assert drawn[1] / 8000 == pytest.approx(0.15, abs=0.02) == pytest.approx(drawn[2] / 8000, abs=0.02)
+    assert all(authors(Random(0.0, 1), None, 5, i) == (BASE,) for i in range(50))
+    assert all(authors(Random(1.0, 1), None, 5, i) == (1, BASE) for i in range(50))
+
+
+LAW = (0.5, 0.25, 0.125, 0.125, 0.0)
+"""Entropy 1.75 bits."""
+
+
+def test_doubt_is_measured_in_nats_and_thresholds_are_strict() -> None:
+    law = torch.tensor(LAW).log()
+    base = Prediction(law, 0)
+    assert entropy(base) == pytest.approx(1.75 * math.log(2), rel=1e-6)
+    for policy, doubt in ((ByEntropy, entropy(base)), (ByTopProbability, -float(law[0]))):
+        assert policy(doubt, 1).decide(base, 0, 0) == ((BASE,), doubt)
+        assert policy(math.nextafter(doubt, 0), 1).decide(base, 0, 0) == ((1, BASE), doubt)
+        assert policy(math.inf, 1).decide(base, 0, 0).authors == (BASE,)
+        assert policy(-math.inf, 1).decide(base, 0, 0).authors == (1, BASE)
+    assert ByTopProbability.of_probability(0.51, 1).decide(base, 0, 0).authors == (1, BASE)
+    assert ByTopProbability.of_probability(0.49, 1).decide(base, 0, 0).authors == (BASE,)
+    assert (to_nats(0), to_nats(1)) == (math.inf, 0)
+
+
+@pytest.mark.parametrize("policy", [ByEntropy(0.0, 2), ByTopProbability(0.0, 2)])
+def test_doubt_defers_to_the_largest_gate_and_without_one_to_anybody(policy: Policy) -> None:
+    law = torch.tensor(LAW).log()
+    gated = Prediction(law, 0, tuple(math.log(p) for p in (0.9, 0.02, 0.08)))
+    assert policy.decide(gated, 0, 0).authors == (2, 1, BASE)
+    drawn = Counter(policy.decide(Prediction(law, 0), 1, position).authors for position in range(2000))
+    assert set(drawn) == {(1, BASE), (2, BASE)} and abs(drawn[1, BASE] - 1000) < 100
 
 
 # -- sampling
@@ -194,16 +231,22 @@ MODES: dict[str, Policy | None] = {
     "threshold": Threshold.of_probability(0.6),
     "sampled": Sampled(),
     "random": Random(0.5, 3),
+    "entropy": ByEntropy(1.2, 3),
+    "top probability": ByTopProbability.of_probability(0.5, 3),
     "never": Never(),
     "always": Always(),
     "compose": None,
 }
 
 
+def for_models(policy: Policy | None, num_assistants: int) -> Policy | None:
+    blind = isinstance(policy, Random | ByEntropy | ByTopProbability)
+    return replace(policy, num_assistants=num_assistants) if blind else policy
+
+
 def start(mode: str, models: Sequence[FakeModel], params: SamplingParams, prompt: tuple[int, ...] = PROMPT) -> Flow:
     policy, prompts = MODES[mode], [prompt] * len(models)
-    if isinstance(policy, Random):
-        policy = Random(policy.rate, len(models) - 1)
+    policy = for_models(policy, len(models) - 1)
     eos = [model.eos_token_ids for model in models]
     return compose(prompts, params, eos) if policy is None else collaborative(prompts, params, policy, eos)
 
@@ -233,19 +276,20 @@ def test_every_mode_writes_what_its_definition_says(mode: str, temperature: floa
             law = torch.stack(shares).logsumexp(0)
         else:
             law = author.log_probs
-            policy = MODES[mode]
+            policy = for_models(MODES[mode], num_assistants)
             assert policy is not None
-            policy = Random(policy.rate, num_assistants) if isinstance(policy, Random) else policy
-            wanted = policy.authors(base.log_gate, 3, position)
+            wanted = policy.decide(base, 3, position).authors
             assert step.author == next(z for z in wanted if answers[z] is not None)
             assert step.abstained == (step.author == BASE and wanted[0] != BASE)
+            signals = {"entropy": entropy(base), "top probability": -float(base.log_probs.max())}
+            assert mode == "random" or step.signal == signals.get(mode)
         assert step.log_prob == pytest.approx(float(law[step.token_id]), abs=1e-5)
         if temperature == 0:
             assert step.token_id == int(law.argmax())
         prefix = (*prefix, step.token_id)
-    authors = {step.author for step in steps}
-    assert authors == {"never": {BASE}}.get(mode, authors)
-    assert mode == "never" or len(authors) > 1
+    wrote = {step.author for step in steps}
+    assert wrote == {"never": {BASE}}.get(mode, wrote)
+    assert mode == "never" or len(wrote) > 1
     assert any(step.abstained for step in steps) == (mode not in ("never", "compose"))
 
 

@@ -27,7 +27,7 @@ from collm.models.head import DeferralHead
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
-from collm.types import BASE, Answer, Generation, Message, Query, SamplingParams, Usage
+from collm.types import BASE, Answer, Generation, Message, Prediction, Query, SamplingParams, Usage
 
 QUESTIONS: list[Sequence[Message] | str] = [
     [{"role": "user", "content": "Anna has 12 apples and buys 30 more."}],
@@ -253,7 +253,8 @@ def test_policies_that_need_what_is_not_there() -> None:
     with pytest.raises(CollmError, match="no assistant"):
         make_policy(SamplingParams(threshold=0.3), 0, False, [])
     assert make_policy(SamplingParams(), 0, False, []) == Never()
-    assert make_policy(SamplingParams(deferral="always"), 1, False, []).authors(None, 0, 0) == (1, BASE)
+    unread = Prediction(torch.zeros(2), 0)
+    assert make_policy(SamplingParams(deferral="always"), 1, False, []).decide(unread, 0, 0).authors == (1, BASE)
     assert make_policy(SamplingParams(deferral_rate=0.2), 1, True, [TABLE]) == Threshold(1.0)
     assert make_policy(SamplingParams(), 1, True, []) == Threshold(0.0)
 

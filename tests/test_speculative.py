@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from collm.decoding.collaborative import collaborative
 from collm.decoding.pace import AdaptivePace, Experience, FixedPace, Pace, PassCosts, best_draft, draft_cost, run_cost
-from collm.decoding.policies import Always, Never, Policy, Random, Sampled, Threshold
+from collm.decoding.policies import (
+    Always,
+    ByEntropy,
+    ByTopProbability,
+    Never,
+    Policy,
+    Random,
+    Sampled,
+    Threshold,
+)
 from collm.decoding.run import Finished, run
 from collm.decoding.speculative import speculative
 from collm.models.fake import FakeModel
@@ -31,6 +40,8 @@ POLICIES: dict[str, Policy] = {
     "threshold 1": Threshold.of_probability(1),
     "sampled": Sampled(),
     "random": Random(0.5, 1),
+    "entropy": ByEntropy(0.8, 1),
+    "top probability": ByTopProbability.of_probability(0.6, 1),
     "never": Never(),
     "always": Always(),
 }

@@ -181,6 +181,7 @@ class Step:
     mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
     no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
     that the assistant handed back, so that the base wrote the token after all; `fault` says why if it failed.
+    `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say, in nats.
 
     How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
     was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;
@@ -196,6 +197,7 @@ class Step:
     fault: str | None = None
     draft: Drafted = ""
     discarded: int = 0
+    signal: float | None = None
 
     @property
     def deferred(self) -> bool:

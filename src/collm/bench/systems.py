@@ -19,7 +19,7 @@ from collm.decoding.collaborative import TokenIds
 from collm.decoding.policies import Random
 from collm.llm import CollaborativeLM
 from collm.models.local import LocalModel
-from collm.types import ForwardPass, Generation, SamplingParams
+from collm.types import ForwardPass, Generation, Prediction, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def streamed(pair: Pair, effort: Effort, params: SamplingParams) -> System:
     """
     llm = pair.system()
     assert params.deferral_rate is not None
-    policy = Random(params.deferral_rate, 1)
+    policy, unread = Random(params.deferral_rate, 1), Prediction(torch.zeros(1), 0)
 
     def run(number: int) -> Texts:
         [prompt] = pair.prompts(1, effort.prompt_tokens, effort.seed + number)
-        seed = next(s for s in range(number * 1000, 10**9) if policy.authors(None, s, 0)[0] != 0)
+        seed = next(s for s in range(number * 1000, 10**9) if policy.decide(unread, s, 0).authors[0] != 0)
         begun, generation = 0.0, None
         for chunk in llm.stream(spelt(prompt), replace(params, max_tokens=effort.tokens + 1, seed=seed)):
             begun = begun or time.perf_counter()

@@ -73,8 +73,9 @@ def collaborative(
         position = len(completion)
         [reply] = yield from _ask(prompts, completion, [BASE])
         base = required(reply)
-        writers = Writers(base)
-        for candidate in policy.authors(base.log_gate, params.seed, position):
+        decision = policy.decide(base, params.seed, position)
+        writers = Writers(base, decision.signal)
+        for candidate in decision.authors:
             if candidate == BASE:
                 break
             [reply] = yield from _ask(prompts, completion, [candidate])
@@ -93,6 +94,7 @@ class Writers:
     """Who writes one token: the base, until an assistant that was asked answers."""
 
     base: Prediction
+    signal: float | None = None
     author: int = BASE
     answer: Prediction | None = None
     abstained: bool = False
@@ -121,6 +123,7 @@ class Writers:
             self.base.top_token_id,
             self.abstained,
             self.fault,
+            signal=self.signal,
         )
 
 

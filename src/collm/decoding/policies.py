@@ -1,7 +1,8 @@
-"""Who writes the next token. A policy reads the gate and names the models to ask, in order.
+"""Who writes the next token. A policy reads what the base predicts and names the models to ask, in order.
 
 The first one that does not abstain writes. The base never abstains and always comes last, so that a tool that has
-nothing to say hands the token back. A policy sees numbers only; what it draws is keyed by (seed, position).
+nothing to say hands the token back. What a policy draws is keyed by (seed, position). `Threshold`, `Sampled` and
+`Always` read the gate; the baselines `ByEntropy`, `ByTopProbability` and `Random` do without one.
 """
 
 from __future__ import annotations
@@ -9,22 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from collm.decoding.sampling import noise
-from collm.types import BASE
+from collm.types import BASE, Prediction
+
+
+class Decision(NamedTuple):
+    """`authors`: the models to ask for a token, in order; ends with `BASE`.
+
+    `signal`: the number that exceeded a threshold or did not, where that is not the gate's; calibration reads it.
+    """
+
+    authors: tuple[int, ...]
+    signal: float | None = None
 
 
 class Policy(Protocol):
     @property
     def needs_gate(self) -> bool:
-        """Without a gate, `log_gate` is `None` and such a policy cannot be used."""
+        """Without a gate, the base's `log_gate` is `None` and such a policy cannot be used."""
         ...
 
-    def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
-        """The models to ask for the token at `position` of the completion; ends with `BASE`."""
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        """Who is to be asked for the token at `position` of the completion."""
         ...
 
 
@@ -72,14 +84,14 @@ class Threshold:
     def of_probability(cls, threshold: float) -> Threshold:
         return cls(to_log_odds(threshold))
 
-    def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
-        assert log_gate is not None
-        order = by_gate(log_gate)
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        assert base.log_gate is not None
+        order = by_gate(base.log_gate)
         for asked in range(len(order)):
-            left = (log_gate[BASE], *(log_gate[z] for z in order[asked:]))
+            left = (base.log_gate[BASE], *(base.log_gate[z] for z in order[asked:]))
             if not log_odds(left) > self.log_odds:
-                return (*order[:asked], BASE)
-        return (*order, BASE)
+                return Decision((*order[:asked], BASE))
+        return Decision((*order, BASE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +105,95 @@ class Sampled:
 
     needs_gate: bool = True
 
-    def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
-        assert log_gate is not None
-        race = np.log(noise(seed, position, "author").exponential(size=len(log_gate))) - np.asarray(log_gate)
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        assert base.log_gate is not None
+        race = np.log(noise(seed, position, "author").exponential(size=len(base.log_gate))) - np.asarray(base.log_gate)
         order = [int(z) for z in np.argsort(race, kind="stable")]
-        return tuple(order[: order.index(BASE) + 1])
+        return Decision(tuple(order[: order.index(BASE) + 1]))
 
 
 @dataclass(frozen=True, slots=True)
 class Random:
-    """Defer each token with probability `rate` to a uniformly drawn assistant, whatever the gate says: a control."""
+    """Defer each token with probability `rate` to a uniformly drawn assistant, whatever the gate says: a control.
+
+    Its signal is `-log u` of the uniform number `u` drawn, which exceeds `-log rate` with probability `rate`.
+    """
 
     rate: float
     num_assistants: int
     needs_gate: bool = False
 
-    def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
         rng = noise(seed, position, "deferral")
-        return (1 + int(rng.integers(self.num_assistants)), BASE) if rng.random() < self.rate else (BASE,)
+        uniform = rng.random()
+        authors = (1 + int(rng.integers(self.num_assistants)), BASE) if uniform < self.rate else (BASE,)
+        return Decision(authors, to_nats(uniform))
+
+
+@dataclass(frozen=True, slots=True)
+class ByEntropy:
+    """Defer where the entropy of the base's law exceeds `nats` (strictly): the base's own doubt instead of a gate.
+
+    To the assistant with the largest gate, and on to the next where it abstains; without a gate, to one drawn evenly.
+    """
+
+    nats: float
+    num_assistants: int
+    needs_gate: bool = False
+
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        doubt = entropy(base)
+        return Decision(_assistants(base, self.num_assistants, seed, position) if doubt > self.nats else (BASE,), doubt)
+
+
+@dataclass(frozen=True, slots=True)
+class ByTopProbability:
+    """Defer where `-log p` exceeds `nats` (strictly), p being the largest probability of the base's law.
+
+    Compared as a logarithm, for probabilities near 1 are rounded to it. To whom: as `ByEntropy`.
+    """
+
+    nats: float
+    num_assistants: int
+    needs_gate: bool = False
+
+    @classmethod
+    def of_probability(cls, threshold: float, num_assistants: int) -> ByTopProbability:
+        """Defers where the largest probability lies below `threshold`."""
+        return cls(to_nats(threshold), num_assistants)
+
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        doubt = -top_log_prob(base)
+        return Decision(_assistants(base, self.num_assistants, seed, position) if doubt > self.nats else (BASE,), doubt)
+
+
+def entropy(prediction: Prediction) -> float:
+    """`-sum p log p` in nats; computed where the law lies, one number comes to the host."""
+    return float(torch.special.entr(prediction.log_probs.exp()).sum())
+
+
+def top_log_prob(prediction: Prediction) -> float:
+    """The largest log-probability of the law."""
+    return float(prediction.log_probs[prediction.top_token_id])
+
+
+def to_nats(probability: float) -> float:
+    """`-log p`; inf for 0."""
+    return -math.log(probability) if probability else math.inf
+
+
+def _assistants(base: Prediction, num_assistants: int, seed: int, position: int) -> tuple[int, ...]:
+    if base.log_gate is not None:
+        return (*by_gate(base.log_gate), BASE)
+    return (1 + int(noise(seed, position, "author").integers(num_assistants)), BASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Never:
     needs_gate: bool = False
 
-    def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
-        return (BASE,)
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        return Decision((BASE,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,5 +203,5 @@ class Always:
 
     needs_gate: bool = False
 
-    def authors(self, log_gate: tuple[float, ...] | None, seed: int, position: int) -> tuple[int, ...]:
-        return (1, BASE) if log_gate is None else (*by_gate(log_gate), BASE)
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        return Decision((1, BASE) if base.log_gate is None else (*by_gate(base.log_gate), BASE))

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from collm.decoding.collaborative import Flow, Queries, Replies, TokenIds, Writers, ends_text, required
 from collm.decoding.pace import Pace
-from collm.decoding.policies import Policy
+from collm.decoding.policies import Decision, Policy
 from collm.decoding.sampling import choose_token
 from collm.types import BASE, Answer, Prediction, Query, SamplingParams, Step
 
@@ -91,7 +91,7 @@ class _Text:
         """By model and position: answers after prefixes of written and drafted tokens."""
         self._prompts, self._policy = prompts, policy
         self._written: TokenIds = ()
-        self._authors: dict[int, tuple[int, ...]] = {}
+        self._decisions: dict[int, Decision] = {}
 
     @property
     def position(self) -> int:
@@ -111,15 +111,15 @@ class _Text:
         assert replies is not None and len(replies) == 1
         self.known[model].update(enumerate(replies[0], start))
 
-    def authors(self, position: int) -> tuple[int, ...]:
-        """The models to ask for a token whose gate is known."""
-        if position not in self._authors:
+    def decision(self, position: int) -> Decision:
+        """The models to ask for a token whose base has answered."""
+        if position not in self._decisions:
             base = required(self.known[BASE][position])
-            self._authors[position] = self._policy.authors(base.log_gate, self.params.seed, position)
-        return self._authors[position]
+            self._decisions[position] = self._policy.decide(base, self.params.seed, position)
+        return self._decisions[position]
 
     def first_author(self, position: int) -> int:
-        return self.authors(position)[0] if isinstance(self.known[BASE].get(position), Prediction) else BASE
+        return self.decision(position).authors[0] if isinstance(self.known[BASE].get(position), Prediction) else BASE
 
     def would_write(self, model: int, position: int) -> int | None:
         """The model's own token, if it has answered there."""
@@ -135,8 +135,9 @@ class _Text:
 
     def settle(self) -> int | Step:
         """The next token, or the assistant that is still to be asked about it."""
-        writers = Writers(required(self.known[BASE][self.position]))
-        for candidate in self.authors(self.position):
+        decision = self.decision(self.position)
+        writers = Writers(required(self.known[BASE][self.position]), decision.signal)
+        for candidate in decision.authors:
             if candidate == BASE:
                 break
             if self.position not in self.known[candidate]:
@@ -157,4 +158,4 @@ class _Text:
         self.draft = self.draft[1:] if stands else []
         kept = range(position + 1, self.end + 1) if stands else ()
         self.known = [{p: told[p] for p in kept if p in told} for told in self.known]
-        self._authors = {p: self._authors[p] for p in kept if p in self._authors}
+        self._decisions = {p: self._decisions[p] for p in kept if p in self._decisions}

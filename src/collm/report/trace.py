@@ -66,6 +66,7 @@ def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ..
             "fault": step.fault,
             "draft": step.draft,
             "discarded": step.discarded,
+            "signal": step.signal,
             "base_token_id": step.base_token_id,
             "base_piece": base,
         }
@@ -102,6 +103,7 @@ def trace_from_dict(row: Mapping[str, Any]) -> Trace:
             fault=step.get("fault"),
             draft=step.get("draft", ""),
             discarded=int(step.get("discarded", 0)),
+            signal=step.get("signal"),
         )
         for step in row["steps"]
     )
@@ -172,41 +174,45 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.open("rb")
     except OSError as error:
         raise CollmError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CollmError(f"{path} is not UTF-8 text: a trace file holds JSON lines") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                _log.warning("%s: ignored a half-written last line", path)
-                return
-            raise CollmError(f"{path}, line {number}: not JSON ({error.msg}); expected a trace object") from error
-        if not isinstance(row, dict):
-            raise CollmError(f"{path}, line {number}: expected a trace object, not {type(row).__name__}")
-        yield number, row
+    with lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            torn = number > 1 and not line.endswith(b"\n")
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError
+                if torn:
+                    _log.warning("%s: ignored a half-written last line", path)
+                    return
+                what = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else "not UTF-8 text"
+                raise CollmError(f"{path}, line {number}: {what}; expected a trace object") from error
+            if not isinstance(row, dict):
+                raise CollmError(f"{path}, line {number}: expected a trace object, not {type(row).__name__}")
+            yield number, row
 
 
 def read_traces(path: str | Path) -> list[Trace]:
-    """All traces of a file written by `eval` or `generate`.
+    """All traces of a file; see `stream_traces`."""
+    return list(stream_traces(path))
+
+
+def stream_traces(path: str | Path) -> Iterator[Trace]:
+    """The traces of a file written by `eval` or `generate`, one after the other: it may be larger than the memory.
 
     Raises:
         CollmError: unreadable file, or a line that is no trace; names the line and the field.
     """
-    traces = []
     for number, row in read_rows(path):
         if HEADER_KEY in row:
             continue
         try:
-            traces.append(trace_from_dict(row))
+            yield trace_from_dict(row)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CollmError(
                 f"{path}, line {number}: not a trace ({type(error).__name__}: {error}); "
                 "expected the output of collm eval or collm generate"
             ) from error
-    return traces
