@@ -13,17 +13,28 @@ from collm.cli.options import OUTPUT
 @click.command(cls=Command, short_help="Show who wrote which token.")
 @click.argument("trace_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--html", type=OUTPUT, metavar="FILE", help="Write a page: authors in colour, the gate on hover.")
+@click.option("--classes", is_flag=True, help="Count instead: deferred names, numbers, function words, ...")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N texts.")
-def trace(trace_file: Path, html: Path | None, limit: int | None) -> None:
+def trace(trace_file: Path, html: Path | None, classes: bool, limit: int | None) -> None:
     """Show the texts of TRACE_FILE (from `collm eval --out` or `collm generate --trace`), coloured by author."""
-    from collm.report.terminal import print_traces
-    from collm.report.trace import read_traces
+    if html is not None and classes:
+        raise click.UsageError("--classes prints a table and --html writes a page of texts: ask for one of them")
+    from itertools import islice
 
-    traces = read_traces(trace_file)[:limit]
+    from rich.console import Console
+
+    from collm.report.terminal import classes_table, print_traces
+    from collm.report.tokens import token_figures
+    from collm.report.trace import stream_traces
+
+    traces = islice(stream_traces(trace_file), limit)
+    if classes:
+        Console().print(classes_table(token_figures(traces)))
+        return
     if html is None:
         print_traces(traces)
         return
     from collm.report.html import write_html
 
-    write_html(traces, html)
+    write_html(list(traces), html)
     click.echo(f"written to {html}")

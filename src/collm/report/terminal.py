@@ -8,8 +8,10 @@ from itertools import groupby
 
 from rich.console import Console
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
+from collm.report.tokens import TokenFigures
 from collm.report.trace import Trace
 from collm.types import BASE, Generation, Step
 
@@ -140,3 +142,17 @@ def print_traces(traces: Iterable[Trace], console: Console | None = None) -> Non
     if names:
         colour = console.is_terminal and console.color_system is not None and not console.no_color
         console.print(legend(names, colour), soft_wrap=True, highlight=False)
+
+
+def classes_table(figures: TokenFigures) -> Table:
+    """Which kinds of tokens assistants wrote, and changed."""
+    table = Table(title=f"{figures.tokens} tokens of {figures.texts} texts", title_justify="left")
+    table.add_column("kind of token")
+    for heading in ("tokens", "deferred", "share", "changed", "share"):
+        table.add_column(heading, justify="right")
+    for name, counts in figures.classes.items():
+        deferred, changed = f"{counts.deferred_share:.1%}", f"{counts.changed_share:.1%}"
+        if not counts.tokens:
+            deferred = changed = ""
+        table.add_row(name, str(counts.tokens), str(counts.deferred), deferred, str(counts.changed), changed)
+    return table
