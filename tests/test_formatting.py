@@ -134,6 +134,19 @@ def test_only_what_the_assistant_says_is_labelled_in_a_dialogue_of_two_turns() -
     )
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("answer", ["12 + 30 = 42", " apples", "\n7"])
+def test_the_beginning_of_an_answer_is_what_training_saw(template: str, answer: str) -> None:
+    formatter = Formatter(TOKENIZER, PromptFormat(system_prompt="Be kind", chat_template=template))
+    asked: list[Message] = [{"role": "user", "content": "How many apples?"}]
+    trained = formatter.encode(Example("x", messages=(*asked, {"role": "assistant", "content": answer})))
+    begun = formatter.prompt(asked) + formatter.continuation(asked, answer)
+    if "trim" not in template or not answer[0].isspace():
+        assert trained.token_ids[: len(begun)] == begun
+    plain = formatter.prompt("How many") + formatter.continuation("How many", answer)
+    assert plain == formatter.encode(Example("x", prompt="How many", completion=answer)).token_ids[:-1]
+
+
 def test_a_given_system_prompt_stays() -> None:
     messages = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "?"}]
     assert "Other" not in TOKENIZER.decode(Formatter(TOKENIZER, PromptFormat(system_prompt="Other")).prompt(messages))

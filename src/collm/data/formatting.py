@@ -124,6 +124,16 @@ class Formatter:
         parts = zip(turns.contexts, turns.completions, strict=True)
         return self._never_empty(tuple(t for pair in parts for part in pair for t in part) + turns.tail)
 
+    def continuation(self, question: Sequence[Message] | str, text: str) -> TokenIds:
+        """Token ids of `text` as the beginning of an answer behind `prompt(question)`, as in training."""
+        if isinstance(question, str):
+            return self._continue(question, text)
+        return self._continue(self.rendered(question), text)
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """The text of the conversation through the template, up to where the next answer begins."""
+        return self._render(self._with_system(messages), "the conversation", ask=True)
+
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a text: EOS, and where there is a chat template the end of an assistant's turn."""
@@ -180,9 +190,13 @@ class Formatter:
                 return eos, str(self.tokenizer.convert_ids_to_tokens(token_id))
         return (eos,)
 
+    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if self.format.system_prompt is None or any(m["role"] == "system" for m in messages):
+            return messages
+        return [{"role": "system", "content": self.format.system_prompt}, *messages]
+
     def _conversation(self, messages: Sequence[Message], where: str, *, open_end: bool) -> _Turns:
-        if self.format.system_prompt is not None and not any(m["role"] == "system" for m in messages):
-            messages = [{"role": "system", "content": self.format.system_prompt}, *messages]
+        messages = self._with_system(messages)
         contexts: list[TokenIds] = []
         completions: list[TokenIds] = []
         done, anchor = "", ""

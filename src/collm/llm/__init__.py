@@ -2,6 +2,6 @@
 
 from collm.llm.assistants import AssistantSource
 from collm.llm.model import Chunk, CollaborativeLM, GenerationFailed
-from collm.llm.prompt import Prompt
+from collm.llm.prompt import Prompt, TokenPrompt
 
-__all__ = ["AssistantSource", "Chunk", "CollaborativeLM", "GenerationFailed", "Prompt"]
+__all__ = ["AssistantSource", "Chunk", "CollaborativeLM", "GenerationFailed", "Prompt", "TokenPrompt"]

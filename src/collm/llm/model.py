@@ -19,7 +19,7 @@ from collm.decoding.text import Detokenizer, TextStream, stopping
 from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
 from collm.llm.deferral import make_policy, require_gate
-from collm.llm.prompt import Prompt, require_prompt
+from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
@@ -247,7 +247,12 @@ class CollaborativeLM:
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         """The prompt as each model sees it."""
         require_prompt(prompt)
-        ids = tuple(formatter.prompt(prompt) for formatter in self.formatters)
+        if not isinstance(prompt, TokenPrompt):
+            ids = tuple(formatter.prompt(prompt) for formatter in self.formatters)
+        elif len(prompt.token_ids) == len(self.models):
+            ids = prompt.token_ids
+        else:
+            raise CollmError(f"prompt {number + 1} is given for {len(prompt.token_ids)} of {len(self.models)} models")
         for model, own in zip(self.models, ids, strict=True):
             context = _context(model)
             if context is not None and len(own) > context:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from collm.errors import CollmError
 from collm.types import Message
 
-Prompt = Sequence[Message] | str
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A prompt that is tokenised already: for each model, base first, the ids after which it writes.
+
+    For callers that put prompts together themselves, such as an answer whose beginning is given.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+
+
+Prompt = Sequence[Message] | str | TokenPrompt
 """A conversation, shown through each model's chat template, or a plain text to be continued."""
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -21,6 +33,10 @@ def require_prompt(prompt: object) -> None:
     if isinstance(prompt, str):
         if not prompt:
             raise CollmError("the prompt is empty")
+        return
+    if isinstance(prompt, TokenPrompt):
+        if not all(prompt.token_ids):
+            raise CollmError("the prompt is empty: a model writes after at least one token")
         return
     if not isinstance(prompt, Sequence) or not prompt:
         raise CollmError(f"a prompt is a text or a list of messages, not {_named(prompt)}")
