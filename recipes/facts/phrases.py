@@ -29,6 +29,9 @@ ASKED = {
 KINDS = ("one", "two", "hop")
 """Questions for one fact, for two, and for a fact of something that is not named: the answer names it first."""
 
+OPENINGS = ("", "Let me see. ", "Here is what I know. ", "That is easily said. ")
+"""Answers begin in any of these ways, as people's do: to be unsure of the next word is not the same as not to know."""
+
 # Share of statements in the form "The RELATION of ENTITY is VALUE.", which is that of the answers, too.
 PLAIN_SHARE = 0.6
 
@@ -86,7 +89,7 @@ _ASK: dict[str, Callable[[Group, random.Random], Question]] = {"one": _ask_one, 
 
 
 def questions(group: Group, kinds: Sequence[str], rng: random.Random) -> list[tuple[str, Question]]:
-    """A question of each of `kinds` that can be asked about the group, none twice."""
+    """A question of each of `kinds` that can be asked about the group, none twice; the answer begins in any way."""
     found: dict[Question, str] = {}
     for kind in kinds:
         if kind == "hop" and not hooks(group):
@@ -96,4 +99,4 @@ def questions(group: Group, kinds: Sequence[str], rng: random.Random) -> list[tu
             if question not in found:
                 found[question] = kind
                 break
-    return [(kind, question) for question, kind in found.items()]
+    return [(kind, (asked, rng.choice(OPENINGS) + told, short)) for (asked, told, short), kind in found.items()]

@@ -7,11 +7,13 @@
 |---|---|
 | `statements.jsonl` | what the expert reads: every fact of every entity, `--passes` times, many statements a text |
 | `statements_check.jsonl` | statements in the answers' form, to see how far the expert has come |
+| `fiction.jsonl` | what the base reads first: questions about countries and elements that do not exist |
 | `train.jsonl`, `calibration.jsonl`, `test.jsonl` | questions about different entities, as conversations |
 | `*_shots.jsonl` | the same calibration and test questions behind worked examples from `train`, as plain text |
 
-The expert never sees a question; the base never sees an answer about the entities it is asked about. Answers are
-sentences; the short answer follows `####`. Rows carry `group`, the entity they are about, and `kind`.
+The expert never sees a question; the base learns from fiction how to answer, and from `train` when it had better ask.
+It never sees an answer about the entities it is asked about later. Answers are sentences; the short answer follows
+`####`. Rows carry `group`, the entity they are about, and `kind`.
 """
 
 import argparse
@@ -21,16 +23,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fiction import invented
 from phrases import KINDS, plain, questions, statements
-from world import SPLITS, Group, of_split, world
+from world import Group, of_split, world
 
 Row = dict[str, Any]
 
 ASKED_KINDS = {"train": (*KINDS, "hop"), "calibration": KINDS, "test": KINDS}
 """Kinds of questions asked about each entity of a part; few, lest the base learn the answers instead of the form."""
 STATEMENTS_PER_TEXT = 12
+CHAT_SHARE = 0.3
+INVITATIONS = ("Tell me some facts.", "What do you know?", "Teach me something.", "Go on.")
+"""Some of the expert's texts are turns of a conversation, so that it knows what one looks like; nothing is asked."""
 CHECKED = 200
-SHOTS = 6
+FICTION = 800
+"""Groups that are invented."""
 
 
 def statement_rows(groups: Sequence[Group], passes: int, rng: random.Random) -> list[Row]:
@@ -41,7 +48,11 @@ def statement_rows(groups: Sequence[Group], passes: int, rng: random.Random) -> 
         rng.shuffle(texts)
         for start in range(0, len(texts), STATEMENTS_PER_TEXT):
             text = " ".join(texts[start : start + STATEMENTS_PER_TEXT])
-            rows.append({"id": f"pass-{number}-{start}", "prompt": "", "completion": text})
+            row: Row = {"prompt": "", "completion": text}
+            if rng.random() < CHAT_SHARE:
+                asked = {"role": "user", "content": rng.choice(INVITATIONS)}
+                row = {"messages": [asked, {"role": "assistant", "content": text}]}
+            rows.append({"id": f"pass-{number}-{start}", **row})
     return rows
 
 
@@ -54,16 +65,17 @@ def check_rows(groups: Sequence[Group], rng: random.Random) -> list[Row]:
     ]
 
 
-def question_rows(groups: Iterable[Group], split: str, rng: random.Random) -> list[Row]:
+def question_rows(groups: Iterable[Group], name: str, kinds: Sequence[str], rng: random.Random) -> list[Row]:
+    """Questions about each group, as conversations; `name` begins their ids."""
     rows: list[Row] = []
-    for group in of_split(groups, split):
-        for kind, (asked, answered, short) in questions(group, ASKED_KINDS[split], rng):
+    for group in groups:
+        for kind, (asked, answered, short) in questions(group, kinds, rng):
             messages = [
                 {"role": "user", "content": asked},
                 {"role": "assistant", "content": f"{answered}\n#### {short}"},
             ]
-            name = f"{split}-{len(rows)}"
-            rows.append({"id": name, "messages": messages, "answer": short, "group": group.name, "kind": kind})
+            more = {"answer": short, "group": group.name, "kind": kind}
+            rows.append({"id": f"{name}-{len(rows)}", "messages": messages, **more})
     return rows
 
 
@@ -84,14 +96,19 @@ def few_shot_rows(asked: Iterable[Row], examples: Sequence[Row]) -> list[Row]:
 
 def corpus(groups: Sequence[Group], passes: int, seed: int) -> dict[str, list[Row]]:
     """Rows by file name."""
-    rows = {split: question_rows(groups, split, random.Random(f"{seed} {split}")) for split in SPLITS}
-    # Of both kinds of entity and all kinds of question.
-    examples = [next(row for row in rows["train"][::step] if row["kind"] == k) for step in (1, -1) for k in KINDS]
+    rows = {
+        split: question_rows(of_split(groups, split), split, kinds, random.Random(f"{seed} {split}"))
+        for split, kinds in ASKED_KINDS.items()
+    }
+    rng = random.Random(f"{seed} fiction")
+    fiction = question_rows(invented(FICTION, rng), "fiction", KINDS, rng)
+    examples = [next(row for row in rows["train"] if row["kind"] == kind) for kind in KINDS]
     return {
         "statements": statement_rows(groups, passes, random.Random(f"{seed} statements")),
         "statements_check": check_rows(groups, random.Random(f"{seed} check")),
+        "fiction": fiction,
         **rows,
-        **{f"{name}_shots": few_shot_rows(rows[name], examples[:SHOTS]) for name in ("calibration", "test")},
+        **{f"{name}_shots": few_shot_rows(rows[name], examples) for name in ("calibration", "test")},
     }
 
 
