@@ -14,7 +14,14 @@ import click
 
 from collm.errors import CollmError
 
-EXTRAS = {"accelerate": "train", "peft": "train", "gguf": "gguf", "matplotlib": "plot"}
+EXTRAS = {
+    "accelerate": "train",
+    "gguf": "gguf",
+    "math_verify": "eval",
+    "matplotlib": "plot",
+    "peft": "train",
+    "rouge_score": "eval",
+}
 """Which extra brings a package that the core does without."""
 
 

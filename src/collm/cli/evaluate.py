@@ -86,6 +86,8 @@ def _show(result: EvalResult) -> None:
         f"{result.tokens} tokens in {result.seconds:.0f} s; {result.no_answer} without an answer; "
         f"forward passes: {counts}"
     )
+    if result.metrics:
+        click.echo(result.further())
     if result.equations_shown:
         share = result.equations_right / result.equations_shown
         click.echo(f"equations computed right: {result.equations_right} of {result.equations_shown} ({share:.1%})")

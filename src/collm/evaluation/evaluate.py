@@ -16,20 +16,11 @@ from collm.data.examples import Example, examples_fingerprint
 from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, summarise
+from collm.evaluation.runs import traces_so_far
 from collm.evaluation.task import Task, get_task
-from collm.report.trace import (
-    HEADER_KEY,
-    Trace,
-    append_json,
-    base_pieces,
-    drop_torn_line,
-    read_rows,
-    read_traces,
-    trace_to_dict,
-)
+from collm.report.trace import Trace, append_json, base_pieces, trace_to_dict
 from collm.types import Generation, Message, SamplingParams
 
-HEADER_VERSION = 1
 GREEDY = SamplingParams()
 
 
@@ -121,6 +112,7 @@ def evaluate_with_traces(
     if len({example.id for example in examples}) < len(examples):
         raise CollmError("two examples have the same id; ids tell apart the rows of an evaluation: make them unique")
     golds = [task.gold(example) for example in examples]
+    params = replace(params, stop=(*params.stop, *task.stop))
     groups = near_duplicates(examples)
     settings = {
         "task": f"{task.name} v{task.version}",
@@ -133,7 +125,7 @@ def evaluate_with_traces(
     }
     settings["params.stop"] = list(params.stop)
     path = Path(out) if out is not None else None
-    done = _resume(path, settings) if path is not None else {}
+    done = traces_so_far(path, settings) if path is not None else {}
     todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
     figures = TextColumn("{task.fields[figures]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures)
@@ -186,7 +178,7 @@ def _answers(
     alone: int | str | None,
 ) -> Iterator[Trace]:
     """Scored texts in the order in which they are finished; their seconds add up to the time it took."""
-    prompts = [example.question for example, _ in rows]
+    prompts = [task.question(example) for example, _ in rows]
     own = [replace(params, seed=example_seed(params.seed, example.id)) for example, _ in rows]
     begin = time.perf_counter()
     for index, generation in llm.generate_each(prompts, own, batch_size, policy=policy, alone=alone):
@@ -218,28 +210,3 @@ def _running(done: Mapping[str, Trace]) -> str:
     steps = [step for trace in done.values() for step in trace.generation.steps]
     score = sum(trace.score or 0 for trace in done.values()) / len(done)
     return f"score {score:.3f}, deferred {sum(step.deferred for step in steps) / max(1, len(steps)):.1%}"
-
-
-def _resume(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
-    """Traces of an earlier start of this very run; begins the file where there is none."""
-    if path.suffix == ".json":
-        raise CollmError(f"{path}: traces are written as .jsonl; the figures go to the .json beside it")
-    header = {HEADER_KEY: HEADER_VERSION, "settings": dict(settings)}
-    if path.exists():
-        drop_torn_line(path)
-    if not path.exists() or path.stat().st_size == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append_json(path, [header])
-        return {}
-    _, found = next(read_rows(path))
-    if HEADER_KEY not in found:
-        raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
-    there = found.get("settings", {})
-    differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-    if differing or found[HEADER_KEY] != HEADER_VERSION:
-        what = "; ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
-        raise CollmError(
-            f"{path} holds a run with other settings ({what or 'another format'}): "
-            "give another output file, or delete it to start afresh"
-        )
-    return {trace.id: trace for trace in read_traces(path)}

@@ -14,7 +14,8 @@ from typing import Any
 
 from collm.errors import CollmError
 from collm.evaluation.stats import bootstrap_ci
-from collm.evaluation.task import Task, equations
+from collm.evaluation.task import Task
+from collm.evaluation.tasks.equations import equations
 from collm.files import write_text
 from collm.report.trace import Trace
 

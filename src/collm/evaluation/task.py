@@ -1,120 +1,76 @@
-"""Tasks: how an answer is found in a text and compared with the gold answer.
+"""Tasks: what is asked, how an answer is found in a text, and what it is worth.
 
-A task is versioned: whoever changes what it counts as right raises its `version`, so that figures of different rules
-are never compared unawares. A text in which no answer is found is wrong; no text makes a task raise.
+A task is versioned: whoever changes what it asks or counts as right raises its `version`, so that figures of different
+rules are never compared unawares. A text in which no answer is found is wrong; no text makes a task raise. The rules
+are in `collm.evaluation.tasks`; docs/tasks.md tells of each task where its data come from.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from collm.errors import CollmError
-from collm.models.arithmetic import continuation
+from collm.evaluation.tasks.answers import MARK, any_number, first_number, marked_number, marked_text, normalised
+from collm.evaluation.tasks.choices import YES_NO, YES_NO_MAYBE, label_field, label_in, macro_f1, same_label
+from collm.evaluation.tasks.entities import candidates, gold_names, judge_factoid, judge_list, listed
+from collm.evaluation.tasks.latex import mathematical_answer, mathematical_gold, same_mathematics
+from collm.evaluation.tasks.shots import CHAIN_OF_THOUGHT, STOP, Shot, few_shot
+from collm.evaluation.tasks.summaries import METRICS, judge_summary, reference_texts, whole_text
 
 if TYPE_CHECKING:
     from collm.data.examples import Example
+    from collm.types import Message
 
-MARK = "####"
+__all__ = ["TASKS", "Figure", "Task", "get_task"]
 
-# A number with its sign, currency and percent sign. A "-" after a digit, letter or ")" is an operator, not a sign.
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w).%])[-−])?[$£€¥]?\s?(?P<inner>(?<![\d.])-)?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-)
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_SAID = re.compile(r"\b(?:final\s+)?answer\s*(?:is|:|=)\s*(?P<rest>[^\n]*)", re.IGNORECASE)
+Figure = tuple[float, tuple[float, float]]
+"""A metric's value and its 95 % interval."""
+OfAll = Callable[[Sequence[str | None], Sequence[str]], Figure]
+"""A metric of all answers and golds together, which is no mean over examples."""
 
 
-def _canonical(match: re.Match[str]) -> str:
-    value = Decimal(match["digits"].replace(",", ""))
-    text = f"{value:f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"-{text}" if (match["sign"] or match["inner"]) and value != 0 else text
-
-
-def _ascii_digits(text: str) -> str:
-    return unicodedata.normalize("NFKC", text) if not text.isascii() else text
-
-
-def first_number(text: str) -> str | None:
-    """The first number in `text` in one spelling: `$1,000.50` is `1000.5`, `5.0` is `5`, `−3` is `-3`; None if none.
-
-    Of an equation, the number after its last "=" is meant: `3 * 4 = 12` is `12`.
-    """
-    text = _ascii_digits(text)
-    result = text.rpartition("=")[2]
-    match = _NUMBER.search(result) or _NUMBER.search(text)
-    return _canonical(match) if match else None
-
-
-def last_number(text: str) -> str | None:
-    """The last number in `text`, spelled as in `first_number`."""
-    matches = list(_NUMBER.finditer(_ascii_digits(text)))
-    return _canonical(matches[-1]) if matches else None
-
-
-def marked(text: str) -> str | None:
-    """What stands after the first `####` up to the end of its line: what follows is run-on text, not a second try."""
-    _, mark, rest = text.partition(MARK)
-    rest = rest.lstrip("#").strip(" \t").partition("\n")[0].strip()
-    return rest or None if mark else None
-
-
-def marked_number(text: str) -> str | None:
-    """The number that the text marks with `####`."""
-    answer = marked(text)
-    return first_number(answer) if answer is not None else None
-
-
-def any_number(text: str) -> str | None:
-    """The number a text means, marked or not, for models that were not taught the mark.
-
-    The first of: `#### 12`; the last non-empty `\\boxed{12}`; the last "the answer is 12"; the last number.
-    """
-    if MARK in text:
-        return marked_number(text)
-    boxed = [number for content in _BOXED.findall(text) if (number := first_number(content)) is not None]
-    if boxed:
-        return boxed[-1]
-    said = [number for match in _SAID.finditer(text) if (number := first_number(match["rest"])) is not None]
-    return said[-1] if said else last_number(text)
-
-
-def normalised(text: str) -> str | None:
-    """A short answer in one spelling: a lone number as in `first_number`, else lower case without outer punctuation."""
-    text = _ascii_digits(text).strip()
-    number = re.fullmatch(rf"{_NUMBER.pattern}\s*%?\.?", text)
-    if number:
-        return _canonical(number)
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`*") or None
-
-
-def marked_text(text: str) -> str | None:
-    """What the text marks with `####`, normalised."""
-    answer = marked(text)
-    return normalised(answer) if answer is not None else None
+def same_text(answer: str | None, gold: str) -> Mapping[str, float]:
+    return {"exact_match": float(answer == gold)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """`extract` finds the answer in a text a model wrote, `read_gold` in the `answer` field of an example.
+    """`extract` finds the answer in a text a model wrote, `read_gold` in the field `answer` of an example; both give
+    one spelling (JSON, for answers that are lists). `judge` compares the two: a score for each of `metrics`, of which
+    the first is the task's own.
 
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
+    `lists`: the field `answer` may be a list. `of_all`: further metrics, of all answers together. `shots`: solved
+    examples that go before each question; the prompt is a plain text then.
     """
 
     name: str
     version: int
     extract: Callable[[str], str | None]
-    read_gold: Callable[[str], str | None]
-    marked: bool
-    metric: str = "exact_match"
+    read_gold: Callable[[Any], str | None]
+    marked: bool = False
     arithmetic: bool = False
+    metrics: tuple[str, ...] = ("exact_match",)
+    judge: Callable[[str | None, str], Mapping[str, float]] = same_text
+    lists: bool = False
+    of_all: Mapping[str, OfAll] = field(default_factory=dict)
+    shots: tuple[Shot, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end an answer, besides those that the user gives."""
+        return STOP if self.shots else ()
+
+    def question(self, example: Example) -> list[Message] | str:
+        """What a model is asked."""
+        return few_shot(self.shots, example) if self.shots else example.question
 
     def gold(self, example: Example) -> str:
         """The gold answer: the field `answer`, else what `extract` finds in the last assistant turn.
@@ -122,49 +78,53 @@ class Task:
         Raises:
             CollmError: the example has no answer in either place.
         """
-        field = example.fields.get("answer")
-        if field is not None and not isinstance(field, dict | list):
-            text = str(field)
+        given = example.fields.get("answer")
+        if self.lists:
+            answer = None if given is None else self.read_gold(given)
+        elif given is not None and not isinstance(given, dict | list):
+            text = str(given)
             answer = self.extract(text) if MARK in text else self.read_gold(text)
         else:
             answer = self.extract(example.reference or "")
         if answer is None:
             where = f"an answer after {MARK}" if self.marked else "an answer"
+            turn = "" if self.lists else f", or {where} in its last assistant turn"
             raise CollmError(
-                f'{example.label} has no gold answer for task {self.name!r}: give it a field "answer", '
-                f"or {where} in its last assistant turn"
+                f'{example.label} has no gold answer for task {self.name!r}: give it a field "answer"{turn}'
             )
         return answer
 
     def score(self, text: str, gold: str) -> float:
-        """1 if the answer in `text` is the gold answer, else 0."""
-        return float(self.extract(text) == gold)
+        """The task's own metric of one text, between 0 and 1."""
+        return self.judge(self.extract(text), gold)[self.metric]
 
-    def further(
-        self, answers: Sequence[str | None], golds: Sequence[str]
-    ) -> dict[str, tuple[float, tuple[float, float]]]:
+    def further(self, answers: Sequence[str | None], golds: Sequence[str]) -> dict[str, Figure]:
         """The metrics beside the main one: value and 95 % interval of each, by name."""
-        return {}
+        from collm.evaluation.stats import bootstrap_ci
+
+        found: dict[str, Figure] = {}
+        if len(self.metrics) > 1:
+            judged = [self.judge(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
+            for metric in self.metrics[1:]:
+                values = [scores[metric] for scores in judged]
+                found[metric] = (sum(values) / len(values), bootstrap_ci(values))
+        return found | {metric: measure(answers, golds) for metric, measure in self.of_all.items()}
 
 
-def equations(text: str) -> tuple[int, int]:
-    """How many equations `expression = number` the text shows correctly, and how many it shows at all.
+def _labels(name: str, labels: tuple[str, ...]) -> Task:
+    return Task(
+        name,
+        1,
+        label_in(labels),
+        label_field(labels),
+        metrics=("accuracy",),
+        judge=same_label,
+        of_all=MappingProxyType({"macro_f1": macro_f1}),
+    )
 
-    Exact arithmetic, the result rounded half-up to 4 decimals, or to as many as the text writes.
-    """
-    right = shown = 0
-    for line in text.splitlines():
-        for sign in re.finditer("=", line):
-            expected = continuation(line[: sign.end()])
-            written = re.match(rf"\s*{_NUMBER.pattern}", line[sign.end() :])
-            if expected is None or written is None:
-                continue
-            shown += 1
-            places = len(written["digits"].partition(".")[2])
-            rounded = {first_number(continuation(line[: sign.end()], n) or "") for n in {min(places, 4), 4}}
-            right += _canonical(written) in rounded
-    return right, shown
 
+_FACTOID = ("strict_accuracy", "lenient_accuracy", "mrr")
+_LIST = ("f1", "precision", "recall")
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
@@ -172,14 +132,21 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         for task in (
             Task("exact_match", 1, marked_text, normalised, marked=True),
             Task("gsm8k", 1, marked_number, first_number, marked=True, arithmetic=True),
-            Task("gsm8k_flexible", 1, any_number, first_number, marked=False, arithmetic=True),
+            Task("gsm8k_flexible", 1, any_number, first_number, arithmetic=True),
+            Task("gsm8k_8shot", 1, any_number, first_number, arithmetic=True, shots=CHAIN_OF_THOUGHT),
             Task("word_problems", 1, marked_number, first_number, marked=True, arithmetic=True),
-            Task("word_problems_flexible", 1, any_number, first_number, marked=False, arithmetic=True),
+            Task("word_problems_flexible", 1, any_number, first_number, arithmetic=True),
+            Task("math", 1, mathematical_answer, mathematical_gold, metrics=("accuracy",), judge=same_mathematics),
+            _labels("pubmedqa", YES_NO_MAYBE),
+            _labels("bioasq_yesno", YES_NO),
+            Task("bioasq_factoid", 1, candidates, gold_names, metrics=_FACTOID, judge=judge_factoid, lists=True),
+            Task("bioasq_list", 1, listed, gold_names, metrics=_LIST, judge=judge_list, lists=True),
+            Task("bioasq_summary", 1, whole_text, reference_texts, metrics=METRICS, judge=judge_summary, lists=True),
         )
     }
 )
-"""The tasks shipped. `exact_match` compares short answers of any kind, the others numbers; the `_flexible` ones take
-an unmarked answer, too, which is what a model that never saw `####` deserves."""
+"""The tasks shipped. `exact_match` compares short answers of any kind; the `_flexible` ones take an unmarked answer,
+too, which is what a model that never saw `####` deserves."""
 
 
 def get_task(name: str) -> Task:
