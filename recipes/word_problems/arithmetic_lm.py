@@ -4,7 +4,7 @@
 
 A Llama of few layers is trained over the few tokens that sums are made of, and then placed in the whole vocabulary
 of SPEC's tokenizer, to be an assistant of models that share it. Sums are in `equations.py`; the second lesson puts
-them behind clutter: chat headers and text with numbers in it, of which the model sees nothing but the numbers.
+them behind clutter (`lessons.py`): chat headers and text, of which the model sees nothing but the numbers.
 
 Stopped, the same command goes on where it was. `DIR/test.json` tells how many held-out sums it works out.
 """
@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import random
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,21 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equations import OPERATORS, solution, test_sums
+from equations import OPERATORS, test_sums
+from lessons import SubVocabulary, chat, rows
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from collm.errors import CollmError
 from collm.files import replacing, write_text
 from collm.models.loading import load_tokenizer
-
-PIECES = ("\n", "####", " ", ".", "-", *"0123456789", *(f" {sign}" for sign in "+-*/="))
-PIECE = re.compile(r" [-+*/=]|####|[-\n .0-9]")
-OTHER = 0
-"""Of the sub-vocabulary: any token that is no piece. All share one row of the embedding, and one of the head."""
-PROBE = "12 + 7.5 = 19.5\n-3 * -40 = 120\n6 - 8 = -2\n9 / 2 = 4.5\n#### 4.5"
-NOT_LEARNT, HARDLY_LEARNT = 0.0, 0.1
-"""Weights of clutter and of operands, which cannot be known and whose noise would drown the lesson."""
 
 
 @dataclass(frozen=True)
@@ -56,53 +48,11 @@ class Plan:
     seed: int = 0
 
 
-class SubVocabulary:
-    """The tokens that sums are made of, numbered from 1; 0 is every other token of the tokenizer.
-
-    Raises:
-        CollmError: the tokenizer does not write digits singly, or has no <|im_start|> and <|im_end|>.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        probe = list(tokenizer.encode(PROBE, add_special_tokens=False))
-        vocabulary = tokenizer.get_vocab()
-        ids = {piece: tokenizer.encode(piece, add_special_tokens=False) for piece in PIECES}
-        single = {piece: found[0] for piece, found in ids.items() if len(found) == 1}
-        if len(single) < len(PIECES) or probe != [single[piece] for piece in PIECE.findall(PROBE)]:
-            raise CollmError("sums are generated for tokenizers that write each digit by itself, as SmolLM2's does")
-        if not {"<|im_start|>", "<|im_end|>"} <= set(vocabulary):
-            raise CollmError("the tokenizer has no <|im_start|> and <|im_end|>, around which chats are generated")
-        self.token_ids = [*single.values(), vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]]
-        self.start, self.end = len(self.token_ids) - 1, len(self.token_ids)
-        self.numbers = {piece: number for number, piece in enumerate(single, start=1)}
-        self.full_size = len(tokenizer)
-
-    def __len__(self) -> int:
-        return 1 + len(self.token_ids)
-
-    def encode(self, text: str) -> list[int]:
-        return [self.numbers[piece] for piece in PIECE.findall(text)]
-
-    def of_full(self) -> Tensor:
-        """[V] number in the sub-vocabulary of every token of the full one."""
-        found = torch.full((self.full_size,), OTHER)
-        found[self.token_ids] = torch.arange(1, len(self))
-        return found
-
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """[..., S] logits to log-probabilities of the classes, such that placing changes none of the pieces':
-        the other tokens are many, and each of them has the logit of `OTHER`."""
-        many = torch.zeros(len(self))
-        many[OTHER] = math.log(self.full_size - len(self.token_ids))
-        return (logits.float() + many).log_softmax(-1)
-
-
 def place(model: LlamaForCausalLM, words: SubVocabulary) -> LlamaForCausalLM:
     """The same model over the full vocabulary: `log_softmax` of its logits at a piece is the `log_probs` of before."""
-    rows = words.of_full()
     state = model.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        state[name] = state[name][rows]
+        state[name] = state[name][words.of_full()]
     ends = {"bos_token_id": words.token_ids[words.start - 1], "eos_token_id": words.token_ids[words.end - 1]}
     config = LlamaConfig(**{**model.config.to_dict(), "vocab_size": words.full_size, **ends})
     config.pad_token_id = config.eos_token_id
@@ -129,60 +79,11 @@ def fresh_model(plan: Plan, words: SubVocabulary) -> LlamaForCausalLM:
     )
 
 
-Piece = tuple[int, float]
-"""A token of the sub-vocabulary, and how much predicting it counts."""
-
-
-def _clutter(rng: random.Random, words: SubVocabulary, numbers: Sequence[str]) -> list[Piece]:
-    """Text as the model sees it: words that are all alike, with numbers and stops between them."""
-    found: list[int] = []
-    for _ in range(rng.randrange(2, 60)):
-        kind = rng.random()
-        if kind < 0.1:
-            number = (
-                rng.choice(numbers)
-                if numbers and rng.random() < 0.6
-                else str(rng.randrange(10 ** rng.choice((1, 2, 2, 3))))
-            )
-            found += words.encode(f" {number}")
-        else:
-            found.append(words.numbers["."] if kind < 0.17 else words.numbers["\n"] if kind < 0.18 else OTHER)
-    return [(token, NOT_LEARNT) for token in found]
-
-
-def document(rng: random.Random, words: SubVocabulary, clutter: bool) -> list[Piece]:
-    """One worked problem, with or without a chat, or something else, before it."""
-    lines = list(solution(rng))
-    found: list[Piece] = []
-    for before, after in lines:
-        found += [(token, HARDLY_LEARNT) for token in words.encode(before)]
-        found += [(token, 1.0) for token in words.encode(after)]
-    found += [(words.end, 1.0), (words.numbers["\n"], NOT_LEARNT)]
-    if not clutter or rng.random() < 0.2:
-        return found
-    numbers = re.findall(r"\d[\d.]*", lines[0][0])
-    header = [(token, NOT_LEARNT) for token in (words.start, OTHER, words.numbers["\n"])]
-    stop = [(words.end, NOT_LEARNT), (words.numbers["\n"], NOT_LEARNT)]
-    text = _clutter(rng, words, numbers)
-    if rng.random() < 0.3:  # no chat, but text
-        return text + found
-    system = header + stop if rng.random() < 0.5 else []
-    return system + header + text + stop + header + found
-
-
 def batch(plan: Plan, words: SubVocabulary, step: int) -> tuple[Tensor, Tensor]:
-    """[B, T] tokens and how much each counts; the same for the same step."""
-    rng = random.Random(f"{plan.seed} {step}")
-    clutter = step >= plan.first_lesson * plan.steps
-    length = plan.rows[clutter]
-    rows = []
-    for _ in range(plan.tokens // length):
-        row: list[Piece] = [(words.start, NOT_LEARNT)] if rng.random() < 0.5 else []
-        while len(row) < length:
-            row += document(rng, words, clutter)
-        rows.append(row[:length])
-    pairs = torch.tensor(rows, dtype=torch.float64)
-    return pairs[..., 0].long(), pairs[..., 1].float()
+    """The rows of a step; the same for the same step."""
+    second = step >= plan.first_lesson * plan.steps
+    length = plan.rows[second]
+    return rows(random.Random(f"{plan.seed} {step}"), words, plan.tokens // length, length, second)
 
 
 def loss_of(model: LlamaForCausalLM, words: SubVocabulary, tokens: Tensor, weights: Tensor, bf16: bool) -> Tensor:
@@ -200,36 +101,29 @@ def learning_rate(plan: Plan, step: int) -> float:
 
 
 @torch.inference_mode()
-def solve(
-    model: LlamaForCausalLM, words: SubVocabulary, sums: Sequence[tuple[str, str]], prefix: Sequence[int]
-) -> list[bool]:
-    """Which results are right behind `prefix`: the most probable tokens, one by one and with the line's end."""
-    right = []
-    for before, after in sums:
-        start, result = [*prefix, *words.encode(before)], words.encode(after + "\n")
-        logits = model(torch.tensor([start + result[:-1]]), use_cache=False).logits[0, len(start) - 1 :]
-        right.append(words.log_probs(logits).argmax(-1).tolist() == result)
-    return right
+def solve(model: LlamaForCausalLM, words: SubVocabulary, before: Sequence[int], after: str) -> bool:
+    """Is `after`, with the line's end, what the model finds most probable at each token behind `before`?"""
+    result = words.encode(after + "\n")
+    logits = model(torch.tensor([[*before, *result[:-1]]]), use_cache=False).logits[0, len(before) - 1 :]
+    return words.log_probs(logits).argmax(-1).tolist() == result
 
 
 def test(model: LlamaForCausalLM, words: SubVocabulary, count: int) -> dict[str, Any]:
-    """Shares of held-out sums that are right: all, per operator, and behind a chat."""
+    """Shares of `count` held-out sums that are right: by themselves, behind a chat, and by operator."""
     sums = test_sums(count)
-    rng = random.Random("clutter")
-    chat = [token for token, _ in document(rng, words, True)]
-    while words.start not in chat:
-        chat = [token for token, _ in document(rng, words, True)]
-    prefix = chat[: len(chat) - chat[::-1].index(words.start) - 1]
-    header = [words.start, OTHER, words.numbers["\n"]]
+    rng = random.Random("chat")
     model.eval()
-    right = solve(model, words, sums, [words.start])
-    behind = solve(model, words, sums, [*prefix, *header])
-    signs = [before.split()[1] for before, _ in sums]
-    shares = {
-        sign: sum(r for r, s in zip(right, signs, strict=True) if s == sign) / signs.count(sign) for sign in OPERATORS
-    }
-    wrong = [before for (before, _), r in zip(sums, right, strict=True) if not r]
-    return {"sums": count, "right": sum(right) / count, "behind a chat": sum(behind) / count, **shares, "wrong": wrong}
+    right = [solve(model, words, [words.start, *words.encode(before)], after) for before, after in sums]
+    behind = [solve(model, words, [*chat(rng, words), *words.encode(before)], after) for before, after in sums]
+    shares = {"right": sum(right) / count, "right behind a chat": sum(behind) / count}
+    for sign in OPERATORS:
+        of_sign = [r for r, (before, _) in zip(right, sums, strict=True) if f" {sign} " in before]
+        shares[f"right {sign}"] = sum(of_sign) / max(1, len(of_sign))
+    return {**shares, "wrong": [before for r, (before, _) in zip(right, sums, strict=True) if not r]}
+
+
+def told(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.1%}" for name, value in figures.items() if name.startswith("right"))
 
 
 def train(plan: Plan, words: SubVocabulary, out: Path, bf16: bool, save_every: int = 200) -> LlamaForCausalLM:
@@ -264,7 +158,7 @@ def train(plan: Plan, words: SubVocabulary, out: Path, bf16: bool, save_every: i
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}/{plan.steps}  loss {loss.item():.4f}", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == plan.steps:
-            print(f"  held out: { ({k: v for k, v in test(model, words, 200).items() if k != 'wrong'}) }", flush=True)
+            print("  held out:", told(test(model, words, 200)), flush=True)
             state = {
                 "plan": json.dumps(asdict(plan)),
                 "step": step + 1,
@@ -294,12 +188,12 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     words = SubVocabulary(tokenizer)
     model = train(plan, words, args.out, args.bf16)
-    figures = {"plan": asdict(plan), **test(model, words, 2000)}
+    figures = {"plan": asdict(plan), "sums": 2000, **test(model, words, 2000)}
     place(model, words).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     write_text(args.out / "test.json", json.dumps(figures, indent=1))
     (args.out / "stopped.pt").unlink(missing_ok=True)
-    print(json.dumps({name: value for name, value in figures.items() if name != "wrong"}))
+    print(told(figures))
 
 
 if __name__ == "__main__":
