@@ -20,7 +20,7 @@ from collm.decoding.policies import Never, Threshold
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM, GenerationFailed
 from collm.llm.assistants import load_assistants
-from collm.llm.deferral import log_odds_for_rate, make_policy
+from collm.llm.deferral import cut_for_rate, make_policy
 from collm.models.checkpoint import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, save_checkpoint
 from collm.models.fake import FakeModel
 from collm.models.head import DeferralHead
@@ -221,28 +221,28 @@ TABLE = table(rows=[(0.0, math.inf), (0.1, 2.0), (0.2, 1.0), (0.5, -2.0), (1.0, 
     [(0, math.inf), (1, -math.inf), (0.1, 2.0), (0.15, 1.5), (0.5, -2.0), (0.3, 0.0), (0.1 + 0.2 - 0.1, 1.0)],
 )
 def test_rates_become_thresholds(rate: float, expected: float) -> None:
-    assert log_odds_for_rate([TABLE], rate) == pytest.approx(expected)
+    assert cut_for_rate([TABLE], rate) == pytest.approx(expected)
 
 
 def test_rates_that_calibration_does_not_know() -> None:
     # 0 never defers: there is no threshold to interpolate from.
     works = r"Rates that work: 0, any from 0\.1 to 0\.5, 1\. For 0\.05, .* --rates 0,0\.05,0\.1,0\.2,0\.5,1$"
     with pytest.raises(CollmError, match=works):
-        log_odds_for_rate([TABLE], 0.05)
+        cut_for_rate([TABLE], 0.05)
     with pytest.raises(CollmError, match=r"Rates that work: 0, 0\.3, 1\."):
-        log_odds_for_rate([table(rows=[(0.0, math.inf), (0.3, 1.0), (1.0, -math.inf)])], 0.2)
+        cut_for_rate([table(rows=[(0.0, math.inf), (0.3, 1.0), (1.0, -math.inf)])], 0.2)
     unreachable = table(rows=[(0.1, math.inf), (0.3, 1.0), (0.4, 0.5), (0.9, -math.inf)])
-    assert log_odds_for_rate([unreachable], 0.9) == -math.inf
+    assert cut_for_rate([unreachable], 0.9) == -math.inf
     with pytest.raises(CollmError, match=r"Rates that work: 0, 0\.1, any from 0\.3 to 0\.4, 0\.9, 1\."):
-        log_odds_for_rate([unreachable], 0.6)
+        cut_for_rate([unreachable], 0.6)
     with pytest.raises(CollmError, match="run collm calibrate"):
-        log_odds_for_rate([], 0.2)
+        cut_for_rate([], 0.2)
     two = [TABLE, table("u", [(0.2, 7.0)])]
     with pytest.raises(CollmError, match=r"several tasks \(t, u\)"):
-        log_odds_for_rate(two, 0.2)
-    assert log_odds_for_rate(two, 0.2, "u") == 7.0
+        cut_for_rate(two, 0.2)
+    assert cut_for_rate(two, 0.2, "u") == 7.0
     with pytest.raises(CollmError, match="not calibrated for task 'v', only for t, u"):
-        log_odds_for_rate(two, 0.2, "v")
+        cut_for_rate(two, 0.2, "v")
 
 
 def test_policies_that_need_what_is_not_there() -> None:
@@ -411,6 +411,20 @@ def test_each_assistant_has_its_own_place(tmp_path: Path, tiny_tokenizer: PreTra
             load_assistants([f"{spec}?{bad}"], [], formatter)
 
 
+def test_an_assistant_that_is_a_checkpoint_sees_prompts_as_in_its_training(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    info = CheckpointInfo(base_format={"system_prompt": "Be brief."})
+    save_checkpoint(tmp_path / "a", info, make_model(seed=1), None, tiny_tokenizer)
+    base = Formatter(tiny_tokenizer)
+    formatters = [f for s in ("", "?dtype=bfloat16") for _, f in load_assistants([f"{tmp_path / 'a'}{s}"], [], base)]
+    assert [f.format.system_prompt for f in formatters] == ["Be brief.", "Be brief."]
+    # A gate that was trained with it showed it the prompts in its own way, which stands.
+    trained = [AssistantInfo(name="a", spec=str(tmp_path / "a"))]
+    [(_, formatter)] = load_assistants([], trained, base)
+    assert formatter.format.system_prompt is None
+
+
 def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     save_checkpoint(tmp_path / "c", CheckpointInfo(), make_model(seed=0), gate(1), tiny_tokenizer)
     make_model("qwen3", seed=1).save_pretrained(tmp_path / "a")
@@ -461,7 +475,7 @@ def test_a_rate_that_is_never_reached_asks_everywhere() -> None:
 
     rows = [row(0, 0, math.inf), row(0.1, 0.1, 2.0), row(0.14, 0.14, 0.0), row(1, 0.15, -math.inf)]
     table = CalibrationTable(task="t", metric="m", seed=0, num_prompts=9, rows=rows, best=2)
-    assert log_odds_for_rate([table], 0.12) == pytest.approx(1.0)
-    assert [log_odds_for_rate([table], rate) for rate in (0.145, 0.2, 0.9)] == [-math.inf] * 3
+    assert cut_for_rate([table], 0.12) == pytest.approx(1.0)
+    assert [cut_for_rate([table], rate) for rate in (0.145, 0.2, 0.9)] == [-math.inf] * 3
     with pytest.raises(CollmError, match="Rates that work"):
-        log_odds_for_rate([table], 0.05)
+        cut_for_rate([table], 0.05)

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
 from collm.models.adapters import ModelStore
-from collm.models.checkpoint import AssistantInfo, warn_of_other_weights
+from collm.models.checkpoint import AssistantInfo, load_info, warn_of_other_weights
 from collm.models.loading import is_tool, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
@@ -82,7 +82,7 @@ def _matched(
     given = [given] if isinstance(given, str) else given
     named = [_named(source, [info.name for info in trained]) for source in given]
     if not trained:
-        return [AssistantInfo(name=name or _default_name(s), spec="") for name, s in named], [s for _, s in named]
+        return [_untrained(name, s) for name, s in named], [s for _, s in named]
     by_name = {name: source for name, source in named if name is not None}
     unnamed = [source for name, source in named if name is None]
     unknown = sorted(set(by_name) - {info.name for info in trained})
@@ -113,6 +113,12 @@ def _matched(
                 "writer, and the gate knows nothing about it"
             )
     return list(trained), sources
+
+
+def _untrained(name: str | None, source: AssistantSource) -> AssistantInfo:
+    """No gate was trained with it. One that is a checkpoint itself is shown its prompts as in its own training."""
+    own = load_info(source.partition("?")[0]) if isinstance(source, str) else None
+    return AssistantInfo(name=name or _default_name(source), spec="", format={} if own is None else own.base_format)
 
 
 def _wanting(trained: Sequence[AssistantInfo], by_name: dict[str, AssistantSource], done: Sequence[object]) -> int:
