@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import CollmError
+from collm.evaluation.result import EvalResult
 from collm.models.backbone import hidden_states, project
 from collm.models.loading import eos_ids, load_model, load_tokenizer
 from collm.models.shortened import first_layers
@@ -64,3 +65,69 @@ def test_truncated_folder_loads(
     before = (tmp_path / "short" / "model.safetensors").stat().st_mtime_ns
     truncate(str(tmp_path / "full"), 1, tmp_path / "short")
     assert (tmp_path / "short" / "model.safetensors").stat().st_mtime_ns == before, "what is there is left alone"
+
+
+def result(name: str, scores: list[float], passes: dict[str, int]) -> EvalResult:
+    """Ten tokens, answers right or wrong as told; the rest does not matter here."""
+    return EvalResult(
+        name=name,
+        task="word_problems",
+        task_version=1,
+        metric="exact_match",
+        value=sum(scores) / len(scores),
+        ci95=(0.0, 1.0),
+        num_examples=len(scores),
+        deferral_rate=0.2,
+        tokens=10,
+        written_by={},
+        changed_tokens=0,
+        changed_share=0.0,
+        abstained=0,
+        forward_passes=passes,
+        no_answer=0,
+        finish_reasons={},
+        equations_right=0,
+        equations_shown=0,
+        seconds=1.0,
+        seed=0,
+        settings={},
+        commit=None,
+        versions={},
+        ids=tuple(str(i) for i in range(len(scores))),
+        scores=tuple(scores),
+    )
+
+
+def test_retention(tmp_path: Path) -> None:
+    """Costs and gains by hand: a small pass is worth a quarter of a large one."""
+    retention = script("retention")
+    right, wrong = [1.0] * 40, [0.0] * 40
+    systems = {
+        "small": ([*right[:10], *wrong[:30]], {"base": 10}),
+        "full_tuned": ([*right[:30], *wrong[:10]], {"base": 10}),
+        "tuned_20": ([*right[:20], *wrong[:20]], {"base": 10, "full": 2}),
+        "proxy": ([*right[:30], *wrong[:10]], {"base": 10, "full": 10, "untuned": 10}),
+    }
+    for name, (scores, passes) in systems.items():
+        result(name, scores, passes).save(tmp_path / f"{name}.json")
+    rows = {row.name: row for row in retention.load_rows(tmp_path, 0.25)}
+    assert {name: row.cost for name, row in rows.items()} == pytest.approx(
+        {"small": 0.25, "full_tuned": 1.0, "tuned_20": 0.45, "proxy": 1.5}
+    )
+    assert list(rows) == ["small", "tuned_20", "full_tuned", "proxy"], "from cheap to dear"
+    assert {name: row.kept[0] for name, row in rows.items()} == {
+        "small": 0.0,
+        "tuned_20": 0.5,
+        "full_tuned": 1.0,
+        "proxy": 1.0,
+    }
+    point, low, high = rows["tuned_20"].kept
+    assert 0.2 < low < point < high < 0.8
+    assert "| tuned_20 | 0.45 | 50.0% |" in retention.table(list(rows.values()), 0.25)
+    retention.plot(list(rows.values()), tmp_path / "retention.svg")
+    assert "<svg" in (tmp_path / "retention.svg").read_text()
+    (tmp_path / "small.json").unlink()
+    with pytest.raises(CollmError, match=r"no small\.json"):
+        retention.load_rows(tmp_path, 0.25)
+    with pytest.raises(CollmError, match="same questions"):
+        retention.gain_kept(result("a", right, {}), result("b", right[:20], {}), result("c", right, {}))
