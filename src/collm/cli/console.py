@@ -17,6 +17,7 @@ from collm.errors import CollmError
 EXTRAS = {
     "accelerate": "train",
     "gguf": "gguf",
+    "lm_eval": "eval",
     "math_verify": "eval",
     "matplotlib": "plot",
     "peft": "train",
