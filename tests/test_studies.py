@@ -1,0 +1,57 @@
+"""The studies' makefiles: every step calls what there is, with options that there are, and after what it needs."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+
+from collm.cli import main
+
+ROOT = Path(__file__).parent.parent
+STUDIES = sorted((ROOT / "recipes").glob("*/study.mk"))
+
+
+def steps(study: Path, folder: Path) -> list[list[str]]:
+    """The commands of a study of which nothing is made yet, as words."""
+    nothing = [f"{name}={folder / name.lower()}" for name in ("DATA", "RUNS")]
+    done = subprocess.run(
+        ["make", "-n", "-f", str(study), "all", "PYTHON=python", *nothing],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.parent.name)
+def test_every_step_can_be_called(study: Path, tmp_path: Path) -> None:
+    found = steps(study, tmp_path)
+    commands = [words[3:] for words in found if words[:3] == ["python", "-m", "collm"]]
+    scripts = [words[1] for words in found if words[0] == "python" and words[1] != "-m"]
+    assert "train" in {name for name, *_ in commands}
+    for name, *arguments in commands:
+        command = main.commands[name]
+        with click.Context(command) as ctx:
+            _, left, _ = command.make_parser(ctx).parse_args(list(arguments))
+        assert left == [], (name, arguments)
+    shipped = [word for words in found for word in words if word.startswith("recipes/")]
+    assert all((ROOT / path).is_file() for path in [*shipped, *scripts]), shipped
+
+
+def test_the_word_problems_are_trained_before_they_are_tested(tmp_path: Path) -> None:
+    found = steps(ROOT / "recipes" / "word_problems" / "study.mk", tmp_path)
+    trained: set[str] = set()
+    tested: set[str] = set()
+    for words in found:
+        if words[3:4] == ["train"]:
+            trained.add(Path(words[4]).stem)
+        if words[3:4] == ["eval"] and (folder := Path(words[4])).parent == tmp_path / "runs":
+            tested.add(folder.name)
+            assert folder.name in trained | {"arithmetic_lm"}, f"{folder.name} is tested before it is trained"
+    assert {"sft", "pair", "lora", "weak", "pair_lm", "both", "gate", "arithmetic_tuned"} <= tested
