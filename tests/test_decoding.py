@@ -16,7 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from collm.decoding.collaborative import Flow, collaborative, compose, single
+from collm.decoding.baselines import Mixture, combined
+from collm.decoding.collaborative import Flow, collaborative, single
 from collm.decoding.policies import (
     Always,
     ByEntropy,
@@ -248,7 +249,7 @@ def start(mode: str, models: Sequence[FakeModel], params: SamplingParams, prompt
     policy, prompts = MODES[mode], [prompt] * len(models)
     policy = for_models(policy, len(models) - 1)
     eos = [model.eos_token_ids for model in models]
-    return compose(prompts, params, eos) if policy is None else collaborative(prompts, params, policy, eos)
+    return combined(prompts, params, Mixture(), eos) if policy is None else collaborative(prompts, params, policy, eos)
 
 
 @pytest.mark.parametrize("num_assistants", [1, 2, 3])

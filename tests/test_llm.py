@@ -265,7 +265,7 @@ def test_policies_that_need_what_is_not_there() -> None:
         ({"deferral": "always", "threshold": 0.3}, "threshold is read by .*leave out deferral='always'"),
         ({"deferral": "never", "threshold": 0.3}, "threshold is read by"),
         ({"deferral": "never", "deferral_rate": 0.3}, "deferral_rate is read by"),
-        ({"deferral": "random", "deferral_rate": 0.3, "task": "t"}, "task says in whose calibration"),
+        ({"deferral": "random", "deferral_rate": 0.3, "task": "t"}, "no calibration of random deferral"),
         ({"task": "t"}, "task says in whose calibration"),
     ],
 )

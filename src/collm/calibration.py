@@ -1,10 +1,13 @@
-"""Calibration: from the share of tokens that assistants shall write to the gate's threshold eta.
+"""Calibration: from the share of tokens that assistants shall write to the threshold eta, of the gate or of a rival.
 
-The gate is read on the pair's *own* generations, and those shift with the threshold: where an assistant writes, the
-text goes on otherwise. So each candidate is run, the rate it really achieves is measured, and the next candidate is
-taken between the two measured thresholds around the target, until the rate is met or no gate value lies between them.
+The gate (or the base's entropy, or another `Signal`) is read on the pair's *own* generations, and those shift with the
+threshold: where an assistant writes, the text goes on otherwise. So each candidate is run, the rate it really achieves
+is measured, and the next candidate is taken between the two measured thresholds around the target, until the rate is
+met or no gate value lies between them.
 A deferral that a tool hands back is no deferred token: a calculator that abstains at most places makes high rates
 unreachable; such targets keep the nearest rate there is, and the table tells what was achieved (`missed`).
+
+Thresholds are cuts (`llm.deferral`): log-odds for the gate, nats for the other signals.
 """
 
 from __future__ import annotations
@@ -19,16 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm.data.examples import Example
-from collm.decoding.policies import Threshold, by_gate, to_probability
+from collm.decoding.policies import by_gate
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
 from collm.evaluation.task import Task, get_task
+from collm.llm.deferral import policy_at, to_threshold
 from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info, save_info
 from collm.models.hub import write_card
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
-from collm.types import BASE, SamplingParams, Step
+from collm.types import BASE, SamplingParams, Signal, Step
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FAR = 0.05
@@ -42,8 +46,9 @@ EVEN = 0.0
 class Measurement:
     """What a threshold did on the calibration prompts.
 
-    `gates`: for every written token, the gate's log-odds of deferring, float32, `[N]`: a threshold below them is one at
-    which the token's author is asked. `accepted`: an assistant wrote that token, bool, `[N]`.
+    `gates`: for every written token, the gate's log-odds of deferring (or what else the signal is), float32, `[N]`: a
+    threshold below them is one at which the token's author is asked. `accepted`: an assistant wrote that token, bool,
+    `[N]`.
     """
 
     log_odds: float
@@ -54,6 +59,16 @@ class Measurement:
     @property
     def rate(self) -> float:
         return self.result.deferral_rate
+
+
+def signals(traces: Sequence[Trace], signal: Signal) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """`Measurement.gates` and `Measurement.accepted` of some texts, for any signal."""
+    if signal == "gate":
+        return gate_log_odds(traces)
+    steps = [step for trace in traces for step in trace.generation.steps]
+    assert all(step.signal is not None for step in steps)
+    values = np.array([step.signal for step in steps], dtype=np.float64)
+    return values.astype(np.float32), np.array([step.deferred for step in steps], dtype=np.bool_)
 
 
 def gate_log_odds(traces: Sequence[Trace]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -122,6 +137,7 @@ def calibrate(
     task: Task | str,
     examples: Sequence[Example],
     *,
+    signal: Signal = "gate",
     target_rates: Sequence[float] = TARGET_RATES,
     seed: int = 0,
     rounds: int = 3,
@@ -136,8 +152,9 @@ def calibrate(
     """Find the threshold for each target rate, and the quality there.
 
     Args:
-        target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf). The table has a row more,
-            for the rate of eta = 0.5.
+        signal: what the threshold is for: the gate, or a rival that shall defer as often.
+        target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf). The gate's table has a row
+            more, for the rate of eta = 0.5.
         rounds: how many thresholds are tried for each target at most; every one also serves the other targets.
         tolerance: a rate this close to its target is good enough.
         params: how texts are written (temperature, stop strings), whoever writes; greedy with `max_tokens` and
@@ -153,26 +170,28 @@ def calibrate(
     measured: dict[float, Measurement] = {}
 
     def measure(log_odds: float, what: str) -> None:
-        file = None if out is None else Path(out) / f"threshold_{log_odds:.9g}.jsonl"
+        kind = "threshold" if signal == "gate" else signal
+        file = None if out is None else Path(out) / f"{kind}_{log_odds:.9g}.jsonl"
         result, traces = evaluate_with_traces(
             llm,
             task,
             examples,
             params,
             # A policy, for a threshold in `params` is a probability, which rounds large log-odds to 1.
-            policy=Threshold(log_odds),
+            policy=policy_at(signal, log_odds, len(llm.model_names) - 1),
             batch_size=batch_size,
             out=file,
             name=what,
             identity=identity,
             progress=progress,
         )
-        measured[log_odds] = Measurement(log_odds, result, *gate_log_odds(traces))
+        measured[log_odds] = Measurement(log_odds, result, *signals(traces, signal))
 
     measure(NEVER, "never defer")
     # A trained gate is nearly sure at most tokens, so the rates around its own lie close together, far from those of
     # the text that is written without deferring: without this point the search would jump over all of them.
-    measure(EVEN, "defer where the gate is above 0.5")
+    if signal == "gate":
+        measure(EVEN, "defer where the gate is above 0.5")
     measure(ALWAYS, "always defer")
     inner = [rate for rate in target_rates if 0 < rate < 1]
     for turn in range(1, rounds + 1):
@@ -182,14 +201,21 @@ def calibrate(
             candidate = next_threshold(rate, list(measured.values()))
             if candidate is not None:
                 measure(candidate, f"rate {rate:.2g}, round {turn}")
-    rows = [_row(rate, _nearest(rate, measured)) for rate in target_rates]
-    if all(row.log_odds != EVEN and row.target_rate != measured[EVEN].rate for row in rows):
-        rows.append(_row(measured[EVEN].rate, measured[EVEN]))
+    rows = [_row(rate, _nearest(rate, measured), signal) for rate in target_rates]
+    own = measured.get(EVEN) if signal == "gate" else None
+    if own is not None and all(row.log_odds != EVEN and row.target_rate != own.rate for row in rows):
+        rows.append(_row(own.rate, own, signal))
         rows.sort(key=lambda row: row.target_rate)
     # Of equally good ones, the cheapest.
     best = max(range(len(rows)), key=lambda i: (rows[i].metric_value, -rows[i].achieved_rate, rows[i].log_odds, -i))
     return CalibrationTable(
-        task=task.name, metric=task.metric, seed=params.seed, num_prompts=len(examples), rows=rows, best=best
+        task=task.name,
+        metric=task.metric,
+        seed=params.seed,
+        num_prompts=len(examples),
+        rows=rows,
+        best=best,
+        signal=signal,
     )
 
 
@@ -205,11 +231,11 @@ def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:
     return min(measured.values(), key=lambda m: (abs(m.rate - rate), -m.log_odds))
 
 
-def _row(target: float, found: Measurement) -> CalibrationRow:
+def _row(target: float, found: Measurement, signal: Signal) -> CalibrationRow:
     return CalibrationRow(
         target_rate=target,
         achieved_rate=found.rate,
-        threshold=to_probability(found.log_odds),
+        threshold=to_threshold(signal, found.log_odds),
         log_odds=found.log_odds,
         metric_value=found.result.value,
         ci95=found.result.ci95,
@@ -217,7 +243,7 @@ def _row(target: float, found: Measurement) -> CalibrationRow:
 
 
 def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
-    """Put `table` into a checkpoint, in the place of an older one of the same task.
+    """Put `table` into a checkpoint, in the place of an older one of the same task and signal.
 
     Raises:
         CollmError: the folder is not one of our checkpoints.
@@ -227,11 +253,14 @@ def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
         raise CollmError(
             f"{checkpoint} has no collm.json to store a calibration in: it is a plain model without a gate"
         )
-    others = [other for other in info.calibration if other.task != table.task]
+    others = [other for other in info.calibration if (other.task, other.signal) != (table.task, table.signal)]
     save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
     write_card(checkpoint)
 
 
 def write_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:
-    """The rate/quality curve as CSV, SVG and, with matplotlib, PNG; the files written."""
-    return save_curve(table, folder)
+    """The rate/quality curve as CSV, SVG and, with matplotlib, PNG; the files written.
+
+    That of another signal than the gate goes to a folder of its own in `folder`.
+    """
+    return save_curve(table, folder if table.signal == "gate" else Path(folder) / table.signal)

@@ -18,7 +18,23 @@ if TYPE_CHECKING:
 BASE = 0
 """Index of the base model; assistants are 1..K."""
 
-Deferral = Literal["threshold", "sampled", "compose", "random", "never", "always"]
+Deferral = Literal[
+    "threshold",
+    "sampled",
+    "compose",
+    "never",
+    "always",
+    "random",
+    "entropy",
+    "top_probability",
+    "confident",
+    "mixture",
+    "contrastive",
+    "proxy_tuning",
+    "nudging",
+]
+Signal = Literal["gate", "entropy", "top_probability", "random"]
+"""What a threshold is compared with; each can be calibrated to a deferral rate."""
 OnAssistantError = Literal["fail", "base"]
 FinishReason = Literal["stop", "length", "abstained", "error", "cancelled"]
 """`"error"`: a model failed in the middle, `Generation.error` says how; the text so far is kept."""
@@ -118,8 +134,16 @@ class SamplingParams:
       is `threshold` (a probability), or comes from the checkpoint's calibration for `deferral_rate`; with neither, 0.5.
     - `"sampled"`: draw Z from the gate, then the token from the chosen model: exactly the marginal law.
     - `"compose"`: one law, the mixture `sum_z P(Z = z) P_z`; every model is run at every token.
-    - `"random"`: defer each token with probability `deferral_rate`, to a uniformly drawn assistant (a control).
     - `"never"`, `"always"`.
+
+    The others are baselines (docs/baselines.md):
+
+    - `"random"`: defer each token with probability `deferral_rate`, to a uniformly drawn assistant.
+    - `"entropy"`, `"top_probability"`: defer where the base is in doubt, that is where the entropy of its law exceeds
+      `threshold` nats, or its largest probability lies below `threshold`; or at a calibrated `deferral_rate`.
+    - `"confident"`, `"mixture"`, `"contrastive"`, `"proxy_tuning"`: one law from those of all models at every token.
+    - `"nudging"`: the assistant writes, and the base where the assistant's largest probability lies below `threshold`
+      (0.4 if not given).
 
     `speculative`: let models draft ahead of one another where that is expected to pay. It changes the speed, never
     the text. `on_assistant_error`: where an assistant fails, the text ends with `"error"` (`"fail"`), or the base
@@ -161,14 +185,19 @@ class SamplingParams:
             raise ValueError(f"deferral must be one of {', '.join(get_args(Deferral))}, not {self.deferral!r}")
         if self.on_assistant_error not in get_args(OnAssistantError):
             raise ValueError(f"on_assistant_error must be 'fail' or 'base', not {self.on_assistant_error!r}")
-        for name in ("threshold", "deferral_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {value}")
+        if self.threshold is not None and self.deferral == "entropy":
+            if not 0 <= self.threshold < math.inf:
+                raise ValueError(f"threshold must be an entropy in nats, 0 or more, not {self.threshold}")
+        elif self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], not {self.threshold}")
+        if self.deferral_rate is not None and not 0 <= self.deferral_rate <= 1:
+            raise ValueError(f"deferral_rate must lie in [0, 1], not {self.deferral_rate}")
         if self.threshold is not None and self.deferral_rate is not None:
             raise ValueError("give threshold or deferral_rate, not both")
         if self.deferral == "random" and self.deferral_rate is None:
             raise ValueError('deferral="random" needs deferral_rate')
+        if self.deferral in ("entropy", "top_probability") and self.threshold is None and self.deferral_rate is None:
+            raise ValueError(f'deferral="{self.deferral}" needs deferral_rate or threshold')
         if any(not stop for stop in self.stop):
             raise ValueError("a stop string must not be empty")
 
@@ -181,7 +210,7 @@ class Step:
     mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
     no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
     that the assistant handed back, so that the base wrote the token after all; `fault` says why if it failed.
-    `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say, in nats.
+    `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say.
 
     How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
     was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;

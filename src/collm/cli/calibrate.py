@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -18,6 +18,7 @@ from collm.cli.options import (
     read_examples,
     task_option,
 )
+from collm.types import Signal
 
 if TYPE_CHECKING:
     from collm.models.checkpoint import CalibrationTable
@@ -39,6 +40,13 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @task_option
 @click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")
+@click.option(
+    "--signal",
+    type=click.Choice(get_args(Signal)),
+    default="gate",
+    show_default=True,
+    help="What the threshold is for: the gate, or a rival that shall defer as often (--deferral entropy, ...).",
+)
 @click.option("--rates", default=DEFAULT_RATES, show_default=True, callback=_rates, help="Wanted deferral rates.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Steps towards each rate.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer.")
@@ -68,6 +76,7 @@ def calibrate(
         load_llm(str(checkpoint), options),
         get_task(task),
         read_examples(data, options),
+        signal=options["signal"],
         target_rates=rates,
         seed=options["seed"],
         rounds=options["rounds"],

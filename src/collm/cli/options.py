@@ -80,10 +80,12 @@ data_options = _together(
 decoding_options = _together(
     click.option(
         "--deferral",
+        "--method",
+        "deferral",
         type=click.Choice(get_args(Deferral)),
         default="threshold",
         show_default=True,
-        help="What settles who writes a token.",
+        help="What settles who writes a token; random and what follows are baselines.",
     ),
     click.option(
         "--deferral-rate",
@@ -93,9 +95,10 @@ decoding_options = _together(
     ),
     click.option(
         "--threshold",
-        type=click.FloatRange(0, 1),
+        type=click.FloatRange(0),
         metavar="P",
-        help="Defer where the gate exceeds this probability.  [default: 0.5]",
+        help="Defer where the gate exceeds this probability; for the baselines, the base's entropy in nats, or the "
+        "largest probability below which a model is in doubt.  [default: 0.5]",
     ),
     click.option(
         "--calibration-task",

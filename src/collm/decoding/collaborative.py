@@ -13,8 +13,6 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from collm.decoding.policies import Policy
 from collm.decoding.sampling import choose_token
 from collm.errors import CollmError
@@ -39,7 +37,7 @@ def required(answer: Answer) -> Prediction:
     return answer
 
 
-def _ask(prompts: Sequence[TokenIds], completion: TokenIds, models: Sequence[int]) -> Ask:
+def ask(prompts: Sequence[TokenIds], completion: TokenIds, models: Sequence[int]) -> Ask:
     """One answer from each of `models` for the token after `completion`."""
     replies = yield tuple(Query(model, prompts[model] + completion) for model in models)
     assert replies is not None and len(replies) == len(models)
@@ -51,7 +49,8 @@ def ends_text(token_id: int, author: int, eos: Sequence[frozenset[int]]) -> bool
     return token_id in eos[BASE] or token_id in eos[author]
 
 
-def _gate(log_gate: tuple[float, ...] | None) -> tuple[float, ...]:
+def gate_of(log_gate: tuple[float, ...] | None) -> tuple[float, ...]:
+    """`Step.gate`."""
     return () if log_gate is None else tuple(math.exp(value) for value in log_gate)
 
 
@@ -71,14 +70,14 @@ def collaborative(
     completion: TokenIds = ()
     while len(completion) < params.max_tokens:
         position = len(completion)
-        [reply] = yield from _ask(prompts, completion, [BASE])
+        [reply] = yield from ask(prompts, completion, [BASE])
         base = required(reply)
         decision = policy.decide(base, params.seed, position)
         writers = Writers(base, decision.signal)
         for candidate in decision.authors:
             if candidate == BASE:
                 break
-            [reply] = yield from _ask(prompts, completion, [candidate])
+            [reply] = yield from ask(prompts, completion, [candidate])
             if writers.settled_by(candidate, reply, params):
                 break
         step = writers.step(params, position)
@@ -119,7 +118,7 @@ class Writers:
             token_id,
             self.author,
             float(answer.log_probs[token_id]),
-            _gate(self.base.log_gate),
+            gate_of(self.base.log_gate),
             self.base.top_token_id,
             self.abstained,
             self.fault,
@@ -127,58 +126,18 @@ class Writers:
         )
 
 
-def compose(prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
-    """Every model at every token, one law: the mixture `sum_z P(Z = z) P_z`, over the models that do not abstain.
-
-    The author of a token is the model with the largest posterior `P(Z = z | token)`; its `log_prob` is the mixture's.
-    """
-    completion: TokenIds = ()
-    while len(completion) < params.max_tokens:
-        answers = yield from _ask(prompts, completion, range(len(prompts)))
-        base = required(answers[BASE])
-        assert base.log_gate is not None, "compose needs a base with a gate"
-        skips = params.on_assistant_error == "base"
-        fault = next((answer.reason for answer in answers if isinstance(answer, Fault)), None)
-        present = {
-            z: required(answer)
-            for z, answer in enumerate(answers)
-            if answer is not None and not (skips and isinstance(answer, Fault))
-        }
-        mixture, joint = _mixture(present, base.log_gate)
-        token_id = choose_token(mixture, params, len(completion))
-        author = max(joint, key=lambda z: joint[z][token_id])
-        yield Step(
-            token_id, author, float(mixture.log_probs[token_id]), _gate(base.log_gate), base.top_token_id, False, fault
-        )
-        completion = (*completion, token_id)
-        if ends_text(token_id, author, eos):
-            return "stop"
-    return "length"
-
-
-def _mixture(present: dict[int, Prediction], log_gate: tuple[float, ...]) -> tuple[Prediction, dict[int, torch.Tensor]]:
-    """The mixture's law, and each answering model's share `log P(Z = z) + log P_z` `[V]` of it."""
-    device = present[BASE].log_probs.device
-    weights = torch.tensor([log_gate[z] for z in present], dtype=torch.float64).log_softmax(dim=0).tolist()
-    joint = {
-        z: weight + answer.log_probs.to(device) for (z, answer), weight in zip(present.items(), weights, strict=True)
-    }
-    log_probs = torch.stack(list(joint.values())).logsumexp(dim=0)
-    return Prediction(log_probs, int(log_probs.argmax()), log_gate), joint
-
-
 def single(model: int, prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
     """One model on its own, the baseline. An assistant that abstains ends the text (`"abstained"`)."""
     completion: TokenIds = ()
     while len(completion) < params.max_tokens:
-        [reply] = yield from _ask(prompts, completion, [model])
+        [reply] = yield from ask(prompts, completion, [model])
         if reply is None:
             return "abstained"
         answer = required(reply)
         token_id = choose_token(answer, params, len(completion))
         base_token_id = answer.top_token_id if model == BASE else None
         log_prob = float(answer.log_probs[token_id])
-        yield Step(token_id, model, log_prob, _gate(answer.log_gate), base_token_id)
+        yield Step(token_id, model, log_prob, gate_of(answer.log_gate), base_token_id)
         completion = (*completion, token_id)
         if ends_text(token_id, model, eos):
             return "stop"

@@ -1,23 +1,71 @@
-"""From what a user asks for (`SamplingParams`) to who writes (a `Policy`), through the checkpoint's calibration."""
+"""From what a user asks for (`SamplingParams`) to who writes (a `Policy`), through the checkpoint's calibration.
+
+A *cut* is a threshold as it is compared: log-odds for the gate, nats for the base's doubt (its entropy, or -log of its
+largest probability) and for chance (-log of its probability). inf is never, -inf always.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from collm.decoding.policies import Always, Never, Policy, Random, Sampled, Threshold, to_log_odds
+from collm.decoding.policies import (
+    Always,
+    ByEntropy,
+    ByTopProbability,
+    Never,
+    Policy,
+    Random,
+    Sampled,
+    Threshold,
+    to_log_odds,
+    to_nats,
+    to_probability,
+)
 from collm.errors import CollmError
 from collm.models.checkpoint import CalibrationRow, CalibrationTable
-from collm.types import SamplingParams
+from collm.types import Deferral, SamplingParams, Signal
 
 NEAR = 0.03
 """Rates closer than this to one another are not worth a refusal."""
+READ_SIGNALS: dict[Deferral, Signal] = {
+    "threshold": "gate",
+    "random": "random",
+    "entropy": "entropy",
+    "top_probability": "top_probability",
+}
+"""The signal of every `deferral` that has a rate."""
+THRESHOLDS: tuple[Deferral, ...] = ("threshold", "entropy", "top_probability", "nudging")
+"""Every `deferral` that reads `threshold`."""
+
+
+def policy_at(signal: Signal, cut: float, num_assistants: int) -> Policy:
+    """Defer where the signal exceeds `cut`."""
+    if signal == "gate":
+        return Threshold(cut)
+    if signal == "random":
+        return Random(to_threshold(signal, cut), num_assistants)
+    return (ByEntropy if signal == "entropy" else ByTopProbability)(cut, num_assistants)
+
+
+def to_threshold(signal: Signal, cut: float) -> float:
+    """A cut as `SamplingParams` has it: a probability, or for the entropy nats."""
+    if signal == "gate":
+        return to_probability(cut)
+    return max(0.0, cut) if signal == "entropy" else math.exp(-max(0.0, cut))
+
+
+def to_cut(signal: Signal, threshold: float) -> float:
+    """The inverse of `to_threshold`."""
+    if signal == "gate":
+        return to_log_odds(threshold)
+    return threshold if signal == "entropy" else to_nats(threshold)
 
 
 def make_policy(
     params: SamplingParams, num_assistants: int, has_gate: bool, calibration: Sequence[CalibrationTable]
 ) -> Policy:
-    """The policy of every `deferral` but "compose".
+    """The policy of every `deferral` that has one writer for each token.
 
     Raises:
         CollmError: it needs a gate, assistants or a calibration that are not there, or a setting would be ignored.
@@ -26,22 +74,23 @@ def make_policy(
     mode, rate, threshold = params.deferral, params.deferral_rate, params.threshold
     if mode == "never" or (num_assistants == 0 and mode == "threshold" and rate is None and threshold is None):
         return Never()  # the defaults, too, where there is nobody to defer to
-    if num_assistants == 0:
-        raise CollmError("there is no assistant to defer to; give one, or deferral='never'")
-    if mode == "random":
-        assert rate is not None
-        return Random(rate, num_assistants)
-    if mode == "always" and num_assistants == 1:
-        return Always()
-    require_gate(params, has_gate)
+    require_assistants(num_assistants)
     if mode == "always":
+        if num_assistants > 1:
+            require_gate(params, has_gate)
         return Always()
+    if mode in ("threshold", "sampled"):
+        require_gate(params, has_gate)
     if mode == "sampled":
         return Sampled()
-    assert mode == "threshold", mode
-    if rate is not None:
-        return Threshold(log_odds_for_rate(calibration, rate, params.task))
-    return Threshold.of_probability(0.5 if threshold is None else threshold)
+    signal = READ_SIGNALS[mode]
+    if rate is None:
+        cut = to_cut(signal, 0.5 if threshold is None else threshold)
+    elif signal == "random" and params.task is None and all(table.signal != signal for table in calibration):
+        cut = to_nats(rate)  # what it comes to where assistants never abstain
+    else:
+        cut = cut_for_rate(calibration, rate, params.task, signal)
+    return policy_at(signal, cut, num_assistants)
 
 
 def refuse_ignored(params: SamplingParams) -> None:
@@ -51,41 +100,53 @@ def refuse_ignored(params: SamplingParams) -> None:
         CollmError: naming both.
     """
     mode = params.deferral
-    if params.threshold is not None and mode != "threshold":
+    if params.threshold is not None and mode not in THRESHOLDS:
         raise CollmError(
-            f"threshold is read by deferral='threshold' alone: leave it out, or leave out deferral={mode!r}"
+            f"threshold is read by {_named(THRESHOLDS)} alone: leave it out, or leave out deferral={mode!r}"
         )
-    if params.deferral_rate is not None and mode not in ("threshold", "random"):
+    if params.deferral_rate is not None and mode not in READ_SIGNALS:
         raise CollmError(
-            f"deferral_rate is read by deferral='threshold' and 'random' alone: leave it out, or leave out "
+            f"deferral_rate is read by {_named(tuple(READ_SIGNALS))} alone: leave it out, or leave out "
             f"deferral={mode!r}"
         )
-    if params.task is not None and (params.deferral_rate is None or mode == "random"):
+    if params.task is not None and params.deferral_rate is None:
         raise CollmError(
             "task says in whose calibration deferral_rate is looked up, and nothing is looked up here: leave it out, "
-            "or give deferral_rate with deferral='threshold'"
+            "or give deferral_rate"
         )
+
+
+def _named(modes: Sequence[Deferral]) -> str:
+    first, *rest = (repr(mode) for mode in modes)
+    return f"deferral={first}, {', '.join(rest[:-1])} and {rest[-1]}"
+
+
+def require_assistants(num_assistants: int) -> None:
+    """Refuse what needs somebody to defer to."""
+    if num_assistants == 0:
+        raise CollmError("there is no assistant to defer to; give one, or deferral='never'")
 
 
 def require_gate(params: SamplingParams, has_gate: bool) -> None:
     """Refuse what `compose` and the policies that read the gate cannot do."""
-    refuse_ignored(params)
     if not has_gate:
         raise CollmError(
             f"deferral={params.deferral!r} needs a gate, and this model has none: train one (collm train), "
-            "or use deferral 'never', 'random' or, with one assistant, 'always'"
+            "or use deferral 'never', a baseline such as 'entropy' or 'random', or, with one assistant, 'always'"
         )
 
 
-def log_odds_for_rate(calibration: Sequence[CalibrationTable], rate: float, task: str | None = None) -> float:
-    """The calibrated threshold for a deferral rate; between two calibrated rates, their log-odds interpolated.
+def cut_for_rate(
+    calibration: Sequence[CalibrationTable], rate: float, task: str | None = None, signal: Signal = "gate"
+) -> float:
+    """The calibrated cut for a deferral rate; between two calibrated rates, their cuts interpolated.
 
     Raises:
         CollmError: no calibration, several and no `task`, or a rate with no finite threshold on one of its sides.
     """
     if rate in (0, 1):
         return -to_log_odds(rate)  # never, always
-    rows = sorted(_table(calibration, task).rows, key=lambda row: row.target_rate)
+    rows = sorted(_table(calibration, task, signal).rows, key=lambda row: row.target_rate)
     exact = [row for row in rows if math.isclose(row.target_rate, rate)]
     if exact:
         return exact[0].log_odds
@@ -121,12 +182,14 @@ def _with(rows: Sequence[CalibrationRow], rate: float) -> str:
     return ",".join(f"{value:.4g}" for value in sorted({*(row.target_rate for row in rows), rate}))
 
 
-def _table(calibration: Sequence[CalibrationTable], task: str | None) -> CalibrationTable:
-    tables = {table.task: table for table in calibration}
+def _table(calibration: Sequence[CalibrationTable], task: str | None, signal: Signal) -> CalibrationTable:
+    tables = {table.task: table for table in calibration if table.signal == signal}
     if not tables:
+        how = "collm calibrate" if signal == "gate" else f"collm calibrate --signal {signal}"
         raise CollmError(
-            "deferral_rate needs a calibration, and this checkpoint has none: run collm calibrate, "
-            "or give a threshold instead"
+            f"deferral_rate needs a calibration, and this checkpoint has none: run {how}, or give a threshold instead"
+            if signal != "random"
+            else f"this checkpoint has no calibration of random deferral: run {how}, or leave out task"
         )
     if task is None and len(tables) > 1:
         raise CollmError(f"the checkpoint is calibrated for several tasks ({', '.join(tables)}); name one as task")

@@ -10,15 +10,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from collm.data.formatting import Formatter, PromptFormat
-from collm.decoding.collaborative import Flow, TokenIds, collaborative, compose, single
+from collm.decoding.collaborative import Flow, TokenIds, single
 from collm.decoding.pace import AdaptivePace, Experience
-from collm.decoding.policies import Policy
 from collm.decoding.run import Finished, Lengths, run
-from collm.decoding.speculative import speculative
 from collm.decoding.text import Detokenizer, TextStream, stopping
 from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
-from collm.llm.deferral import make_policy, require_gate
+from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import CheckpointInfo, load_base
@@ -159,7 +157,7 @@ class CollaborativeLM:
         prompt: Prompt,
         params: SamplingParams = GREEDY,
         *,
-        policy: Policy | None = None,
+        policy: Method | None = None,
         alone: int | str | None = None,
     ) -> Generation:
         """Write one text; see `generate_batch`.
@@ -178,7 +176,7 @@ class CollaborativeLM:
         params: SamplingParams | Sequence[SamplingParams] = GREEDY,
         batch_size: int = 16,
         *,
-        policy: Policy | None = None,
+        policy: Method | None = None,
         alone: int | str | None = None,
     ) -> list[Generation]:
         """Write a text for each prompt, at most `batch_size` at a time. A text does not depend on its batch-mates.
@@ -187,7 +185,7 @@ class CollaborativeLM:
 
         Args:
             params: for all, or one for each prompt.
-            policy: who writes, instead of what `params` says.
+            policy: who writes, instead of what `params` says: a policy, or another way of decoding.
             alone: name or number of the only model to be used, the base being 0: the baselines.
 
         Raises:
@@ -203,7 +201,7 @@ class CollaborativeLM:
         params: SamplingParams | Sequence[SamplingParams] = GREEDY,
         batch_size: int = 16,
         *,
-        policy: Policy | None = None,
+        policy: Method | None = None,
         alone: int | str | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """As `generate_batch`, each text with its number as soon as it is finished."""
@@ -228,7 +226,7 @@ class CollaborativeLM:
         prompt: Prompt,
         params: SamplingParams = GREEDY,
         *,
-        policy: Policy | None = None,
+        policy: Method | None = None,
         alone: int | str | None = None,
     ) -> Iterator[Chunk]:
         """As `generate`, token by token; the last chunk carries the same `Generation`."""
@@ -263,7 +261,7 @@ class CollaborativeLM:
         return ids
 
     def _flow(
-        self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Policy | None, alone: int | str | None
+        self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Method | None, alone: int | str | None
     ) -> tuple[Flow, Lengths]:
         """The flow of a text, and how long it may get for each model."""
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
@@ -277,17 +275,10 @@ class CollaborativeLM:
             )
         if alone is not None:
             flow = single(self._number(alone), ids, own, self._eos)
-        elif policy is None and params.deferral == "compose":
-            require_gate(params, self.has_gate)
-            flow = compose(ids, own, self._eos)
         else:
-            policy = policy or make_policy(params, len(self.models) - 1, self.has_gate, self.info.calibration)
-            if policy.needs_gate:
-                require_gate(params, self.has_gate)
-            if params.speculative:
-                flow = speculative(ids, own, policy, self._eos, AdaptivePace(self._experience))
-            else:
-                flow = collaborative(ids, own, policy, self._eos)
+            found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
+            require_defined(found, params, self.models, self.has_gate)
+            flow = make_flow(found, ids, own, self._eos, AdaptivePace(self._experience))
         if params.stop:
             flow = stopping(flow, TextStream(self.tokenizer, ids[BASE], params.stop, self._eos))
         return flow, lengths

@@ -24,6 +24,7 @@ from collm.models.backbone import causal_lm
 from collm.models.head import FILE as GATE_FILE
 from collm.models.head import DeferralHead
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
+from collm.types import Signal
 
 FORMAT_VERSION = 1
 FILE = "collm.json"
@@ -39,6 +40,7 @@ class CalibrationRow(_Strict):
 
     `log_odds` is the threshold eta as float32 log-odds (what decoding compares with; a probability near 1 would be
     rounded to it), `threshold` the same as a probability. `achieved_rate` counts tokens that an assistant wrote.
+    For other signals than the gate `log_odds` holds nats, and `threshold` what `SamplingParams.threshold` means.
     """
 
     target_rate: float
@@ -57,6 +59,7 @@ class CalibrationTable(_Strict):
     rows: list[CalibrationRow]
     best: int | None = None
     """Index of the row with the best metric."""
+    signal: Signal = "gate"
 
 
 class AssistantInfo(_Strict):

@@ -45,7 +45,8 @@ def model_card(info: CheckpointInfo) -> str:
         lines += ["", "## Held-out figures, per token", "", "| figure | value |", "|---|---|"]
         lines += [f"| {k.removeprefix('eval_')} | {v:.4f} |" for k, v in last.items() if isinstance(v, float)]
     for table in info.calibration:
-        title = f"Calibration: {table.task} ({table.num_prompts} prompts, seed {table.seed})"
+        by = "" if table.signal == "gate" else f" by {table.signal.replace('_', ' ')}"
+        title = f"Calibration: {table.task}{by} ({table.num_prompts} prompts, seed {table.seed})"
         lines += ["", f"## {title}", "", f"| target rate | achieved rate | {table.metric} |", "|---|---|---|"]
         lines += [f"| {r.target_rate:.2f} | {r.achieved_rate:.3f} | {r.metric_value:.3f} |" for r in table.rows]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,91 @@
+"""Nudging: a large untuned model writes, and where it is in doubt a small tuned one writes a word.
+
+Fei et al. 2024, arXiv 2410.09300. Our base is the small tuned model that nudges, the assistant the large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from collm.decoding.collaborative import Flow, ModelFailed, TokenIds, ask, ends_text, gate_of, required
+from collm.decoding.policies import to_nats, top_log_prob
+from collm.decoding.sampling import choose_token
+from collm.types import BASE, Answer, Prediction, SamplingParams, Step
+
+WRITER = 1
+DEFAULT_THRESHOLD = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Nudging:
+    """`threshold`: the writer is in doubt where its largest probability lies below it.
+
+    `starts_word`: whether a token begins a new word, which a flow cannot know, for it sees no text.
+    """
+
+    starts_word: Callable[[int], bool] = field(repr=False)
+    threshold: float = DEFAULT_THRESHOLD
+    needs_gate: ClassVar[bool] = False
+    roles: ClassVar[tuple[str, ...]] = ("the small tuned model that nudges", "the large untuned one that writes")
+
+    def in_doubt(self, writer: Prediction) -> bool:
+        return -top_log_prob(writer) > to_nats(self.threshold)
+
+
+def nudging(
+    prompts: Sequence[TokenIds], params: SamplingParams, method: Nudging, eos: Sequence[frozenset[int]]
+) -> Flow:
+    """The writer is asked at the start of the text, after each of its own tokens, and after each word of the base.
+
+    The base ends the text: an end that the writer wants is a doubt, and an end that the base wants belongs to its
+    word. The base is not asked where the writer is sure, so that such steps have no gate and no `base_token_id`.
+    """
+    completion: TokenIds = ()
+    nudged = False
+    while len(completion) < params.max_tokens:
+        position = len(completion)
+        base: Prediction | None = None
+        writer: Prediction | None = None
+        fault: str | None = None
+        if nudged:  # does its word go on?
+            [reply] = yield from ask(prompts, completion, [BASE])
+            base = required(reply)
+            next_id = choose_token(base, params, position)
+            nudged = ends_text(next_id, BASE, eos) or not method.starts_word(next_id)
+        if not nudged:
+            [reply] = yield from ask(prompts, completion, [WRITER])
+            writer, fault = _writer(reply, params)
+            wants_end = writer is not None and ends_text(choose_token(writer, params, position), WRITER, eos)
+            nudged = writer is None or wants_end or method.in_doubt(writer)
+        if nudged and base is None:
+            [reply] = yield from ask(prompts, completion, [BASE])
+            base = required(reply)
+        author, law = (BASE, base) if nudged else (WRITER, writer)
+        assert law is not None
+        token_id = choose_token(law, params, position)
+        yield Step(
+            token_id,
+            author,
+            float(law.log_probs[token_id]),
+            () if base is None else gate_of(base.log_gate),
+            None if base is None else base.top_token_id,
+            fault=fault,
+            signal=None if writer is None else -top_log_prob(writer),
+        )
+        completion = (*completion, token_id)
+        if ends_text(token_id, author, eos):
+            return "stop"
+    return "length"
+
+
+def _writer(reply: Answer, params: SamplingParams) -> tuple[Prediction | None, str | None]:
+    """The writer's law, or why there is none and the base writes in its place."""
+    if isinstance(reply, Prediction):
+        return reply, None
+    if reply is None:
+        raise ModelFailed("the assistant abstains, and nudging lets it write: use a language model, not a tool")
+    if params.on_assistant_error == "fail":
+        raise ModelFailed(reply.reason)
+    return None, reply.reason

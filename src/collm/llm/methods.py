@@ -1,0 +1,115 @@
+"""Every way of decoding by its name: the one place where `SamplingParams.deferral` becomes an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.decoding.baselines import (
+    Combination,
+    Contrastive,
+    Mixture,
+    MoreConfident,
+    ProxyTuning,
+    UniformMixture,
+    combined,
+)
+from collm.decoding.collaborative import Flow, TokenIds, collaborative
+from collm.decoding.nudging import DEFAULT_THRESHOLD, Nudging, nudging
+from collm.decoding.pace import Pace
+from collm.decoding.policies import Policy
+from collm.decoding.speculative import speculative
+from collm.errors import CollmError
+from collm.llm.deferral import make_policy, refuse_ignored, require_assistants, require_gate
+from collm.models.checkpoint import CalibrationTable
+from collm.models.tools import Calculator
+from collm.types import Deferral, LanguageModel, SamplingParams
+
+Method = Policy | Combination | Nudging
+"""A policy names one writer for each token; a combination makes one law of all; nudging hands over words."""
+
+COMBINATIONS: dict[Deferral, Combination] = {
+    "compose": Mixture(),
+    "mixture": UniformMixture(),
+    "confident": MoreConfident(),
+    "contrastive": Contrastive(),
+    "proxy_tuning": ProxyTuning(),
+}
+
+
+def make_method(
+    params: SamplingParams,
+    models: Sequence[LanguageModel],
+    tokenizer: PreTrainedTokenizerBase,
+    has_gate: bool,
+    calibration: Sequence[CalibrationTable],
+) -> Method:
+    """What `params.deferral` stands for.
+
+    Raises:
+        CollmError: something it needs is missing, or a setting would be ignored.
+    """
+    refuse_ignored(params)
+    if params.deferral == "nudging":
+        return Nudging(word_starts(tokenizer), DEFAULT_THRESHOLD if params.threshold is None else params.threshold)
+    if params.deferral in COMBINATIONS:
+        return COMBINATIONS[params.deferral]
+    return make_policy(params, len(models) - 1, has_gate, calibration)
+
+
+def require_defined(method: Method, params: SamplingParams, models: Sequence[LanguageModel], has_gate: bool) -> None:
+    """Refuse models for which a method is not defined.
+
+    Raises:
+        CollmError: it needs a gate, other models, or no tools.
+    """
+    if method.needs_gate:
+        require_gate(params, has_gate)
+    if not isinstance(method, Combination | Nudging):
+        return
+    require_assistants(len(models) - 1)
+    name, roles = type(method).__name__, method.roles
+    if roles and len(roles) != len(models):
+        parts = ", ".join(f"assistant {z}: {role}" if z else f"base: {role}" for z, role in enumerate(roles))
+        raise CollmError(f"{name} is defined for {len(roles)} models ({parts}); here are {len(models)}")
+    tools = [model.name for model in models if isinstance(model, Calculator)] if roles else []
+    if tools:
+        raise CollmError(
+            f"{name} is not defined for this system: it needs a distribution over the whole vocabulary from every "
+            f"model, and {tools[0]} is a tool"
+        )
+
+
+def make_flow(
+    method: Method, prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[frozenset[int]], pace: Pace
+) -> Flow:
+    """The flow of one text; `pace` for those that can draft ahead."""
+    if isinstance(method, Combination):
+        return combined(prompts, params, method, eos)
+    if isinstance(method, Nudging):
+        return nudging(prompts, params, method, eos)
+    if params.speculative:
+        return speculative(prompts, params, method, eos, pace)
+    return collaborative(prompts, params, method, eos)
+
+
+@lru_cache(maxsize=8)
+def word_starts(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bool]:
+    """Whether a token begins with white space in the middle of a text."""
+    # Behind an anchor, for SentencePiece tokenizers drop the leading space of a text.
+    [anchor, *_] = tokenizer.encode("=", add_special_tokens=False)
+    before = _text(tokenizer, [anchor])
+
+    @cache
+    def starts_word(token_id: int) -> bool:
+        return _text(tokenizer, [anchor, token_id])[len(before) :][:1].isspace()
+
+    return starts_word
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
