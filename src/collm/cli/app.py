@@ -13,6 +13,7 @@ from collm.cli.compare import compare
 from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
 from collm.cli.generate import generate
+from collm.cli.prepare import prepare
 from collm.cli.score import score
 from collm.cli.trace import trace
 from collm.cli.train import train
@@ -44,5 +45,5 @@ def main() -> None:
     """
 
 
-for command in (score, train, calibrate, generate, evaluate, compare, trace, bench, demo):
+for command in (prepare, score, train, calibrate, generate, evaluate, compare, trace, bench, demo):
     main.add_command(command)

@@ -1,0 +1,118 @@
+"""Published data, split into files that training, calibration and evaluation take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+from collm.data.sources import Row, read_source
+from collm.errors import CollmError
+from collm.files import replacing
+
+TEST = "test"
+"""The part that `test_ids` go to."""
+
+
+def part_of(question: str, parts: Mapping[str, float]) -> str:
+    """The part of a question, from a hash of its text: stable, and independent of the other questions.
+
+    Equal questions stay together; near-duplicates do not: where a set has them, they must be grouped first.
+    """
+    point = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
+    for name, share in parts.items():
+        point -= share
+        if point < 0:
+            return name
+    return name
+
+
+def require_parts(parts: Mapping[str, float]) -> None:
+    """Raises CollmError for parts that are no names of files, or whose shares do not add up to 1."""
+    if any(not re.fullmatch(r"\w[\w-]*", name) or share <= 0 for name, share in parts.items()):
+        raise CollmError(f"parts are names with shares above 0, as in train=0.9,validation=0.1, not {dict(parts)}")
+    if abs(sum(parts.values()) - 1) > 1e-6:
+        raise CollmError(f"the shares of the parts add up to {sum(parts.values()):g}, not to 1")
+
+
+def prepare(
+    name: str,
+    source: Path,
+    out: Path,
+    parts: Mapping[str, float],
+    *,
+    test_ids: Collection[str] | None = None,
+    **options: Any,
+) -> dict[Path, int]:
+    """Write `out/PART.jsonl` for each part, and, where rows have a type, `out/TYPE/PART.jsonl` as well.
+
+    Args:
+        name: a format of `collm.data.sources`.
+        test_ids: ids that make up the part "test", by the official split; `parts` share out the others.
+
+    Returns:
+        How many rows each file has.
+
+    Raises:
+        CollmError: unreadable data; a question that stands in another part already there; ids that are not in the data.
+    """
+    require_parts(parts)
+    if test_ids is not None and TEST in parts:
+        raise CollmError(f'the part "{TEST}" is made of the given ids; call the other parts otherwise')
+    names = [*parts, *([TEST] if test_ids is not None else [])]
+    there = _questions_there(out, names)
+    counts: Counter[Path] = Counter()
+    missing = set(test_ids or ())
+    ids: set[str] = set()
+    with ExitStack() as stack:
+        files: dict[Path, TextIO] = {}
+        for row in read_source(name, source, **options):
+            question = _question(row)
+            own = row["id"].removeprefix(f"{name}-")
+            if row["id"] in ids:
+                raise CollmError(f"{source}: two records have the id {own!r}; ids must be unique")
+            ids.add(row["id"])
+            part = TEST if own in (test_ids or ()) else part_of(question, parts)
+            missing.discard(own)
+            home = there.setdefault(question, out / f"{part}.jsonl")
+            if home != out / f"{part}.jsonl":
+                raise CollmError(
+                    f"{source}: the question of {own!r} stands in {home} as well: parts in one folder must not share "
+                    "questions; give another --out, or delete what is there"
+                )
+            for path in [out / f"{part}.jsonl", *([out / row["type"] / f"{part}.jsonl"] if "type" in row else [])]:
+                if path not in files:
+                    files[path] = stack.enter_context(_writing(path, stack))
+                files[path].write(json.dumps(row, ensure_ascii=False) + "\n")
+                counts[path] += 1
+        if missing:
+            raise CollmError(f"{source} has no record with the ids {', '.join(sorted(missing)[:5])}")
+    return dict(counts)
+
+
+def _writing(path: Path, stack: ExitStack) -> TextIO:
+    """A file that appears under its name when the stack ends well."""
+    return stack.enter_context(replacing(path)).open("w", encoding="utf-8")
+
+
+def _question(row: Row) -> str:
+    turns: list[dict[str, str]] = row["messages"]
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+
+
+def _questions_there(out: Path, names: list[str]) -> dict[str, Path]:
+    """Questions of the parts in `out` that are not about to be written anew, and where each stands."""
+
+    def rows(path: Path) -> Iterator[Row]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if isinstance(row, dict) and "messages" in row:
+                yield row
+
+    others = [path for path in sorted(out.glob("*.jsonl")) if path.stem not in names]
+    return {_question(row): path for path in others for row in rows(path)}

@@ -1,0 +1,199 @@
+"""The files in which evaluation sets and training mixes are published, as rows of ours.
+
+Every reader gives rows of `collm.data.examples`: `messages` with the worked answer as last turn where there is one, and
+the gold `answer` as the task of that name reads it (`collm.evaluation.task`). The data themselves are not shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from collm.data.examples import parse_example
+from collm.errors import CollmError
+
+Row = dict[str, Any]
+BIOASQ_WANTS = {
+    "factoid": 'End with "####" and the name; further guesses may follow it, best first, separated by ";".',
+    "list": 'End with "####" and the names, separated by ";".',
+    "yesno": 'End with "####" and yes or no.',
+    "summary": "Answer in a few sentences.",
+}
+PUBMEDQA_WANTS = 'End with "####" and yes, no or maybe.'
+
+
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, record) of JSON lines, a JSON list or object, a parquet file, or a folder of one JSON file a record.
+
+    An object is taken as its list `questions`, if it has one, else as records by id.
+
+    Raises:
+        CollmError: unreadable, or no JSON.
+    """
+    try:
+        if path.is_dir():
+            for file in sorted(path.rglob("*.json")):
+                record = json.loads(file.read_text(encoding="utf-8"))
+                yield str(file), {"id": file.relative_to(path).with_suffix("").as_posix(), **record}
+        elif path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            number = 0
+            for batch in parquet.ParquetFile(path).iter_batches():
+                for record in batch.to_pylist():
+                    yield f"{path}, row {number}", record
+                    number += 1
+        elif path.suffix == ".json" and (whole := _whole(path)) is not None:
+            entries = whole.get("questions") if isinstance(whole, dict) else whole
+            if entries is None:
+                entries = [{"id": key, **value} for key, value in whole.items()]
+            for number, record in enumerate(entries):
+                yield f"{path}, entry {number}", record
+        else:
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield f"{path}, line {number}", json.loads(line)
+    except (OSError, ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
+        raise CollmError(f"{path} cannot be read as JSON lines, JSON or parquet: {error}") from error
+
+
+def _whole(path: Path) -> Any:
+    """The file as one JSON value; None if it holds lines."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        raise
+
+
+def _conversation(question: str, answer: str | None = None) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": question.strip()}]
+    return turns if answer is None else [*turns, {"role": "assistant", "content": answer.strip()}]
+
+
+def _gsm8k(record: Mapping[str, Any]) -> Row:
+    # The annotations (`<<48/2=24>>`) would tell where to call a calculator, which is for the model to learn.
+    answer = re.sub(r"<<.*?>>", "", record["answer"])
+    return {"messages": _conversation(record["question"], answer), "answer": answer.rpartition("####")[2].strip()}
+
+
+def _math(record: Mapping[str, Any]) -> Row:
+    # What MATH calls type is a field of mathematics; types of ours are kinds of questions.
+    names = {"answer": "answer", "level": "level", "subject": "subject", "type": "subject"}
+    kept = {ours: record[theirs] for theirs, ours in names.items() if theirs in record}
+    return {"messages": _conversation(record["problem"], record["solution"]), **kept}
+
+
+def _pubmedqa(record: Mapping[str, Any]) -> Row:
+    label = record["final_decision"]
+    question = "\n".join([*record["CONTEXTS"], "", record["QUESTION"], PUBMEDQA_WANTS])
+    return {"messages": _conversation(question, f"{record['LONG_ANSWER']}\n#### {label}"), "answer": label}
+
+
+def _bioasq(record: Mapping[str, Any], snippets: int = 0) -> Row:
+    kind = record["type"]
+    wants = BIOASQ_WANTS[kind]
+    ideal = record["ideal_answer"] if kind == "summary" else record.get("ideal_answer") or []
+    ideals = [text.strip() for text in ([ideal] if isinstance(ideal, str) else ideal)]
+    turn, answer = _bioasq_answer(kind, ideals, record)
+    before = [snippet["text"].strip() for snippet in record.get("snippets", [])[:snippets]]
+    question = "\n".join([*before, *([""] if before else []), record["body"].strip(), wants])
+    return {"messages": _conversation(question, turn), "type": kind, "answer": answer}
+
+
+def _bioasq_answer(kind: str, ideals: list[str], record: Mapping[str, Any]) -> tuple[str, Any]:
+    """The worked answer and the gold one. Golds: of a factoid the synonyms of its one name, of a list several such."""
+    if kind == "summary":
+        return ideals[0], ideals
+    exact = record["exact_answer"]
+    if kind == "yesno":
+        exact = exact[0] if isinstance(exact, list) else exact
+        names = [exact.strip().lower()]
+        gold: Any = names[0]
+    else:
+        exact = [exact] if isinstance(exact, str) else exact
+        entries = [entry if isinstance(entry, list) else [entry] for entry in exact]
+        gold = [[name for entry in entries for name in entry]] if kind == "factoid" else entries
+        names = [entry[0] for entry in gold]
+    return "\n".join([*ideals[:1], f"#### {'; '.join(names)}"]), gold
+
+
+def _alpaca_eval(record: Mapping[str, Any]) -> Row:
+    # As it is: judges find the reference answer by the instruction's exact text.
+    turn = {"role": "user", "content": record["instruction"]}
+    return {"messages": [turn], "dataset": record.get("dataset", "alpaca_eval")}
+
+
+def _mt_bench(record: Mapping[str, Any]) -> Row:
+    kept = {key: record[key] for key in ("question_id", "category", "turns", "required_temperature") if key in record}
+    return {"messages": [{"role": "user", "content": record["turns"][0]}], **kept}
+
+
+def _tulu(record: Mapping[str, Any]) -> Row:
+    source = "/".join(str(record[key]) for key in ("dataset", "id") if record.get(key) is not None)
+    return {"messages": record["messages"], "source": source}
+
+
+@dataclass(frozen=True)
+class Format:
+    """`row` makes a row of one record; `expected` says what a record looks like; `options` are those `row` takes.
+
+    `ids`: the keys under which a record may have an id, unique within the file; without one, its number serves.
+    """
+
+    row: Callable[..., Row]
+    expected: str
+    options: frozenset[str] = frozenset()
+    ids: tuple[str, ...] = ("unique_id", "id")
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "gsm8k": Format(_gsm8k, '{"question", "answer": "... #### 12"}'),
+        "math": Format(_math, '{"problem", "solution": "... \\\\boxed{12}"}'),
+        "bioasq": Format(
+            _bioasq,
+            '{"questions": [{"id", "type": "factoid" | "list" | "yesno" | "summary", "body", "exact_answer", '
+            '"ideal_answer", "snippets"}]}, with golden answers',
+            frozenset({"snippets"}),
+        ),
+        "pubmedqa": Format(_pubmedqa, '{PMID: {"QUESTION", "CONTEXTS", "LONG_ANSWER", "final_decision"}}'),
+        "alpaca_eval": Format(_alpaca_eval, '[{"instruction", "dataset"}]'),
+        "mt_bench": Format(_mt_bench, '{"question_id", "category", "turns": [...]}', ids=("question_id",)),
+        "tulu": Format(_tulu, '{"messages": [{"role", "content"}]}', ids=()),
+    }
+)
+
+
+def read_source(name: str, path: Path, **options: Any) -> Iterator[Row]:
+    """Rows of a published file, each checked; ids are `NAME-` and the record's own id, or its number.
+
+    Raises:
+        CollmError: a record of another form, naming file and place; an option that the format does not have.
+    """
+    known = FORMATS[name]
+    unknown = set(options) - known.options
+    if unknown:
+        raise CollmError(f"data of {name} have no {', '.join(sorted(unknown))}")
+    empty = True
+    for number, (where, record) in enumerate(records(path)):
+        try:
+            own = next(
+                (record[key] for key in ("unique_id", "question_id", "id") if record.get(key) is not None), number
+            )
+            row = {"id": f"{name}-{number if name == 'tulu' else own}", **known.row(record, **options)}
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise CollmError(f"{where}: no record of {name} ({what}); expected {known.expected}") from error
+        parse_example(row, where, default_id=str(number))
+        empty = False
+        yield row
+    if empty:
+        raise CollmError(f"{path}: there are no records; expected {known.expected}")
