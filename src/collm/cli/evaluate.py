@@ -1,13 +1,15 @@
-"""`collm eval`: a task's metric with its interval."""
+"""`collm eval`: a task's metric with its interval, or tasks of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from collm.cli.console import ResumableCommand
 from collm.cli.options import (
@@ -21,18 +23,42 @@ from collm.cli.options import (
     model_options,
     read_examples,
     sampling_params,
-    task_option,
 )
+from collm.evaluation.task import TASKS
+from collm.types import SamplingParams
 
 if TYPE_CHECKING:
     from collm.evaluation.result import EvalResult
 
+OWN = ("task", "data", "split", "skip_bad", "name")
+"""Options that say nothing to the harness."""
+HARNESS = ("include_path", "num_fewshot", "apply_chat_template", "system")
+"""Options that say nothing without --tasks."""
+OF_TASKS = {"max_tokens": "max_gen_toks", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
+"""What the harness's tasks say for themselves, unless it is given; in our words and in the harness's."""
+
 
 @click.command("eval", cls=ResumableCommand, short_help="Answer and score the questions of a task.")
 @click.argument("checkpoint")
-@task_option
-@click.option("--data", required=True, metavar="DATA", help="Test examples.")
-@click.option("--out", type=OUTPUT, metavar="FILE", help="Trace of every answer; with it, a stopped run resumes.")
+@click.option("--task", metavar="TASK", help=f"What answers are worth: {', '.join(TASKS)}.")
+@click.option("--data", metavar="DATA", help="Test examples.")
+@click.option("--tasks", metavar="NAMES", help="Instead: tasks of the lm-evaluation-harness, with commas between them.")
+@click.option(
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="Of --tasks: a folder of task files of your own.",
+)
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Of --tasks: examples in the prompt.")
+@click.option("--apply-chat-template", is_flag=True, help="Of --tasks: prompts as conversations.")
+@click.option("--system", metavar="TEXT", help="Of --tasks: a system message for every conversation.")
+@click.option(
+    "--out",
+    type=OUTPUT,
+    metavar="PATH",
+    help="File for the trace of every answer, with --tasks a folder for all that is found; a stopped run resumes.",
+)
 @click.option("--name", metavar="NAME", help="What the system is called in the table.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as one JSON object.")
 @alone_option
@@ -40,12 +66,33 @@ if TYPE_CHECKING:
 @data_options
 @decoding_options
 @model_options
-def evaluate(checkpoint: str, task: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
+def evaluate(
+    checkpoint: str,
+    task: str | None,
+    data: str | None,
+    tasks: str | None,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Let CHECKPOINT answer the questions of DATA and score the answers.
 
     CHECKPOINT may be a plain model, too: the same questions then show what it reaches alone.
+
+    With --tasks, let EleutherAI's lm-evaluation-harness ask: gsm8k,hendrycks_math,ifeval,pubmedqa and all others. How
+    long answers may be and how tokens are drawn is then said by the tasks, unless it is given here.
     """
+    ctx = click.get_current_context()
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
     params = sampling_params(options)
+    if tasks is not None:
+        _refuse(given, OWN, "--tasks asks what the harness's tasks say: leave out {}")
+        _harness(checkpoint, tasks, params, given, out, as_json, options)
+        return
+    _refuse(given, HARNESS, "{} says something about tasks of the harness: add --tasks")
+    if task is None or data is None:
+        missing = "--task" if task is None else "--data"
+        raise click.UsageError(f"give --task and --data, or --tasks for the harness's own; {missing} is missing")
 
     from collm.evaluation.evaluate import evaluate as run
     from collm.evaluation.task import get_task
@@ -65,6 +112,67 @@ def evaluate(checkpoint: str, task: str, data: str, out: Path | None, as_json: b
         click.echo(json.dumps(asdict(result), ensure_ascii=False))
     else:
         _show(result)
+
+
+def _refuse(given: set[str], names: tuple[str, ...], message: str) -> None:
+    """Refuse options that would be ignored."""
+    for name in names:
+        if name in given:
+            raise click.UsageError(message.format("--" + name.replace("_", "-")))
+
+
+def _harness(
+    checkpoint: str,
+    tasks: str,
+    params: SamplingParams,
+    given: set[str],
+    out: Path | None,
+    as_json: bool,
+    options: Mapping[str, Any],
+) -> None:
+    from collm.evaluation.harness import CollaborativeHarnessLM, run_tasks
+
+    generation: dict[str, Any] = {theirs: options[ours] for ours, theirs in OF_TASKS.items() if ours in given}
+    if "temperature" in given:
+        generation["do_sample"] = options["temperature"] > 0
+    if "stop" in given:
+        generation["until"] = list(options["stop"])
+    llm = load_llm(checkpoint, options)
+    lm = CollaborativeHarnessLM(llm, params, alone=options["alone"], batch_size=options["batch_size"], out=out)
+    results = run_tasks(
+        lm,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        out=out,
+        generation=generation,
+        limit=options["limit"],
+        **{name: options[name] for name in HARNESS},
+    )
+    if as_json:
+        click.echo(json.dumps(results, ensure_ascii=False, default=str))
+    else:
+        _show_harness(results)
+
+
+def _show_harness(results: dict[str, Any]) -> None:
+    from lm_eval.utils import make_table
+
+    click.echo(make_table(results))
+    if results.get("groups"):
+        click.echo(make_table(results, "groups"))
+    for task, told in results["collm"]["tasks"].items():
+        parts = []
+        if "texts" in told:
+            passes = ", ".join(f"{name} {count}" for name, count in told["forward_passes"].items())
+            parts.append(
+                f"{told['texts']} texts of {told['tokens']} tokens, {told['deferral_rate']:.1%} written by assistants; "
+                f"forward passes: {passes}"
+            )
+        if "scored_texts" in told:
+            credit = ", ".join(f"{name} {share:.1%}" for name, share in told["credit"].items())
+            parts.append(
+                f"{told['scored_texts']} texts of {told['scored_tokens']} tokens scored; credited to: {credit}"
+            )
+        click.echo(f"{task}: " + "; ".join(parts))
 
 
 def _show(result: EvalResult) -> None:
