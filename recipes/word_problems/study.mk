@@ -111,7 +111,10 @@ VARIATIONS := $(VARIED:%=gate-%) pair-no_initialisation
 CHANGES_pair-no_initialisation := $(CHANGES_no_initialisation)
 ABLATIONS := sft pair lora gate $(VARIATIONS) pair_lm both weak
 
-ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json)
+# Thresholds read off gold text, beside those of `calibrate`.
+GOLD := $(RUNS)/ablations/gold
+
+ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json) $(GOLD)/pair/teacher_forced.json $(GOLD)/pair_lm/teacher_forced.json
 	$(COLLM) compare $(ABLATIONS:%=$(RUNS)/ablations/%.json) --against pair
 
 $(RUNS)/ablations/recipes/%.yaml:
@@ -128,3 +131,6 @@ $(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | train
 $(VARIATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(RUNS)/ablations/runs/%/collm.json
 $(VARIATIONS:%=$(RUNS)/ablations/%.json): CHECKPOINT = $(RUNS)/ablations/runs/$*
 $(filter-out $(RUNS)/ablations/sft.json,$(ABLATIONS:%=$(RUNS)/ablations/%.json)): OPTIONS = --threshold 0.5
+
+$(GOLD)/%/teacher_forced.json: | $(RUNS)/%/collm.json
+	$(PYTHON) $(STUDY)/teacher_forced.py $(RUNS)/$* --data $(DATA)/calibration.jsonl --rates 0.05,0.1 --out $(GOLD)/$*

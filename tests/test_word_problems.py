@@ -1,0 +1,78 @@
+"""The word problems' smaller scripts: recipes varied, thresholds read off gold text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from collm.data.examples import Example
+from collm.data.formatting import Formatter
+from collm.decoding.policies import log_odds
+from collm.errors import CollmError
+from collm.llm import CollaborativeLM
+from collm.models.fake import FakeModel
+from collm.models.tools import Calculator
+from collm.types import Prediction, Query
+
+STUDY = Path(__file__).parent.parent / "recipes" / "word_problems"
+
+
+@pytest.fixture(scope="module")
+def study() -> Iterator[dict[str, ModuleType]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STUDY))
+        yield {name: importlib.import_module(name) for name in ("vary", "teacher_forced")}
+
+
+def test_a_varied_recipe_changes_what_is_named_and_nothing_else(study: dict[str, ModuleType]) -> None:
+    vary = study["vary"].vary
+    plain = vary(STUDY / "gate.yaml", [])
+    varied = vary(STUDY / "gate.yaml", ["init.method=b", "deferral_cost=0.1"])
+    assert varied == {**plain, "init": {"method": "b"}, "deferral_cost": 0.1} != plain
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("init.metod=b", "did you mean 'method'"), ("deferral_cost=-1", "greater than"), ("tune", "KEY=VALUE")],
+)
+def test_changes_that_leave_no_recipe_are_refused(study: dict[str, ModuleType], change: str, message: str) -> None:
+    with pytest.raises(CollmError, match=message):
+        study["vary"].vary(STUDY / "gate.yaml", [change])
+
+
+def test_gold_gates_are_those_of_plain_passes_and_count_where_somebody_answers(
+    study: dict[str, ModuleType], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    base, calculator = FakeModel("base", len(tiny_tokenizer), num_assistants=1), Calculator(tiny_tokenizer)
+    formatter = Formatter(tiny_tokenizer)
+    llm = CollaborativeLM([base, calculator], [formatter] * 2)
+    turns = [("How many?", "12 + 30 = 42\n#### 42"), ("And now?", "5 * 3 = 15")]
+    examples = [
+        Example(id=str(i), messages=({"role": "user", "content": q}, {"role": "assistant", "content": a}))
+        for i, (q, a) in enumerate(turns)
+    ]
+    expected = []
+    for example in examples:
+        item = formatter.encode(example)
+        for at in np.flatnonzero(item.labelled):
+            prediction = base.answer(item.token_ids[:at])
+            assert isinstance(prediction, Prediction) and prediction.log_gate is not None
+            [[said]] = calculator.predict([Query(1, item.token_ids[:at])])
+            expected.append(-np.inf if said is None else log_odds(prediction.log_gate))
+    found = study["teacher_forced"].gold_log_odds(llm, examples)
+    np.testing.assert_allclose(found, expected)
+    assert 4 <= np.isfinite(found).sum() < len(found)  # the digits of both results at least
+
+
+def test_a_threshold_for_a_rate_defers_that_share(study: dict[str, ModuleType]) -> None:
+    values = np.append(np.random.default_rng(0).normal(size=80), np.full(20, -np.inf))
+    for rate in (0.1, 0.5, 0.75):
+        assert (values > study["teacher_forced"].threshold_for(rate, values)).mean() == pytest.approx(rate, abs=0.011)
+    with pytest.raises(CollmError, match="same value"):
+        study["teacher_forced"].threshold_for(0.1, np.zeros(5))
