@@ -7,6 +7,7 @@ import difflib
 import click
 
 from collm import __version__
+from collm.cli.answer import answer
 from collm.cli.bench import bench
 from collm.cli.calibrate import calibrate
 from collm.cli.compare import compare
@@ -45,5 +46,5 @@ def main() -> None:
     """
 
 
-for command in (prepare, score, train, calibrate, generate, evaluate, compare, trace, bench, demo):
+for command in (prepare, score, train, calibrate, generate, evaluate, answer, compare, trace, bench, demo):
     main.add_command(command)

@@ -132,8 +132,13 @@ def _alpaca_eval(record: Mapping[str, Any]) -> Row:
 
 
 def _mt_bench(record: Mapping[str, Any]) -> Row:
-    kept = {key: record[key] for key in ("question_id", "category", "turns", "required_temperature") if key in record}
-    return {"messages": [{"role": "user", "content": record["turns"][0]}], **kept}
+    turns = record["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise TypeError("turns are a list of texts")
+    kept = {key: record[key] for key in ("question_id", "category", "turns")}
+    if "required_temperature" in record:
+        kept["required_temperature"] = record["required_temperature"]
+    return {"messages": [{"role": "user", "content": turns[0]}], **kept}
 
 
 def _tulu(record: Mapping[str, Any]) -> Row:
