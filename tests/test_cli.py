@@ -601,6 +601,39 @@ def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
     refused(collm("compare", files[0], tmp_path / "few.json"), "different examples")
 
 
+def test_report_puts_evaluations_on_one_page(pair: str, tmp_path: Path) -> None:
+    for name, more in (("joint", []), ("alone", ["--alone", "base"])):
+        done = collm("eval", pair, *TASK, *TOGETHER, *more, "--name", name, "--out", tmp_path / f"{name}.jsonl")
+        assert done.exit_code == 0, done.output
+    files = [tmp_path / "alone.json", tmp_path / "joint.json"]
+    out = tmp_path / "page" / "report.html"
+    (tmp_path / "alone.jsonl").unlink()
+    done = collm(
+        "report", *files, "--out", out, "--title", "My <systems>", "--cost", "joint/calculator=0.5", "--samples", 2
+    )
+    assert done.exit_code == 0, done.output
+    assert "alone.jsonl is missing" in done.stderr and "joint: read with its traces" in done.stderr
+    page = out.read_text()
+    assert "<h1>My &lt;systems&gt;</h1>" in page and "against alone" in page and "2 of 6 texts" in page
+    assert "0.5 (joint/calculator)" in page
+    assert collm("report", files[1], "--out", out, "--samples", 0).exit_code == 0
+    assert "<article" not in out.read_text()
+    refused(collm("report", *files, "--out", tmp_path / "page.pdf"), "ends in .html", code=2)
+    refused(collm("report", *files, "--out", out, "--against", "jont"), "no system 'jont'", "alone, joint", code=2)
+    refused(collm("report", *files, "--out", out, "--cost", "calc=1"), "no such model", "calculator", code=2)
+    for wrong in ("calculator", "calculator=much", "calculator=-1", "=1"):
+        refused(collm("report", *files, "--out", out, "--cost", wrong), "MODEL=NUMBER", code=2)
+    refused(collm("report", *files, "--out", out, "--calibration", pair), "no calibration", "collm calibrate")
+    refused(collm("report", tmp_path / "joint.jsonl", "--out", out), "not the result of an evaluation")
+
+
+def test_trace_counts_kinds_of_tokens(pair: str, tmp_path: Path) -> None:
+    collm("eval", pair, *TASK, *TOGETHER, "--out", tmp_path / "t.jsonl")
+    shown = collm("trace", tmp_path / "t.jsonl", "--classes", "--limit", 3).stdout
+    assert "of 3 texts" in shown and "function word" in shown and "number" in shown
+    refused(collm("trace", tmp_path / "t.jsonl", "--classes", "--html", tmp_path / "t.html"), "one of them", code=2)
+
+
 def test_eval_resumes(pair: str, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     command = ["eval", pair, *TOGETHER, *TASK, "--threshold", "0"]

@@ -71,15 +71,13 @@ class PageReader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "path", "rect", "line", "polygon", "polyline"):
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        while self.open and self.open[-1] == "circle" != tag:
-            self.open.pop()
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:

@@ -15,6 +15,7 @@ from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
 from collm.cli.generate import generate
 from collm.cli.prepare import prepare
+from collm.cli.report import report
 from collm.cli.score import score
 from collm.cli.trace import trace
 from collm.cli.train import train
@@ -46,5 +47,5 @@ def main() -> None:
     """
 
 
-for command in (prepare, score, train, calibrate, generate, evaluate, answer, compare, trace, bench, demo):
+for command in (prepare, score, train, calibrate, generate, evaluate, answer, compare, report, trace, bench, demo):
     main.add_command(command)

@@ -168,6 +168,11 @@ def result_path(out: str | Path) -> Path:
     return Path(out).with_suffix(".json")
 
 
+def trace_path(result: str | Path) -> Path:
+    """Where the traces of a result file lie, unless they were put elsewhere."""
+    return Path(result).with_suffix(".jsonl")
+
+
 def _answers(
     llm: Writer,
     task: Task,

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from collm.errors import CollmError
+from collm.evaluation.comparison import Comparison, compare_all
+from collm.evaluation.curves import cost, series
 from collm.evaluation.result import EvalResult
+from collm.evaluation.written import Written
+from collm.files import write_text
+from collm.models.checkpoint import CalibrationTable
+from collm.report.chart import MUTED, Series, histogram, line_chart
+from collm.report.pages import render
+from collm.report.plots import curve_svg
+from collm.report.samples import NUM_COLOURS
 from collm.report.systems import SystemRow
+from collm.report.tokens import EDGES
+
+LEARNT = ("threshold", "sampled", "compose")
+"""Ways of decoding that go by what the base has learnt; all others are there for comparison."""
+MOST_DEFERRED = 15
+"""How many tokens the table of deferred ones shows."""
 
 
 def system_row(result: EvalResult, note: str = "") -> SystemRow:
@@ -25,4 +51,141 @@ def _kind(result: EvalResult) -> str:
     settings = result.settings
     if settings.get("alone") is not None or len(settings.get("models", ())) == 1:
         return "single"
-    return "control" if settings.get("params.deferral") == "random" else "joint"
+    return "joint" if settings.get("params.deferral") in LEARNT else "control"
+
+
+def read_results(paths: Sequence[Path]) -> list[EvalResult]:
+    """Results that may stand on one page: all of the same questions. Those of one name are told apart by their file.
+
+    Raises:
+        CollmError: a file that is no result, or results of different questions.
+    """
+    results = [EvalResult.load(path) for path in paths]
+    names = Counter(result.name for result in results)
+    first = results[0]
+    for path, result in zip(paths, results, strict=True):
+        if sorted(result.ids) != sorted(first.ids) or result.settings.get("examples") != first.settings.get("examples"):
+            raise CollmError(
+                f"{path}: {result.name!r} answered other questions than {first.name!r}; make a page for each of them"
+            )
+    return [
+        replace(result, name=f"{result.name} ({path.stem})") if names[result.name] > 1 else result
+        for path, result in zip(paths, results, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What stands on the page.
+
+    `written`: the systems, in the order of the table. `rival`: the result that the others are tested against.
+    `calibrations`: tables whose curves are drawn. `weights`: what a forward pass of a model costs (see `cost`).
+    `num_samples`, `seed`: how the texts that are shown were drawn.
+    """
+
+    title: str
+    written: tuple[Written, ...]
+    rival: EvalResult
+    calibrations: tuple[CalibrationTable, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    num_samples: int = 6
+    seed: int = 0
+
+    @property
+    def results(self) -> list[EvalResult]:
+        return [written.result for written in self.written]
+
+    @property
+    def tested(self) -> list[EvalResult]:
+        """Those scored by the rival's rule; what another rule counts as right is no matter of a paired test."""
+        rule = (self.rival.task, self.rival.task_version)
+        return [r for r in self.results if r is not self.rival and (r.task, r.task_version) == rule]
+
+    def comparisons(self) -> list[Comparison]:
+        return compare_all(self.rival, self.tested, seed=self.seed)
+
+
+def overview_html(overview: Overview) -> str:
+    """The page: one file that loads nothing, and reads without any script."""
+    results, rival = overview.results, overview.rival
+    by_rate = series(results, dict(enumerate(result.deferral_rate for result in results)))
+    costs = {i: value for i, r in enumerate(results) if (value := cost(r, overview.weights)) is not None}
+    by_cost = series(results, costs)
+    shared, own = common_settings(results)
+    untested = [r for r in results if r is not rival and all(r is not other for other in overview.tested)]
+    rows = [system_row(r, f"task {r.task} v{r.task_version}" if r in untested else "") for r in results]
+    metric = rival.metric.replace("_", " ")
+    return render(
+        "overview.html",
+        title=overview.title,
+        lead="",
+        footer=f"Made by collm report from {len(results)} results.",
+        rival=rival,
+        rows=rows,
+        comparisons=overview.comparisons(),
+        untested=[result.name for result in untested],
+        by_rate=by_rate,
+        rate_chart=_chart(by_rate, f"{metric} against deferral rate", "tokens written by an assistant", metric, True),
+        by_cost=by_cost,
+        cost_chart=_chart(by_cost, f"{metric} against cost", "forward passes per token", metric, False),
+        weights=overview.weights,
+        calibrations=[(table, Markup(curve_svg(table))) for table in overview.calibrations],
+        written=overview.written,
+        deferring=[w for w in overview.written if w.figures is not None and w.result.deferral_rate > 0],
+        gate_histograms={w.result.name: _gates(w) for w in overview.written if w.gated},
+        most_deferred=MOST_DEFERRED,
+        seed=overview.seed,
+        shared=shared,
+        own=[(result.name, settings) for result, settings in zip(results, own, strict=True)],
+    )
+
+
+def write_overview(overview: Overview, path: str | Path) -> None:
+    """Write `overview_html` to a file, whole or not at all."""
+    write_text(Path(path), overview_html(overview))
+
+
+def _chart(lines: Sequence[Series], title: str, x_label: str, metric: str, shares: bool) -> Markup | None:
+    if not lines:
+        return None
+    return Markup(line_chart(lines, title=title, x_label=x_label, y_label=metric, x_percent=shares))
+
+
+def _gates(written: Written) -> Markup:
+    figures, threshold = written.figures, written.threshold
+    assert figures is not None
+    inside = threshold is not None and EDGES[0] <= threshold <= EDGES[-1]
+    return Markup(
+        histogram(
+            figures.gates,
+            figures.models,
+            [MUTED, *(f"var(--a{(author - 1) % NUM_COLOURS + 1},#e69f00)" for author in range(1, len(figures.models)))],
+            bin_names=[_probability(edge) if edge % 2 == 0 else "" for edge in EDGES],
+            title=f"{written.result.name}: tokens by the gate's chance of deferring",
+            x_label="the gate's chance of deferring (log-odds scale)",
+            y_label="tokens",
+            mark=1 + threshold - EDGES[0] if inside and threshold is not None else None,
+        )
+    )
+
+
+def _probability(log_odds: float) -> str:
+    """Log-odds as a percentage, with as many digits as tell it from 0 and 100."""
+    share = 1 / (1 + math.exp(-log_odds))
+    digits = 1 - math.floor(math.log10(100 * min(share, 1 - share)))
+    return f"{100 * share:.{min(2, max(0, digits))}f} %"
+
+
+def common_settings(results: Sequence[EvalResult]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """What all runs were made with, and what each was made with besides, as text."""
+    rows = [_settings(result) for result in results]
+    shared = {key: value for key, value in rows[0].items() if all(row.get(key) == value for row in rows)}
+    return shared, [{key: value for key, value in row.items() if key not in shared} for row in rows]
+
+
+def _settings(result: EvalResult) -> dict[str, str]:
+    told: dict[str, Any] = {"seed": result.seed, "commit": result.commit, **result.settings}
+    told |= {f"version of {name}": version for name, version in result.versions.items()}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in told.items()
+    }

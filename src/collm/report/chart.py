@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from collm.report.samples import text
 
 INK, MUTED, LINE = "var(--ink,#1d2129)", "var(--muted,#5d6573)", "var(--line,#dfe3ea)"
 SURFACE = "var(--surface,#fff)"
@@ -40,10 +41,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one system by `x`; more than one are joined by a line."""
+    """Points of one system by `x`; more than one are joined by a line. `look`: the number of its colour and shape."""
 
     name: str
     points: tuple[Point, ...]
+    look: int = 0
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -77,7 +79,7 @@ class _Frame:
         end = self.width - RIGHT
         parts = [
             f'<svg class="curve" viewBox="0 0 {self.width} {self.height}" role="img" font-family="inherit" '
-            f'font-size="12"><title>{escape(title)}</title>'
+            f'font-size="12"><title>{text(title)}</title>'
         ]
         for tick, name in zip(self.y_ticks, y_names, strict=True):
             y = self.y(tick)
@@ -89,8 +91,8 @@ class _Frame:
         middle = (TOP + self.height - BOTTOM) / 2
         told = f'text-anchor="middle" fill="{INK}"'
         parts.append(
-            f'<text x="{(LEFT + end) / 2}" y="{self.height - 8}" {told}>{escape(x_label)}</text>'
-            f'<text x="14" y="{middle}" {told} transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
+            f'<text x="{(LEFT + end) / 2}" y="{self.height - 8}" {told}>{text(x_label)}</text>'
+            f'<text x="14" y="{middle}" {told} transform="rotate(-90 14 {middle})">{text(y_label)}</text>'
         )
         return parts
 
@@ -124,7 +126,7 @@ def line_chart(
     frame = _Frame(x_ticks, y_ticks, width, height)
     x_names = [f"{100 * tick:.6g} %" if x_percent else f"{tick:.6g}" for tick in x_ticks]
     parts = frame.axes(title, x_names, [f"{100 * tick:.6g} %" for tick in y_ticks], x_label, y_label)
-    drawn = [(look(index), one.points) for index, one in enumerate(series)]
+    drawn = [(look(one.look), one.points) for one in series]
     for (colour, _), points in drawn:
         parts += _band(frame, colour, points) if len(series) == 1 else _bars(frame, colour, points)
     for (colour, _), points in drawn:
@@ -140,18 +142,18 @@ def line_chart(
     return "".join(parts) + "</svg>"
 
 
-def look(index: int) -> tuple[str, str]:
-    """Colour and shape of the series at `index`: no two of the first forty look alike."""
-    return COLOURS[index % len(COLOURS)], SHAPES[(index + index // 40) % len(SHAPES)]
+def look(number: int) -> tuple[str, str]:
+    """Colour and shape: no two of the first forty look alike."""
+    return COLOURS[number % len(COLOURS)], SHAPES[number % len(SHAPES)]
 
 
-def key_svg(index: int) -> str:
-    """The mark of a series, for a legend."""
-    return f'<svg class="mark" viewBox="0 0 14 14" aria-hidden="true">{_mark(7, 7, *look(index), "")}</svg>'
+def key_svg(number: int) -> str:
+    """The mark of a series of this look, for a legend."""
+    return f'<svg class="mark" viewBox="0 0 14 14" aria-hidden="true">{_mark(7, 7, *look(number), "")}</svg>'
 
 
 def _mark(x: float, y: float, colour: str, shape: str, told: str) -> str:
-    title = f"<title>{escape(told)}</title>" if told else ""
+    title = f"<title>{text(told)}</title>" if told else ""
     paint = f'fill="{colour}" stroke="{SURFACE}" stroke-width="1.5"'
     if shape == "circle":
         return f'<circle cx="{x}" cy="{y}" r="4.5" {paint}>{title}</circle>'
@@ -171,7 +173,7 @@ def _note(frame: _Frame, colour: str, point: Point) -> str:
     # Above the point, unless the picture ends there.
     place = y - 15 if y > TOP + 20 else y + 25
     return ring + (
-        f'<text x="{x}" y="{place}" text-anchor="{anchor}" fill="{INK}" font-weight="600">{escape(point.note)}</text>'
+        f'<text x="{x}" y="{place}" text-anchor="{anchor}" fill="{INK}" font-weight="600">{text(point.note)}</text>'
     )
 
 
@@ -226,7 +228,7 @@ def histogram(
                 left = round(frame.x(place) + (frame.x(1) - frame.x(0)) * 0.08 + index * step, 1)
                 parts.append(
                     f'<rect x="{left}" y="{top}" width="{step:.1f}" height="{floor - top:.1f}" fill="{colour}">'
-                    f"<title>{escape(name)}: {count:,}</title></rect>"
+                    f"<title>{text(name)}: {count:,}</title></rect>"
                 )
     if mark is not None:
         x = frame.x(mark)

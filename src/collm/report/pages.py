@@ -65,7 +65,7 @@ def _environment() -> Environment:
         "tokens_html": tokens_html,
         "further_metrics": further_metrics,
         "reach": reach,
-        "key_svg": lambda index: Markup(key_svg(index)),
+        "key_svg": lambda number: Markup(key_svg(number)),
     }
     return environment
 

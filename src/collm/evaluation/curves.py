@@ -1,0 +1,72 @@
+"""Several runs of one system at different rates as a curve: quality against deferral rate, and against cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from collm.evaluation.result import EvalResult
+from collm.report.chart import Point, Series
+
+_NUMBER = re.compile(r"-?\b(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|inf)\b")
+_AT_A_RATE = ("params.threshold", "params.deferral_rate", "policy")
+
+
+def family(result: EvalResult) -> str:
+    """Equal for runs of one system at different rates: its settings but for the threshold.
+
+    A run that tells nothing of which models these were (no `identity`) is a family of its own.
+    """
+    settings = dict(result.settings)
+    for name in _AT_A_RATE:
+        if isinstance(settings.get(name), str):  # a policy, as it is written in Python
+            settings[name] = _NUMBER.sub("#", settings[name])
+        else:
+            settings.pop(name, None)
+    known = "" if settings.get("identity") else result.name
+    return json.dumps([result.task, result.task_version, known, settings], sort_keys=True)
+
+
+def series(results: Sequence[EvalResult], x: Mapping[int, float]) -> list[Series]:
+    """One series for each system at several rates, one point for each other system.
+
+    Args:
+        x: by the number of the result, where its point lies; those that are not there are left out, which changes
+            nothing of how the others look.
+    """
+    members: dict[str, list[int]] = {}
+    for number, result in enumerate(results):
+        members.setdefault(family(result), []).append(number)
+    found = []
+    for look, numbers in enumerate(members.values()):
+        placed = sorted((number for number in numbers if number in x), key=lambda number: x[number])
+        points = tuple(_point(results[number], x[number]) for number in placed)
+        found.append(Series(common_name([results[number].name for number in numbers]), points, look))
+    return [one for one in found if one.points]
+
+
+def _point(result: EvalResult, x: float) -> Point:
+    low, high = result.ci95
+    told = f"{result.name}: {result.value:.1%} ({low:.1%} to {high:.1%}), {result.deferral_rate:.1%} deferred"
+    return Point(x, result.value, result.ci95, told)
+
+
+def common_name(names: Sequence[str]) -> str:
+    """The words that all names begin with; the first name if there are none."""
+    split = [re.findall(r"[^\s_,;:@-]+[\s_,;:@-]*", name) for name in names]
+    shared: list[str] = []
+    for words in zip(*split, strict=False):
+        if len({word.strip(" _,;:@-") for word in words}) > 1:
+            break
+        shared.append(words[0])
+    return "".join(shared).strip(" _,;:@-(") or names[0]
+
+
+def cost(result: EvalResult, weights: Mapping[str, float]) -> float | None:
+    """Forward passes per written token over all models, each times its weight: `SYSTEM/MODEL` or `MODEL` names it,
+    else it is 1. None where no token was written."""
+    passes = result.passes_per_token
+    if not passes:
+        return None
+    return sum(count * weights.get(f"{result.name}/{name}", weights.get(name, 1.0)) for name, count in passes.items())
