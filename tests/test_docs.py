@@ -151,3 +151,18 @@ def test_ready_pairs_are_whole_and_small(folder: Path) -> None:
     result = EvalResult.load(folder / "test_a.json")
     assert f"{result.value:.1%}".replace("%", " %") in (ROOT / "pretrained" / "README.md").read_text()
     assert not any(b"/home/" in path.read_bytes() or b"site-packages" in path.read_bytes() for path in folder.iterdir())
+
+
+def test_every_task_and_format_is_documented() -> None:
+    from collm.data.sources import FORMATS
+    from collm.evaluation.task import TASKS
+
+    page = (ROOT / "docs" / "tasks.md").read_text()
+    told = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE))
+    assert told == {name: str(task.version) for name, task in TASKS.items()}
+    for name, task in TASKS.items():
+        [row] = re.findall(rf"^\| `{name}` \| \d.*$", page, re.MULTILINE)
+        words = row.lower().replace("-", "").replace(" ", "")
+        assert all(metric.replace("_", "") in words for metric in (*map(str.lower, task.metrics), *task.of_all))
+    formats = page.partition("| format |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", formats, re.MULTILINE) == list(FORMATS)
