@@ -8,7 +8,8 @@ no other group; running it twice gives the same files.
     python recipes/word_problems/prepare.py DATA.jsonl --out data/word_problems
 
 `DATA.jsonl` holds one `{"question": ..., "answer": ...}` a line. The output files hold
-`{"id", "messages": [user, assistant], "answer"}`; `answer` is what follows `####`.
+`{"id", "messages": [user, assistant], "answer", "group"}`; `answer` is what follows `####`, and problems of one
+`group` are near-duplicates, which intervals and tests of an evaluation take into account.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def main() -> None:
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
     for group in found:
         splits[split_of([rows[i]["question"] for i in group])].extend(group)
+    name_of = {i: f"wp-{min(group)}" for group in found for i in group}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, indices in splits.items():
         lines = [
@@ -90,6 +92,7 @@ def main() -> None:
                         {"role": "assistant", "content": rows[i]["answer"].strip()},
                     ],
                     "answer": rows[i]["answer"].split("####")[-1].strip(),
+                    "group": name_of[i],
                 }
             )
             for i in sorted(indices)
