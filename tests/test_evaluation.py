@@ -292,6 +292,19 @@ def test_groups_of_near_duplicates_widen_intervals() -> None:
         evaluate(PairWriter(), "word_problems", [replace(questions(1)[0], fields={"answer": "1", "group": []})])
 
 
+def test_further_metrics_have_intervals_over_groups() -> None:
+    task = replace(
+        TASKS["word_problems"],
+        metrics=("exact_match", "odd"),
+        judge=lambda answer, gold: {"exact_match": float(answer == gold), "odd": float(int(answer or 0) % 2)},
+    )
+    examples = [replace(e, fields={**e.fields, "group": str(i // 8)}) for i, e in enumerate(questions(40))]
+    result = evaluate(PairWriter(), task, examples, HALF, progress=False)
+    plain = evaluate(PairWriter(), task, questions(40), HALF, progress=False)
+    assert result.metrics == plain.metrics and 0 < result.metrics["odd"] < 1
+    assert result.metrics_ci95 != plain.metrics_ci95
+
+
 def test_an_example_without_a_group_is_a_group_of_its_own() -> None:
     examples = [
         replace(e, fields={**e.fields, **({"group": "q"} if i < 2 else {})}) for i, e in enumerate(questions(4))

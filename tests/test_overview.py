@@ -365,7 +365,7 @@ def test_kinds_of_systems(files: list[Path]) -> None:
 
     assert kind() == kind(**{"params.deferral": "compose"}) == "joint"
     assert kind(**{"params.deferral": "random"}) == kind(**{"params.deferral": "entropy"}) == "control"
-    assert kind(alone=0) == kind(models=["base"]) == "single"
+    assert kind(alone=0) == kind(models=["base"]) == kind(**{"params.deferral": "never"}) == "single"
 
 
 def test_the_threshold_is_marked_where_it_is_known(files: list[Path]) -> None:

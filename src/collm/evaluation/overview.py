@@ -49,9 +49,10 @@ def system_row(result: EvalResult, note: str = "") -> SystemRow:
 
 def _kind(result: EvalResult) -> str:
     settings = result.settings
-    if settings.get("alone") is not None or len(settings.get("models", ())) == 1:
+    deferral = settings.get("params.deferral")
+    if settings.get("alone") is not None or len(settings.get("models", ())) == 1 or deferral == "never":
         return "single"
-    return "joint" if settings.get("params.deferral") in LEARNT else "control"
+    return "joint" if deferral in LEARNT else "control"
 
 
 def read_results(paths: Sequence[Path]) -> list[EvalResult]:

@@ -146,7 +146,8 @@ def summarise(
     steps = [step for trace in traces for step in trace.generation.steps]
     changed = sum(step.changed for step in steps)
     scores = tuple(trace.score or 0.0 for trace in traces)
-    further = task.further([trace.answer for trace in traces], [trace.gold or "" for trace in traces])
+    golds = [trace.gold or "" for trace in traces]
+    further = task.further([trace.answer for trace in traces], golds, groups or None)
     return EvalResult(
         name=name,
         task=task.name,

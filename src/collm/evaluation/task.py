@@ -98,8 +98,13 @@ class Task:
         """The task's own metric of one text, between 0 and 1."""
         return self.judge(self.extract(text), gold)[self.metric]
 
-    def further(self, answers: Sequence[str | None], golds: Sequence[str]) -> dict[str, Figure]:
-        """The metrics beside the main one: value and 95 % interval of each, by name."""
+    def further(
+        self, answers: Sequence[str | None], golds: Sequence[str], groups: Sequence[str] | None = None
+    ) -> dict[str, Figure]:
+        """The metrics beside the main one: value and 95 % interval of each, by name.
+
+        `groups` of near-duplicates are resampled whole, but for metrics of all answers at once, which know of none.
+        """
         from collm.evaluation.stats import bootstrap_ci
 
         found: dict[str, Figure] = {}
@@ -107,7 +112,7 @@ class Task:
             judged = [self.judge(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
             for metric in self.metrics[1:]:
                 values = [scores[metric] for scores in judged]
-                found[metric] = (sum(values) / len(values), bootstrap_ci(values))
+                found[metric] = (sum(values) / len(values), bootstrap_ci(values, groups=groups))
         return found | {metric: measure(answers, golds) for metric, measure in self.of_all.items()}
 
 
