@@ -23,6 +23,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from test_llm import gate
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm.cli import main
 from collm.data.formatting import Formatter, PromptFormat
@@ -31,6 +32,7 @@ from collm.evaluation.harness import CollaborativeHarnessLM, run_tasks
 from collm.evaluation.harness.prompts import ChatPrompt, pair_ids, prompt_ids, sampling_params
 from collm.evaluation.harness.records import Records
 from collm.evaluation.likelihood import GivenText, likelihoods
+from collm.evaluation.result import EvalResult
 from collm.llm import CollaborativeLM, TokenPrompt
 from collm.models.checkpoint import AssistantInfo, CheckpointInfo, save_checkpoint
 from collm.report.trace import read_traces
@@ -85,6 +87,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(root)
     yield root
     os.chdir(here)
+
+
+@pytest.fixture(autouse=True)
+def no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's list of all that is installed takes seconds."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +175,7 @@ def test_a_pair_of_context_and_continuation() -> None:
         pair_ids([plain], "How many", "")
 
 
-def test_long_prompts_are_cut_from_the_left_and_counted(
-    llm: CollaborativeLM, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_prompts_are_cut_from_the_left_and_counted(llm: CollaborativeLM, caplog: pytest.LogCaptureFixture) -> None:
     lm = harness(llm)
     [text] = lm.generate_until([asked("generate_until", "apples " * 300, GREEDY)])
     ids = llm.formatters[0].prompt("apples " * 300)[-(256 - 7) :]
@@ -234,6 +240,38 @@ def test_whose_likelihood(llm: CollaborativeLM, world: Path) -> None:
         harness(llm, alone="exprt")
     plain = CollaborativeLM.from_pretrained(world / "expert")
     assert harness(plain).loglikelihood(request)[0][0] < 0
+
+
+def test_a_plain_model_answers_as_under_the_harness_s_own(world: Path) -> None:
+    """White space, empty contexts, long texts and stop strings are taken as the harness takes them."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "expert")
+    network = AutoModelForCausalLM.from_pretrained(world / "expert")
+    theirs = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=2, device="cpu")
+    ours = harness(CollaborativeLM.from_pretrained(world / "expert"), SamplingParams())
+    pairs = [
+        ("What is 2 + 2?", " 4"),
+        ("How many ", "apples"),
+        ("", "Rome"),
+        ("Paris\n", "\nis"),
+        ("apples " * 300, "12"),
+    ]
+    scored = [asked("loglikelihood", *pair) for pair in pairs]
+    expected = theirs.loglikelihood(scored, disable_tqdm=True)
+    found = ours.loglikelihood(scored)
+    assert [p for p, _ in found] == pytest.approx([p for p, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    texts = [asked("loglikelihood_rolling", row["text"]) for row in ROWS]
+    expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, abs=1e-2)
+    # Stopped by a string from the middle of what would be written.
+    longer = {"max_gen_toks": 12, "do_sample": False}
+    [whole] = theirs.generate_until([asked("generate_until", "12 + 30", longer)], disable_tqdm=True)
+    for stop in ([], [whole[len(whole) // 2]]):
+        request = asked("generate_until", "12 + 30", {**longer, "until": stop})
+        expected = theirs.generate_until([request, request], disable_tqdm=True)
+        assert ours.generate_until([request, request]) == expected
 
 
 # -- resuming
@@ -345,6 +383,11 @@ def test_the_command(world: Path) -> None:
     assert results["collm"]["versions"]["lm-eval"] and "commit" in results["collm"]
     samples = (world / "runs/a/samples_sums.jsonl").read_text().splitlines()
     assert [json.loads(line)["doc"]["answer"] for line in samples] == [row["answer"] for row in ROWS]
+    picks, sums = EvalResult.load(world / "runs/a/picks.json"), EvalResult.load(world / "runs/a/sums.json")
+    assert picks.value == results["results"]["picks"]["acc,none"] and picks.tokens == 0
+    assert sums.written_by == told["sums"]["written_by"] and sums.scores == (0.0,) * 4
+    assert not (world / "runs/a/prose.json").exists()  # a perplexity is no mean over documents
+    assert collm("compare", "runs/a/picks.json", "runs/a/picks.json").exit_code == 0
     # Run again, nothing is asked; another batch size changes nothing.
     kept = (world / "runs/a/traces.jsonl").read_text()
     again = json.loads(collm(*arguments, "--out", "runs/a", "--json").stdout)
@@ -359,7 +402,9 @@ def test_the_command(world: Path) -> None:
 
 def test_settings_given_by_hand_replace_those_of_tasks(world: Path) -> None:
     common = ["eval", "pair", "--tasks", "sums", "--include-path", "tasks", "--limit", "2"]
-    done = collm(*common, "--max-tokens", "3", "--stop", "#", "--temperature", "1", "--out", "runs/b", "--alone", "base")
+    done = collm(
+        *common, "--max-tokens", "3", "--stop", "#", "--temperature", "1", "--out", "runs/b", "--alone", "base"
+    )
     assert done.exit_code == 0, done.output
     traces = read_traces(world / "runs/b/traces.jsonl")
     assert len(traces) == 2 and all(len(trace.generation.steps) <= 3 for trace in traces)

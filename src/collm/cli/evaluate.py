@@ -30,7 +30,7 @@ from collm.types import SamplingParams
 if TYPE_CHECKING:
     from collm.evaluation.result import EvalResult
 
-OWN = ("task", "data", "split", "skip_bad", "name")
+OWN = ("task", "data", "split", "skip_bad")
 """Options that say nothing to the harness."""
 HARNESS = ("include_path", "num_fewshot", "apply_chat_template", "system")
 """Options that say nothing without --tasks."""
@@ -145,6 +145,7 @@ def _harness(
         out=out,
         generation=generation,
         limit=options["limit"],
+        name=options["name"] or "",
         **{name: options[name] for name in HARNESS},
     )
     if as_json:

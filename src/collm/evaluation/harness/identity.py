@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from collm.decoding.policies import Policy
+from collm.errors import CollmError
 from collm.evaluation.harness.records import fingerprint
 from collm.llm import CollaborativeLM
 from collm.models.head import DeferralHead
@@ -18,6 +19,8 @@ from collm.types import BASE, SamplingParams
 
 OF_A_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "stop")
 """Of `SamplingParams`, what each request of the harness says for itself."""
+MARGINAL = ("threshold", "sampled", "compose")
+"""Ways to settle who writes that follow the gate, so that the marginal is what they stand for."""
 
 
 def settings_of(
@@ -43,6 +46,25 @@ def settings_of(
             if name not in (*OF_A_REQUEST, "speculative")
         },
     }
+
+
+def law_of(llm: CollaborativeLM, params: SamplingParams, policy: Policy | None, alone: str | None) -> int | None:
+    """Whose likelihood is meant: that of one model, or (None) the marginal.
+
+    Raises:
+        CollmError: who writes is settled by something that stands for no likelihood.
+    """
+    if alone is not None:
+        return llm.model_names.index(alone)
+    if len(llm.models) == 1 or params.deferral == "never":
+        return BASE
+    if policy is not None or params.deferral not in MARGINAL or not llm.has_gate:
+        who = "this policy" if policy is not None else f"deferral={params.deferral!r}"
+        raise CollmError(
+            "likelihoods are those of the marginal over who writes, which needs a trained gate and is no matter of "
+            f"{who}: give alone=MODEL (--alone) for the likelihood of one model, or take tasks that generate"
+        )
+    return None
 
 
 def _hash(head: DeferralHead) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +20,10 @@ from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.harness.arguments import from_arguments
-from collm.evaluation.harness.identity import settings_of
+from collm.evaluation.harness.identity import law_of, settings_of
 from collm.evaluation.harness.progress import counting
 from collm.evaluation.harness.prompts import ChatPrompt, cut_to, pair_ids, prompt_ids, sampling_params, windows
-from collm.evaluation.harness.records import Records, fingerprint, generation_figures, likelihood_figures
+from collm.evaluation.harness.records import Records, fingerprint
 from collm.evaluation.likelihood import GivenText, Likelihood, likelihoods
 from collm.llm import CollaborativeLM, TokenPrompt
 from collm.models.local import LocalModel
@@ -35,18 +35,15 @@ _log = logging.getLogger(__name__)
 GREEDY = SamplingParams()
 
 
-MARGINAL = ("threshold", "sampled", "compose")
-"""Ways to settle who writes that follow the gate, so that the marginal is what they stand for."""
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A text to be written: its name in the records, and how it is asked for."""
+    """A text to be written: its name in the records, how it is asked for, and whether its prompt had to be cut."""
 
     name: str
     context: str | ChatPrompt
     prompt: TokenPrompt
     params: SamplingParams
+    cut: bool
 
 
 @register_model("collm")
@@ -122,7 +119,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         seen: Counter[str] = Counter()
         asked = [self._generation(request, seen) for request in requests]
-        self._tell_of_cuts()
+        self._tell_of_cuts(_task(request) for request, each in zip(requests, asked, strict=True) if each.cut)
         with self._records.keeping_traces() as keep:
             todo = list({each.name: each for each in asked if each.name not in self._records.traces}.values())
             with self._bar("writing", len({each.name for each in asked}), len(todo), disable_tqdm) as advance:
@@ -135,14 +132,14 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         return texts
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        texts = []
+        texts, long = [], []
         for request in requests:
             prompts, completion = pair_ids(self.llm.formatters, *request.args)
             # The last token is not read.
             cut = cut_to(prompts, self._contexts, len(completion) - 1)
-            self._cut[request.task_name or ""] += cut.tokens > 0
+            long += [_task(request)] if cut.tokens else []
             texts.append(GivenText(cut.ids, completion))
-        self._tell_of_cuts()
+        self._tell_of_cuts(long)
         answers = [(found.log_prob, found.greedy) for found in self._scored(requests, texts, disable_tqdm)]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
@@ -178,11 +175,9 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
             raise CollmError(f"{request.task_name}: the prompt of document {request.doc_id} is empty")
         ids = tuple(prompt_ids(formatter, context) for formatter in self.llm.formatters)
         cut = cut_to(ids, self._contexts, params.max_tokens - 1)
-        task = request.task_name or ""
-        self._asked[task][name] = None
-        self._cut[task] += cut.tokens > 0
+        self._asked[_task(request)][name] = None
         params = replace(params, seed=example_seed(self.params.seed, name))
-        return Asked(name, context, TokenPrompt(cut.ids), params)
+        return Asked(name, context, TokenPrompt(cut.ids), params, cut.tokens > 0)
 
     def _written(self, todo: Sequence[Asked]) -> Iterator[Trace]:
         prompts, params = [each.prompt for each in todo], [each.params for each in todo]
@@ -203,25 +198,11 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
 
     # -- texts to be scored
 
-    def _law(self) -> int | None:
-        """Whose likelihood is meant: that of one model, or (None) the marginal."""
-        if self.alone is not None:
-            return self.llm.model_names.index(self.alone)
-        if len(self.llm.models) == 1 or self.params.deferral == "never":
-            return BASE
-        if self.policy is not None or self.params.deferral not in MARGINAL or not self.llm.has_gate:
-            raise CollmError(
-                "likelihoods are those of the marginal over who writes, which needs a trained gate and is no matter of "
-                f"{'this policy' if self.policy is not None else f'deferral={self.params.deferral!r}'}: "
-                "give alone=MODEL (--alone) for the likelihood of one model, or take tasks that generate"
-            )
-        return None
-
     def _scored(self, requests: Sequence[Instance], texts: Sequence[GivenText], quiet: bool) -> list[Likelihood]:
-        law = self._law()
+        law = law_of(self.llm, self.params, self.policy, self.alone)
         names = [fingerprint("likelihood", text.prompts, text.completion) for text in texts]
         for request, name in zip(requests, names, strict=True):
-            self._asked[request.task_name or ""][name] = None
+            self._asked[_task(request)][name] = None
         with self._records.keeping_likelihoods() as keep:
             todo = {
                 name: text for name, text in zip(names, texts, strict=True) if name not in self._records.likelihoods
@@ -242,20 +223,19 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """For each task, who wrote, what it cost and how many prompts were cut."""
-        names, traces, scored = self.llm.model_names, self._records.traces, self._records.likelihoods
-        found: dict[str, dict[str, Any]] = {}
-        for task, asked in self._asked.items():
-            told = found[task] = {"cut_prompts": self._cut[task]}
-            written = [traces[name] for name in asked if name in traces]
-            given = [scored[name] for name in asked if name in scored]
-            told |= generation_figures(written, names) if written else {}
-            told |= likelihood_figures(given, names) if given else {}
-        return found
+        return {
+            task: {"cut_prompts": self._cut[task], **self._records.figures(asked, self.llm.model_names)}
+            for task, asked in self._asked.items()
+        }
 
-    def _tell_of_cuts(self) -> None:
-        for task, count in self._cut.items():
-            if count:
-                _log.warning("%s: %d prompts are longer than a model's context and were cut from the left", task, count)
+    def _tell_of_cuts(self, tasks: Iterable[str]) -> None:
+        for task, count in Counter(tasks).items():
+            self._cut[task] += count
+            _log.warning("%s: %d prompts are longer than a model's context and were cut from the left", task, count)
 
     def _bar(self, doing: str, total: int, left: int, quiet: bool) -> AbstractContextManager[Callable[[], None]]:
         return counting(doing, total, total - left, hidden=quiet or not self.progress)
+
+
+def _task(request: Instance) -> str:
+    return str(request.task_name)

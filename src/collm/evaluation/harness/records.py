@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,15 @@ class Records:
                 self.likelihoods[name] = found
 
             yield keep
+
+    def figures(self, names: Collection[str], models: Sequence[str]) -> Row:
+        """Of the answers to some requests."""
+        written = [self.traces[name] for name in names if name in self.traces]
+        scored = [self.likelihoods[name] for name in names if name in self.likelihoods]
+        return {
+            **(generation_figures(written, models) if written else {}),
+            **(likelihood_figures(scored, models) if scored else {}),
+        }
 
     @contextmanager
     def _journal(self, name: str) -> Iterator[tuple[Sequence[Row], Callable[[Row], None]]]:

@@ -15,6 +15,7 @@ from lm_eval.utils import handle_non_serializable, pattern_match
 
 from collm.errors import CollmError
 from collm.evaluation.harness.model import CollaborativeHarnessLM
+from collm.evaluation.harness.results import eval_results
 from collm.evaluation.result import commit, versions
 from collm.files import write_text
 
@@ -34,17 +35,20 @@ def run_tasks(
     apply_chat_template: bool = False,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
+    name: str = "",
 ) -> dict[str, Any]:
     """The harness's results for `tasks`, and under `"collm"` who wrote, what it cost, and what it was run with.
 
     Args:
         tasks: names, groups, patterns, or paths of YAML files.
-        out: folder for `results.json` and, for each task, `samples_TASK.jsonl`; give `lm` the same.
+        out: folder for `results.json` and, for each task, `samples_TASK.jsonl` and `TASK.json`, the figures that
+            `collm compare` reads; give `lm` the same.
         include_path: folders with task files of one's own, which come before those of the harness.
         num_fewshot: instead of the tasks' own number of examples in the prompt.
         limit: only the first documents of each task.
         system: a system message; with `apply_chat_template` only.
         generation: settings that replace the tasks' own, such as `max_gen_toks`.
+        name: how the system is called in tables.
 
     Raises:
         CollmError: an unknown task, data that cannot be had, a model that fails.
@@ -82,6 +86,9 @@ def run_tasks(
     if out is not None:
         for task, rows in samples.items():
             write_text(Path(out) / f"samples_{task}.jsonl", "".join(_json(row) + "\n" for row in rows))
+        called = name or lm.alone or " + ".join(lm.llm.model_names)
+        for task, result in eval_results(called, results, samples, lm.settings, lm.params.seed):
+            result.save(Path(out) / f"{task}.json")
         write_text(Path(out) / RESULTS, _json(results, indent=2) + "\n")
     return results
 
