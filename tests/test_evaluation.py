@@ -21,6 +21,7 @@ from collm.evaluation.comparison import compare, compare_all, rival_of
 from collm.evaluation.evaluate import evaluate, evaluate_with_traces, example_seed, near_duplicates, result_path
 from collm.evaluation.result import EvalResult
 from collm.evaluation.stats import bootstrap_ci, holm, mcnemar_exact, paired_bootstrap
+from collm.evaluation.task import get_task
 from collm.report.trace import read_traces
 from collm.types import SamplingParams
 
@@ -294,7 +295,7 @@ def test_groups_of_near_duplicates_widen_intervals() -> None:
 
 def test_further_metrics_have_intervals_over_groups() -> None:
     task = replace(
-        TASKS["word_problems"],
+        get_task("word_problems"),
         metrics=("exact_match", "odd"),
         judge=lambda answer, gold: {"exact_match": float(answer == gold), "odd": float(int(answer or 0) % 2)},
     )
