@@ -305,6 +305,8 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(
         with (tmp_path / "traces.jsonl").open("a") as file:
             file.write('{"id": "half a li')
         assert harness(llm, out=tmp_path, batch_size=1).generate_until(requests) == expected
+    plain = SamplingParams(threshold=0.5, speculative=False)
+    assert harness(llm, plain, out=tmp_path).generate_until(requests) == expected
     assert written == [4, 4, 2, 2]
     assert sorted(trace.generation.text for trace in read_traces(tmp_path / "traces.jsonl")) == sorted(expected)
 
@@ -428,6 +430,7 @@ def test_settings_given_by_hand_replace_those_of_tasks(world: Path) -> None:
         ([], "--task is missing", 2),
         (["--tasks", "sums", "--include-path", "nowhere"], "nowhere", 2),
         (["--tasks", "sums", "--include-path", "tasks", "--system", "x"], "--apply-chat-template", 1),
+        (["--tasks", ","], "no task is named", 1),
         (["--tasks", "gone", "--include-path", "tasks"], "cannot be had", 1),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,

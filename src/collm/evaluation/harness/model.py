@@ -167,7 +167,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         context, kwargs = request.args
         params = sampling_params(kwargs, self.params)
         source = [context.messages, context.prefix] if isinstance(context, ChatPrompt) else context
-        name = fingerprint("generate", source, {**asdict(params), "seed": None})
+        name = fingerprint("generate", source, {**asdict(params), "seed": None, "speculative": None})
         if params.temperature > 0 or params.deferral in ("sampled", "random") or self.policy is not None:
             seen[name] += 1  # what is asked several times is to be drawn several times
             name = fingerprint(name, seen[name])

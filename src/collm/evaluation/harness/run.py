@@ -55,6 +55,8 @@ def run_tasks(
     """
     if system is not None and not apply_chat_template:
         raise CollmError("a system message needs the chat template: add apply_chat_template (--apply-chat-template)")
+    if not tasks:
+        raise CollmError("no task is named; collm eval --tasks takes names with commas between them")
     manager = _manager(tasks, [str(path) for path in include_path])
     try:
         found = simple_evaluate(
