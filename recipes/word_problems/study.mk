@@ -101,12 +101,15 @@ $(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
 # -- ablations, on the calibration part at the threshold 0.5 -----------------------------------------------------------
 
 # What each variation of gate.yaml changes; `none` of pair.yaml, for what collapses is training together.
-VARIED := method_b no_initialisation cost_0.03 cost_0.1 cost_0.3
+VARIED := method_b no_initialisation cost_0.03 cost_0.1 cost_0.3 arithmetic both
+ARITHMETIC := {name: arithmetic, model: $(RUNS)/arithmetic_lm, format: {system_prompt: ""}}
 CHANGES_method_b := init.method=b
 CHANGES_no_initialisation := init.method=none
 CHANGES_cost_0.03 := deferral_cost=0.03
 CHANGES_cost_0.1 := deferral_cost=0.1
 CHANGES_cost_0.3 := deferral_cost=0.3
+CHANGES_arithmetic := 'assistants=[$(ARITHMETIC)]'
+CHANGES_both := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
 VARIATIONS := $(VARIED:%=gate-%) pair-no_initialisation
 CHANGES_pair-no_initialisation := $(CHANGES_no_initialisation)
 ABLATIONS := sft pair lora gate $(VARIATIONS) pair_lm both weak
@@ -123,6 +126,8 @@ $(RUNS)/ablations/recipes/%.yaml:
 
 $(RUNS)/ablations/runs/%/collm.json: | $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
 	$(COLLM) train $(RUNS)/ablations/recipes/$*.yaml
+
+$(RUNS)/ablations/runs/gate-arithmetic/collm.json $(RUNS)/ablations/runs/gate-both/collm.json: | $(RUNS)/arithmetic_lm/test.json
 
 $(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | train
 	$(COLLM) eval $(CHECKPOINT) $(WRITE) $(OPTIONS) --data $(DATA)/calibration.jsonl --name $* \
