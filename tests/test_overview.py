@@ -25,7 +25,8 @@ from collm.evaluation.evaluate import evaluate, trace_path
 from collm.evaluation.overview import Overview, common_settings, overview_html, read_results, system_row, write_overview
 from collm.evaluation.result import EvalResult
 from collm.evaluation.written import Written, choose, read_written
-from collm.report.chart import Point, Series, histogram, line_chart, look
+from collm.report.chart import Point, Series, line_chart, look
+from collm.report.histogram import histogram
 from collm.report.tokens import token_figures
 from collm.report.trace import Trace, append_trace, read_traces
 from collm.types import SamplingParams

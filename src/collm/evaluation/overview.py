@@ -19,7 +19,9 @@ from collm.evaluation.result import EvalResult
 from collm.evaluation.written import Written
 from collm.files import write_text
 from collm.models.checkpoint import CalibrationTable
-from collm.report.chart import MUTED, Series, histogram, line_chart
+from collm.report.axes import MUTED
+from collm.report.chart import Series, line_chart
+from collm.report.histogram import histogram
 from collm.report.pages import render
 from collm.report.plots import curve_svg
 from collm.report.samples import NUM_COLOURS

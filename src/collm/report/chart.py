@@ -1,19 +1,16 @@
-"""Charts as SVG elements that stand in a page: its colours in light and dark, no script, no library.
+"""Lines and points as an SVG element that stands in a page: no script, no library.
 
-Colours come from the page's CSS variables (`--ink`, `--muted`, `--line`, `--accent`, `--surface`, `--a1` to `--a6`),
-with values for a light page where they are not set. What a reader may want to know of a point is its `<title>`.
+What a reader may want to know of a point is its `<title>`, which browsers show on hover.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from collm.report.axes import INK, LEFT, MUTED, SURFACE, TOP, Frame, ticks
 from collm.report.samples import text
 
-INK, MUTED, LINE = "var(--ink,#1d2129)", "var(--muted,#5d6573)", "var(--line,#dfe3ea)"
-SURFACE = "var(--surface,#fff)"
 COLOURS = (
     "var(--accent,#0072b2)",
     "var(--a1,#e69f00)",
@@ -25,7 +22,6 @@ COLOURS = (
     MUTED,
 )
 SHAPES = ("circle", "square", "diamond", "triangle", "cross")
-LEFT, RIGHT, TOP, BOTTOM = 62, 24, 22, 50
 
 
 @dataclass(frozen=True)
@@ -46,55 +42,6 @@ class Series:
     name: str
     points: tuple[Point, ...]
     look: int = 0
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to seven round values that cover `[low, high]`."""
-    span = max(high - low, 1e-6)
-    power = 10 ** math.floor(math.log10(span / 4))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 6)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Where values lie in a picture of `width` x `height`."""
-
-    x_ticks: Sequence[float]
-    y_ticks: Sequence[float]
-    width: int
-    height: int
-
-    def x(self, value: float) -> float:
-        low, high = self.x_ticks[0], self.x_ticks[-1]
-        return round(LEFT + (self.width - LEFT - RIGHT) * (value - low) / (high - low), 1)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_ticks[0], self.y_ticks[-1]
-        return round(self.height - BOTTOM - (self.height - TOP - BOTTOM) * (value - low) / (high - low), 1)
-
-    def axes(self, title: str, x_names: Sequence[str], y_names: Sequence[str], x_label: str, y_label: str) -> list[str]:
-        """The opening tag, the title, grid lines and labels."""
-        end = self.width - RIGHT
-        parts = [
-            f'<svg class="curve" viewBox="0 0 {self.width} {self.height}" role="img" font-family="inherit" '
-            f'font-size="12"><title>{text(title)}</title>'
-        ]
-        for tick, name in zip(self.y_ticks, y_names, strict=True):
-            y = self.y(tick)
-            parts.append(f'<line x1="{LEFT}" x2="{end}" y1="{y}" y2="{y}" stroke="{LINE}"/>')
-            parts.append(f'<text x="{LEFT - 9}" y="{y + 4}" text-anchor="end" fill="{MUTED}">{name}</text>')
-        for tick, name in zip(self.x_ticks, x_names, strict=True):
-            place = f'x="{self.x(tick)}" y="{self.height - BOTTOM + 19}"'
-            parts.append(f'<text {place} text-anchor="middle" fill="{MUTED}">{name}</text>')
-        middle = (TOP + self.height - BOTTOM) / 2
-        told = f'text-anchor="middle" fill="{INK}"'
-        parts.append(
-            f'<text x="{(LEFT + end) / 2}" y="{self.height - 8}" {told}>{text(x_label)}</text>'
-            f'<text x="14" y="{middle}" {told} transform="rotate(-90 14 {middle})">{text(y_label)}</text>'
-        )
-        return parts
 
 
 def bounds(series: Sequence[Series], x_start: float | None = 0.0) -> tuple[list[float], list[float]]:
@@ -123,7 +70,7 @@ def line_chart(
     """Values of a metric (a share) against `x` (a share, or a number from 0). One series gets a band for its intervals,
     several get bars, which may lie over one another."""
     x_ticks, y_ticks = bounds(series)
-    frame = _Frame(x_ticks, y_ticks, width, height)
+    frame = Frame(x_ticks, y_ticks, width, height)
     x_names = [f"{100 * tick:.6g} %" if x_percent else f"{tick:.6g}" for tick in x_ticks]
     parts = frame.axes(title, x_names, [f"{100 * tick:.6g} %" for tick in y_ticks], x_label, y_label)
     drawn = [(look(one.look), one.points) for one in series]
@@ -166,7 +113,7 @@ def _mark(x: float, y: float, colour: str, shape: str, told: str) -> str:
     return f'<path d="{paths[shape]}" transform="translate({x} {y})" {paint}>{title}</path>'
 
 
-def _note(frame: _Frame, colour: str, point: Point) -> str:
+def _note(frame: Frame, colour: str, point: Point) -> str:
     x, y = frame.x(point.x), frame.y(point.y)
     ring = f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="{colour}" stroke-width="2"/>'
     anchor = "end" if x > frame.width - 130 else "start" if x < LEFT + 60 else "middle"
@@ -177,7 +124,7 @@ def _note(frame: _Frame, colour: str, point: Point) -> str:
     )
 
 
-def _band(frame: _Frame, colour: str, points: Sequence[Point]) -> list[str]:
+def _band(frame: Frame, colour: str, points: Sequence[Point]) -> list[str]:
     known = [(point.x, *point.ci95) for point in points if point.ci95 is not None]
     if len(known) < 2:
         return _bars(frame, colour, points)
@@ -186,54 +133,10 @@ def _band(frame: _Frame, colour: str, points: Sequence[Point]) -> list[str]:
     return [f'<polygon points="{" ".join(upper + lower)}" fill="{colour}" opacity=".15"/>']
 
 
-def _bars(frame: _Frame, colour: str, points: Sequence[Point]) -> list[str]:
+def _bars(frame: Frame, colour: str, points: Sequence[Point]) -> list[str]:
     return [
         f'<path d="M{frame.x(point.x)} {frame.y(point.ci95[0])}V{frame.y(point.ci95[1])}" stroke="{colour}" '
         'stroke-width="1.3" opacity=".6"/>'
         for point in points
         if point.ci95 is not None
     ]
-
-
-def histogram(
-    counts: Sequence[Sequence[int]],
-    names: Sequence[str],
-    colours: Sequence[str],
-    *,
-    bin_names: Sequence[str],
-    title: str,
-    x_label: str,
-    y_label: str,
-    mark: float | None = None,
-    width: int = 720,
-    height: int = 280,
-) -> str:
-    """Counts per bin, `[series][bins]`, side by side on a logarithmic scale; a bin without any has no bar.
-
-    Args:
-        bin_names: of the edges between bins, one fewer than there are bins; an empty one is not written.
-        mark: where a dashed line is drawn, in bins from the left end.
-    """
-    bins = len(counts[0])
-    decades = max(1, math.ceil(math.log10(max(2, *(count for row in counts for count in row)))))
-    frame = _Frame(range(bins + 1), [-0.3, *range(decades + 1)], width, height)
-    edges = ["", *bin_names, ""]
-    parts = frame.axes(title, edges, ["", *(f"{10**tick:,}" for tick in range(decades + 1))], x_label, y_label)
-    step = (frame.x(1) - frame.x(0)) * 0.84 / len(counts)
-    floor = height - BOTTOM
-    for index, (row, name, colour) in enumerate(zip(counts, names, colours, strict=True)):
-        for place, count in enumerate(row):
-            if count:
-                top = frame.y(math.log10(count))
-                left = round(frame.x(place) + (frame.x(1) - frame.x(0)) * 0.08 + index * step, 1)
-                parts.append(
-                    f'<rect x="{left}" y="{top}" width="{step:.1f}" height="{floor - top:.1f}" fill="{colour}">'
-                    f"<title>{text(name)}: {count:,}</title></rect>"
-                )
-    if mark is not None:
-        x = frame.x(mark)
-        parts.append(
-            f'<path d="M{x} {TOP}V{floor}" stroke="{INK}" stroke-dasharray="4 3"/>'
-            f'<text x="{x + 5}" y="{TOP + 2}" fill="{INK}">threshold</text>'
-        )
-    return "".join(parts) + "</svg>"
