@@ -100,7 +100,7 @@ $(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
 
 # -- ablations, on the calibration part at the threshold 0.5 -----------------------------------------------------------
 
-# What each variation of gate.yaml changes; `none` of pair.yaml, for what collapses is training together.
+# What each variation of gate.yaml changes. What collapses without initialisation is training together, and soon.
 VARIED := method_b no_initialisation cost_0.03 cost_0.1 cost_0.3 arithmetic both
 ARITHMETIC := {name: arithmetic, model: $(RUNS)/arithmetic_lm, format: {system_prompt: ""}}
 CHANGES_method_b := init.method=b
@@ -110,8 +110,8 @@ CHANGES_cost_0.1 := deferral_cost=0.1
 CHANGES_cost_0.3 := deferral_cost=0.3
 CHANGES_arithmetic := 'assistants=[$(ARITHMETIC)]'
 CHANGES_both := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
+CHANGES_pair-no_initialisation := init.method=none training.epochs=0.5 training.evaluations=2
 VARIATIONS := $(VARIED:%=gate-%) pair-no_initialisation
-CHANGES_pair-no_initialisation := $(CHANGES_no_initialisation)
 ABLATIONS := sft pair lora gate $(VARIATIONS) pair_lm both weak
 
 # Thresholds read off gold text, beside those of `calibrate`.
@@ -122,7 +122,7 @@ ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json) $(GOLD)/pair/teacher_forced.j
 
 $(RUNS)/ablations/recipes/%.yaml:
 	$(PYTHON) $(STUDY)/vary.py $(STUDY)/$(firstword $(subst -, ,$*)).yaml out=$(RUNS)/ablations/runs/$* \
-	    $(CHANGES_$(lastword $(subst -, ,$*))) --out $@
+	    $(or $(CHANGES_$*),$(CHANGES_$(lastword $(subst -, ,$*)))) --out $@
 
 $(RUNS)/ablations/runs/%/collm.json: | $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
 	$(COLLM) train $(RUNS)/ablations/recipes/$*.yaml
