@@ -14,6 +14,7 @@ from collm.cli.compare import compare
 from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
 from collm.cli.generate import generate
+from collm.cli.oracle import oracle
 from collm.cli.prepare import prepare
 from collm.cli.report import report
 from collm.cli.score import score
@@ -47,5 +48,19 @@ def main() -> None:
     """
 
 
-for command in (prepare, score, train, calibrate, generate, evaluate, answer, compare, report, trace, bench, demo):
+for command in (
+    prepare,
+    score,
+    train,
+    calibrate,
+    generate,
+    evaluate,
+    answer,
+    oracle,
+    compare,
+    report,
+    trace,
+    bench,
+    demo,
+):
     main.add_command(command)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_RATES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 
 
-def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+def parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
     try:
         rates = tuple(float(part) for part in value.split(","))
     except ValueError as error:
@@ -47,7 +48,7 @@ def _rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     show_default=True,
     help="What the threshold is for: the gate, or a rival that shall defer as often (--deferral entropy, ...).",
 )
-@click.option("--rates", default=DEFAULT_RATES, show_default=True, callback=_rates, help="Wanted deferral rates.")
+@click.option("--rates", default=DEFAULT_RATES, show_default=True, callback=parse_rates, help="Wanted deferral rates.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Steps towards each rate.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer.")
 @batch_size_option

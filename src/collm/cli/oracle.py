@@ -1,0 +1,75 @@
+"""`collm oracle`: what deferring could gain at best, token by token on gold text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from collm.cli.calibrate import parse_rates
+from collm.cli.console import ResumableCommand
+from collm.cli.options import OUTPUT, data_options, identity, load_llm, model_options, read_examples
+
+if TYPE_CHECKING:
+    from collm.evaluation.oracle import OracleReport
+
+
+@click.command(cls=ResumableCommand, short_help="What deferring could gain at best, on gold text.")
+@click.argument("checkpoint")
+@click.option("--data", required=True, metavar="DATA", help="Gold text: examples as for training.")
+@click.option(
+    "--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of the gate, a probability."
+)
+@click.option(
+    "--rates", default="0.1,0.2,0.3", show_default=True, callback=parse_rates, help="More rates to compare at."
+)
+@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Longer is cut off.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--out", type=OUTPUT, metavar="FILE", help="Keeps what was read (.jsonl), so that a stopped run resumes.")
+@click.option("--json", "as_json", is_flag=True, help="The figures as one JSON object.")
+@data_options
+@model_options
+def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Read DATA with every model of CHECKPOINT and say, token by token, who would have been right.
+
+    Nothing is written: each token is predicted after the gold tokens before it. CHECKPOINT may be a plain model with
+    assistants, too; it has no gate, and its rivals are then compared at the oracle's own rate.
+    """
+    from collm.evaluation.oracle import report
+    from collm.evaluation.reading import read
+
+    llm = load_llm(checkpoint, options)
+    if len(llm.models) == 1:
+        raise click.UsageError("there is no assistant to be compared with: give one with --assistant")
+    reading = read(
+        llm.models,
+        llm.formatters,
+        read_examples(data, options),
+        max_length=options["max_length"],
+        out=out,
+        identity=identity(checkpoint, options),
+    )
+    found = report(
+        reading, llm.model_names, threshold=options["threshold"], rates=options["rates"], seed=options["seed"]
+    )
+    if out is not None:
+        found.save(out.with_suffix(".json"))
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        _show(found)
+
+
+def _show(found: OracleReport) -> None:
+    from rich.console import Console
+
+    from collm.report.systems import SystemRow, systems_table
+
+    rows = [SystemRow(row.name, row.accuracy, row.ci95, deferral_rate=row.deferral_rate) for row in found.rows]
+    title = f"{found.tokens} gold tokens of {found.examples} examples"
+    Console().print(systems_table(rows, "token_accuracy", title))
+    for at in found.by_rate:
+        figures = ", ".join(f"{name} {value:.1%}" for name, value in at.items() if name != "rate")
+        click.echo(f"at a rate of {at['rate']:.0%}: {figures}")

@@ -1,0 +1,177 @@
+"""What is there to be had: token accuracy on gold text of every model, of ways to defer, and of the best one.
+
+The oracle defers exactly where an assistant is right and the base wrong: no way of choosing one writer for each token
+does better. The others are compared with it at the rate of the gate, in expectation over what is drawn at random.
+Rates count tokens that an assistant would write; where all that are asked abstain, the base does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm.decoding.policies import by_gate, to_log_odds
+from collm.evaluation.reading import Reading
+from collm.evaluation.stats import bootstrap_ci
+from collm.files import write_text
+from collm.types import BASE
+
+Floats = NDArray[np.float64]
+GATE, ENTROPY, TOP_PROBABILITY, RANDOM = "gate", "entropy", "top probability", "random"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`accuracy`: share of gold tokens that the system's own choice would have been, with its 95 % interval over
+    examples. `deferral_rate`: share of tokens that an assistant would have written."""
+
+    name: str
+    accuracy: float
+    ci95: tuple[float, float]
+    deferral_rate: float
+
+
+@dataclass(frozen=True)
+class OracleReport:
+    """`threshold`: the gate's, a probability; None without a gate. `rate`: what `random`, `entropy` and
+    `top probability` were set to: the gate's, or without one the oracle's. `by_rate`: accuracies at other rates."""
+
+    examples: int
+    tokens: int
+    threshold: float | None
+    rate: float
+    rows: tuple[Row, ...]
+    by_rate: tuple[dict[str, float], ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """If every token were deferred: `right` `[N]`, the probability that what is then written is the gold token, and
+    `written` `[N]`, that an assistant writes it."""
+
+    right: Floats
+    written: Floats
+
+
+def report(
+    reading: Reading, names: Sequence[str], *, threshold: float = 0.5, rates: Sequence[float] = (), seed: int = 0
+) -> OracleReport:
+    """Compare all ways of choosing a writer.
+
+    Args:
+        names: of the models, base first.
+        threshold: of the gate.
+        rates: further deferral rates at which those with a dial are compared.
+        seed: of the bootstrap.
+    """
+    groups = [str(number) for number in reading.example]
+    base = reading.right[:, BASE].astype(np.float64)
+
+    def row(name: str, right: Floats, deferred: Floats) -> Row:
+        return Row(name, float(right.mean()), bootstrap_ci(right.tolist(), groups=groups, seed=seed), _mean(deferred))
+
+    none, every = np.zeros_like(base), np.ones_like(base)
+    rows = [row(names[BASE], base, none)]
+    rows += [row(name, reading.right[:, z].astype(np.float64), every) for z, name in enumerate(names) if z != BASE]
+    some_right = reading.right[:, BASE + 1 :].any(axis=1)
+    oracle = row("oracle", np.maximum(base, some_right), (some_right & ~reading.right[:, BASE]).astype(np.float64))
+    dials, rate = _dials(reading), oracle.deferral_rate
+    if GATE in dials:
+        whom = dials[GATE].whom
+        chosen = dials[GATE].signal > to_log_odds(threshold)
+        rows.append(row(GATE, np.where(chosen, whom.right, base), chosen * whom.written))
+        rate = rows[-1].deferral_rate
+    rows += [row(name, *_at_rate(dial, base, rate)) for name, dial in dials.items() if name != GATE]
+    surest = reading.top_log_prob.argmax(axis=1)  # the base where others equal it
+    rows.append(
+        row(
+            "more confident",
+            reading.right[np.arange(len(surest)), surest].astype(np.float64),
+            (surest != BASE).astype(np.float64),
+        )
+    )
+    by_rate = tuple(
+        {"rate": wanted, **{name: _mean(_at_rate(dial, base, wanted)[0]) for name, dial in dials.items()}}
+        for wanted in rates
+    )
+    return OracleReport(
+        examples=len(set(groups)),
+        tokens=len(base),
+        threshold=None if reading.log_gate is None else threshold,
+        rate=rate,
+        rows=(*rows, oracle),
+        by_rate=by_rate,
+    )
+
+
+class _Dial(NamedTuple):
+    """A policy that can be set to a rate: whom it defers to, and the signal `[N]` that chooses tokens."""
+
+    whom: _Deferred
+    signal: Floats
+    by_chance: bool = False
+
+
+def _dials(reading: Reading) -> dict[str, _Dial]:
+    """Every policy that can be set to a rate."""
+    evenly = _evenly(reading)
+    found = {} if reading.log_gate is None else {GATE: _by_gate(reading)}
+    whom = found[GATE].whom if found else evenly
+    doubt = {ENTROPY: reading.entropy, TOP_PROBABILITY: -reading.top_log_prob[:, BASE]}
+    found |= {name: _Dial(whom, signal) for name, signal in doubt.items()}
+    return found | {RANDOM: _Dial(evenly, np.zeros(len(reading.right)), by_chance=True)}
+
+
+def _evenly(reading: Reading) -> _Deferred:
+    """An assistant drawn evenly; where it abstains, the base."""
+    answers, right = reading.answers[:, BASE + 1 :], reading.right[:, BASE + 1 :]
+    return _Deferred(np.where(answers, right, reading.right[:, [BASE]]).mean(axis=1), answers.mean(axis=1))
+
+
+def _by_gate(reading: Reading) -> _Dial:
+    """The first assistant that answers, in the order of the gate; and the log-odds below which it is asked.
+
+    As in `policies.Threshold`, those that abstained before it have no part in them. -inf where none answers.
+    """
+    assert reading.log_gate is not None
+    right, written = reading.right[:, BASE].astype(np.float64), np.zeros(len(reading.right))
+    odds = np.full(len(reading.right), -np.inf)
+    for t, log_gate in enumerate(reading.log_gate):
+        order = by_gate(log_gate.tolist())
+        author = next((z for z in order if reading.answers[t, z]), None)
+        if author is not None:
+            left = order[order.index(author) :]
+            right[t], written[t] = reading.right[t, author], 1
+            odds[t] = np.logaddexp.reduce(log_gate[left]) - log_gate[BASE]
+    return _Dial(_Deferred(right, written), odds)
+
+
+def _at_rate(dial: _Dial, base: Floats, rate: float) -> tuple[Floats, Floats]:
+    """Expected correctness and deferral of each token, `[N]`, at the rate nearest to `rate` that can be reached."""
+    whom = dial.whom
+    if dial.by_chance:
+        share = min(1.0, rate / max(_mean(whom.written), 1e-12))
+        return (1 - share) * base + share * whom.right, share * whom.written
+    order = np.argsort(-dial.signal, kind="stable")
+    written = np.concatenate([[0.0], np.cumsum(whom.written[order])])
+    deferred = np.zeros(len(base), np.bool_)
+    deferred[order[: int(np.abs(written - rate * len(base)).argmin())]] = True
+    return np.where(deferred, whom.right, base), deferred * whom.written
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())

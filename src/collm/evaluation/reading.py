@@ -1,0 +1,171 @@
+"""What every model makes of gold text: for each gold token, who would have written it and how sure each model is.
+
+Teacher-forced: each token is predicted after the gold tokens before it, whoever would have written something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm.data.examples import Example, examples_fingerprint
+from collm.data.formatting import Encoded, Formatter
+from collm.data.journal import Journal
+from collm.data.resumable import progress_bar
+from collm.decoding.policies import entropy, top_log_prob
+from collm.errors import CollmError
+from collm.types import BASE, Answer, Fault, LanguageModel, Prediction, Query
+
+LAWS = 256
+"""Tokens whose laws over the vocabulary exist at a time."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """N gold tokens under 1+K models, base first.
+
+    `right` `[N, 1+K]`: the model's most probable token is the gold one. `answers` `[N, 1+K]`: it does not abstain
+    (where it does, it is not right). `top_log_prob` `[N, 1+K]`: log of its largest probability, -inf where it abstains.
+    `entropy` `[N]`: of the base's law, in nats. `log_gate` `[N, 1+K]`, or None without a gate. `example` `[N]`: the
+    example a token stands in, by number.
+    """
+
+    right: NDArray[np.bool_]
+    answers: NDArray[np.bool_]
+    top_log_prob: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    log_gate: NDArray[np.float64] | None
+    example: NDArray[np.int64]
+
+
+def read(
+    models: Sequence[LanguageModel],
+    formatters: Sequence[Formatter],
+    examples: Sequence[Example],
+    *,
+    max_length: int = 1024,
+    out: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Reading:
+    """Ask every model about every gold token.
+
+    Args:
+        max_length: tokens of each model's sequence; what any model has no room for is left out.
+        out: a `.jsonl` file that keeps each example as it is finished; a stopped run goes on from there.
+        identity: tells this system from others, see `evaluate`.
+
+    Raises:
+        CollmError: no gold tokens, a model cannot answer, or an `out` of something else.
+    """
+    header = {
+        "reading": 1,
+        "examples": examples_fingerprint(examples),
+        "models": [model.name for model in models],
+        "max_length": max_length,
+        "identity": dict(identity or {}),
+    }
+    lengths = [len(formatters[BASE].encode(example, max_length)) for example in examples]
+    rows: list[dict[str, Any]] = []
+    journal = None if out is None else Journal(_checked(Path(out)), header)
+    with journal or nullcontext(), progress_bar(sum(lengths), progress, "reading") as advance:
+        if journal is not None:
+            _require_same(journal, header)
+            rows += journal.records
+            advance(sum(lengths[: len(rows)]))
+        for example, length in list(zip(examples, lengths, strict=True))[len(rows) :]:
+            rows.append(_read_one(models, formatters, example, max_length))
+            if journal is not None:
+                journal.append(rows[-1])
+            advance(length)
+    if not any(row["right"] for row in rows):
+        raise CollmError(f"no example has a gold token within its first {max_length} tokens; raise max_length")
+    return _joined(rows, len(models))
+
+
+def _checked(path: Path) -> Path:
+    if path.suffix == ".json":
+        raise CollmError(f"{path}: what was read is written as .jsonl; the figures go to the .json beside it")
+    return path
+
+
+def _require_same(journal: Journal, header: Mapping[str, Any]) -> None:
+    differing = sorted(key for key in {**header, **journal.found} if journal.found.get(key) != header.get(key))
+    if differing:
+        raise CollmError(
+            f"{journal.path} was read by another system or from another text (other {', '.join(differing)}): give "
+            "another file, or delete it"
+        )
+
+
+def _read_one(
+    models: Sequence[LanguageModel], formatters: Sequence[Formatter], example: Example, max_length: int
+) -> dict[str, Any]:
+    """Columns of one example's tokens, as they are kept in the file."""
+    completions = formatters[BASE].completions(example)
+    seen = [formatter.encode(example, max_length, completions) for formatter in formatters]
+    count = min(item.num_labelled for item in seen)
+    columns = [_of_model(model, z, item, count) for z, (model, item) in enumerate(zip(models, seen, strict=True))]
+    base = [tokens["doubt"] for tokens in columns[BASE]]
+    return {
+        "id": example.id,
+        "right": [[int(column[t]["right"]) for column in columns] for t in range(count)],
+        "top": [[column[t]["top"] for column in columns] for t in range(count)],
+        "entropy": base,
+        "gate": [tokens["gate"] for tokens in columns[BASE]],
+    }
+
+
+def _of_model(model: LanguageModel, number: int, item: Encoded, count: int) -> list[dict[str, Any]]:
+    """The first `count` labelled tokens of an example under one model."""
+    rows: list[dict[str, Any]] = []
+    for start, end in _pieces(item, count):
+        [answers] = model.predict([Query(number, item.token_ids[: end - 1], num_last=end - start)])
+        gold = item.token_ids[start:end]
+        rows += [_token(answer, token_id, number) for answer, token_id in zip(answers, gold, strict=True)]
+    return rows
+
+
+def _token(answer: Answer, gold: int, number: int) -> dict[str, Any]:
+    if isinstance(answer, Fault):
+        raise CollmError(answer.reason)
+    if answer is None:
+        return {"right": False, "top": None}
+    told: dict[str, Any] = {"right": answer.top_token_id == gold, "top": top_log_prob(answer)}
+    return told if number != BASE else {**told, **_of_base(answer)}
+
+
+def _of_base(answer: Prediction) -> dict[str, Any]:
+    return {"doubt": entropy(answer), "gate": None if answer.log_gate is None else list(answer.log_gate)}
+
+
+def _pieces(item: Encoded, count: int) -> Iterator[tuple[int, int]]:
+    """Runs of labelled positions, from `start` to before `end`: the first `count` of them, `LAWS` at a time."""
+    at = [position for position, labelled in enumerate(item.labelled) if labelled][:count]
+    starts = [i for i in range(len(at)) if i == 0 or at[i] != at[i - 1] + 1]
+    for first, last in zip(starts, [*starts[1:], len(at)], strict=True):
+        for i in range(first, last, LAWS):
+            yield at[i], at[min(i + LAWS, last) - 1] + 1
+
+
+def _joined(rows: Sequence[Mapping[str, Any]], num_models: int) -> Reading:
+    def column(name: str) -> list[Any]:
+        return list(chain.from_iterable(row[name] for row in rows))
+
+    top = np.array([[np.nan if value is None else value for value in values] for values in column("top")])
+    gates = column("gate")
+    return Reading(
+        right=np.array(column("right"), np.bool_).reshape(-1, num_models),
+        answers=~np.isnan(top),
+        top_log_prob=np.where(np.isnan(top), -np.inf, top),
+        entropy=np.array(column("entropy"), np.float64),
+        log_gate=None if gates[0] is None else np.array(gates, np.float64),
+        example=np.repeat(np.arange(len(rows)), [len(row["right"]) for row in rows]),
+    )
