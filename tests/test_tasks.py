@@ -31,6 +31,7 @@ from collm.evaluation.tasks.entities import name_of
 from collm.evaluation.tasks.equations import equations
 from collm.evaluation.tasks.latex import boxed, same_mathematics
 from collm.evaluation.tasks.shots import CHAIN_OF_THOUGHT
+from collm.report.terminal import verdict_of
 
 GOLD_FIELDS = {
     "math": r"\frac{1}{2}",
@@ -568,3 +569,7 @@ def test_a_result_tells_the_further_metrics(tmp_path) -> None:  # type: ignore[n
     assert result.metrics_ci95["mrr"][0] < 0.75 < result.metrics_ci95["mrr"][1]
     loaded = EvalResult.load(tmp_path / "r.json")
     assert loaded.metrics_ci95 == result.metrics_ci95 and "mrr 75.0%" in loaded.summary()
+
+
+def test_samples_tell_scores_between_right_and_wrong() -> None:
+    assert [verdict_of(score, "g") for score in (1.0, 0.0, 0.5)] == ["right", "wrong, gold g", "score 0.50, gold g"]

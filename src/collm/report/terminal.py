@@ -126,12 +126,19 @@ def question_of(trace: Trace) -> str:
     return asked[-1] if asked else ""
 
 
+def verdict_of(score: float, gold: str | None) -> str:
+    """Right, wrong, or something between, as in F1 of a list."""
+    if score == 1:
+        return "right"
+    return f"{'wrong' if score == 0 else f'score {score:.2f}'}, gold {gold}"
+
+
 def print_traces(traces: Iterable[Trace], console: Console | None = None) -> None:
     """Print samples: question, coloured answer, verdict; the legend once at the end."""
     console = console or Console()
     names: tuple[str, ...] = ()
     for trace in traces:
-        verdict = "" if trace.score is None else "right" if trace.score == 1 else f"wrong, gold {trace.gold}"
+        verdict = "" if trace.score is None else verdict_of(trace.score, trace.gold)
         head = Text(f"{printable(trace.id)}  ", style="bold")
         head.append(verdict, "green" if trace.score == 1 else "red")
         console.print(head, soft_wrap=True, highlight=False)
