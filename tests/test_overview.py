@@ -273,6 +273,8 @@ def test_one_system_at_several_rates_is_one_curve(files: list[Path]) -> None:
     pair = curves[1]
     assert [point.x for point in pair.points] == sorted(result.deferral_rate for result in results[1:4])
     assert all(point.ci95 and point.told for point in pair.points)
+    unlike = [replace(result, name=str(number)) for number, result in enumerate(results)]
+    assert [one.name for one in series(unlike, {1: 0.0, 2: 0.1})] == ["pair"]  # the checkpoint's
     without_first = series(results, dict.fromkeys(range(1, len(results)), 1.0))
     assert [one.look for one in without_first] == [one.look for one in curves[1:]]
 
@@ -297,7 +299,7 @@ def test_a_threshold_alone_makes_no_other_system(files: list[Path]) -> None:
         (["pair, 10 %", "pair, 15 %"], "pair"),
         (["the pair at 0.1", "the pair at 0.25"], "the pair at"),
         (["pair-10", "pair-20"], "pair"),
-        (["a", "b"], "a"),
+        (["a", "b"], ""),
         (["pair"], "pair"),
         (["pair (10)", "pair (20)"], "pair"),
     ],
@@ -334,6 +336,15 @@ def test_charts_keep_inside_their_frame_and_marks_differ() -> None:
 def test_results_of_one_name_are_told_apart(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "again.json").write_bytes(files[0].read_bytes())
     assert [r.name for r in read_results([files[0], tmp_path / "again.json"])] == ["alone (alone)", "alone (again)"]
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "alone.json").write_bytes(files[0].read_bytes())
+    here = files[0].parent.name
+    assert [r.name for r in read_results([files[0], folder / "alone.json", files[1]])] == [
+        *(f"alone ({here}/alone)", "alone (other/alone)", "pair, 0.9")
+    ]
+    with pytest.raises(CollmError, match="twice"):
+        read_results([files[0], files[0]])
 
 
 def test_results_of_other_questions_are_refused(files: list[Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from collm.evaluation.result import EvalResult
 from collm.report.chart import Point, Series
@@ -42,7 +43,7 @@ def series(results: Sequence[EvalResult], x: Mapping[int, float]) -> list[Series
     for look, numbers in enumerate(members.values()):
         placed = sorted((number for number in numbers if number in x), key=lambda number: x[number])
         points = tuple(_point(results[number], x[number]) for number in placed)
-        found.append(Series(common_name([results[number].name for number in numbers]), points, look))
+        found.append(Series(_curve_name([results[number] for number in numbers]), points, look))
     return [one for one in found if one.points]
 
 
@@ -52,15 +53,21 @@ def _point(result: EvalResult, x: float) -> Point:
     return Point(x, result.value, result.ci95, told)
 
 
+def _curve_name(results: Sequence[EvalResult]) -> str:
+    """What the names have in common, else the checkpoint's name."""
+    checkpoint = str(results[0].settings.get("identity", {}).get("checkpoint", ""))
+    return common_name([result.name for result in results]) or Path(checkpoint).name or results[0].name
+
+
 def common_name(names: Sequence[str]) -> str:
-    """The words that all names begin with; the first name if there are none."""
+    """The words that all names begin with; empty if there are none."""
     split = [re.findall(r"[^\s_,;:@-]+[\s_,;:@-]*", name) for name in names]
     shared: list[str] = []
     for words in zip(*split, strict=False):
         if len({word.strip(" _,;:@-") for word in words}) > 1:
             break
         shared.append(words[0])
-    return "".join(shared).strip(" _,;:@-(") or names[0]
+    return "".join(shared).strip(" _,;:@-(")
 
 
 def cost(result: EvalResult, weights: Mapping[str, float]) -> float | None:

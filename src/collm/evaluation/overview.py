@@ -63,17 +63,24 @@ def read_results(paths: Sequence[Path]) -> list[EvalResult]:
     Raises:
         CollmError: a file that is no result, or results of different questions.
     """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise CollmError("one of the results is given twice")
     results = [EvalResult.load(path) for path in paths]
-    names = Counter(result.name for result in results)
     first = results[0]
     for path, result in zip(paths, results, strict=True):
         if sorted(result.ids) != sorted(first.ids) or result.settings.get("examples") != first.settings.get("examples"):
             raise CollmError(
                 f"{path}: {result.name!r} answered other questions than {first.name!r}; make a page for each of them"
             )
+    names = Counter(result.name for result in results)
+    files = [path.stem for path in paths]
+    if len(set(files)) < len(files):
+        files = [f"{path.parent.name}/{path.stem}" for path in paths]
+    if len(set(files)) < len(files):
+        files = [str(path) for path in paths]
     return [
-        replace(result, name=f"{result.name} ({path.stem})") if names[result.name] > 1 else result
-        for path, result in zip(paths, results, strict=True)
+        replace(result, name=f"{result.name} ({file})") if names[result.name] > 1 else result
+        for file, result in zip(files, results, strict=True)
     ]
 
 

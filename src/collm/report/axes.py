@@ -1,7 +1,7 @@
 """The frame of a chart, an SVG element that stands in a page: it has the page's colours in light and dark.
 
-Colours come from the page's CSS variables (`--ink`, `--muted`, `--line`, `--surface`; for series `--accent` and `--a1` to
-`--a6`), with values for a light page where they are not set.
+Colours come from the page's CSS variables (`--ink`, `--muted`, `--line`, `--surface`; for series `--accent` and the
+authors' `--a1` to `--a6`), with values for a light page where they are not set.
 """
 
 from __future__ import annotations
