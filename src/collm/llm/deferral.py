@@ -161,7 +161,7 @@ def cut_for_rate(
         raise CollmError(
             f"deferral_rate {rate:g} lies between calibrated rates of which one has no finite threshold (never or "
             f"always deferring), so nothing can be interpolated. Rates that work: {_known_rates(rows)}. For {rate:g}, "
-            f"run collm calibrate with --rates {_with(rows, rate)}"
+            f"run {_calibrate(signal)} with --rates {_with(rows, rate)}"
         )
     low, high = below[-1], above[0]
     share = (rate - low.target_rate) / (high.target_rate - low.target_rate)
@@ -182,14 +182,20 @@ def _with(rows: Sequence[CalibrationRow], rate: float) -> str:
     return ",".join(f"{value:.4g}" for value in sorted({*(row.target_rate for row in rows), rate}))
 
 
+def _calibrate(signal: Signal) -> str:
+    return "collm calibrate" if signal == "gate" else f"collm calibrate --signal {signal}"
+
+
 def _table(calibration: Sequence[CalibrationTable], task: str | None, signal: Signal) -> CalibrationTable:
     tables = {table.task: table for table in calibration if table.signal == signal}
     if not tables:
-        how = "collm calibrate" if signal == "gate" else f"collm calibrate --signal {signal}"
+        if signal == "random":
+            raise CollmError(
+                f"this checkpoint has no calibration of random deferral: run {_calibrate(signal)}, or leave out task"
+            )
         raise CollmError(
-            f"deferral_rate needs a calibration, and this checkpoint has none: run {how}, or give a threshold instead"
-            if signal != "random"
-            else f"this checkpoint has no calibration of random deferral: run {how}, or leave out task"
+            f"deferral_rate needs a calibration, and this checkpoint has none: run {_calibrate(signal)}, "
+            "or give a threshold instead"
         )
     if task is None and len(tables) > 1:
         raise CollmError(f"the checkpoint is calibrated for several tasks ({', '.join(tables)}); name one as task")
