@@ -402,6 +402,49 @@ def test_the_command(world: Path) -> None:
                 assert alone["results"][name][metric] == pytest.approx(value, rel=1e-4)
 
 
+KNOWN: dict[str, dict[str, Any]] = {
+    "gsm8k/gsm8k": {"question": "Anna has 2 apples and buys 3.", "answer": "2 + 3 = 5\n#### 5"},
+    "hendrycks_math/hendrycks_math_algebra": {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$."},
+    "pubmedqa/pubmedqa": {"QUESTION": "Does it?", "CONTEXTS": ["We tried.", "It did."], "final_decision": "yes"},
+}
+
+
+def test_known_tasks_on_local_records_of_their_shape(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    for path, row in KNOWN.items():
+        name = Path(path).name
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+        files = dict.fromkeys(("train", "validation", "test"), str(tmp_path / f"{name}.jsonl"))
+        task = {
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / f"{path}.yaml"),
+            "task": f"local_{name}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(world / "cache")},
+        }
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    llm = CollaborativeLM.from_pretrained(world / "pair")
+    results = run_tasks(
+        harness(llm, SamplingParams(threshold=0.5, max_tokens=8)),
+        ["local_*"],
+        out=tmp_path / "out",
+        include_path=[tmp_path / "tasks"],
+        limit=2,
+        apply_chat_template=True,
+        generation={"max_gen_toks": 8},
+    )
+    assert {name: found["sample_len"] for name, found in results["results"].items()} == {
+        "local_gsm8k": 2,
+        "local_hendrycks_math_algebra": 2,
+        "local_pubmedqa": 2,
+    }
+    assert results["n-shot"]["local_gsm8k"] == 5
+    written = {path.name for path in (tmp_path / "out").glob("local_*.json")}
+    assert {"local_gsm8k.strict-match.json", "local_gsm8k.flexible-extract.json", "local_pubmedqa.json"} < written
+    strict = EvalResult.load(tmp_path / "out" / "local_gsm8k.strict-match.json")
+    assert strict.num_examples == 2 and strict.no_answer == 2 and strict.metric == "exact_match"
+
+
 def test_settings_given_by_hand_replace_those_of_tasks(world: Path) -> None:
     common = ["eval", "pair", "--tasks", "sums", "--include-path", "tasks", "--limit", "2"]
     done = collm(

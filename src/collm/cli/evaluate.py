@@ -155,11 +155,20 @@ def _harness(
 
 
 def _show_harness(results: dict[str, Any]) -> None:
-    from lm_eval.utils import make_table
+    from rich.console import Console
+    from rich.table import Table
 
-    click.echo(make_table(results))
-    if results.get("groups"):
-        click.echo(make_table(results, "groups"))
+    table = Table("task", "filter", "shots", "metric")
+    for heading in ("value", "± standard error"):
+        table.add_column(heading, justify="right")
+    for task, found in {**results["results"], **results.get("groups", {})}.items():
+        shots = str(results["n-shot"].get(task, ""))
+        for key, value in found.items():
+            metric, _, kind = key.partition(",")
+            if kind and not metric.endswith("_stderr"):
+                error = found.get(f"{metric}_stderr,{kind}")
+                table.add_row(task, kind, shots, metric, _number(value), _number(error))
+    Console().print(table)
     for task, told in results["collm"]["tasks"].items():
         parts = []
         if "texts" in told:
@@ -174,6 +183,10 @@ def _show_harness(results: dict[str, Any]) -> None:
                 f"{told['scored_texts']} texts of {told['scored_tokens']} tokens scored; credited to: {credit}"
             )
         click.echo(f"{task}: " + "; ".join(parts))
+
+
+def _number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
 def _show(result: EvalResult) -> None:
