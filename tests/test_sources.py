@@ -235,7 +235,10 @@ def test_the_official_test_part_is_kept_apart(files: dict[str, Path], tmp_path: 
     ("name", "content", "told"),
     [
         ("gsm8k", '{"question": "q"}\n', ["line 1", "no field 'answer'", '{"question"']),
-        ("gsm8k", '{"question": "q", "answer": "#### 1"}\n{"question": \n', ["cannot be read"]),
+        ("gsm8k", '{"question": "q", "answer": "#### 1"}\n{"question": \n', ["line 2", "not JSON"]),
+        ("bioasq", '{"questions": [', ["data.json", "not JSON"]),
+        ("bioasq", "[1]", ["entry 0"]),
+        ("bioasq", "3", ["cannot be read"]),
         ("gsm8k", "", ["no records", '{"question"']),
         ("gsm8k", "[1, 2]\n", ["line 1", "no record of gsm8k"]),
         ("bioasq", '{"questions": [{"id": 1, "type": "riddle", "body": "?"}]}', ["entry 0", "riddle"]),
@@ -272,6 +275,15 @@ def test_bad_options_are_refused(
     result = collm("prepare", "gsm8k", files["gsm8k"], "--out", tmp_path / "out", *arguments)
     assert result.exit_code == code and told in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_file_in_a_folder_or_no_parquet_is_named(files: dict[str, Path], tmp_path: Path) -> None:
+    (files["math"] / "algebra" / "torn.json").write_text('{"problem"')
+    with pytest.raises(CollmError, match=r"torn\.json: not JSON"):
+        list(read_source("math", files["math"]))
+    (tmp_path / "x.parquet").write_text("text")
+    with pytest.raises(CollmError, match=r"x\.parquet"):
+        list(read_source("gsm8k", tmp_path / "x.parquet"))
 
 
 def test_repeated_ids_are_refused(files: dict[str, Path], tmp_path: Path) -> None:

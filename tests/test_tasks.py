@@ -6,6 +6,7 @@ import json
 import threading
 from fractions import Fraction
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -552,7 +553,7 @@ def test_a_run_is_asked_and_stopped_as_the_task_says() -> None:
     assert result.settings["params.stop"] == ["\nQ:"]
 
 
-def test_a_result_tells_the_further_metrics(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_result_tells_the_further_metrics(tmp_path: Path) -> None:
     from collm.evaluation.result import EvalResult
 
     class Namer(PairWriter):
@@ -573,3 +574,13 @@ def test_a_result_tells_the_further_metrics(tmp_path) -> None:  # type: ignore[n
 
 def test_samples_tell_scores_between_right_and_wrong() -> None:
     assert [verdict_of(score, "g") for score in (1.0, 0.0, 0.5)] == ["right", "wrong, gold g", "score 0.50, gold g"]
+
+
+def test_a_missing_package_is_told_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("collm.evaluation.task.find_spec", lambda name: None)
+    llm = PairWriter()
+    example = Example("a", prompt="What is 1", fields={"answer": "1"})
+    with pytest.raises(CollmError, match=r"'math' needs the package math_verify; pip install 'collm\[eval\]'"):
+        evaluate_with_traces(llm, "math", [example], out=tmp_path / "r.jsonl", progress=False)
+    assert llm.written == 0 and not list(tmp_path.iterdir())
+    assert evaluate_with_traces(llm, "gsm8k", [example], progress=False)

@@ -6,7 +6,6 @@ the gold `answer` as the task of that name reads it (`collm.evaluation.task`). T
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from collm.data.examples import parse_example
+from collm.data.records import records
 from collm.errors import CollmError
 
 Row = dict[str, Any]
@@ -25,52 +25,6 @@ BIOASQ_WANTS = {
     "summary": "Answer in a few sentences.",
 }
 PUBMEDQA_WANTS = 'End with "####" and yes, no or maybe.'
-
-
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, record) of JSON lines, a JSON list or object, a parquet file, or a folder of one JSON file a record.
-
-    An object is taken as its list `questions`, if it has one, else as records by id.
-
-    Raises:
-        CollmError: unreadable, or no JSON.
-    """
-    try:
-        if path.is_dir():
-            for file in sorted(path.rglob("*.json")):
-                record = json.loads(file.read_text(encoding="utf-8"))
-                yield str(file), {"id": file.relative_to(path).with_suffix("").as_posix(), **record}
-        elif path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            number = 0
-            for batch in parquet.ParquetFile(path).iter_batches():
-                for record in batch.to_pylist():
-                    yield f"{path}, row {number}", record
-                    number += 1
-        elif path.suffix == ".json" and (whole := _whole(path)) is not None:
-            entries = whole.get("questions") if isinstance(whole, dict) else whole
-            if entries is None:
-                entries = [{"id": key, **value} for key, value in whole.items()]
-            for number, record in enumerate(entries):
-                yield f"{path}, entry {number}", record
-        else:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield f"{path}, line {number}", json.loads(line)
-    except (OSError, ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
-        raise CollmError(f"{path} cannot be read as JSON lines, JSON or parquet: {error}") from error
-
-
-def _whole(path: Path) -> Any:
-    """The file as one JSON value; None if it holds lines."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return None
-        raise
 
 
 def _conversation(question: str, answer: str | None = None) -> list[dict[str, str]]:

@@ -104,13 +104,15 @@ def evaluate_with_traces(
         progress: a progress bar on stderr.
 
     Raises:
-        CollmError: no examples, an example without gold answer or a repeated id, an `out` of another run.
+        CollmError: no examples, an example without gold answer or a repeated id, an `out` of another run, a package
+            that the task needs.
     """
     task = get_task(task) if isinstance(task, str) else task
     if not examples:
         raise CollmError("no examples to evaluate on")
     if len({example.id for example in examples}) < len(examples):
         raise CollmError("two examples have the same id; ids tell apart the rows of an evaluation: make them unique")
+    task.require_package()
     golds = [task.gold(example) for example in examples]
     params = replace(params, stop=(*params.stop, *task.stop))
     groups = near_duplicates(examples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ class Task:
 
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
     `lists`: the field `answer` may be a list. `of_all`: further metrics, of all answers together. `shots`: solved
-    examples that go before each question; the prompt is a plain text then.
+    examples that go before each question; the prompt is a plain text then. `package`: what `judge` imports, of the
+    extra `eval`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Task:
     lists: bool = False
     of_all: Mapping[str, OfAll] = field(default_factory=dict)
     shots: tuple[Shot, ...] = ()
+    package: str | None = None
 
     @property
     def metric(self) -> str:
@@ -93,6 +96,11 @@ class Task:
                 f'{example.label} has no gold answer for task {self.name!r}: give it a field "answer"{turn}'
             )
         return answer
+
+    def require_package(self) -> None:
+        """Raises CollmError if what judges answers is not installed: better before they are written than after."""
+        if self.package is not None and find_spec(self.package) is None:
+            raise CollmError(f"task {self.name!r} needs the package {self.package}; pip install 'collm[eval]'")
 
     def score(self, text: str, gold: str) -> float:
         """The task's own metric of one text, between 0 and 1."""
@@ -141,12 +149,29 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             Task("gsm8k_8shot", 1, any_number, first_number, arithmetic=True, shots=CHAIN_OF_THOUGHT),
             Task("word_problems", 1, marked_number, first_number, marked=True, arithmetic=True),
             Task("word_problems_flexible", 1, any_number, first_number, arithmetic=True),
-            Task("math", 1, mathematical_answer, mathematical_gold, metrics=("accuracy",), judge=same_mathematics),
+            Task(
+                "math",
+                1,
+                mathematical_answer,
+                mathematical_gold,
+                metrics=("accuracy",),
+                judge=same_mathematics,
+                package="math_verify",
+            ),
             _labels("pubmedqa", YES_NO_MAYBE),
             _labels("bioasq_yesno", YES_NO),
             Task("bioasq_factoid", 1, candidates, gold_names, metrics=_FACTOID, judge=judge_factoid, lists=True),
             Task("bioasq_list", 1, listed, gold_names, metrics=_LIST, judge=judge_list, lists=True),
-            Task("bioasq_summary", 1, whole_text, reference_texts, metrics=METRICS, judge=judge_summary, lists=True),
+            Task(
+                "bioasq_summary",
+                1,
+                whole_text,
+                reference_texts,
+                metrics=METRICS,
+                judge=judge_summary,
+                lists=True,
+                package="rouge_score",
+            ),
         )
     }
 )
