@@ -1,4 +1,4 @@
-"""Records of JSON lines, JSON, parquet or a folder of JSON files, whatever they hold, each with the place it stands at."""
+"""Records of JSON lines, JSON, parquet or a folder of JSON files, whatever they hold, each with its place."""
 
 from __future__ import annotations
 
