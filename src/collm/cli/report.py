@@ -46,7 +46,9 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     metavar="[SYSTEM/]MODEL=N",
     help="What a forward pass of this model costs (in that system).  [default: 1]",
 )
-@click.option("--samples", type=click.IntRange(min=0), default=6, show_default=True, help="Texts of each system.")
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=6, show_default=True, metavar="N", help="Texts of each system."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap, and of the choice of texts.")
 def report(
     results: tuple[Path, ...],
