@@ -70,9 +70,7 @@ def laws(text: GivenText) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("at_a_time", [3, 512])
-def test_the_marginal_is_that_of_the_networks(
-    batch_size: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_marginal_is_that_of_the_networks(batch_size: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "LAWS", at_a_time)
     called = False
     for text, found in zip(given(), likelihoods(models(), given(), batch_size=batch_size), strict=True):
