@@ -325,6 +325,8 @@ def test_each_signal_has_its_own_calibration() -> None:
     assert make_policy(chance, 1, True, tables) == Random(pytest.approx(0.1), 1)  # type: ignore[arg-type]
     own = table("random", (0.1, -math.log(0.4)))
     assert make_policy(chance, 1, True, [*tables, own]) == Random(pytest.approx(0.4), 1)  # type: ignore[arg-type]
+    asked = SamplingParams(deferral="random", threshold=0.1)
+    assert make_policy(asked, 1, True, [*tables, own]) == Random(pytest.approx(0.1), 1)  # type: ignore[arg-type]
     with pytest.raises(CollmError, match="--signal random, or leave out task"):
         make_policy(replace(chance, task="t"), 1, True, tables)
 
@@ -401,6 +403,7 @@ def test_tools_have_no_part_in_arithmetic_on_laws(tiny_tokenizer: PreTrainedToke
     ("settings", "words"),
     [
         ({"deferral": "entropy"}, "needs deferral_rate or threshold"),
+        ({"deferral": "random"}, "needs deferral_rate or threshold"),
         ({"deferral": "entropy", "threshold": -1.0}, "nats"),
         ({"deferral": "top_probability", "threshold": 1.5}, r"\[0, 1\]"),
     ],

@@ -56,6 +56,7 @@ def test_by_hand_with_one_assistant() -> None:
     assert (row(found, "helper").accuracy, row(found, "helper").deferral_rate) == (0.6, 1)
     # Above 0.5 the gate defers tokens 2, 4 and 5.
     assert (row(found, "gate").accuracy, row(found, "gate").deferral_rate) == (0.6, 0.6) and found.rate == 0.6
+    assert row(found, "gate").asked_rate == row(found, "random").asked_rate == row(found, "entropy").asked_rate == 0.6
     # The three of most entropy: tokens 1, 2 and 3.
     assert (row(found, "entropy").accuracy, row(found, "entropy").deferral_rate) == (0.6, 0.6)
     # The three of smallest top probability: tokens 5, 4 and 2.
@@ -80,7 +81,10 @@ def test_those_that_abstain_hand_on_or_back() -> None:
     assert (row(found, "gate").accuracy, row(found, "gate").deferral_rate) == (1.0, 0.75)
     strict = report(one, ["base", "x", "y"], threshold=0.41)  # above 0.2 / (0.2 + 0.3)
     assert (row(strict, "gate").accuracy, row(strict, "gate").deferral_rate) == (0.75, 0.5)
+    assert row(found, "gate").asked_rate == 1.0 == row(found, "more confident").asked_rate
     # Drawn evenly each writes 2 of 4; asked everywhere, chance reaches no more than that.
+    assert row(found, "random").asked_rate == pytest.approx(1.0)
+    assert (row(found, "x").deferral_rate, row(found, "x").asked_rate) == (0.5, 1.0)
     assert row(found, "random").deferral_rate == pytest.approx(0.5)
     assert row(found, "random").accuracy == pytest.approx((0.5 + 0.5 + 1 + 0.5) / 4)
     assert row(found, "oracle").accuracy == 1.0 and row(found, "oracle").deferral_rate == 0.75

@@ -138,7 +138,8 @@ class SamplingParams:
 
     The others are baselines (docs/baselines.md):
 
-    - `"random"`: defer each token with probability `deferral_rate`, to a uniformly drawn assistant.
+    - `"random"`: ask a uniformly drawn assistant with probability `threshold`, or so often that it writes a share
+      `deferral_rate` (where assistants never abstain, the two are one).
     - `"entropy"`, `"top_probability"`: defer where the base is in doubt, that is where the entropy of its law exceeds
       `threshold` nats, or its largest probability lies below `threshold`; or at a calibrated `deferral_rate`.
     - `"confident"`, `"mixture"`, `"contrastive"`, `"proxy_tuning"`: one law from those of all models at every token.
@@ -194,9 +195,8 @@ class SamplingParams:
             raise ValueError(f"deferral_rate must lie in [0, 1], not {self.deferral_rate}")
         if self.threshold is not None and self.deferral_rate is not None:
             raise ValueError("give threshold or deferral_rate, not both")
-        if self.deferral == "random" and self.deferral_rate is None:
-            raise ValueError('deferral="random" needs deferral_rate')
-        if self.deferral in ("entropy", "top_probability") and self.threshold is None and self.deferral_rate is None:
+        dialled = self.deferral in ("random", "entropy", "top_probability")
+        if dialled and self.threshold is None and self.deferral_rate is None:
             raise ValueError(f'deferral="{self.deferral}" needs deferral_rate or threshold')
         if any(not stop for stop in self.stop):
             raise ValueError("a stop string must not be empty")

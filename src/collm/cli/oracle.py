@@ -67,7 +67,12 @@ def _show(found: OracleReport) -> None:
 
     from collm.report.systems import SystemRow, systems_table
 
-    rows = [SystemRow(row.name, row.accuracy, row.ci95, deferral_rate=row.deferral_rate) for row in found.rows]
+    rows = [
+        SystemRow(
+            row.name, row.accuracy, row.ci95, deferral_rate=row.deferral_rate, note=f"asked at {row.asked_rate:.1%}"
+        )
+        for row in found.rows
+    ]
     title = f"{found.tokens} gold tokens of {found.examples} examples"
     Console().print(systems_table(rows, "token_accuracy", title))
     for at in found.by_rate:

@@ -2,7 +2,8 @@
 
 The oracle defers exactly where an assistant is right and the base wrong: no way of choosing one writer for each token
 does better. The others are compared with it at the rate of the gate, in expectation over what is drawn at random.
-Rates count tokens that an assistant would write; where all that are asked abstain, the base does.
+Rates count tokens that an assistant would write; where all that are asked abstain, the base does, so that a tool may be
+asked far more often than it writes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from collm.decoding.policies import by_gate, to_log_odds
+from collm.decoding.policies import by_gate, log_odds, to_log_odds
 from collm.evaluation.reading import Reading
 from collm.evaluation.stats import bootstrap_ci
 from collm.files import write_text
@@ -29,12 +30,14 @@ GATE, ENTROPY, TOP_PROBABILITY, RANDOM = "gate", "entropy", "top probability", "
 @dataclass(frozen=True)
 class Row:
     """`accuracy`: share of gold tokens that the system's own choice would have been, with its 95 % interval over
-    examples. `deferral_rate`: share of tokens that an assistant would have written."""
+    examples. `deferral_rate`: share of tokens that an assistant would have written; `asked_rate`: share of tokens at
+    which one would have been asked."""
 
     name: str
     accuracy: float
     ci95: tuple[float, float]
     deferral_rate: float
+    asked_rate: float
 
 
 @dataclass(frozen=True)
@@ -81,28 +84,28 @@ def report(
     groups = [str(number) for number in reading.example]
     base = reading.right[:, BASE].astype(np.float64)
 
-    def row(name: str, right: Floats, deferred: Floats) -> Row:
-        return Row(name, float(right.mean()), bootstrap_ci(right.tolist(), groups=groups, seed=seed), _mean(deferred))
+    def row(name: str, right: Floats, written: Floats, asked: Floats) -> Row:
+        interval = bootstrap_ci(right.tolist(), groups=groups, seed=seed)
+        return Row(name, _mean(right), interval, _mean(written), _mean(asked))
 
     none, every = np.zeros_like(base), np.ones_like(base)
-    rows = [row(names[BASE], base, none)]
-    rows += [row(name, reading.right[:, z].astype(np.float64), every) for z, name in enumerate(names) if z != BASE]
-    some_right = reading.right[:, BASE + 1 :].any(axis=1)
-    oracle = row("oracle", np.maximum(base, some_right), (some_right & ~reading.right[:, BASE]).astype(np.float64))
+    right, answers = reading.right.astype(np.float64), reading.answers.astype(np.float64)
+    rows = [row(names[BASE], base, none, none)]
+    rows += [row(name, right[:, z], answers[:, z], every) for z, name in enumerate(names) if z != BASE]
+    some_right = right[:, BASE + 1 :].max(axis=1)
+    gained = some_right * (1 - base)
+    oracle = row("oracle", base + gained, gained, gained)
     dials, rate = _dials(reading), oracle.deferral_rate
-    if GATE in dials:
-        whom = dials[GATE].whom
-        chosen = dials[GATE].signal > to_log_odds(threshold)
-        rows.append(row(GATE, np.where(chosen, whom.right, base), chosen * whom.written))
+    if reading.log_gate is not None:
+        eta, whom = to_log_odds(threshold), dials[GATE].whom
+        chosen = dials[GATE].signal > eta
+        asked = np.array([log_odds(log_gate) > eta for log_gate in reading.log_gate.tolist()], np.float64)
+        rows.append(row(GATE, np.where(chosen, whom.right, base), chosen * whom.written, asked))
         rate = rows[-1].deferral_rate
     rows += [row(name, *_at_rate(dial, base, rate)) for name, dial in dials.items() if name != GATE]
     surest = reading.top_log_prob.argmax(axis=1)  # the base where others equal it
     rows.append(
-        row(
-            "more confident",
-            reading.right[np.arange(len(surest)), surest].astype(np.float64),
-            (surest != BASE).astype(np.float64),
-        )
+        row("more confident", right[np.arange(len(surest)), surest], (surest != BASE).astype(np.float64), every)
     )
     by_rate = tuple(
         {"rate": wanted, **{name: _mean(_at_rate(dial, base, wanted)[0]) for name, dial in dials.items()}}
@@ -160,17 +163,18 @@ def _by_gate(reading: Reading) -> _Dial:
     return _Dial(_Deferred(right, written), odds)
 
 
-def _at_rate(dial: _Dial, base: Floats, rate: float) -> tuple[Floats, Floats]:
-    """Expected correctness and deferral of each token, `[N]`, at the rate nearest to `rate` that can be reached."""
+def _at_rate(dial: _Dial, base: Floats, rate: float) -> tuple[Floats, Floats, Floats]:
+    """At the rate nearest to `rate` that can be reached, `[N]` each: the probability that a token comes out right, that
+    an assistant writes it, and that one is asked."""
     whom = dial.whom
     if dial.by_chance:
         share = min(1.0, rate / max(_mean(whom.written), 1e-12))
-        return (1 - share) * base + share * whom.right, share * whom.written
+        return (1 - share) * base + share * whom.right, share * whom.written, np.full(len(base), share)
     order = np.argsort(-dial.signal, kind="stable")
     written = np.concatenate([[0.0], np.cumsum(whom.written[order])])
     deferred = np.zeros(len(base), np.bool_)
     deferred[order[: int(np.abs(written - rate * len(base)).argmin())]] = True
-    return np.where(deferred, whom.right, base), deferred * whom.written
+    return np.where(deferred, whom.right, base), deferred * whom.written, deferred.astype(np.float64)
 
 
 def _mean(values: Floats) -> float:

@@ -35,7 +35,7 @@ READ_SIGNALS: dict[Deferral, Signal] = {
     "top_probability": "top_probability",
 }
 """The signal of every `deferral` that has a rate."""
-THRESHOLDS: tuple[Deferral, ...] = ("threshold", "entropy", "top_probability", "nudging")
+THRESHOLDS: tuple[Deferral, ...] = ("threshold", "random", "entropy", "top_probability", "nudging")
 """Every `deferral` that reads `threshold`."""
 
 
