@@ -291,8 +291,9 @@ def test_another_base_is_warned_of(workplace: Path, tmp_path: Path, tiny_model: 
 def test_plain_fine_tuning_and_weak_supervision(workplace: Path) -> None:
     sft = run(workplace, "sft", objective="sft", assistants=[])
     assert load_info(sft) is not None and not (sft / "gate.safetensors").exists()
-    info = load_info(run(workplace, "weak", objective="weak_supervision"))
-    assert info is not None
+    weak = run(workplace, "weak", objective="weak_supervision")
+    info = load_info(weak)
+    assert info is not None and (weak / "gate.safetensors").exists()  # which decodes it, as a pair
     figures = info.training["figures"]["after"]
     assert figures["eval_loss"] != pytest.approx(figures["eval_nll"], abs=1e-3)
 
