@@ -41,6 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sampled": {"deferral": "sampled", "temperature": 1.0, "top_p": 0.9},
     "compose": {"deferral": "compose"},
     "random": {"deferral": "random", "deferral_rate": 0.4, "temperature": 0.7, "top_k": 20},
+    "entropy": {"deferral": "entropy", "threshold": 5.1},
     "never": {"deferral": "never"},
     "always": {"deferral": "always"},
 }
@@ -68,10 +69,11 @@ def pair(
 
 
 def same(a: Generation, b: Generation) -> bool:
-    """Equal texts, authors and reasons; log-probabilities and gates up to rounding. What it cost may differ."""
+    """Equal texts, authors and reasons; log-probabilities, gates and signals up to rounding. What it cost may differ."""
     assert [s.log_prob for s in a.steps] == pytest.approx([s.log_prob for s in b.steps], abs=1e-3)
     assert [g for s in a.steps for g in s.gate] == pytest.approx([g for s in b.steps for g in s.gate], abs=1e-3)
-    neutral: dict[str, Any] = {"log_prob": 0.0, "gate": (), "draft": "", "discarded": 0}
+    assert [s.signal or 0 for s in a.steps] == pytest.approx([s.signal or 0 for s in b.steps], abs=1e-3)
+    neutral: dict[str, Any] = {"log_prob": 0.0, "gate": (), "draft": "", "discarded": 0, "signal": None}
     rounded = [replace(g, steps=tuple(replace(s, **neutral) for s in g.steps), usage=Usage()) for g in (a, b)]
     return rounded[0] == rounded[1]
 
