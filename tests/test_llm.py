@@ -69,7 +69,7 @@ def pair(
 
 
 def same(a: Generation, b: Generation) -> bool:
-    """Equal texts, authors and reasons; log-probabilities, gates and signals up to rounding. What it cost may differ."""
+    """Equal texts, authors and reasons; numbers up to rounding. What it cost may differ."""
     assert [s.log_prob for s in a.steps] == pytest.approx([s.log_prob for s in b.steps], abs=1e-3)
     assert [g for s in a.steps for g in s.gate] == pytest.approx([g for s in b.steps for g in s.gate], abs=1e-3)
     assert [s.signal or 0 for s in a.steps] == pytest.approx([s.signal or 0 for s in b.steps], abs=1e-3)
