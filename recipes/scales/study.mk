@@ -22,11 +22,11 @@ ASKED := --task word_problems --batch-size 32
 PAIRS := untouched tuned
 SYSTEMS :=
 
-.PHONY: all help train calibrate evaluate report
+.PHONY: all help train oracle calibrate evaluate report
 all: report
 
 help:
-	@echo "make -f recipes/scales/study.mk train|calibrate|evaluate|report [PART=calibration|test_b] [THREADS=2] [PYTHON=...]"
+	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|evaluate|report [PART=calibration|test_b] [THREADS=2] [PYTHON=...]"
 	@echo "first: PROBLEMS=FILE (elementary word problems) and GSM8K=FILE (its train.jsonl), see docs/recipes.md"
 
 # -- models
@@ -59,6 +59,12 @@ $(RUNS)/joint/collm.json: | $(DATA)/train.jsonl $(RUNS)/healed/collm.json
 ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
 ARGS_tuned := $(RUNS)/tuned
 ARGS_joint := $(RUNS)/joint --assistant full=$(FULL)
+
+# What deferring could gain at best, on gold text of the calibration part: whether a pair is worth its calibration.
+oracle: $(PAIRS:%=$(RUNS)/oracle/%.json)
+
+$(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
+	$(COLLM) oracle $(ARGS_$*) --data $(DATA)/calibration.jsonl --out $(RUNS)/oracle/$*.jsonl
 
 calibrate: $(foreach pair,$(PAIRS),$(RUNS)/thresholds/$(pair)_gate/curve.csv $(RUNS)/thresholds/$(pair)_entropy/curve.csv)
 
