@@ -46,10 +46,11 @@ $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 
 # -- thresholds, on the calibration part -------------------------------------------------------------------------------
 
-# The rivals of the gate shall defer as often as it does at 0.5: rounded rates of the gates' own calibrations.
+# The rivals of the gate shall defer as often as it does at 0.5: rounded rates of the gates' own calibrations. The
+# calculator abstains at most tokens, so that chance is to ask it as often as the gate does, not to let it write as much.
 RATE_pair := 0.14
 RATE_pair_lm := 0.14
-SIGNALS := entropy top_probability random
+SIGNALS := entropy top_probability
 RIVALS := $(foreach pair,pair pair_lm,$(SIGNALS:%=$(pair)-%))
 
 calibrate: $(PAIRS:%=$(RUNS)/calibration/%/curve.csv) $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
@@ -71,9 +72,11 @@ $(foreach pair,pair pair_lm,$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pa
 
 # -- the final evaluation, once, on test B -----------------------------------------------------------------------------
 
-# Laws mixed at every token want whole laws, which a calculator has not: with the arithmetic language model alone.
-MIXED := confident compose mixture contrastive nudging
-TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) $(MIXED:%=pair_lm-%) proxy_tuning
+# Rivals that need no gate, beside the base that was fine-tuned alone. Laws mixed at every token want whole laws, which
+# a calculator has not; it abstains where it has nothing to say, so that it can always be asked.
+MIXED := confident mixture contrastive nudging proxy_tuning
+TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) pair-random pair_lm-random pair_lm-compose \
+    sft-calculator $(MIXED:%=sft-%)
 CHECKPOINT = $(RUNS)/$*
 OPTIONS =
 HOW = $(WRITE)
@@ -89,10 +92,18 @@ $(RUNS)/test_b/untouched.json: HOW = --task word_problems_flexible --max-tokens 
 $(RUNS)/test_b/calculator.json: CHECKPOINT = $(RUNS)/pair
 $(RUNS)/test_b/calculator.json: OPTIONS = --alone calculator
 $(PAIRS:%=$(RUNS)/test_b/%.json) $(RUNS)/test_b/gate.json: OPTIONS = --threshold 0.5
-$(MIXED:%=$(RUNS)/test_b/pair_lm-%.json): CHECKPOINT = $(RUNS)/pair_lm
-$(MIXED:%=$(RUNS)/test_b/pair_lm-%.json): OPTIONS = --method $(patsubst pair_lm-%,%,$*)
-$(RUNS)/test_b/proxy_tuning.json: CHECKPOINT = $(RUNS)/sft
-$(RUNS)/test_b/proxy_tuning.json: OPTIONS = --method proxy_tuning --assistant $(RUNS)/arithmetic_lm --assistant $(MODEL)
+$(RUNS)/test_b/pair-random.json: CHECKPOINT = $(RUNS)/pair
+$(RUNS)/test_b/pair-random.json: OPTIONS = --method random --threshold $(RATE_pair)
+$(RUNS)/test_b/pair_lm-random.json: CHECKPOINT = $(RUNS)/pair_lm
+$(RUNS)/test_b/pair_lm-random.json: OPTIONS = --method random --deferral-rate $(RATE_pair_lm)
+$(RUNS)/test_b/pair_lm-compose.json: CHECKPOINT = $(RUNS)/pair_lm
+$(RUNS)/test_b/pair_lm-compose.json: OPTIONS = --method compose
+$(RUNS)/test_b/sft-calculator.json: CHECKPOINT = $(RUNS)/sft
+$(RUNS)/test_b/sft-calculator.json: OPTIONS = --assistant calculator --method always
+$(MIXED:%=$(RUNS)/test_b/sft-%.json): CHECKPOINT = $(RUNS)/sft
+$(MIXED:%=$(RUNS)/test_b/sft-%.json): OPTIONS = --assistant arithmetic=$(RUNS)/arithmetic_lm --method $(@F:sft-%.json=%) \
+    $(UNTUNED)
+$(RUNS)/test_b/sft-proxy_tuning.json: UNTUNED = --assistant untuned=$(MODEL)
 
 $(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
 	$(COLLM) compare $(TESTS:%=$(RUNS)/test_b/%.json) --against pair
