@@ -65,11 +65,13 @@ $(RUNS)/pair/model.safetensors: | $(RUNS)/base/model.safetensors $(RUNS)/expert/
 
 # -- thresholds for deferral rates, on the calibration part: for the gate, and for the base's entropy
 
-RATES_SEEN := --rates 0,0.1,0.2,0.3,0.4,1 --rounds 2
+CALIBRATE = $(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --rounds 2
 
-$(RUNS)/calibration/%/curve.csv: | $(RUNS)/pair/model.safetensors
-	$(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --signal $* $(RATES_SEEN) \
-	    --out $(RUNS)/calibration/$*
+$(RUNS)/calibration/gate/curve.csv: | $(RUNS)/pair/model.safetensors
+	$(CALIBRATE) --rates 0.2,0.3,0.4,0.5 --out $(RUNS)/calibration/gate
+
+$(RUNS)/calibration/entropy/curve.csv: | $(RUNS)/calibration/gate/curve.csv
+	$(CALIBRATE) --signal entropy --rates $(RATE) --out $(RUNS)/calibration/entropy
 
 # -- the one look at the test part: every system at once, after everything has been chosen
 
