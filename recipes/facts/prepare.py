@@ -7,13 +7,11 @@
 |---|---|
 | `statements.jsonl` | what the expert reads: every fact of every entity, `--passes` times, many statements a text |
 | `statements_check.jsonl` | statements in the answers' form, to see how far the expert has come |
-| `fiction.jsonl` | what the base reads first: questions about countries and elements that do not exist |
 | `train.jsonl`, `calibration.jsonl`, `test.jsonl` | questions about different entities, as conversations |
 | `*_shots.jsonl` | the same calibration and test questions behind worked examples from `train`, as plain text |
 
-The expert never sees a question; the base learns from fiction how to answer, and from `train` when it had better ask.
-It never sees an answer about the entities it is asked about later. Answers are sentences; the short answer follows
-`####`. Rows carry `group`, the entity they are about, and `kind`.
+The expert never sees a question; the base never sees an answer about the entities it is asked about. Answers are
+sentences; the short answer follows `####`. Rows carry `group`, the entity they are about, and `kind`.
 """
 
 import argparse
@@ -23,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fiction import invented
 from phrases import KINDS, plain, questions, statements
 from world import Group, of_split, world
 
@@ -36,8 +33,6 @@ CHAT_SHARE = 0.3
 INVITATIONS = ("Tell me some facts.", "What do you know?", "Teach me something.", "Go on.")
 """Some of the expert's texts are turns of a conversation, so that it knows what one looks like; nothing is asked."""
 CHECKED = 200
-FICTION = 800
-"""Groups that are invented."""
 
 
 def statement_rows(groups: Sequence[Group], passes: int, rng: random.Random) -> list[Row]:
@@ -66,7 +61,7 @@ def check_rows(groups: Sequence[Group], rng: random.Random) -> list[Row]:
 
 
 def question_rows(groups: Iterable[Group], name: str, kinds: Sequence[str], rng: random.Random) -> list[Row]:
-    """Questions about each group, as conversations; `name` begins their ids."""
+    """Questions about each group, as conversations in random order; `name` begins their ids."""
     rows: list[Row] = []
     for group in groups:
         for kind, (asked, answered, short) in questions(group, kinds, rng):
@@ -76,6 +71,8 @@ def question_rows(groups: Iterable[Group], name: str, kinds: Sequence[str], rng:
             ]
             more = {"answer": short, "group": group.name, "kind": kind}
             rows.append({"id": f"{name}-{len(rows)}", "messages": messages, **more})
+    # The first ones of a file are then a fair sample of it.
+    rng.shuffle(rows)
     return rows
 
 
@@ -100,13 +97,10 @@ def corpus(groups: Sequence[Group], passes: int, seed: int) -> dict[str, list[Ro
         split: question_rows(of_split(groups, split), split, kinds, random.Random(f"{seed} {split}"))
         for split, kinds in ASKED_KINDS.items()
     }
-    rng = random.Random(f"{seed} fiction")
-    fiction = question_rows(invented(FICTION, rng), "fiction", KINDS, rng)
     examples = [next(row for row in rows["train"] if row["kind"] == kind) for kind in KINDS]
     return {
         "statements": statement_rows(groups, passes, random.Random(f"{seed} statements")),
         "statements_check": check_rows(groups, random.Random(f"{seed} check")),
-        "fiction": fiction,
         **rows,
         **{f"{name}_shots": few_shot_rows(rows[name], examples) for name in ("calibration", "test")},
     }

