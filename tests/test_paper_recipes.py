@@ -274,6 +274,7 @@ def test_baselines_are_the_pair_with_another_objective() -> None:
     [
         ({"NAME": "gsm8k_7b_llemma"}, "llemma34b"),
         ({"NAME": "aime_7b_13b"}, "tulu, gsm8k, math or bioasq"),
+        ({"GPUS": "3"}, "128 examples"),
         ({"BASE": "a/tiny", "ASSISTANT": "b/tiny"}, "different names"),
     ],
 )

@@ -5,8 +5,8 @@
 
 Models of the Llama-2 family share its 32,000 tokens, but some append a few of their own (Llemma: 16 pieces of Code
 Llama's infilling marks; Meditron: marks of chats it was never trained on), and none brings a chat template. collm
-refuses such an assistant, for it has another vocabulary. Here it gets the base's tokenizer, once it is certain that this
-writes the same text by the same ids; its further logits are then padding, which collm leaves out of the law.
+refuses Llemma, for it has another vocabulary. Here it gets the base's tokenizer, once it is certain that this writes
+the same text by the same ids; its further logits are then padding, which collm leaves out of the law.
 
 Weights are linked, not copied; pickled ones are converted shard by shard, and only tensors are unpickled.
 """

@@ -7,6 +7,8 @@
 # step goes on where it was.
 NAME ?= gsm8k_7b_llemma7b
 PYTHON ?= .venv/bin/python
+# GPUs that train; 1 is a plain process.
+GPUS ?= 1
 STUDY := recipes/paper
 WORDS := $(subst _, ,$(NAME))
 KIND := $(firstword $(WORDS))
@@ -28,6 +30,10 @@ ifeq ($(notdir $(BASE)),$(notdir $(ASSISTANT)))
 $(error BASE and ASSISTANT are both called $(notdir $(BASE)): their folders need different names)
 endif
 
+ifeq ($(filter $(GPUS),1 2 4 8 16 32),)
+$(error GPUS is 1, 2, 4, 8, 16 or 32, not $(GPUS): a step takes 128 examples in batches of 4)
+endif
+
 # Published files: what is trained and calibrated on, and what is tested on (for tulu: AlpacaEval's questions).
 SOURCE ?= $(KIND)_source
 TEST ?= $(KIND)_test
@@ -37,8 +43,7 @@ PARTS_others := train=0.92,calibration=0.08
 DATA ?= data/paper
 RUNS ?= runs/paper
 
-# GPUs train; 1 is a plain process. DEVICE writes and scores; an assistant may have one of its own.
-GPUS ?= 1
+# DEVICE writes and scores; an assistant may have one of its own.
 DEVICE ?= cuda
 ASSISTANT_DEVICE ?= $(DEVICE)
 DTYPE ?= bfloat16

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from collm.training.trainer import CollmTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = timedelta(days=2)
+"""How long processes wait for the one that encodes and scores; they would give up after ten minutes."""
+
 
 def train(recipe: Recipe, *, restart: bool = False, progress: bool = True) -> Path:
     """Run a recipe and return the checkpoint's folder, `recipe.out`.
@@ -47,7 +51,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: bool = True) -> Pa
     Raises:
         CollmError: anything the user can put right; the message says how.
     """
-    state = PartialState(cpu=best_device() == "cpu")
+    state = PartialState(cpu=best_device() == "cpu", timeout=PATIENCE)
     with claimed(recipe, restart) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         return _run(recipe, state, progress)
