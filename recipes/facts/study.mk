@@ -73,9 +73,14 @@ $(RUNS)/calibration/entropy/curve.csv: | $(RUNS)/calibration/gate/curve.csv
 
 # -- the one look at the test part: every system at once, after everything has been chosen
 
-$(RUNS)/test/%.json: | train calibrate
+$(RUNS)/test/%.json: | $(DATA)/test.jsonl
 	$(COLLM) eval $($*) $(ANSWERS) --no-speculative --name $* --out $(RUNS)/test/$*.jsonl \
 	    --data $(DATA)/test$(if $(filter $*,$(SHOWN)),_shots).jsonl
+
+$(patsubst %,$(RUNS)/test/%.json,pair random entropy): | calibrate
+$(patsubst %,$(RUNS)/test/%.json,base_sft confident mixture contrastive proxy_tuning): | $(RUNS)/base_sft/collm.json
+$(patsubst %,$(RUNS)/test/%.json,expert expert_shots confident mixture contrastive proxy_tuning): | $(RUNS)/expert/collm.json
+$(RUNS)/test/expert_tuned.json: | $(RUNS)/expert_tuned/collm.json
 
 compare: | $(RESULTS)
 	$(COLLM) compare --against pair $(RESULTS)
