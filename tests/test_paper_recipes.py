@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -31,7 +32,6 @@ from collm.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "recipes" / "paper"
-RECIPES = sorted(PAPER.glob("*.yaml"))
 KINDS = ("tulu", "gsm8k", "math", "bioasq")
 EXTRA = ["▁<SU", "▁<SUF", "▁<PRE>"]
 
@@ -128,7 +128,7 @@ class Study:
             **{"NAME": self.name, "PYTHON": "python", "DATA": f"{root}/data", "RUNS": f"{root}/runs"},
             **{"BASE": f"{models}/llama", "ASSISTANT": f"{models}/llemma", "DEVICE": "cpu", "DTYPE": "float32"},
             **{"LENGTH": "96", "MAX_TOKENS": "4", "RATES": "0,0.5,1", "ROUNDS": "1"},
-            **{"PARTS": "train=0.6,calibration=0.4", "SETTINGS": "training.evaluations=1"},
+            **{"PARTS": "train=0.6,calibration=0.4", "SETTINGS": "training.evaluations=1 training.epochs=1"},
             **{name: str(path) for name, path in paths.items()},
             **variables,
         }
@@ -140,9 +140,9 @@ class Study:
     def commands(self, *targets: str) -> list[list[str]]:
         return commands(*(targets or ("all",)), **self.variables)
 
-    def run(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    def run(self, monkeypatch: pytest.MonkeyPatch, *targets: str) -> list[list[str]]:
         monkeypatch.chdir(ROOT)
-        found = self.commands()
+        found = self.commands(*targets)
         for words in found:
             if words[1] == "-m":
                 result = CliRunner().invoke(main, words[3:], catch_exceptions=False)
@@ -267,6 +267,34 @@ def test_baselines_are_the_pair_with_another_objective() -> None:
     # Adapters beside 70B in bfloat16 fit no GPU.
     large = commands("train", NAME="gsm8k_7b_70b", PYTHON="python")
     assert not any("tune=lora" in words for words in large)
+
+
+def names() -> list[str]:
+    """Every experiment that the README tells of."""
+    reasoning = [f"{kind}_7b_{name}" for kind in ("gsm8k", "math") for name in ("llemma7b", "llemma34b", "13b", "70b")]
+    medicine = [f"bioasq_7b_{name}" for name in ("meditron7b", "meditron70b", "13b", "70b")]
+    return ["tulu_7b_13b", "tulu_7b_70b", *reasoning, *medicine]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_command_of_every_experiment_is_understood(name: str) -> None:
+    found = [words[3:] for words in commands(NAME=name, PYTHON="python", RUNS="x", DATA="y") if words[1] == "-m"]
+    for command, *arguments in found:
+        with click.Context(main.commands[command]) as ctx:
+            _, left, _ = main.commands[command].make_parser(ctx).parse_args(list(arguments))
+        assert left == [], arguments
+    assert {"prepare", "score", "train"} < {command for command, *_ in found}
+
+
+def test_mathematics_is_prepared_from_the_published_fields(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study("math", models, tmp_path)
+    study.run(monkeypatch, "data")
+    rows = load_examples(tmp_path / "data" / "math" / "test.jsonl")
+    assert len(rows) == 4 and rows[0].reference == "It is $\\boxed{\\frac{100}{2}}$."
+    parts = [load_examples(tmp_path / "data" / "math" / f"{part}.jsonl") for part in ("train", "calibration")]
+    assert sum(map(len, parts)) == 16
 
 
 @pytest.mark.parametrize(

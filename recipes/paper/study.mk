@@ -57,7 +57,7 @@ RATES ?= 0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1
 ROUNDS ?= 2
 
 COLLM := $(PYTHON) -m collm
-LAUNCH := $(PYTHON) -m accelerate.commands.launch --config_file $(STUDY)/zero2.yaml --num_processes $(GPUS) -m collm
+LAUNCH := $(PYTHON) -m accelerate.commands.launch --config_file $(STUDY)/zero2.yml --num_processes $(GPUS) -m collm
 TRAIN := $(if $(filter 1,$(GPUS)),$(COLLM),$(LAUNCH)) train
 
 # What is compared: see below. LoRA beside 70B in bfloat16 fits no GPU, and collm train has no NF4.
@@ -74,6 +74,7 @@ SFT := $(RUNS)/sft/$(KIND)_$(notdir $(BASE))
 LORA := $(RUNS)/lora/$(KIND)_$(notdir $(ASSISTANT))
 TASKS := $(if $(filter bioasq,$(KIND)),$(addprefix bioasq_,factoid list yesno summary),$(KIND))
 
+.NOTPARALLEL:
 .PHONY: all help data models score train calibrate test
 all: $(if $(filter tulu,$(KIND)),answers,test)
 
