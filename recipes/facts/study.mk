@@ -63,7 +63,7 @@ $(RUNS)/pair/collm.json: | $(RUNS)/base_sft/collm.json $(RUNS)/expert/collm.json
 
 # -- thresholds for deferral rates, on the calibration part: for the gate, and for the base's entropy
 
-CALIBRATE = $(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --limit 80
+CALIBRATE = $(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --limit 60
 
 $(RUNS)/calibration/gate/curve.csv: | $(RUNS)/pair/collm.json
 	$(CALIBRATE) --rates 0.2,0.3 --rounds 1 --out $(RUNS)/calibration/gate
