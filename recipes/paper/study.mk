@@ -190,7 +190,7 @@ $(OUT)/calibration/%/$(1)/curve.csv: | $(OUT)/%/collm.json
 	$$(call CALIBRATE,$(OUT)/$$*) --rates $$(RATES) --out $(OUT)/calibration/$$*/$(1)
 
 $(OUT)/calibration/%/$(1)/entropy/curve.csv: | $(OUT)/calibration/%/$(1)/curve.csv
-	$$(call CALIBRATE,$(OUT)/$$*) --signal entropy --rates $$(call best,$$*) --out $(OUT)/calibration/$$*/$(1)
+	$$(call CALIBRATE,$(OUT)/$$*) --signal entropy --rates $$(call best,$$*) --out $(OUT)/calibration/$$*/$(1)/entropy
 
 $(OUT)/test/$(1)/%.json: RATE = $$(call best,pair)
 $(OUT)/test/$(1)/%.json: | train calibrate

@@ -259,8 +259,5 @@ def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
 
 
 def write_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:
-    """The rate/quality curve as CSV, SVG and, with matplotlib, PNG; the files written.
-
-    That of another signal than the gate goes to a folder of its own in `folder`.
-    """
-    return save_curve(table, folder if table.signal == "gate" else Path(folder) / table.signal)
+    """The rate/quality curve as CSV, SVG and, with matplotlib, PNG; the files written."""
+    return save_curve(table, folder)

@@ -87,7 +87,8 @@ def calibrate(
         identity=identity(str(checkpoint), options),
     )
     store_table(checkpoint, table)
-    files = write_curve(table, out or checkpoint)
+    # In a checkpoint, the curves of all signals find room; a folder that is given holds one.
+    files = write_curve(table, out or (checkpoint if table.signal == "gate" else checkpoint / table.signal))
     _show(table)
     click.echo(f"stored in {checkpoint}; the curve is in {', '.join(str(path) for path in files)}")
 
