@@ -109,6 +109,7 @@ def test_retention(tmp_path: Path) -> None:
     right, wrong = [1.0] * 40, [0.0] * 40
     systems = {
         "small": ([*right[:10], *wrong[:30]], {"base": 10}),
+        "full": ([*right[:2], *wrong[:38]], {"base": 10}),
         "full_tuned": ([*right[:30], *wrong[:10]], {"base": 10}),
         "tuned_20": ([*right[:20], *wrong[:20]], {"base": 10, "full": 2}),
         "proxy": ([*right[:30], *wrong[:10]], {"base": 10, "full": 10, "untuned": 10}),
@@ -117,12 +118,15 @@ def test_retention(tmp_path: Path) -> None:
         result(name, scores, passes).save(tmp_path / f"{name}.json")
     rows = {row.name: row for row in retention.load_rows(tmp_path, 0.25)}
     assert {name: row.cost for name, row in rows.items()} == pytest.approx(
-        {"small": 0.25, "full_tuned": 1.0, "tuned_20": 0.45, "proxy": 1.5}
+        {"small": 0.25, "full": 1.0, "full_tuned": 1.0, "tuned_20": 0.45, "proxy": 1.5}
     )
-    assert list(rows) == ["small", "tuned_20", "full_tuned", "proxy"], "from cheap to dear"
+    assert list(rows) == ["small", "tuned_20", "full", "full_tuned", "proxy"], "from cheap to dear"
+    # Ten questions that only the pair gets right: 2 / 2^10; eighteen against the untouched model.
+    assert rows["tuned_20"].p_values == pytest.approx((2**-9, 2**-17))
     assert {name: row.kept[0] for name, row in rows.items()} == {
         "small": 0.0,
         "tuned_20": 0.5,
+        "full": -0.4,
         "full_tuned": 1.0,
         "proxy": 1.0,
     }

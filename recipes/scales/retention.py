@@ -4,7 +4,8 @@ python recipes/scales/retention.py runs/scales/test_b --bench runs/scales/cost.j
 
 Cost is in passes of the large model for each written token: a pass of the small one counts what a bare pass of it takes
 beside one of the large (`collm bench`). Gain kept: (system - small base) : (large fine-tuned - small base), with a
-paired bootstrap interval over the same questions.
+paired bootstrap interval over the same questions. p: exact McNemar tests against both models alone, the small base
+fine-tuned and the large one untouched (which is given every chance: any number in its answer counts).
 """
 
 import argparse
@@ -19,22 +20,29 @@ from collm.bench.figures import facts
 from collm.bench.result import BenchResult
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult
+from collm.evaluation.stats import mcnemar_exact
 from collm.files import replacing, write_text
 
-SMALL, LARGE, LARGE_ALONE = "small", "full_tuned", ("full", "full_tuned")
-"""Results (file names) of the small base alone, of the large model fine-tuned, and those in which `base` is large."""
+SMALL, UNTOUCHED, LARGE = "small", "full", "full_tuned"
+"""Results (file names) of the small base alone and of the large model, untouched and fine-tuned."""
+LARGE_ALONE = (UNTOUCHED, LARGE)
+"""Results in which `base` is the large model."""
 SMALL_MODELS = ("base", "untuned")
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system. `cost` in passes of the large model for each token, `kept` with its 95 % interval."""
+    """One system. `cost` in passes of the large model for each token, `kept` with its 95 % interval.
+
+    `p_values`: against the small base alone and against the large model untouched.
+    """
 
     name: str
     result: EvalResult
     cost: float
     kept: tuple[float, float, float]
+    p_values: tuple[float, float]
 
 
 def cost_per_token(name: str, result: EvalResult, small_pass: float) -> float:
@@ -65,10 +73,16 @@ def gain_kept(system: EvalResult, small: EvalResult, large: EvalResult, seed: in
     return float(point), float(low), float(high)
 
 
+def p_value(system: EvalResult, rival: EvalResult) -> float:
+    """Exact McNemar test, whatever counts as an answer of either."""
+    pairs = list(zip(system.scores, rival.scores, strict=True))
+    return mcnemar_exact(sum(a > b for a, b in pairs), sum(b > a for a, b in pairs))
+
+
 def load_rows(folder: Path, small_pass: float) -> list[Row]:
     """All systems evaluated in a folder, in the order of their cost."""
     results = {path.stem: EvalResult.load(path) for path in sorted(folder.glob("*.json"))}
-    missing = [name for name in (SMALL, LARGE) if name not in results]
+    missing = [name for name in (SMALL, UNTOUCHED, LARGE) if name not in results]
     if missing:
         raise CollmError(f"{folder} has no {' and no '.join(f'{name}.json' for name in missing)}: evaluate them first")
     rows = [
@@ -77,6 +91,7 @@ def load_rows(folder: Path, small_pass: float) -> list[Row]:
             result,
             cost_per_token(name, result, small_pass),
             gain_kept(result, results[SMALL], results[LARGE]),
+            (p_value(result, results[SMALL]), p_value(result, results[UNTOUCHED])),
         )
         for name, result in results.items()
     ]
@@ -88,14 +103,16 @@ def table(rows: Sequence[Row], small_pass: float) -> str:
     lines = [
         f"A pass of the small base costs {small_pass:.3f} of one of the large model.",
         "",
-        "| system | cost per token | exact match | 95 % interval | tokens deferred | gain kept | 95 % interval |",
-        "|---|---|---|---|---|---|---|",
+        "| system | cost per token | exact match | 95 % interval | deferred | gain kept | 95 % interval "
+        "| p, small | p, full |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         value, (low, high), (kept, from_, to) = row.result.value, row.result.ci95, row.kept
         lines.append(
             f"| {row.result.name} | {row.cost:.2f} | {value:.1%} | {low:.1%} to {high:.1%} | "
-            f"{row.result.deferral_rate:.1%} | {kept:.0%} | {from_:.0%} to {to:.0%} |"
+            f"{row.result.deferral_rate:.1%} | {kept:.0%} | {from_:.0%} to {to:.0%} | "
+            f"{row.p_values[0]:.2g} | {row.p_values[1]:.2g} |"
         )
     return "\n".join(lines) + "\n"
 

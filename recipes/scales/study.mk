@@ -17,8 +17,12 @@ RUNS := runs/scales
 OUT := $(RUNS)/$(PART)
 TUNED := runs/word_problems/sft
 RATES := 10 20 30
+# Of chance and doubt. The pair with the untouched model writes near 20 % by itself.
+RIVAL_RATES_untouched := 20
+RIVAL_RATES_tuned := $(RATES)
 COLLM := $(PYTHON) -m collm
-ASKED := --task word_problems --batch-size 32
+TASK := word_problems
+ASKED = --task $(TASK) --batch-size 32
 PAIRS := untouched tuned
 SYSTEMS :=
 
@@ -81,7 +85,7 @@ $(foreach pair,$(PAIRS) joint,$(foreach signal,gate entropy,$(eval $(call calibr
 define system
 SYSTEMS += $(1)
 $(OUT)/$(1).json: | $(2)
-	$(COLLM) eval $(3) $(ASKED) --data $(DATA)/$(PART).jsonl --max-tokens 128 --no-speculative \
+	$(COLLM) eval $(3) $$(ASKED) --data $(DATA)/$(PART).jsonl --max-tokens 128 --no-speculative \
 	    --name $(1) --out $(OUT)/$(1).jsonl
 endef
 
@@ -91,6 +95,8 @@ $(eval $(call system,full,$(DATA)/train.jsonl,$(FULL)))
 $(eval $(call system,full_tuned,$(TUNED)/collm.json,$(TUNED)))
 $(eval $(call system,proxy_tuning,$(RUNS)/small/collm.json,$(RUNS)/small --assistant full=$(FULL) \
     --assistant untuned=$(RUNS)/healed --method proxy_tuning))
+# Models that do not know the form: any number in their answer counts.
+$(OUT)/healed.json $(OUT)/full.json: TASK := word_problems_flexible
 # The large model writes, and the small one nudges it towards the form of the task.
 $(eval $(call system,nudging,$(RUNS)/untouched/collm.json,$(ARGS_untouched) --method nudging))
 
@@ -99,7 +105,8 @@ $(call system,$(1),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)))
 $(foreach method,confident mixture contrastive,
 $(call system,$(1)_$(method),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method $(method)))
 $(foreach rate,$(RATES),
-$(call system,$(1)_$(rate),$(RUNS)/thresholds/$(1)_gate/curve.csv,$(ARGS_$(1)) --deferral-rate 0.$(rate))
+$(call system,$(1)_$(rate),$(RUNS)/thresholds/$(1)_gate/curve.csv,$(ARGS_$(1)) --deferral-rate 0.$(rate)))
+$(foreach rate,$(RIVAL_RATES_$(1)),
 $(call system,$(1)_entropy_$(rate),$(RUNS)/thresholds/$(1)_entropy/curve.csv,$(ARGS_$(1)) --method entropy \
     --deferral-rate 0.$(rate))
 $(call system,$(1)_random_$(rate),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method random --deferral-rate 0.$(rate)))
@@ -116,7 +123,7 @@ $(RUNS)/cost.json:
 
 report: evaluate | $(RUNS)/cost.json
 	$(PYTHON) recipes/scales/retention.py $(OUT) --bench $(RUNS)/cost.json --out $(OUT)
-	$(COLLM) compare --against small $(SYSTEMS:%=$(OUT)/%.json)
+	$(COLLM) compare --against small $(filter-out $(OUT)/healed.json $(OUT)/full.json,$(SYSTEMS:%=$(OUT)/%.json))
 	$(COLLM) compare --against untouched_20 $(OUT)/untouched_random_20.json $(OUT)/untouched_entropy_20.json \
 	    $(OUT)/untouched_20.json
 	$(COLLM) compare --against tuned_20 $(OUT)/tuned_random_20.json $(OUT)/tuned_entropy_20.json \
