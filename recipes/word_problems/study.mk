@@ -49,7 +49,7 @@ $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 # The rivals of the gate shall defer as often as it does at 0.5: rounded rates of the gates' own calibrations. The
 # calculator abstains at most tokens, so that chance is to ask it as often as the gate does, not to let it write as much.
 RATE_pair := 0.14
-RATE_pair_lm := 0.14
+RATE_pair_lm := 0.48
 SIGNALS := entropy top_probability
 RIVALS := $(foreach pair,pair pair_lm,$(SIGNALS:%=$(pair)-%))
 
