@@ -83,8 +83,14 @@ HOW = $(WRITE)
 
 test: $(RUNS)/test_b/report.html
 
-$(TESTS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | train
+$(TESTS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | $(DATA)/train.jsonl
 	$(COLLM) eval $(CHECKPOINT) $(HOW) $(OPTIONS) --data $(DATA)/test_b.jsonl --name $* --out $(RUNS)/test_b/$*.jsonl
+
+$(SYSTEMS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | $(RUNS)/%/collm.json
+$(RUNS)/test_b/calculator.json $(RUNS)/test_b/pair-random.json: | $(RUNS)/pair/collm.json
+$(RUNS)/test_b/pair_lm-random.json $(RUNS)/test_b/pair_lm-compose.json: | $(RUNS)/pair_lm/collm.json
+$(RUNS)/test_b/sft-calculator.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/sft/collm.json
+$(RUNS)/test_b/arithmetic_lm.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/arithmetic_lm/test.json
 
 # The model as it came: the prompt and the rule that did best for it on the calibration part.
 $(RUNS)/test_b/untouched.json: CHECKPOINT = $(MODEL)
@@ -140,13 +146,15 @@ $(RUNS)/ablations/runs/%/collm.json: | $(RUNS)/ablations/recipes/%.yaml $(RUNS)/
 
 $(RUNS)/ablations/runs/gate-arithmetic/collm.json $(RUNS)/ablations/runs/gate-both/collm.json: | $(RUNS)/arithmetic_lm/test.json
 
-$(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | train
+$(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(DATA)/train.jsonl
 	$(COLLM) eval $(CHECKPOINT) $(WRITE) $(OPTIONS) --data $(DATA)/calibration.jsonl --name $* \
 	    --out $(RUNS)/ablations/$*.jsonl
 
+OTHERS := $(filter-out $(VARIATIONS),$(ABLATIONS))
+$(OTHERS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(RUNS)/%/collm.json
 $(VARIATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(RUNS)/ablations/runs/%/collm.json
 $(VARIATIONS:%=$(RUNS)/ablations/%.json): CHECKPOINT = $(RUNS)/ablations/runs/$*
-$(filter-out $(RUNS)/ablations/sft.json,$(ABLATIONS:%=$(RUNS)/ablations/%.json)): OPTIONS = --threshold 0.5
+$(patsubst %,$(RUNS)/ablations/%.json,$(filter-out sft,$(ABLATIONS))): OPTIONS = --threshold 0.5
 
 $(GOLD)/%/teacher_forced.json: | $(RUNS)/%/collm.json
 	$(PYTHON) $(STUDY)/teacher_forced.py $(RUNS)/$* --data $(DATA)/calibration.jsonl --rates 0.05,0.1 --out $(GOLD)/$*
