@@ -162,6 +162,20 @@ def test_score_a_tool(world: Path) -> None:
     assert any(scores[0]["top1"]) and not all(scores[0]["top1"])
 
 
+def test_score_beside_a_base_without_a_template(world: Path, tmp_path: Path) -> None:
+    """Completions are tokenised by the template that is given, as the assistant's prompts are."""
+    for name in ("base", "helper"):
+        shutil.copytree(name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").unlink()
+    template = tmp_path / "template.jinja"
+    shutil.copy("base/chat_template.jinja", template)
+    options = ["--base", tmp_path / "base", "--out", tmp_path / "scores"]
+    bare = ["score", "data.jsonl", "--model", tmp_path / "helper", *options]
+    refused(collm(*bare), "chat template")
+    result = collm(*bare, "--chat-template", template)
+    assert result.exit_code == 0, result.output
+
+
 def test_stale_scores_are_refused(world: Path) -> None:
     arguments = ["score", "data.jsonl", "--model", "base", "--out", "scores/stale"]
     assert collm(*arguments).exit_code == 0

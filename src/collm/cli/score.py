@@ -35,7 +35,7 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
     A stopped run resumes.
     """
-    from collm.data.formatting import Formatter
+    from collm.data.formatting import Formatter, PromptFormat
     from collm.data.scores import load_info
     from collm.data.scoring import score as score_model
     from collm.data.scoring import score_tool
@@ -53,11 +53,16 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     if base_tokenizer is not None:
         require_same_tokenizer(base_tokenizer, tokenizer, (f"the base {base}", model))
     formatter = Formatter(tokenizer, format)
+    completions_from = None
+    if base_tokenizer is not None:
+        # What ends a turn is the base's affair: its own template, or where it has none the one that is given.
+        own = PromptFormat() if base_tokenizer.chat_template else PromptFormat(chat_template=format.chat_template)
+        completions_from = Formatter(base_tokenizer, own)
     # As training does: scores for more than the base can read would not match.
     context = load_context_length(base or model)
     max_length = min(options["max_length"], context or options["max_length"])
     settings: dict[str, Any] = {
-        "completions_from": None if base_tokenizer is None else Formatter(base_tokenizer),
+        "completions_from": completions_from,
         "max_length": max_length,
         "batch_tokens": options["batch_tokens"],
         "resume": not restart,
