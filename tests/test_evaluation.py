@@ -18,7 +18,14 @@ from collm.data.examples import Example
 from collm.decoding.policies import Threshold
 from collm.errors import CollmError
 from collm.evaluation.comparison import compare, compare_all, rival_of
-from collm.evaluation.evaluate import evaluate, evaluate_with_traces, example_seed, near_duplicates, result_path
+from collm.evaluation.evaluate import (
+    default_name,
+    evaluate,
+    evaluate_with_traces,
+    example_seed,
+    near_duplicates,
+    result_path,
+)
 from collm.evaluation.result import EvalResult
 from collm.evaluation.stats import bootstrap_ci, holm, mcnemar_exact, paired_bootstrap
 from collm.evaluation.task import get_task
@@ -352,3 +359,14 @@ def test_only_like_can_be_compared() -> None:
         with pytest.raises(CollmError, match="different"):
             compare(first, other)
     assert math.isclose(compare(first, first).bootstrap_p, 1.0)
+
+
+def test_ways_of_decoding_have_names_of_their_own() -> None:
+    models = ("base", "calculator")
+    names = [
+        default_name(models, SamplingParams(), None),
+        default_name(models, SamplingParams(deferral="confident"), None),
+        default_name(models, SamplingParams(), "calculator"),
+        default_name(models, SamplingParams(), 0),
+    ]
+    assert names == ["base + calculator", "base + calculator, confident", "calculator", "base"]

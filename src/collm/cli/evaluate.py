@@ -97,10 +97,12 @@ def evaluate(
     from collm.evaluation.evaluate import evaluate as run
     from collm.evaluation.task import get_task
 
+    # What can be found wrong without the models is told before they are loaded.
+    asked, examples = get_task(task), read_examples(data, options)
     result = run(
         load_llm(checkpoint, options),
-        get_task(task),
-        read_examples(data, options),
+        asked,
+        examples,
         params,
         batch_size=options["batch_size"],
         out=out,

@@ -140,7 +140,9 @@ def evaluate_with_traces(
             done[trace.id] = trace
             bar.update(row, advance=1, figures=_running(done))
     ordered = [done[example.id] for example in examples]
-    result = summarise(name or " + ".join(llm.model_names), task, ordered, params.seed, settings, groups)
+    result = summarise(
+        name or default_name(llm.model_names, params, alone), task, ordered, params.seed, settings, groups
+    )
     if path is not None:
         result.save(result_path(path))
     return result, ordered
@@ -163,6 +165,13 @@ def near_duplicates(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(
         f"only {example.id}" if group is None else str(group) for example, group in zip(examples, found, strict=True)
     )
+
+
+def default_name(models: Sequence[str], params: SamplingParams, alone: int | str | None) -> str:
+    """What a system is called in tables, so that one checkpoint's ways of decoding are told apart."""
+    if alone is not None:
+        return models[alone] if isinstance(alone, int) else alone
+    return " + ".join(models) + ("" if params.deferral == "threshold" else f", {params.deferral}")
 
 
 def result_path(out: str | Path) -> Path:

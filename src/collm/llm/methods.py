@@ -71,15 +71,15 @@ def require_defined(method: Method, params: SamplingParams, models: Sequence[Lan
         return
     require_assistants(len(models) - 1)
     name, roles = type(method).__name__, method.roles
-    if roles and len(roles) != len(models):
-        parts = ", ".join(f"assistant {z}: {role}" if z else f"base: {role}" for z, role in enumerate(roles))
-        raise CollmError(f"{name} is defined for {len(roles)} models ({parts}); here are {len(models)}")
     tools = [model.name for model in models if isinstance(model, Calculator)] if roles else []
     if tools:
         raise CollmError(
             f"{name} is not defined for this system: it needs a distribution over the whole vocabulary from every "
             f"model, and {tools[0]} is a tool"
         )
+    if roles and len(roles) != len(models):
+        parts = ", ".join(f"assistant {z}: {role}" if z else f"base: {role}" for z, role in enumerate(roles))
+        raise CollmError(f"{name} is defined for {len(roles)} models ({parts}); here are {len(models)}")
 
 
 def make_flow(
