@@ -13,7 +13,7 @@ LAYERS := 8
 DATA := data/facts
 RUNS := runs/facts
 MODELS := expert base_sft pair expert_tuned
-# Chosen on the calibration part: the rate at which the pair does best there.
+# To be set to the rate at which the pair does best on the calibration part, before the test part is opened.
 RATE := 0.3
 
 COLLM := $(PYTHON) -m collm
