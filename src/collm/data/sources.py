@@ -110,7 +110,7 @@ class Format:
     row: Callable[..., Row]
     expected: str
     options: frozenset[str] = frozenset()
-    ids: tuple[str, ...] = ("unique_id", "id")
+    ids: tuple[str, ...] = ("unique_id", "question_id", "id")
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -125,7 +125,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         ),
         "pubmedqa": Format(_pubmedqa, '{PMID: {"QUESTION", "CONTEXTS", "LONG_ANSWER", "final_decision"}}'),
         "alpaca_eval": Format(_alpaca_eval, '[{"instruction", "dataset"}]'),
-        "mt_bench": Format(_mt_bench, '{"question_id", "category", "turns": [...]}', ids=("question_id",)),
+        "mt_bench": Format(_mt_bench, '{"question_id", "category", "turns": [...]}'),
         "tulu": Format(_tulu, '{"messages": [{"role", "content"}]}', ids=()),
     }
 )
@@ -144,10 +144,8 @@ def read_source(name: str, path: Path, **options: Any) -> Iterator[Row]:
     empty = True
     for number, (where, record) in enumerate(records(path)):
         try:
-            own = next(
-                (record[key] for key in ("unique_id", "question_id", "id") if record.get(key) is not None), number
-            )
-            row = {"id": f"{name}-{number if name == 'tulu' else own}", **known.row(record, **options)}
+            own = next((record[key] for key in known.ids if record.get(key) is not None), number)
+            row = {"id": f"{name}-{own}", **known.row(record, **options)}
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise CollmError(f"{where}: no record of {name} ({what}); expected {known.expected}") from error

@@ -82,9 +82,7 @@ def _mt_bench_file(answers: Mapping[Dialogue, Sequence[str]], generator: str) ->
         key = json.dumps([generator, dialogue.id, *turns]).encode()
         row = {
             "question_id": dialogue.row["question_id"],
-            "answer_id": hashlib.sha256(key).hexdigest()[
-                :22
-            ],  # as long as FastChat's, but the same for the same answer
+            "answer_id": hashlib.sha256(key).hexdigest()[:22],
             "model_id": generator,
             "choices": [{"index": 0, "turns": list(turns)}],
             "tstamp": time.time(),
