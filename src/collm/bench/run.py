@@ -23,6 +23,7 @@ from collm.bench.result import BenchResult, Cell, Kind, cell_key
 from collm.bench.systems import Effort
 from collm.errors import CollmError
 from collm.evaluation.result import commit, versions
+from collm.evaluation.runs import differences
 
 FILE = "bench.json"
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -143,9 +144,7 @@ def _begun(path: Path | None, plan: Plan) -> BenchResult:
     if path is None or not path.exists():
         return BenchResult(settings=plan.to_dict(), machine=machine())
     found = BenchResult.load(path, "figures")
-    asked = plan.to_dict()
-    differing = [key for key in {**found.settings, **asked} if found.settings.get(key) != asked.get(key)]
-    if differing:
-        what = "; ".join(f"{key}: {found.settings.get(key)!r} there, {asked.get(key)!r} now" for key in differing)
+    what = differences(found.settings, plan.to_dict())
+    if what:
         raise CollmError(f"{path} holds another benchmark ({what}): give another folder, or delete it to start afresh")
     return found

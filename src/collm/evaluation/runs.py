@@ -31,11 +31,16 @@ def traces_so_far(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
     if HEADER_KEY not in found:
         raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
     there = found.get("settings", {})
-    differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-    if differing or found[HEADER_KEY] != HEADER_VERSION:
-        what = "; ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+    what = differences(there, settings)
+    if what or found[HEADER_KEY] != HEADER_VERSION:
         raise CollmError(
             f"{path} holds a run with other settings ({what or 'another format'}): "
             "give another output file, or delete it to start afresh"
         )
     return {trace.id: trace for trace in read_traces(path)}
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, where the settings of an earlier run differ from those of this one; empty if nowhere."""
+    differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    return "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)

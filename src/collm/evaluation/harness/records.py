@@ -14,6 +14,7 @@ from typing import Any
 from collm.data.journal import Journal
 from collm.errors import CollmError
 from collm.evaluation.likelihood import Likelihood
+from collm.evaluation.runs import differences
 from collm.report.trace import HEADER_KEY, Trace, trace_from_dict, trace_to_dict
 
 TRACES = "traces.jsonl"
@@ -85,9 +86,8 @@ class Records:
             there = journal.found.get("settings")
             if HEADER_KEY not in journal.found or not isinstance(there, dict):
                 raise CollmError(f"{path} exists and was not written by an evaluation; give another --out folder")
-            differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
-            if differing:
-                what = "; ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+            what = differences(there, settings)
+            if what:
                 raise CollmError(f"{path} holds a run with other settings ({what}); give another --out folder")
             yield journal.records, journal.append
 
