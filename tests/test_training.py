@@ -265,6 +265,16 @@ def test_gate_only_leaves_the_base_alone(workplace: Path) -> None:
     assert info.training["figures"]["eval_loss"] < losses[0]
 
 
+def test_weak_supervision_of_the_gate_alone_is_its_initialisation(workplace: Path) -> None:
+    out = run(workplace, "gate-weak", tune="gate", objective="weak_supervision")
+    trained, initial = DeferralHead.load(out), DeferralHead.load(out / "init")
+    torch.testing.assert_close(trained.state_dict(), initial.state_dict())
+    marginal = load_info(run(workplace, "gate", tune="gate", training={"epochs": 20, "gate_learning_rate": 0.002}))
+    info = load_info(out)
+    assert info is not None and marginal is not None and not (out / "model.safetensors").exists()
+    assert info.training["figures"]["eval_nll"] > marginal.training["figures"]["eval_nll"]
+
+
 def test_lora_is_small_and_loads_merged(workplace: Path) -> None:
     out = run(workplace, "lora", tune="lora", training={"learning_rate": 1e-2})
     assert not (out / "model.safetensors").exists()

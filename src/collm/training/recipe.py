@@ -113,8 +113,10 @@ class Recipe(_Section):
             raise ValueError("objective sft trains the base alone: leave out the assistants")
         if self.objective != "sft" and not self.assistants:
             raise ValueError(f"objective {self.objective} needs at least one assistant (or set objective: sft)")
-        if self.tune == "gate" and self.objective != "marginal":
-            raise ValueError("tune: gate goes with objective: marginal")
+        if self.tune == "gate" and self.objective == "sft":
+            raise ValueError("tune: gate trains no base, and objective sft nothing else")
+        if self.objective == "weak_supervision" and self.tune == "gate" and self.init.method == "none":
+            raise ValueError("weak supervision of the gate alone is its initialisation, which needs init.method a or b")
         if self.data.validation is None and any(m.validation_scores for m in (self.base, *self.assistants)):
             raise ValueError(
                 "validation_scores go with data.validation; what validation_share holds out is covered by scores"

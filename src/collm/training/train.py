@@ -85,7 +85,12 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[nn.Module, Def
         hidden = all_hidden(prepared.model, scored, recipe.cache_folder, split, progress=progress)
         return GateData(hidden, torch.cat([scored.base_log_probs[:, None], scored.log_probs], dim=1))
 
-    train, validation = gate_data(prepared.train, "train"), gate_data(prepared.validation, "validation")
+    validation = gate_data(prepared.validation, "validation")
+    if recipe.objective == "weak_supervision":
+        # With the base frozen, its objective is what the initialisation has minimised.
+        head = prepared.head.cpu()
+        return prepared.model, head, gate_figures(head, validation, LossConfig(), prepared.info)
+    train = gate_data(prepared.train, "train")
     log_path = recipe.out / "log.jsonl"
     log_path.unlink(missing_ok=True)
 
