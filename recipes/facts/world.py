@@ -15,8 +15,11 @@ MIN_CITY = 200_000
 """Inhabitants of the smallest country and the smallest city that occur."""
 CITIES_PER_COUNTRY = 2
 
-# Shares of groups.
-SPLITS = {"train": 0.60, "calibration": 0.15, "test": 0.25}
+# Shares of groups. The gate has a part of its own: on questions that the base was fine-tuned on, the base is surer than
+# it has reason to be, and a gate fitted there would trust it.
+SPLITS = {"train": 0.40, "gate": 0.20, "calibration": 0.15, "test": 0.25}
+SALT = "2"
+"""Of the split; another one gives other parts. (Of the first, questions of the test part have been looked at.)"""
 
 COUNTRY_RELATIONS = ("capital", "currency", "calling code", "internet domain")
 ELEMENT_RELATIONS = ("symbol", "atomic number", "atomic weight", "year of discovery")
@@ -50,7 +53,7 @@ class Group:
     @property
     def split(self) -> str:
         """The part it belongs to, from a hash of its name: stable, and independent of the other groups."""
-        point = int.from_bytes(hashlib.sha256(f"{self.kind} {self.name}".encode()).digest()[:8], "big") / 2**64
+        point = int.from_bytes(hashlib.sha256(f"{SALT} {self.kind} {self.name}".encode()).digest()[:8], "big") / 2**64
         for name, end in zip(SPLITS, itertools.accumulate(SPLITS.values()), strict=True):
             if point < end:
                 return name

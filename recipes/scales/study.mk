@@ -7,6 +7,8 @@
 # step goes on where it was. Everything is chosen on the calibration part; PART=test_b is opened once, at the end.
 THREADS ?= 2
 PYTHON ?= .venv/bin/python
+# Of the weights while texts are written: less than half of float32's time on a processor that has it.
+DTYPE ?= bfloat16
 PART ?= calibration
 export OMP_NUM_THREADS ?= $(THREADS)
 
@@ -17,20 +19,19 @@ RUNS := runs/scales
 OUT := $(RUNS)/$(PART)
 TUNED := runs/word_problems/sft
 RATES := 10 20 30
-# Of chance and doubt. The pair with the untouched model writes near 20 % by itself.
-RIVAL_RATES_untouched := 20
-RIVAL_RATES_tuned := $(RATES)
 COLLM := $(PYTHON) -m collm
 TASK := word_problems
-ASKED = --task $(TASK) --batch-size 32
-PAIRS := untouched tuned
+ASKED = --task $(TASK) --batch-size 32 --dtype $(DTYPE)
+# With gates alone trained, on the texts that the base (and the tuned assistant) were fine-tuned on, and on texts that
+# none of them has seen; and with base and gate trained together.
+PAIRS := untouched tuned untouched_held tuned_held joint
 SYSTEMS :=
 
 .PHONY: all help train oracle calibrate evaluate report
 all: report
 
 help:
-	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|evaluate|report [PART=calibration|test_b] [THREADS=2] [PYTHON=...]"
+	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|evaluate|report [PART=calibration|test_b] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 	@echo "first: PROBLEMS=FILE (elementary word problems) and GSM8K=FILE (its train.jsonl), see docs/recipes.md"
 
 # -- models
@@ -58,10 +59,21 @@ $(RUNS)/untouched/collm.json: | $(RUNS)/small/collm.json
 $(RUNS)/tuned/collm.json: | $(RUNS)/small/collm.json $(TUNED)/collm.json
 $(RUNS)/joint/collm.json: | $(DATA)/train.jsonl $(RUNS)/healed/collm.json
 
+# The same two models, the gate on problems that neither was fine-tuned on. (Test A is that of the word problems' own
+# study; here it is training data, and test B judges.)
+$(RUNS)/%_held.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_held \
+	    data.train=$(DATA)/test_a.jsonl --out $@
+
+$(RUNS)/%_held/collm.json: | $(RUNS)/%/collm.json $(RUNS)/%_held.yaml
+	$(COLLM) train $(RUNS)/$*_held.yaml
+
 # -- thresholds for fixed rates, for the gate and for the base's entropy; nothing is chosen by quality
 
 ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
+ARGS_untouched_held := $(RUNS)/untouched_held --assistant full=$(FULL)
 ARGS_tuned := $(RUNS)/tuned
+ARGS_tuned_held := $(RUNS)/tuned_held
 ARGS_joint := $(RUNS)/joint --assistant full=$(FULL)
 
 # What deferring could gain at best, on gold text of the calibration part: whether a pair is worth its calibration.
@@ -70,14 +82,16 @@ oracle: $(PAIRS:%=$(RUNS)/oracle/%.json)
 $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
 	$(COLLM) oracle $(ARGS_$*) --data $(DATA)/calibration.jsonl --out $(RUNS)/oracle/$*.jsonl
 
-calibrate: $(foreach pair,$(PAIRS),$(RUNS)/thresholds/$(pair)_gate/curve.csv $(RUNS)/thresholds/$(pair)_entropy/curve.csv)
+# A gate of its own does not change what the base doubts: the pairs of one base and assistant share the rivals.
+DOUBTERS := untouched tuned joint
+calibrate: $(PAIRS:%=$(RUNS)/thresholds/%_gate/curve.csv) $(DOUBTERS:%=$(RUNS)/thresholds/%_entropy/curve.csv)
 
 define calibration
 $(RUNS)/thresholds/$(1)_$(2)/curve.csv: | $(RUNS)/$(1)/collm.json
-	$(COLLM) calibrate $$(ARGS_$(1)) $(ASKED) --data $(DATA)/calibration.jsonl --limit 100 --max-tokens 64 \
+	$(COLLM) calibrate $$(ARGS_$(1)) $(ASKED) --data $(DATA)/calibration.jsonl --max-tokens 64 \
 	    --signal $(2) --rates 0.1,0.2,0.3 --rounds 2 --out $(RUNS)/thresholds/$(1)_$(2)
 endef
-$(foreach pair,$(PAIRS) joint,$(foreach signal,gate entropy,$(eval $(call calibration,$(pair),$(signal)))))
+$(foreach pair,$(PAIRS),$(foreach signal,gate entropy,$(eval $(call calibration,$(pair),$(signal)))))
 
 # -- evaluations: $(call system,name,what must be there,arguments). Plain decoding, whose cost is exact: each token one
 # pass of the base, each deferral one of the assistant.
@@ -102,16 +116,24 @@ $(eval $(call system,nudging,$(RUNS)/untouched/collm.json,$(ARGS_untouched) --me
 
 define pair
 $(call system,$(1),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)))
-$(foreach method,confident mixture contrastive,
-$(call system,$(1)_$(method),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method $(method)))
 $(foreach rate,$(RATES),
 $(call system,$(1)_$(rate),$(RUNS)/thresholds/$(1)_gate/curve.csv,$(ARGS_$(1)) --deferral-rate 0.$(rate)))
-$(foreach rate,$(RIVAL_RATES_$(1)),
-$(call system,$(1)_entropy_$(rate),$(RUNS)/thresholds/$(1)_entropy/curve.csv,$(ARGS_$(1)) --method entropy \
-    --deferral-rate 0.$(rate))
-$(call system,$(1)_random_$(rate),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method random --deferral-rate 0.$(rate)))
 endef
 $(foreach name,$(PAIRS),$(eval $(call pair,$(name))))
+
+# The rivals of a pair: doubt at its rates, and chance at one of them; laws mixed at every token.
+define rivals
+$(foreach rate,$(RATES),
+$(call system,$(1)_entropy_$(rate),$(RUNS)/thresholds/$(1)_entropy/curve.csv,$(ARGS_$(1)) --method entropy \
+    --deferral-rate 0.$(rate)))
+$(call system,$(1)_random_20,$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method random --deferral-rate 0.20)
+endef
+$(foreach name,$(DOUBTERS),$(eval $(call rivals,$(name))))
+define mixed
+$(call system,$(1)_$(2),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method $(2))
+endef
+$(foreach method,confident mixture contrastive,$(eval $(call mixed,untouched,$(method))))
+$(foreach method,confident mixture,$(eval $(call mixed,tuned,$(method))))
 
 evaluate: $(SYSTEMS:%=$(OUT)/%.json)
 
@@ -121,10 +143,13 @@ $(RUNS)/cost.json:
 	$(COLLM) bench --only pair --pair truncated --base $(FULL) --layers $(LAYERS) --batch 1 --rate 0.2 --rounds 4 \
 	    --tokens 32 --json $@
 
+# $(1): a pair, $(2): its rate, $(3): the pair whose rivals it shares
+define against_rivals
+$(COLLM) compare --against $(1)_$(2) $(wildcard $(OUT)/$(3)_random_$(2).json) $(OUT)/$(3)_entropy_$(2).json $(OUT)/$(1)_$(2).json
+
+endef
+
 report: evaluate | $(RUNS)/cost.json
 	$(PYTHON) recipes/scales/retention.py $(OUT) --bench $(RUNS)/cost.json --out $(OUT)
 	$(COLLM) compare --against small $(filter-out $(OUT)/healed.json $(OUT)/full.json,$(SYSTEMS:%=$(OUT)/%.json))
-	$(COLLM) compare --against untouched_20 $(OUT)/untouched_random_20.json $(OUT)/untouched_entropy_20.json \
-	    $(OUT)/untouched_20.json
-	$(COLLM) compare --against tuned_20 $(OUT)/tuned_random_20.json $(OUT)/tuned_entropy_20.json \
-	    $(OUT)/proxy_tuning.json $(OUT)/tuned_20.json
+	$(foreach pair,$(PAIRS),$(foreach rate,$(RATES),$(call against_rivals,$(pair),$(rate),$(firstword $(subst _, ,$(pair))))))

@@ -6,6 +6,8 @@
 # A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew.
 THREADS ?= 2
 PYTHON ?= .venv/bin/python
+# Of the weights while texts are written: less than half of float32's time on a processor that has it.
+DTYPE ?= bfloat16
 PROBLEMS ?= problems.jsonl
 export OMP_NUM_THREADS ?= $(THREADS)
 
@@ -14,7 +16,7 @@ STUDY := recipes/word_problems
 DATA := data/word_problems
 RUNS := runs/word_problems
 COLLM := $(PYTHON) -m collm
-WRITE := --task word_problems --max-tokens 128 --batch-size 32
+WRITE := --task word_problems --max-tokens 128 --batch-size 32 --dtype $(DTYPE)
 
 PAIRS := pair lora weak pair_lm both
 SYSTEMS := sft $(PAIRS) arithmetic_tuned gate
@@ -24,7 +26,7 @@ SYSTEMS := sft $(PAIRS) arithmetic_tuned gate
 all: test ablations
 
 help:
-	@echo "make -f $(STUDY)/study.mk [data|train|calibrate|test|ablations] PROBLEMS=FILE [THREADS=2] [PYTHON=...]"
+	@echo "make -f $(STUDY)/study.mk [data|train|calibrate|test|ablations] PROBLEMS=FILE [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 # -- data and models ---------------------------------------------------------------------------------------------------
 
@@ -46,10 +48,10 @@ $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 
 # -- thresholds, on the calibration part -------------------------------------------------------------------------------
 
-# The rivals of the gate shall defer as often as it does at 0.5: rounded rates of the gates' own calibrations. The
-# calculator abstains at most tokens, so that chance is to ask it as often as the gate does, not to let it write as much.
-RATE_pair := 0.14
-RATE_pair_lm := 0.48
+# The rivals of the gate shall defer as often as it does at 0.5, in its own calibration (0.2 while there is none: make -n).
+# The calculator abstains at most tokens, so that chance is to ask it as often as the gate does, not to let it write as
+# much.
+rate = $(or $(shell awk -F, '$$4 == 0 {printf "%.3f", $$2}' $(RUNS)/calibration/$(1)/curve.csv 2>/dev/null),0.2)
 SIGNALS := entropy top_probability
 RIVALS := $(foreach pair,pair pair_lm,$(SIGNALS:%=$(pair)-%))
 
@@ -63,9 +65,9 @@ $(PAIRS:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $
 define rival
 $(RUNS)/calibration/$(1)-$(2)/curve.csv: | $(RUNS)/calibration/$(1)/curve.csv
 	$(COLLM) calibrate $(RUNS)/$(1) $(WRITE) --signal $(2) --data $(DATA)/calibration.jsonl \
-	    --rates $(RATE_$(1)) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
+	    --rates $$(call rate,$(1)) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
 $(RUNS)/test_b/$(1)-$(2).json: CHECKPOINT = $(RUNS)/$(1)
-$(RUNS)/test_b/$(1)-$(2).json: OPTIONS = --method $(2) --deferral-rate $(RATE_$(1))
+$(RUNS)/test_b/$(1)-$(2).json: OPTIONS = --method $(2) --deferral-rate $$(call rate,$(1))
 $(RUNS)/test_b/$(1)-$(2).json: | $(RUNS)/calibration/$(1)-$(2)/curve.csv
 endef
 $(foreach pair,pair pair_lm,$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pair),$(signal)))))
@@ -89,19 +91,21 @@ $(TESTS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | $(DATA)/train.jsonl
 $(SYSTEMS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | $(RUNS)/%/collm.json
 $(RUNS)/test_b/calculator.json $(RUNS)/test_b/pair-random.json: | $(RUNS)/pair/collm.json
 $(RUNS)/test_b/pair_lm-random.json $(RUNS)/test_b/pair_lm-compose.json: | $(RUNS)/pair_lm/collm.json
+$(RUNS)/test_b/pair-random.json: | $(RUNS)/calibration/pair/curve.csv
+$(RUNS)/test_b/pair_lm-random.json: | $(RUNS)/calibration/pair_lm/curve.csv
 $(RUNS)/test_b/sft-calculator.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/sft/collm.json
 $(RUNS)/test_b/arithmetic_lm.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/arithmetic_lm/test.json
 
 # The model as it came: the prompt and the rule that did best for it on the calibration part.
 $(RUNS)/test_b/untouched.json: CHECKPOINT = $(MODEL)
-$(RUNS)/test_b/untouched.json: HOW = --task word_problems_flexible --max-tokens 160 --batch-size 32
+$(RUNS)/test_b/untouched.json: HOW = --task word_problems_flexible --max-tokens 160 --batch-size 32 --dtype $(DTYPE)
 $(RUNS)/test_b/calculator.json: CHECKPOINT = $(RUNS)/pair
 $(RUNS)/test_b/calculator.json: OPTIONS = --alone calculator
 $(PAIRS:%=$(RUNS)/test_b/%.json) $(RUNS)/test_b/gate.json: OPTIONS = --threshold 0.5
 $(RUNS)/test_b/pair-random.json: CHECKPOINT = $(RUNS)/pair
-$(RUNS)/test_b/pair-random.json: OPTIONS = --method random --threshold $(RATE_pair)
+$(RUNS)/test_b/pair-random.json: OPTIONS = --method random --threshold $(call rate,pair)
 $(RUNS)/test_b/pair_lm-random.json: CHECKPOINT = $(RUNS)/pair_lm
-$(RUNS)/test_b/pair_lm-random.json: OPTIONS = --method random --deferral-rate $(RATE_pair_lm)
+$(RUNS)/test_b/pair_lm-random.json: OPTIONS = --method random --deferral-rate $(call rate,pair_lm)
 $(RUNS)/test_b/pair_lm-compose.json: CHECKPOINT = $(RUNS)/pair_lm
 $(RUNS)/test_b/pair_lm-compose.json: OPTIONS = --method compose
 $(RUNS)/test_b/sft-calculator.json: CHECKPOINT = $(RUNS)/sft
@@ -118,10 +122,11 @@ $(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
 # -- ablations, on the calibration part at the threshold 0.5 -----------------------------------------------------------
 
 # What each variation of gate.yaml changes. What collapses without initialisation is training together, and soon.
-VARIED := method_b no_initialisation cost_0.03 cost_0.1 cost_0.3 arithmetic both
+VARIED := method_b no_initialisation weak cost_0.03 cost_0.1 cost_0.3 arithmetic both
 ARITHMETIC := {name: arithmetic, model: $(RUNS)/arithmetic_lm, format: {system_prompt: ""}}
 CHANGES_method_b := init.method=b
 CHANGES_no_initialisation := init.method=none
+CHANGES_weak := objective=weak_supervision
 CHANGES_cost_0.03 := deferral_cost=0.03
 CHANGES_cost_0.1 := deferral_cost=0.1
 CHANGES_cost_0.3 := deferral_cost=0.3
