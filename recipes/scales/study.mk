@@ -61,11 +61,12 @@ $(RUNS)/joint/collm.json: | $(DATA)/train.jsonl $(RUNS)/healed/collm.json
 
 # The same two models, the gate on problems that neither was fine-tuned on. (Test A is that of the word problems' own
 # study; here it is training data, and test B judges.)
-$(RUNS)/%_held.yaml:
+HELD := untouched tuned
+$(HELD:%=$(RUNS)/%_held.yaml): $(RUNS)/%_held.yaml:
 	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_held \
 	    data.train=$(DATA)/test_a.jsonl --out $@
 
-$(RUNS)/%_held/collm.json: | $(RUNS)/%/collm.json $(RUNS)/%_held.yaml
+$(HELD:%=$(RUNS)/%_held/collm.json): $(RUNS)/%_held/collm.json: | $(RUNS)/%/collm.json $(RUNS)/%_held.yaml
 	$(COLLM) train $(RUNS)/$*_held.yaml
 
 # -- thresholds for fixed rates, for the gate and for the base's entropy; nothing is chosen by quality
