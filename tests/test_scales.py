@@ -20,8 +20,10 @@ from collm.evaluation.result import EvalResult
 from collm.models.backbone import hidden_states, project
 from collm.models.loading import eos_ids, load_model, load_tokenizer
 from collm.models.shortened import first_layers
+from collm.report.trace import Trace
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
+from collm.types import Generation
 
 STUDY = Path(__file__).parent.parent / "recipes" / "scales"
 
@@ -181,3 +183,16 @@ def test_recipes_run_on_tiny_models(
     proxy = CollaborativeLM.from_pretrained(tmp_path / "small", roles)
     generation = proxy.generate(question, SamplingParams(max_tokens=4, deferral="proxy_tuning"))
     assert generation.forward_passes == (len(generation.steps),) * 3
+
+
+def test_own_texts_are_the_right_answers_that_are_not_gold() -> None:
+    own = script("own_texts")
+    asked = {"role": "user", "content": "1 + 1?"}
+    gold = [{"id": "a", "messages": [asked, {"role": "assistant", "content": "2"}], "answer": "2", "group": "g"}]
+    traces = [
+        Trace("a", Generation(text, (), (), "stop", 3, ("base",)), "1 + 1?", score=score)
+        for text, score in [("2", 1.0), ("It is 2 ", 1.0), ("It is 2", 1.0), ("3", 0.0), ("two", None)]
+    ]
+    rows = own.with_own_texts(gold, own.right_answers(traces))
+    assert [row["messages"][-1]["content"] for row in rows] == ["2", "It is 2"]
+    assert rows[1]["id"] != "a" and rows[1]["messages"][0] == asked and rows[1]["group"] == "g"

@@ -22,9 +22,9 @@ RATES := 10 20 30
 COLLM := $(PYTHON) -m collm
 TASK := word_problems
 ASKED = --task $(TASK) --batch-size 32 --dtype $(DTYPE)
-# With gates alone trained, on the texts that the base (and the tuned assistant) were fine-tuned on, and on texts that
-# none of them has seen; and with base and gate trained together.
-PAIRS := untouched tuned untouched_held tuned_held joint
+# With gates alone trained, on the texts that the base (and the tuned assistant) were fine-tuned on; on texts that none
+# of them has seen (held); on these and the pair's own right answers (own); and with base and gate trained together.
+PAIRS := untouched tuned untouched_held tuned_held untouched_own tuned_own joint
 SYSTEMS :=
 
 .PHONY: all help train oracle calibrate evaluate report
@@ -61,13 +61,33 @@ $(RUNS)/joint/collm.json: | $(DATA)/train.jsonl $(RUNS)/healed/collm.json
 
 # The same two models, the gate on problems that neither was fine-tuned on. (Test A is that of the word problems' own
 # study; here it is training data, and test B judges.)
-HELD := untouched tuned
-$(HELD:%=$(RUNS)/%_held.yaml): $(RUNS)/%_held.yaml:
+ALONE := untouched tuned
+$(ALONE:%=$(RUNS)/%_held.yaml): $(RUNS)/%_held.yaml:
 	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_held \
 	    data.train=$(DATA)/test_a.jsonl --out $@
 
-$(HELD:%=$(RUNS)/%_held/collm.json): $(RUNS)/%_held/collm.json: | $(RUNS)/%/collm.json $(RUNS)/%_held.yaml
+$(ALONE:%=$(RUNS)/%_held/collm.json): $(RUNS)/%_held/collm.json: | $(RUNS)/%/collm.json $(RUNS)/%_held.yaml
 	$(COLLM) train $(RUNS)/$*_held.yaml
+
+# What such a pair answers to the same problems where its writers are drawn from the gate; right answers are texts, too.
+SEEDS := 1 2 3 4
+define written
+$(RUNS)/own/$(1)_$(2).json: | $(RUNS)/$(1)_held/collm.json
+	$(COLLM) eval $$(ARGS_$(1)_held) $$(ASKED) --data $(DATA)/test_a.jsonl --max-tokens 64 --method sampled --seed $(2) \
+	    --name own --out $(RUNS)/own/$(1)_$(2).jsonl
+endef
+$(foreach pair,$(ALONE),$(foreach seed,$(SEEDS),$(eval $(call written,$(pair),$(seed)))))
+
+$(ALONE:%=$(RUNS)/own/%.jsonl): $(RUNS)/own/%.jsonl: | $(foreach seed,$(SEEDS),$(RUNS)/own/%_$(seed).json)
+	$(PYTHON) recipes/scales/own_texts.py $(foreach seed,$(SEEDS),$(RUNS)/own/$*_$(seed).jsonl) \
+	    --data $(DATA)/test_a.jsonl --out $@
+
+$(ALONE:%=$(RUNS)/%_own.yaml): $(RUNS)/%_own.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_own \
+	    data.train=$(RUNS)/own/$*.jsonl --out $@
+
+$(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl $(RUNS)/%_own.yaml
+	$(COLLM) train $(RUNS)/$*_own.yaml
 
 # -- thresholds for fixed rates, for the gate and for the base's entropy; nothing is chosen by quality
 
@@ -75,6 +95,8 @@ ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
 ARGS_untouched_held := $(RUNS)/untouched_held --assistant full=$(FULL)
 ARGS_tuned := $(RUNS)/tuned
 ARGS_tuned_held := $(RUNS)/tuned_held
+ARGS_untouched_own := $(RUNS)/untouched_own --assistant full=$(FULL)
+ARGS_tuned_own := $(RUNS)/tuned_own
 ARGS_joint := $(RUNS)/joint --assistant full=$(FULL)
 
 # What deferring could gain at best, on gold text of the calibration part: whether a pair is worth its calibration.
