@@ -646,6 +646,7 @@ def test_trace_counts_kinds_of_tokens(pair: str, tmp_path: Path) -> None:
     shown = collm("trace", tmp_path / "t.jsonl", "--classes", "--limit", 3).stdout
     assert "of 3 texts" in shown and "function word" in shown and "number" in shown
     refused(collm("trace", tmp_path / "t.jsonl", "--classes", "--html", tmp_path / "t.html"), "one of them", code=2)
+    refused(collm("trace", tmp_path / "t.json"), "its texts are in", "t.jsonl", code=2)
 
 
 def test_eval_resumes(pair: str, tmp_path: Path) -> None:

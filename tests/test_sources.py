@@ -241,6 +241,8 @@ def test_the_official_test_part_is_kept_apart(files: dict[str, Path], tmp_path: 
         ("bioasq", "3", ["cannot be read"]),
         ("gsm8k", "", ["no records", '{"question"']),
         ("gsm8k", "[1, 2]\n", ["line 1", "no record of gsm8k"]),
+        ("gsm8k", '{"question": "?", "answer": "12"}', ["line 1", "#### RESULT"]),
+        ("gsm8k", '{"question": "?", "answer": "12 ####"}', ["line 1", "#### RESULT"]),
         ("bioasq", '{"questions": [{"id": 1, "type": "riddle", "body": "?"}]}', ["entry 0", "riddle"]),
         ("bioasq", '{"questions": [{"type": "factoid", "body": "?"}]}', ["exact_answer", "golden"]),
         ("bioasq", '{"questions": [{"type": "list", "body": "?", "exact_answer": [[]]}]}', ["entry 0", "expected"]),

@@ -162,4 +162,5 @@ $(VARIATIONS:%=$(RUNS)/ablations/%.json): CHECKPOINT = $(RUNS)/ablations/runs/$*
 $(patsubst %,$(RUNS)/ablations/%.json,$(filter-out sft,$(ABLATIONS))): OPTIONS = --threshold 0.5
 
 $(GOLD)/%/teacher_forced.json: | $(RUNS)/%/collm.json
-	$(PYTHON) $(STUDY)/teacher_forced.py $(RUNS)/$* --data $(DATA)/calibration.jsonl --rates 0.05,0.1 --out $(GOLD)/$*
+	$(PYTHON) $(STUDY)/teacher_forced.py $(RUNS)/$* --data $(DATA)/calibration.jsonl --rates 0.05,0.1 --dtype $(DTYPE) \
+	    --out $(GOLD)/$*

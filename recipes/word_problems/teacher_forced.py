@@ -70,9 +70,10 @@ def main() -> None:
     parser.add_argument("--rates", default="0.05,0.1")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the models' weights")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    llm = CollaborativeLM.from_pretrained(args.checkpoint)
+    llm = CollaborativeLM.from_pretrained(args.checkpoint, dtype=args.dtype)
     if not llm.has_gate:
         raise CollmError(f"{args.checkpoint} has no gate to read thresholds off")
     examples = load_examples(args.data)
@@ -89,7 +90,7 @@ def main() -> None:
             batch_size=args.batch_size,
             out=args.out / f"threshold_{cut:.9g}.jsonl",
             name=f"rate {rate:g} on gold text",
-            identity={"checkpoint": str(args.checkpoint)},
+            identity={"checkpoint": str(args.checkpoint), "dtype": args.dtype},
         )
         on_gold = float((values > cut).mean())
         row = {"wanted": rate, "on gold text": on_gold, "achieved": result.deferral_rate, "score": result.value}

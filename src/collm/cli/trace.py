@@ -19,6 +19,9 @@ def trace(trace_file: Path, html: Path | None, classes: bool, limit: int | None)
     """Show the texts of TRACE_FILE (from `collm eval --out` or `collm generate --trace`), coloured by author."""
     if html is not None and classes:
         raise click.UsageError("--classes prints a table and --html writes a page of texts: ask for one of them")
+    beside = trace_file.with_suffix(".jsonl")
+    if trace_file.suffix == ".json" and beside.is_file():
+        raise click.UsageError(f"{trace_file} is a result; its texts are in {beside}")
     from itertools import islice
 
     from rich.console import Console

@@ -35,7 +35,10 @@ def _conversation(question: str, answer: str | None = None) -> list[dict[str, st
 def _gsm8k(record: Mapping[str, Any]) -> Row:
     # The annotations (`<<48/2=24>>`) would tell where to call a calculator, which is for the model to learn.
     answer = re.sub(r"<<.*?>>", "", record["answer"])
-    return {"messages": _conversation(record["question"], answer), "answer": answer.rpartition("####")[2].strip()}
+    _, marked, result = answer.rpartition("####")
+    if not marked or not result.strip():
+        raise TypeError('the answer does not end in "#### RESULT"')
+    return {"messages": _conversation(record["question"], answer), "answer": result.strip()}
 
 
 def _math(record: Mapping[str, Any]) -> Row:
