@@ -509,6 +509,19 @@ def test_the_interval_of_macro_f1_is_that_of_resampled_examples() -> None:
     assert macro_f1(answers, golds)[1] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.02)
 
 
+def test_macro_f1_resamples_whole_groups() -> None:
+    """Every example three times over, said to be near-duplicates: the interval is that of the single ones."""
+    rng = np.random.default_rng(1)
+    golds = rng.choice(LABELS, 40, p=[0.5, 0.3, 0.2]).tolist()
+    answers = [gold if rng.random() < 0.6 else "no" for gold in golds]
+    groups = [f"group {i}" for i in range(40)]
+    single = macro_f1(answers, golds)
+    value, ci95 = macro_f1(3 * answers, 3 * golds, 3 * groups)
+    assert value == pytest.approx(single[0]) and ci95 == pytest.approx(single[1], abs=0.01)
+    narrower = macro_f1(3 * answers, 3 * golds)[1]
+    assert narrower[1] - narrower[0] < 0.75 * (ci95[1] - ci95[0])
+
+
 def test_further_metrics_come_with_intervals() -> None:
     golds = [GENE] * 20
     answers = ['["brca1"]', '["tp53", "brca1"]', None, '["tp53"]'] * 5

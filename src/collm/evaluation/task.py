@@ -29,8 +29,8 @@ __all__ = ["TASKS", "Figure", "Task", "get_task"]
 
 Figure = tuple[float, tuple[float, float]]
 """A metric's value and its 95 % interval."""
-OfAll = Callable[[Sequence[str | None], Sequence[str]], Figure]
-"""A metric of all answers and golds together, which is no mean over examples."""
+OfAll = Callable[[Sequence[str | None], Sequence[str], Sequence[str] | None], Figure]
+"""A metric of all answers and golds together, and their groups or None: no mean over examples."""
 
 
 def same_text(answer: str | None, gold: str) -> Mapping[str, float]:
@@ -111,7 +111,7 @@ class Task:
     ) -> dict[str, Figure]:
         """The metrics beside the main one: value and 95 % interval of each, by name.
 
-        `groups` of near-duplicates are resampled whole, but for metrics of all answers at once, which know of none.
+        `groups` of near-duplicates are resampled whole.
         """
         from collm.evaluation.stats import bootstrap_ci
 
@@ -121,7 +121,7 @@ class Task:
             for metric in self.metrics[1:]:
                 values = [scores[metric] for scores in judged]
                 found[metric] = (sum(values) / len(values), bootstrap_ci(values, groups=groups))
-        return found | {metric: measure(answers, golds) for metric, measure in self.of_all.items()}
+        return found | {metric: measure(answers, golds, groups) for metric, measure in self.of_all.items()}
 
 
 def _labels(name: str, labels: tuple[str, ...]) -> Task:

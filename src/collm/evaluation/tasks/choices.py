@@ -57,29 +57,36 @@ def same_label(answer: str | None, gold: str) -> Mapping[str, float]:
 
 
 def macro_f1(
-    answers: Sequence[str | None], golds: Sequence[str], *, resamples: int = 10_000, seed: int = 0
+    answers: Sequence[str | None],
+    golds: Sequence[str],
+    groups: Sequence[str] | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, tuple[float, float]]:
     """Mean over labels of F1, with its 95 % percentile bootstrap interval.
 
-    It is no mean over examples, so whole sets of examples are resampled: n draws with replacement are one multinomial
-    draw of how often each pair (gold, answer) occurs. Labels that occur neither as gold nor as answer do not count; a
-    missing answer is a miss of its gold label and a false alarm for none.
+    It is no mean over examples, so whole sets of examples (or of `groups` of near-duplicates) are resampled: n draws
+    with replacement are one multinomial draw of how often each of the different ones occurs. Labels that occur neither
+    as gold nor as answer do not count; a missing answer is a miss of its gold label and a false alarm for none.
     """
     import numpy as np
     from numpy.typing import NDArray
 
     labels = sorted({*golds, *(answer for answer in answers if answer is not None)})
     columns: dict[str | None, int] = {None: len(labels), **{label: i for i, label in enumerate(labels)}}
-    counts = np.zeros((len(labels), len(labels) + 1))
-    for gold, answer in zip(golds, answers, strict=True):
-        counts[columns[gold], columns[answer]] += 1
-    draws = np.random.default_rng(seed).multinomial(len(golds), counts.ravel() / len(golds), size=resamples)
+    units = range(len(golds)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    each = np.zeros((int(max(units)) + 1, len(labels), len(labels) + 1))  # pairs (gold, answer) of each unit
+    for unit, gold, answer in zip(units, golds, answers, strict=True):
+        each[unit, columns[gold], columns[answer]] += 1
+    kinds, times = np.unique(each, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(each), times / len(each), size=resamples)
 
     def f1(table: NDArray[np.float64]) -> NDArray[np.float64]:  # [..., labels, labels + 1] -> [...]
         hits = np.diagonal(table[..., :-1], axis1=-2, axis2=-1)
         occurs = table.sum(-1) + table[..., :-1].sum(-2)  # gold + answered = 2 hits + misses + false alarms
-        each = np.divide(2 * hits, occurs, out=np.zeros_like(occurs), where=occurs > 0)
-        return np.asarray(each.sum(-1) / (occurs > 0).sum(-1))
+        of_label = np.divide(2 * hits, occurs, out=np.zeros_like(occurs), where=occurs > 0)
+        return np.asarray(of_label.sum(-1) / (occurs > 0).sum(-1))
 
-    low, high = np.quantile(f1(draws.reshape(-1, *counts.shape).astype(float)), [0.025, 0.975])
-    return float(f1(counts)), (float(low), float(high))
+    low, high = np.quantile(f1(np.tensordot(draws.astype(float), kinds, axes=1)), [0.025, 0.975])
+    return float(f1(each.sum(0))), (float(low), float(high))
