@@ -161,7 +161,7 @@ def test_recipes_run_on_tiny_models(
         for a in range(2, 8)
         for b in range(2, 8)
     ]
-    for name in ("train", "calibration"):
+    for name in ("train", "calibration", "test_a"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folders = ("data/word_problems", "data/scales", "runs/scales")
     for name in ("healed", "small", "untouched", "tuned", "joint"):

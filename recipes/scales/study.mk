@@ -22,16 +22,17 @@ RATES := 10 20 30
 COLLM := $(PYTHON) -m collm
 TASK := word_problems
 ASKED = --task $(TASK) --batch-size 32 --dtype $(DTYPE)
-# With gates alone trained, on the texts that the base (and the tuned assistant) were fine-tuned on; on texts that none
-# of them has seen (held); on these and the pair's own right answers (own); and with base and gate trained together.
-PAIRS := untouched tuned untouched_held tuned_held untouched_own tuned_own joint
+# With the gate alone trained, beside an untouched and a tuned assistant; and with base and gate trained together.
+PAIRS := untouched tuned joint
+# Other gates for the first two: fitted on what the base was fine-tuned on; fitted on the pair's own right answers, too.
+OTHERS := untouched_seen tuned_seen untouched_own tuned_own
 SYSTEMS :=
 
-.PHONY: all help train oracle calibrate evaluate report
-all: report
+.PHONY: all help train oracle calibrate others evaluate report
+all: report others
 
 help:
-	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|evaluate|report [PART=calibration|test_b] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|others|evaluate|report [PART=calibration|test_b] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 	@echo "first: PROBLEMS=FILE (elementary word problems) and GSM8K=FILE (its train.jsonl), see docs/recipes.md"
 
 # -- models
@@ -59,21 +60,14 @@ $(RUNS)/untouched/collm.json: | $(RUNS)/small/collm.json
 $(RUNS)/tuned/collm.json: | $(RUNS)/small/collm.json $(TUNED)/collm.json
 $(RUNS)/joint/collm.json: | $(DATA)/train.jsonl $(RUNS)/healed/collm.json
 
-# The same two models, the gate on problems that neither was fine-tuned on. (Test A is that of the word problems' own
-# study; here it is training data, and test B judges.)
+# The gates are fitted on problems that no model was fine-tuned on: test A is that of the word problems' own study; here
+# it is training data, and test B judges.
 ALONE := untouched tuned
-$(ALONE:%=$(RUNS)/%_held.yaml): $(RUNS)/%_held.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_held \
-	    data.train=$(DATA)/test_a.jsonl --out $@
-
-$(ALONE:%=$(RUNS)/%_held/collm.json): $(RUNS)/%_held/collm.json: | $(RUNS)/%/collm.json $(RUNS)/%_held.yaml
-	$(COLLM) train $(RUNS)/$*_held.yaml
-
 # What such a pair answers to the same problems where its writers are drawn from the gate; right answers are texts, too.
 SEEDS := 1 2 3 4
 define written
-$(RUNS)/own/$(1)_$(2).json: | $(RUNS)/$(1)_held/collm.json
-	$(COLLM) eval $$(ARGS_$(1)_held) $$(ASKED) --data $(DATA)/test_a.jsonl --max-tokens 64 --method sampled --seed $(2) \
+$(RUNS)/own/$(1)_$(2).json: | $(RUNS)/$(1)/collm.json
+	$(COLLM) eval $$(ARGS_$(1)) $$(ASKED) --data $(DATA)/test_a.jsonl --max-tokens 64 --method sampled --seed $(2) \
 	    --name own --out $(RUNS)/own/$(1)_$(2).jsonl
 endef
 $(foreach pair,$(ALONE),$(foreach seed,$(SEEDS),$(eval $(call written,$(pair),$(seed)))))
@@ -85,18 +79,23 @@ $(ALONE:%=$(RUNS)/own/%.jsonl): $(RUNS)/own/%.jsonl: | $(foreach seed,$(SEEDS),$
 $(ALONE:%=$(RUNS)/%_own.yaml): $(RUNS)/%_own.yaml:
 	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_own \
 	    data.train=$(RUNS)/own/$*.jsonl --out $@
+$(ALONE:%=$(RUNS)/%_seen.yaml): $(RUNS)/%_seen.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_seen \
+	    data.train=$(DATA)/train.jsonl --out $@
 
-$(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl $(RUNS)/%_own.yaml
-	$(COLLM) train $(RUNS)/$*_own.yaml
+$(OTHERS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/small/collm.json $(RUNS)/%.yaml
+	$(COLLM) train $(RUNS)/$*.yaml
+$(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl
+$(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
 
 # -- thresholds for fixed rates, for the gate and for the base's entropy; nothing is chosen by quality
 
 ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
-ARGS_untouched_held := $(RUNS)/untouched_held --assistant full=$(FULL)
 ARGS_tuned := $(RUNS)/tuned
-ARGS_tuned_held := $(RUNS)/tuned_held
 ARGS_untouched_own := $(RUNS)/untouched_own --assistant full=$(FULL)
 ARGS_tuned_own := $(RUNS)/tuned_own
+ARGS_untouched_seen := $(RUNS)/untouched_seen --assistant full=$(FULL)
+ARGS_tuned_seen := $(RUNS)/tuned_seen
 ARGS_joint := $(RUNS)/joint --assistant full=$(FULL)
 
 # What deferring could gain at best, on gold text of the calibration part: whether a pair is worth its calibration.
@@ -105,16 +104,16 @@ oracle: $(PAIRS:%=$(RUNS)/oracle/%.json)
 $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
 	$(COLLM) oracle $(ARGS_$*) --data $(DATA)/calibration.jsonl --out $(RUNS)/oracle/$*.jsonl
 
-# A gate of its own does not change what the base doubts: the pairs of one base and assistant share the rivals.
-DOUBTERS := untouched tuned joint
-calibrate: $(PAIRS:%=$(RUNS)/thresholds/%_gate/curve.csv) $(DOUBTERS:%=$(RUNS)/thresholds/%_entropy/curve.csv)
+calibrate: $(foreach pair,$(PAIRS),$(RUNS)/thresholds/$(pair)_gate/curve.csv $(RUNS)/thresholds/$(pair)_entropy/curve.csv)
+# What other gates do, on the calibration part alone.
+others: $(OTHERS:%=$(RUNS)/oracle/%.json) $(OTHERS:%=$(RUNS)/thresholds/%_gate/curve.csv)
 
 define calibration
 $(RUNS)/thresholds/$(1)_$(2)/curve.csv: | $(RUNS)/$(1)/collm.json
 	$(COLLM) calibrate $$(ARGS_$(1)) $(ASKED) --data $(DATA)/calibration.jsonl --max-tokens 64 \
 	    --signal $(2) --rates 0.1,0.2,0.3 --rounds 2 --out $(RUNS)/thresholds/$(1)_$(2)
 endef
-$(foreach pair,$(PAIRS),$(foreach signal,gate entropy,$(eval $(call calibration,$(pair),$(signal)))))
+$(foreach pair,$(PAIRS) $(OTHERS),$(foreach signal,gate entropy,$(eval $(call calibration,$(pair),$(signal)))))
 
 # -- evaluations: $(call system,name,what must be there,arguments). Plain decoding, whose cost is exact: each token one
 # pass of the base, each deferral one of the assistant.
@@ -151,7 +150,7 @@ $(call system,$(1)_entropy_$(rate),$(RUNS)/thresholds/$(1)_entropy/curve.csv,$(A
     --deferral-rate 0.$(rate)))
 $(call system,$(1)_random_20,$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method random --deferral-rate 0.20)
 endef
-$(foreach name,$(DOUBTERS),$(eval $(call rivals,$(name))))
+$(foreach name,$(PAIRS),$(eval $(call rivals,$(name))))
 define mixed
 $(call system,$(1)_$(2),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method $(2))
 endef
@@ -166,13 +165,13 @@ $(RUNS)/cost.json:
 	$(COLLM) bench --only pair --pair truncated --base $(FULL) --layers $(LAYERS) --batch 1 --rate 0.2 --rounds 4 \
 	    --tokens 32 --json $@
 
-# $(1): a pair, $(2): its rate, $(3): the pair whose rivals it shares
+# $(1): a pair, $(2): its rate
 define against_rivals
-$(COLLM) compare --against $(1)_$(2) $(wildcard $(OUT)/$(3)_random_$(2).json) $(OUT)/$(3)_entropy_$(2).json $(OUT)/$(1)_$(2).json
+$(COLLM) compare --against $(1)_$(2) $(wildcard $(OUT)/$(1)_random_$(2).json) $(OUT)/$(1)_entropy_$(2).json $(OUT)/$(1)_$(2).json
 
 endef
 
 report: evaluate | $(RUNS)/cost.json
 	$(PYTHON) recipes/scales/retention.py $(OUT) --bench $(RUNS)/cost.json --out $(OUT)
 	$(COLLM) compare --against small $(filter-out $(OUT)/healed.json $(OUT)/full.json,$(SYSTEMS:%=$(OUT)/%.json))
-	$(foreach pair,$(PAIRS),$(foreach rate,$(RATES),$(call against_rivals,$(pair),$(rate),$(firstword $(subst _, ,$(pair))))))
+	$(foreach pair,$(PAIRS),$(foreach rate,$(RATES),$(call against_rivals,$(pair),$(rate))))
