@@ -80,7 +80,7 @@ $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
 
 # -- thresholds for deferral rates, on the calibration part: for the gates, and for what the rivals of the gate go by
 
-CURVES := $(PAIRS:%=$(RUNS)/calibration/%/curve.csv)
+CURVES := $(RUNS)/calibration/pair/curve.csv $(RUNS)/calibration/weak/curve.csv
 SIGNALS := entropy top_probability
 calibrate: $(CURVES) $(SIGNALS:%=$(RUNS)/calibration/pair-%/curve.csv)
 

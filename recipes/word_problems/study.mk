@@ -55,7 +55,7 @@ rate = $(or $(shell awk -F, '$$4 == 0 {printf "%.3f", $$2}' $(RUNS)/calibration/
 SIGNALS := entropy top_probability
 RIVALS := $(foreach pair,pair pair_lm,$(SIGNALS:%=$(pair)-%))
 
-calibrate: $(PAIRS:%=$(RUNS)/calibration/%/curve.csv) $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
+calibrate: $(RUNS)/calibration/pair/curve.csv $(RUNS)/calibration/pair_lm/curve.csv $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
 
 $(PAIRS:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/%/collm.json
 	$(COLLM) calibrate $(RUNS)/$* $(WRITE) --data $(DATA)/calibration.jsonl --rates 0,0.05,0.1,1 --rounds 1 \
