@@ -43,7 +43,9 @@ $(DATA)/train.jsonl:
 	$(PYTHON) recipes/word_problems/prepare.py $(PROBLEMS) --out $(DATA)
 
 data/scales/train.jsonl:
-	$(PYTHON) recipes/gsm8k/prepare.py $(GSM8K) --out data/scales --limit 4000
+	mkdir -p data/scales
+	head -n 4000 $(GSM8K) > data/scales/first.jsonl
+	$(COLLM) prepare gsm8k data/scales/first.jsonl --out data/scales --parts train=0.8,calibration=0.08,test=0.12
 
 $(RUNS)/truncated/model.safetensors:
 	$(PYTHON) recipes/scales/truncate.py $(FULL) --layers $(LAYERS) --out $(RUNS)/truncated

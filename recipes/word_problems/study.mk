@@ -18,8 +18,11 @@ RUNS := runs/word_problems
 COLLM := $(PYTHON) -m collm
 WRITE := --task word_problems --max-tokens 128 --batch-size 32 --dtype $(DTYPE)
 
+# The base is trained with its gate in PAIRS; in GATES it is the fine-tuned one, frozen, so that all their rivals have the
+# very same models: beside the calculator, the arithmetic language model, and both.
 PAIRS := pair lora weak pair_lm both
-SYSTEMS := sft $(PAIRS) arithmetic_tuned gate
+GATES := gate gate_lm gate_both
+SYSTEMS := sft $(PAIRS) $(GATES) arithmetic_tuned
 
 .PHONY: all help data train calibrate test ablations
 .SECONDARY:
@@ -40,11 +43,23 @@ $(RUNS)/arithmetic_lm/test.json:
 
 train: $(SYSTEMS:%=$(RUNS)/%/collm.json)
 
-$(SYSTEMS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(DATA)/train.jsonl
+RECIPES := sft $(PAIRS) gate arithmetic_tuned
+$(SYSTEMS:%=$(RUNS)/%/collm.json): | $(DATA)/train.jsonl
+$(RECIPES:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json:
 	$(COLLM) train $(STUDY)/$*.yaml
 
-$(RUNS)/pair_lm/collm.json $(RUNS)/both/collm.json $(RUNS)/arithmetic_tuned/collm.json: | $(RUNS)/arithmetic_lm/test.json
-$(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
+ARITHMETIC := {name: arithmetic, model: $(RUNS)/arithmetic_lm, format: {system_prompt: ""}}
+CHANGES_gate_lm := 'assistants=[$(ARITHMETIC)]'
+CHANGES_gate_both := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
+WITH_LM := gate_lm gate_both
+
+$(WITH_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
+	$(PYTHON) $(STUDY)/vary.py $(STUDY)/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
+$(WITH_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
+	$(COLLM) train $(RUNS)/$*.yaml
+
+$(patsubst %,$(RUNS)/%/collm.json,pair_lm both arithmetic_tuned $(WITH_LM)): | $(RUNS)/arithmetic_lm/test.json
+$(GATES:%=$(RUNS)/%/collm.json): | $(RUNS)/sft/collm.json
 
 # -- thresholds, on the calibration part -------------------------------------------------------------------------------
 
@@ -53,11 +68,12 @@ $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 # much.
 rate = $(or $(shell awk -F, '$$4 == 0 {printf "%.3f", $$2}' $(RUNS)/calibration/$(1)/curve.csv 2>/dev/null),0.2)
 SIGNALS := entropy top_probability
-RIVALS := $(foreach pair,pair pair_lm,$(SIGNALS:%=$(pair)-%))
+RULED := pair gate_lm
+RIVALS := $(foreach pair,$(RULED),$(SIGNALS:%=$(pair)-%))
 
-calibrate: $(RUNS)/calibration/pair/curve.csv $(RUNS)/calibration/pair_lm/curve.csv $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
+calibrate: $(RULED:%=$(RUNS)/calibration/%/curve.csv) $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
 
-$(PAIRS:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/%/collm.json
+$(RULED:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/%/collm.json
 	$(COLLM) calibrate $(RUNS)/$* $(WRITE) --data $(DATA)/calibration.jsonl --rates 0,0.05,0.1,1 --rounds 1 \
 	    --out $(RUNS)/calibration/$*
 
@@ -70,14 +86,14 @@ $(RUNS)/test_b/$(1)-$(2).json: CHECKPOINT = $(RUNS)/$(1)
 $(RUNS)/test_b/$(1)-$(2).json: OPTIONS = --method $(2) --deferral-rate $$(call rate,$(1))
 $(RUNS)/test_b/$(1)-$(2).json: | $(RUNS)/calibration/$(1)-$(2)/curve.csv
 endef
-$(foreach pair,pair pair_lm,$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pair),$(signal)))))
+$(foreach pair,$(RULED),$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pair),$(signal)))))
 
 # -- the final evaluation, once, on test B -----------------------------------------------------------------------------
 
 # Rivals that need no gate, beside the base that was fine-tuned alone. Laws mixed at every token want whole laws, which
 # a calculator has not; it abstains where it has nothing to say, so that it can always be asked.
 MIXED := confident mixture contrastive nudging proxy_tuning
-TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) pair-random pair_lm-random pair_lm-compose \
+TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) pair-random gate_lm-random gate_lm-compose \
     sft-calculator $(MIXED:%=sft-%)
 CHECKPOINT = $(RUNS)/$*
 OPTIONS =
@@ -90,9 +106,9 @@ $(TESTS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | $(DATA)/train.jsonl
 
 $(SYSTEMS:%=$(RUNS)/test_b/%.json): $(RUNS)/test_b/%.json: | $(RUNS)/%/collm.json
 $(RUNS)/test_b/calculator.json $(RUNS)/test_b/pair-random.json: | $(RUNS)/pair/collm.json
-$(RUNS)/test_b/pair_lm-random.json $(RUNS)/test_b/pair_lm-compose.json: | $(RUNS)/pair_lm/collm.json
+$(RUNS)/test_b/gate_lm-random.json $(RUNS)/test_b/gate_lm-compose.json: | $(RUNS)/gate_lm/collm.json
 $(RUNS)/test_b/pair-random.json: | $(RUNS)/calibration/pair/curve.csv
-$(RUNS)/test_b/pair_lm-random.json: | $(RUNS)/calibration/pair_lm/curve.csv
+$(RUNS)/test_b/gate_lm-random.json: | $(RUNS)/calibration/gate_lm/curve.csv
 $(RUNS)/test_b/sft-calculator.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/sft/collm.json
 $(RUNS)/test_b/arithmetic_lm.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/arithmetic_lm/test.json
 
@@ -101,13 +117,13 @@ $(RUNS)/test_b/untouched.json: CHECKPOINT = $(MODEL)
 $(RUNS)/test_b/untouched.json: HOW = --task word_problems_flexible --max-tokens 160 --batch-size 32 --dtype $(DTYPE)
 $(RUNS)/test_b/calculator.json: CHECKPOINT = $(RUNS)/pair
 $(RUNS)/test_b/calculator.json: OPTIONS = --alone calculator
-$(PAIRS:%=$(RUNS)/test_b/%.json) $(RUNS)/test_b/gate.json: OPTIONS = --threshold 0.5
+$(patsubst %,$(RUNS)/test_b/%.json,$(PAIRS) $(GATES)): OPTIONS = --threshold 0.5
 $(RUNS)/test_b/pair-random.json: CHECKPOINT = $(RUNS)/pair
 $(RUNS)/test_b/pair-random.json: OPTIONS = --method random --threshold $(call rate,pair)
-$(RUNS)/test_b/pair_lm-random.json: CHECKPOINT = $(RUNS)/pair_lm
-$(RUNS)/test_b/pair_lm-random.json: OPTIONS = --method random --deferral-rate $(call rate,pair_lm)
-$(RUNS)/test_b/pair_lm-compose.json: CHECKPOINT = $(RUNS)/pair_lm
-$(RUNS)/test_b/pair_lm-compose.json: OPTIONS = --method compose
+$(RUNS)/test_b/gate_lm-random.json: CHECKPOINT = $(RUNS)/gate_lm
+$(RUNS)/test_b/gate_lm-random.json: OPTIONS = --method random --deferral-rate $(call rate,gate_lm)
+$(RUNS)/test_b/gate_lm-compose.json: CHECKPOINT = $(RUNS)/gate_lm
+$(RUNS)/test_b/gate_lm-compose.json: OPTIONS = --method compose
 $(RUNS)/test_b/sft-calculator.json: CHECKPOINT = $(RUNS)/sft
 $(RUNS)/test_b/sft-calculator.json: OPTIONS = --assistant calculator --method always
 $(MIXED:%=$(RUNS)/test_b/sft-%.json): CHECKPOINT = $(RUNS)/sft
@@ -122,34 +138,39 @@ $(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
 # -- ablations, on the calibration part at the threshold 0.5 -----------------------------------------------------------
 
 # What each variation of gate.yaml changes. What collapses without initialisation is training together, and soon.
-VARIED := method_b no_initialisation weak cost_0.03 cost_0.1 cost_0.3 arithmetic both
-ARITHMETIC := {name: arithmetic, model: $(RUNS)/arithmetic_lm, format: {system_prompt: ""}}
+# Unseen: the gate fitted on problems that the base was not fine-tuned on; test A is spent, and test B judges.
+VARIED := method_b no_initialisation weak cost_0.03 cost_0.1 cost_0.3 slow unseen
+VARIED_LM := unseen
 CHANGES_method_b := init.method=b
 CHANGES_no_initialisation := init.method=none
 CHANGES_weak := objective=weak_supervision
 CHANGES_cost_0.03 := deferral_cost=0.03
 CHANGES_cost_0.1 := deferral_cost=0.1
 CHANGES_cost_0.3 := deferral_cost=0.3
-CHANGES_arithmetic := 'assistants=[$(ARITHMETIC)]'
-CHANGES_both := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
+CHANGES_slow := training.gate_learning_rate=1.0e-3
+CHANGES_unseen := data.train=$(DATA)/test_a.jsonl
 CHANGES_pair-no_initialisation := init.method=none training.epochs=0.5 training.evaluations=2
-VARIATIONS := $(VARIED:%=gate-%) pair-no_initialisation
-ABLATIONS := sft pair lora gate $(VARIATIONS) pair_lm both weak
+VARIATIONS := $(VARIED:%=gate-%) $(VARIED_LM:%=gate_lm-%) pair-no_initialisation
+ABLATIONS := sft $(PAIRS) $(GATES) $(VARIATIONS)
+
+FROM := $(STUDY)
 
 # Thresholds read off gold text, beside those of `calibrate`.
 GOLD := $(RUNS)/ablations/gold
 
-ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json) $(GOLD)/pair/teacher_forced.json $(GOLD)/pair_lm/teacher_forced.json
+ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json) $(GOLD)/pair/teacher_forced.json $(GOLD)/gate_lm/teacher_forced.json
 	$(COLLM) compare $(ABLATIONS:%=$(RUNS)/ablations/%.json) --against pair
 
-$(RUNS)/ablations/recipes/%.yaml:
-	$(PYTHON) $(STUDY)/vary.py $(STUDY)/$(firstword $(subst -, ,$*)).yaml out=$(RUNS)/ablations/runs/$* \
+$(VARIED_LM:%=$(RUNS)/ablations/recipes/gate_lm-%.yaml): FROM := $(RUNS)
+$(VARIED_LM:%=$(RUNS)/ablations/recipes/gate_lm-%.yaml): | $(RUNS)/gate_lm.yaml
+$(VARIATIONS:%=$(RUNS)/ablations/recipes/%.yaml): $(RUNS)/ablations/recipes/%.yaml:
+	$(PYTHON) $(STUDY)/vary.py $(FROM)/$(firstword $(subst -, ,$*)).yaml out=$(RUNS)/ablations/runs/$* \
 	    $(or $(CHANGES_$*),$(CHANGES_$(lastword $(subst -, ,$*)))) --out $@
 
-$(RUNS)/ablations/runs/%/collm.json: | $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
+$(VARIATIONS:%=$(RUNS)/ablations/runs/%/collm.json): $(RUNS)/ablations/runs/%/collm.json: | \
+    $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
 	$(COLLM) train $(RUNS)/ablations/recipes/$*.yaml
-
-$(RUNS)/ablations/runs/gate-arithmetic/collm.json $(RUNS)/ablations/runs/gate-both/collm.json: | $(RUNS)/arithmetic_lm/test.json
+$(VARIED_LM:%=$(RUNS)/ablations/runs/gate_lm-%/collm.json): | $(RUNS)/arithmetic_lm/test.json
 
 $(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(DATA)/train.jsonl
 	$(COLLM) eval $(CHECKPOINT) $(WRITE) $(OPTIONS) --data $(DATA)/calibration.jsonl --name $* \
