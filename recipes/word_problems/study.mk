@@ -153,6 +153,7 @@ CHANGES_pair-no_initialisation := init.method=none training.epochs=0.5 training.
 VARIATIONS := $(VARIED:%=gate-%) $(VARIED_LM:%=gate_lm-%) pair-no_initialisation
 ABLATIONS := sft $(PAIRS) $(GATES) $(VARIATIONS)
 
+# Where the recipe that is varied lies.
 FROM := $(STUDY)
 
 # Thresholds read off gold text, beside those of `calibrate`.
