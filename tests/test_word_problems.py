@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -76,3 +77,15 @@ def test_a_threshold_for_a_rate_defers_that_share(study: dict[str, ModuleType]) 
         assert (values > study["teacher_forced"].threshold_for(rate, values)).mean() == pytest.approx(rate, abs=0.011)
     with pytest.raises(CollmError, match="same value"):
         study["teacher_forced"].threshold_for(0.1, np.zeros(5))
+
+
+def test_a_turned_split_tests_on_what_was_training_data() -> None:
+    split_of = runpy.run_path(str(STUDY / "prepare.py"))["split_of"]
+    groups = [[f"problem {i}"] for i in range(2000)]
+    turned: dict[str, list[str]] = {}
+    for group in groups:
+        turned.setdefault(split_of(group, 0.33), []).append(split_of(group))
+    assert {name: len(old) / len(groups) for name, old in turned.items()} == pytest.approx(
+        {"train": 0.70, "calibration": 0.08, "test_a": 0.11, "test_b": 0.11}, abs=0.03
+    )
+    assert {old for name, olds in turned.items() if name != "train" for old in olds} == {"train"}

