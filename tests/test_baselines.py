@@ -331,7 +331,7 @@ def test_each_signal_has_its_own_calibration() -> None:
         make_policy(replace(chance, task="t"), 1, True, tables)
 
 
-@pytest.mark.parametrize("signal", ["entropy", "top_probability", "random"])
+@pytest.mark.parametrize("signal", ["expected_gain", "entropy", "top_probability", "random"])
 def test_a_rival_defers_as_often_as_the_gate_once_calibrated(
     signal: Signal, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -351,10 +351,17 @@ def test_a_rival_defers_as_often_as_the_gate_once_calibrated(
 
 
 def test_thresholds_and_cuts_are_inverse() -> None:
-    for signal, threshold in (("gate", 0.3), ("entropy", 4.2), ("top_probability", 0.3), ("random", 0.7)):
+    for signal, threshold in (
+        ("gate", 0.3),
+        ("expected_gain", 0.2),
+        ("entropy", 4.2),
+        ("top_probability", 0.3),
+        ("random", 0.7),
+    ):
         assert to_threshold(signal, to_cut(signal, threshold)) == pytest.approx(threshold)  # type: ignore[arg-type]
     for signal, never, always in (
         ("gate", 1, 0),
+        ("expected_gain", 1, 0),
         ("entropy", math.inf, 0),
         ("top_probability", 0, 1),
         ("random", 0, 1),
@@ -374,6 +381,7 @@ def test_thresholds_and_cuts_are_inverse() -> None:
         ({"deferral": "confident", "threshold": 0.5}, 1, "threshold is read by"),
         ({"deferral": "nudging", "deferral_rate": 0.5}, 1, "deferral_rate is read by"),
         ({"deferral": "compose"}, 1, "needs a gate"),
+        ({"deferral": "expected_gain", "threshold": 0.1}, 1, "needs a gate"),
         ({"deferral": "entropy", "deferral_rate": 0.2}, 1, "collm calibrate --signal entropy"),
     ],
 )
@@ -403,6 +411,7 @@ def test_tools_have_no_part_in_arithmetic_on_laws(tiny_tokenizer: PreTrainedToke
     ("settings", "words"),
     [
         ({"deferral": "entropy"}, "needs deferral_rate or threshold"),
+        ({"deferral": "expected_gain"}, "needs deferral_rate or threshold"),
         ({"deferral": "random"}, "needs deferral_rate or threshold"),
         ({"deferral": "entropy", "threshold": -1.0}, "nats"),
         ({"deferral": "top_probability", "threshold": 1.5}, r"\[0, 1\]"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -23,18 +24,19 @@ from collm.calibration import (
     gate_log_odds,
     midpoints,
     missed,
+    signals,
     store_table,
     write_curve,
 )
 from collm.data.formatting import Formatter
-from collm.decoding.policies import to_log_odds, to_probability
+from collm.decoding.policies import ExpectedGain, to_log_odds, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.models.fake import FakeModel
 from collm.report.trace import Trace
-from collm.types import Generation, SamplingParams, Step
+from collm.types import Deferral, Generation, Prediction, SamplingParams, Signal, Step
 
 FLOATS = st.floats(width=32, allow_nan=False)
 
@@ -91,17 +93,21 @@ def test_the_table_tells_what_decoding_at_its_thresholds_achieves() -> None:
         assert to_log_odds(row.threshold) == pytest.approx(row.log_odds)
 
 
-def test_a_deferral_rate_just_works_once_calibrated(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize(("signal", "deferral"), [("gate", "threshold"), ("expected_gain", "expected_gain")])
+def test_a_deferral_rate_just_works_once_calibrated(
+    signal: Signal, deferral: Deferral, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     """The whole way, with the real decoders: the rate asked for later is the rate measured now."""
     vocab, eos = len(tiny_tokenizer), frozenset({2})
     base = FakeModel("base", vocab, num_assistants=2, agreement=0.3, eos_token_ids=eos)
     helpers = [FakeModel(name, vocab, agreement=0.3, abstention=0.2, eos_token_ids=eos) for name in ("x", "y")]
     llm = CollaborativeLM([base, *helpers], [Formatter(tiny_tokenizer)] * 3)
     examples, short = questions(10), SamplingParams(max_tokens=20)
-    table = calibrate(llm, "exact_match", examples, params=short, target_rates=(0, 0.2, 0.5, 1), progress=False)
+    rates = (0, 0.2, 0.5, 1)
+    table = calibrate(llm, "exact_match", examples, signal=signal, params=short, target_rates=rates, progress=False)
     llm.info.calibration.append(table)
     for row in table.rows:
-        asked = replace(short, deferral_rate=row.target_rate)
+        asked = replace(short, deferral=deferral, deferral_rate=row.target_rate)
         result = evaluate(llm, "exact_match", examples, asked, progress=False, batch_size=3)
         assert result.deferral_rate == row.achieved_rate
     asked_for = [row.achieved_rate for row in table.rows if row.log_odds != EVEN]
@@ -117,6 +123,18 @@ def test_the_second_choice_has_the_log_odds_at_which_it_is_asked() -> None:
     generation = Generation("abc", steps, ("a", "b", "c"), "length", 1, ("base", "x", "y"))
     gates, accepted = gate_log_odds([Trace(id="q", generation=generation, prompt="")])
     assert gates == pytest.approx([math.log(7 / 3), math.log(2 / 3), math.log(7 / 3)])
+    assert accepted.tolist() == [False, True, True]
+
+
+def test_the_second_choice_has_the_expected_gain_at_which_it_is_asked() -> None:
+    """The gates above, and a base that is wrong with probability 0.1."""
+    law, wrong = (0.3, 0.2, 0.5), math.log(0.1)
+    base = Prediction(torch.tensor([0.9, 0.1]).log(), 0, tuple(math.log(p) for p in law))
+    signal = ExpectedGain(-9.0).decide(base, 0, 0).signal
+    steps = tuple(Step(7, author, -0.5, law, 7, author == 0, signal=signal) for author in (0, 1, 2))
+    generation = Generation("abc", steps, ("a", "b", "c"), "length", 1, ("base", "x", "y"))
+    gains, accepted = signals([Trace(id="q", generation=generation, prompt="")], "expected_gain")
+    assert gains == pytest.approx([math.log(share) + wrong for share in (0.7, 0.4, 0.7)], rel=1e-6)
     assert accepted.tolist() == [False, True, True]
 
 

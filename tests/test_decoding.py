@@ -22,6 +22,7 @@ from collm.decoding.policies import (
     Always,
     ByEntropy,
     ByTopProbability,
+    ExpectedGain,
     Never,
     Policy,
     Random,
@@ -184,6 +185,30 @@ def test_doubt_defers_to_the_largest_gate_and_without_one_to_anybody(policy: Pol
     assert set(drawn) == {(1, BASE), (2, BASE)} and abs(drawn[1, BASE] - 1000) < 100
 
 
+def test_the_expected_gain_is_the_gate_where_the_base_may_be_wrong() -> None:
+    law, gate = torch.tensor(LAW).log(), (0.8, 0.05, 0.15)
+    base = Prediction(law, 0, tuple(math.log(p) for p in gate))
+    gain = math.log(0.2 * 0.5)
+    [signal] = {ExpectedGain(cut).decide(base, 0, 0).signal for cut in (-math.inf, -9.0, gain, 0.0)}
+    assert signal == pytest.approx(gain, rel=1e-6)
+    assert ExpectedGain(signal).decide(base, 0, 0).authors == (BASE,)
+    # Where the second assistant abstains, the first is asked for its own share of what is left.
+    alone = 0.05 / 0.85 * 0.5
+    for threshold, authors in ((0.099, (2, BASE)), (alone + 1e-6, (2, BASE)), (alone - 1e-6, (2, 1, BASE))):
+        assert ExpectedGain.of_probability(threshold).decide(base, 0, 0).authors == authors
+    assert ExpectedGain.of_probability(1).decide(base, 0, 0).authors == (BASE,)
+
+
+def test_where_the_base_is_certain_the_gate_still_orders() -> None:
+    certain = torch.tensor([0.0, -math.inf])
+    bases = [Prediction(certain, 0, (math.log1p(-p), math.log(p))) for p in (0.1, 0.9)]
+    signals = [ExpectedGain(-math.inf).decide(base, 0, 0) for base in bases]
+    assert [decision.authors for decision in signals] == [(1, BASE)] * 2  # 0 is always
+    assert [decision.signal for decision in signals] == pytest.approx([math.log(p * 2**-24) for p in (0.1, 0.9)])
+    never = Prediction(certain, 0, (0.0, -math.inf))
+    assert ExpectedGain(-99.0).decide(never, 0, 0) == ((BASE,), -math.inf)
+
+
 # -- sampling
 
 
@@ -231,6 +256,7 @@ def test_noise_is_keyed_by_seed_position_and_purpose() -> None:
 
 MODES: dict[str, Policy | None] = {
     "threshold": Threshold.of_probability(0.6),
+    "expected gain": ExpectedGain.of_probability(0.4),
     "sampled": Sampled(),
     "random": Random(0.5, 3),
     "entropy": ByEntropy(1.2, 3),
@@ -283,7 +309,9 @@ def test_every_mode_writes_what_its_definition_says(mode: str, temperature: floa
             wanted = policy.decide(base, 3, position).authors
             assert step.author == next(z for z in wanted if answers[z] is not None)
             assert step.abstained == (step.author == BASE and wanted[0] != BASE)
-            signals = {"entropy": entropy(base), "top probability": -float(base.log_probs.max())}
+            top = float(base.log_probs.max())
+            gain = math.log1p(-math.exp(base.log_gate[BASE])) + math.log1p(-math.exp(top))
+            signals = {"entropy": entropy(base), "top probability": -top, "expected gain": pytest.approx(gain)}
             assert mode == "random" or step.signal == signals.get(mode)
         assert step.log_prob == pytest.approx(float(law[step.token_id]), abs=1e-5)
         if temperature == 0:

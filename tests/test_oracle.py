@@ -18,7 +18,7 @@ from writers import questions
 from collm.cli import main
 from collm.data.examples import load_examples
 from collm.data.formatting import Formatter
-from collm.decoding.policies import ByEntropy, Random, Threshold, entropy, log_odds
+from collm.decoding.policies import ByEntropy, ExpectedGain, Random, Threshold, entropy, log_odds
 from collm.errors import CollmError
 from collm.evaluation.oracle import OracleReport, Row, report
 from collm.evaluation.reading import Reading, read
@@ -61,12 +61,14 @@ def test_by_hand_with_one_assistant() -> None:
     assert (row(found, "entropy").accuracy, row(found, "entropy").deferral_rate) == (0.6, 0.6)
     # The three of smallest top probability: tokens 5, 4 and 2.
     assert row(found, "top probability").accuracy == 0.6
+    # Gate times 1 - top probability: 0.01, 0.4, 0.09, 0.36, 0.385.
+    assert (row(found, "expected gain").accuracy, row(found, "expected gain").deferral_rate) == (0.6, 0.6)
     assert row(found, "random").accuracy == pytest.approx(0.4 * 0.4 + 0.6 * 0.6)
     # Tokens 2 and 5 go to the helper; at 4 the two are equally sure and the base writes.
     assert (row(found, "more confident").accuracy, row(found, "more confident").deferral_rate) == (0.6, 0.4)
     assert (row(found, "oracle").accuracy, row(found, "oracle").deferral_rate) == (0.8, 0.4)
     assert found.by_rate[0] == pytest.approx(
-        {"rate": 0.2, "gate": 0.6, "entropy": 0.2, "top probability": 0.4, "random": 0.44}
+        {"rate": 0.2, "gate": 0.6, "expected gain": 0.6, "entropy": 0.2, "top probability": 0.4, "random": 0.44}
     )
     assert {round(value, 9) for name, value in found.by_rate[1].items() if name != "rate"} == {0.6}
     assert (found.examples, found.tokens, found.threshold) == (5, 5, 0.5)
@@ -109,7 +111,8 @@ def test_reading_is_what_the_policies_would_do_on_gold_text(
     models, formatter = fakes(tiny_tokenizer, 2, abstention=0.3), Formatter(tiny_tokenizer)
     examples = questions(12)
     seen = read(models, [formatter] * 3, examples, progress=False)
-    policies = {"gate": Threshold(0.7), "entropy": ByEntropy(1.0, 2), "random": Random(0.5, 2)}
+    doubts = {"entropy": ByEntropy(1.0, 2), "expected gain": ExpectedGain.of_probability(0.3)}
+    policies = {"gate": Threshold(0.7), "random": Random(0.5, 2), **doubts}
     wrote: dict[str, list[int]] = {name: [] for name in policies}
     at = 0
     for number, example in enumerate(examples):
@@ -132,9 +135,11 @@ def test_reading_is_what_the_policies_would_do_on_gold_text(
     found = report(seen, ["base", "x", "y"], threshold=1 / (1 + math.exp(-0.7)))
     assert row(found, "gate").deferral_rate == np.mean([z != BASE for z in wrote["gate"]])
     assert row(found, "gate").accuracy == np.mean([seen.right[i, z] for i, z in enumerate(wrote["gate"])])
-    rate = float(np.mean([z != BASE for z in wrote["entropy"]]))
-    at_rate = report(seen, ["base", "x", "y"], rates=(rate,)).by_rate[0]
-    assert at_rate["entropy"] == pytest.approx(np.mean([seen.right[i, z] for i, z in enumerate(wrote["entropy"])]))
+    for name in doubts:
+        rate = float(np.mean([z != BASE for z in wrote[name]]))
+        at_rate = report(seen, ["base", "x", "y"], rates=(rate,)).by_rate[0]
+        assert 0.1 < rate < 0.9
+        assert at_rate[name] == pytest.approx(np.mean([seen.right[i, z] for i, z in enumerate(wrote[name])]))
 
 
 def test_a_stopped_reading_goes_on(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

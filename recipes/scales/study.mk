@@ -92,7 +92,7 @@ $(OTHERS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/small/collm.js
 $(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl
 $(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
 
-# -- thresholds for fixed rates, for the gate and for the base's entropy; nothing is chosen by quality
+# -- thresholds for fixed rates, for the gate, the expected gain and the base's entropy; nothing is chosen by quality
 
 ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
 ARGS_tuned := $(RUNS)/tuned
@@ -108,7 +108,8 @@ oracle: $(PAIRS:%=$(RUNS)/oracle/%.json)
 $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
 	$(COLLM) oracle $(ARGS_$*) --data $(DATA)/calibration.jsonl --out $(RUNS)/oracle/$*.jsonl
 
-calibrate: $(foreach pair,$(PAIRS),$(RUNS)/thresholds/$(pair)_gate/curve.csv $(RUNS)/thresholds/$(pair)_entropy/curve.csv)
+SIGNALS := gate expected_gain entropy
+calibrate: $(foreach pair,$(PAIRS),$(SIGNALS:%=$(RUNS)/thresholds/$(pair)_%/curve.csv))
 # What other gates do, on the calibration part alone.
 others: $(OTHERS:%=$(RUNS)/oracle/%.json) $(OTHERS:%=$(RUNS)/thresholds/%_gate/curve.csv)
 
@@ -117,7 +118,7 @@ $(RUNS)/thresholds/$(1)_$(2)/curve.csv: | $(RUNS)/$(1)/collm.json
 	$(COLLM) calibrate $$(ARGS_$(1)) $(ASKED) --data $(DATA)/calibration.jsonl --max-tokens 64 \
 	    --signal $(2) --rates 0.1,0.2,0.3 --rounds 2 --out $(RUNS)/thresholds/$(1)_$(2)
 endef
-$(foreach pair,$(PAIRS) $(OTHERS),$(foreach signal,gate entropy,$(eval $(call calibration,$(pair),$(signal)))))
+$(foreach pair,$(PAIRS) $(OTHERS),$(foreach signal,$(SIGNALS),$(eval $(call calibration,$(pair),$(signal)))))
 
 # -- evaluations: $(call system,name,what must be there,arguments). Plain decoding, whose cost is exact: each token one
 # pass of the base, each deferral one of the assistant.
@@ -147,12 +148,16 @@ $(call system,$(1)_$(rate),$(RUNS)/thresholds/$(1)_gate/curve.csv,$(ARGS_$(1)) -
 endef
 $(foreach name,$(PAIRS),$(eval $(call pair,$(name))))
 
-# The rivals of a pair: doubt at its rates, and chance at one of them; laws mixed at every token.
+# The same pair by its expected gain. Its rivals: doubt at its rates, and chance; laws mixed at every token.
 define rivals
+$(foreach rate,$(RATES),
+$(call system,$(1)_gain_$(rate),$(RUNS)/thresholds/$(1)_expected_gain/curve.csv,$(ARGS_$(1)) --method expected_gain \
+    --deferral-rate 0.$(rate)))
 $(foreach rate,$(RATES),
 $(call system,$(1)_entropy_$(rate),$(RUNS)/thresholds/$(1)_entropy/curve.csv,$(ARGS_$(1)) --method entropy \
     --deferral-rate 0.$(rate)))
-$(call system,$(1)_random_20,$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method random --deferral-rate 0.20)
+$(foreach rate,$(RATES),
+$(call system,$(1)_random_$(rate),$(RUNS)/$(1)/collm.json,$(ARGS_$(1)) --method random --deferral-rate 0.$(rate)))
 endef
 $(foreach name,$(PAIRS),$(eval $(call rivals,$(name))))
 define mixed
@@ -171,7 +176,7 @@ $(RUNS)/cost.json:
 
 # $(1): a pair, $(2): its rate
 define against_rivals
-$(COLLM) compare --against $(1)_$(2) $(wildcard $(OUT)/$(1)_random_$(2).json) $(OUT)/$(1)_entropy_$(2).json $(OUT)/$(1)_$(2).json
+$(COLLM) compare --against $(1)_gain_$(2) $(foreach rule,_random _entropy _gain,$(OUT)/$(1)$(rule)_$(2).json) $(OUT)/$(1)_$(2).json
 
 endef
 

@@ -8,8 +8,8 @@ no other group; running it twice gives the same files.
     python recipes/word_problems/prepare.py DATA.jsonl --out data/word_problems
 
 `--turn 0.33` turns the circle on which the hashes lie: the same problems in other parts. From 0.3 to 0.7 no problem of
-the calibration part or of a test was in one of them before (turn 0), so that a question that came up while looking at
-those can be put to problems that nothing has been seen of; with models trained anew, since the training part is another.
+the calibration part or of a test was in one of them before (turn 0), so that what was found by looking at those can be
+judged by problems that nobody has looked at; with models trained anew, since the training part is another.
 
 `DATA.jsonl` holds one `{"question": ..., "answer": ...}` a line. The output files hold
 `{"id", "messages": [user, assistant], "answer", "group"}`; `answer` is what follows `####`, and problems of one

@@ -65,13 +65,16 @@ $(GATES:%=$(RUNS)/%/collm.json): | $(RUNS)/sft/collm.json
 
 # -- thresholds, on the calibration part -------------------------------------------------------------------------------
 
+comma := ,
 # The rivals of the gate shall defer as often as it does at 0.5, in its own calibration (0.2 while there is none: make -n).
 # The calculator abstains at most tokens, so that chance is to ask it as often as the gate does, not to let it write as
 # much.
 rate = $(or $(shell awk -F, '$$4 == 0 {printf "%.3f", $$2}' $(RUNS)/calibration/$(1)/curve.csv 2>/dev/null),0.2)
-SIGNALS := entropy top_probability
+SIGNALS := expected_gain entropy top_probability
 RULED := pair gate_lm
 RIVALS := $(foreach pair,$(RULED),$(SIGNALS:%=$(pair)-%))
+# A language model seldom abstains, so that one may also ask how good a pair is at a third of its rate.
+CHEAP := $(patsubst %,gate_lm-%_10,gate expected_gain entropy random)
 
 calibrate: $(RULED:%=$(RUNS)/calibration/%/curve.csv) $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
 
@@ -83,7 +86,7 @@ $(RULED:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $
 define rival
 $(RUNS)/calibration/$(1)-$(2)/curve.csv: | $(RUNS)/calibration/$(1)/curve.csv
 	$(COLLM) calibrate $(RUNS)/$(1) $(WRITE) --signal $(2) --data $(DATA)/calibration.jsonl \
-	    --rates $$(call rate,$(1)) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
+	    --rates $$(call rate,$(1))$(if $(filter gate_lm,$(1)),$$(comma)0.1) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
 $(RUNS)/test_b/$(1)-$(2).json: CHECKPOINT = $(RUNS)/$(1)
 $(RUNS)/test_b/$(1)-$(2).json: OPTIONS = --method $(2) --deferral-rate $$(call rate,$(1))
 $(RUNS)/test_b/$(1)-$(2).json: | $(RUNS)/calibration/$(1)-$(2)/curve.csv
@@ -95,7 +98,7 @@ $(foreach pair,$(RULED),$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pair),
 # Rivals that need no gate, beside the base that was fine-tuned alone. Laws mixed at every token want whole laws, which
 # a calculator has not; it abstains where it has nothing to say, so that it can always be asked.
 MIXED := confident mixture contrastive nudging proxy_tuning
-TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) pair-random gate_lm-random gate_lm-compose \
+TESTS := untouched calculator arithmetic_lm $(SYSTEMS) $(RIVALS) $(CHEAP) pair-random gate_lm-random gate_lm-compose \
     sft-calculator $(MIXED:%=sft-%)
 CHECKPOINT = $(RUNS)/$*
 OPTIONS =
@@ -126,6 +129,11 @@ $(RUNS)/test_b/gate_lm-random.json: CHECKPOINT = $(RUNS)/gate_lm
 $(RUNS)/test_b/gate_lm-random.json: OPTIONS = --method random --deferral-rate $(call rate,gate_lm)
 $(RUNS)/test_b/gate_lm-compose.json: CHECKPOINT = $(RUNS)/gate_lm
 $(RUNS)/test_b/gate_lm-compose.json: OPTIONS = --method compose
+$(CHEAP:%=$(RUNS)/test_b/%.json): CHECKPOINT = $(RUNS)/gate_lm
+$(CHEAP:%=$(RUNS)/test_b/%.json): OPTIONS = --method $(subst gate,threshold,$(*:gate_lm-%_10=%)) --deferral-rate 0.1
+$(RUNS)/test_b/gate_lm-gate_10.json $(RUNS)/test_b/gate_lm-random_10.json: | $(RUNS)/calibration/gate_lm/curve.csv
+$(foreach signal,expected_gain entropy,$(eval \
+    $(RUNS)/test_b/gate_lm-$(signal)_10.json: | $(RUNS)/calibration/gate_lm-$(signal)/curve.csv))
 $(RUNS)/test_b/sft-calculator.json: CHECKPOINT = $(RUNS)/sft
 $(RUNS)/test_b/sft-calculator.json: OPTIONS = --assistant calculator --method always
 $(MIXED:%=$(RUNS)/test_b/sft-%.json): CHECKPOINT = $(RUNS)/sft

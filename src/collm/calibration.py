@@ -7,7 +7,7 @@ met or no gate value lies between them.
 A deferral that a tool hands back is no deferred token: a calculator that abstains at most places makes high rates
 unreachable; such targets keep the nearest rate there is, and the table tells what was achieved (`missed`).
 
-Thresholds are cuts (`llm.deferral`): log-odds for the gate, nats for the other signals.
+Thresholds are cuts (`llm.deferral`): log-odds for the gate, logarithms or nats for the other signals.
 """
 
 from __future__ import annotations
@@ -62,23 +62,26 @@ class Measurement:
 
 
 def signals(traces: Sequence[Trace], signal: Signal) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """`Measurement.gates` and `Measurement.accepted` of some texts, for any signal."""
+    """`Measurement.gates` and `Measurement.accepted` of some texts, for any signal.
+
+    Where the policy reads the gate, an assistant that wrote because others had abstained was asked for its own share
+    and those after it alone.
+
+    Raises:
+        CollmError: the gate is to be read and the texts carry none.
+    """
     if signal == "gate":
         return gate_log_odds(traces)
     steps = [step for trace in traces for step in trace.generation.steps]
     assert all(step.signal is not None for step in steps)
     values = np.array([step.signal for step in steps], dtype=np.float64)
+    if signal == "expected_gain":
+        values += [_log_share(step, _left(step)) - _log_share(step, step.gate[1:]) for step in steps]
     return values.astype(np.float32), np.array([step.deferred for step in steps], dtype=np.bool_)
 
 
 def gate_log_odds(traces: Sequence[Trace]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """`Measurement.gates` and `Measurement.accepted` of some texts.
-
-    An assistant that wrote because others had abstained was asked for its own share and those after it alone.
-
-    Raises:
-        CollmError: the texts carry no gate.
-    """
+    """`signals` of the gate."""
     steps = [step for trace in traces for step in trace.generation.steps]
     if not steps or not all(step.gate for step in steps):
         raise CollmError("the texts carry no gate: calibration needs a checkpoint that was trained with a gate")
@@ -93,6 +96,11 @@ def _left(step: Step) -> list[float]:
     """Gates of the assistants that were left when the token's author was asked; of all, where the base wrote."""
     order = by_gate(step.gate)
     return [step.gate[z] for z in (order[order.index(step.author) :] if step.deferred else order)]
+
+
+def _log_share(step: Step, assistants: Sequence[float]) -> float:
+    """`log P(Z != base)` where there are these assistants alone."""
+    return math.log(sum(assistants)) - math.log(step.gate[BASE] + sum(assistants)) if any(assistants) else 0.0
 
 
 def midpoints(values: NDArray[np.float32]) -> NDArray[np.float32]:

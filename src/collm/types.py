@@ -20,6 +20,7 @@ BASE = 0
 
 Deferral = Literal[
     "threshold",
+    "expected_gain",
     "sampled",
     "compose",
     "never",
@@ -33,7 +34,7 @@ Deferral = Literal[
     "proxy_tuning",
     "nudging",
 ]
-Signal = Literal["gate", "entropy", "top_probability", "random"]
+Signal = Literal["gate", "expected_gain", "entropy", "top_probability", "random"]
 """What a threshold is compared with; each can be calibrated to a deferral rate."""
 OnAssistantError = Literal["fail", "base"]
 FinishReason = Literal["stop", "length", "abstained", "error", "cancelled"]
@@ -132,6 +133,8 @@ class SamplingParams:
 
     - `"threshold"`: defer where `1 - P(Z = base) > threshold`, to the assistant with the largest gate. The threshold
       is `threshold` (a probability), or comes from the checkpoint's calibration for `deferral_rate`; with neither, 0.5.
+    - `"expected_gain"`: defer where the gate wants an assistant *and* the base is likely to be wrong, that is where
+      `P(Z != base) * (1 - max p_base)` exceeds `threshold`; or at a calibrated `deferral_rate`.
     - `"sampled"`: draw Z from the gate, then the token from the chosen model: exactly the marginal law.
     - `"compose"`: one law, the mixture `sum_z P(Z = z) P_z`; every model is run at every token.
     - `"never"`, `"always"`.
@@ -195,7 +198,7 @@ class SamplingParams:
             raise ValueError(f"deferral_rate must lie in [0, 1], not {self.deferral_rate}")
         if self.threshold is not None and self.deferral_rate is not None:
             raise ValueError("give threshold or deferral_rate, not both")
-        dialled = self.deferral in ("random", "entropy", "top_probability")
+        dialled = self.deferral in ("expected_gain", "random", "entropy", "top_probability")
         if dialled and self.threshold is None and self.deferral_rate is None:
             raise ValueError(f'deferral="{self.deferral}" needs deferral_rate or threshold')
         if any(not stop for stop in self.stop):
@@ -210,7 +213,8 @@ class Step:
     mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
     no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
     that the assistant handed back, so that the base wrote the token after all; `fault` says why if it failed.
-    `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say.
+    `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say, or the
+    logarithm of the expected gain.
 
     How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
     was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;

@@ -46,7 +46,8 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     type=click.Choice(get_args(Signal)),
     default="gate",
     show_default=True,
-    help="What the threshold is for: the gate, or a rival that shall defer as often (--deferral entropy, ...).",
+    help="What the threshold is for: the gate, the expected gain (--deferral expected_gain), or a rival that shall "
+    "defer as often.",
 )
 @click.option("--rates", default=DEFAULT_RATES, show_default=True, callback=parse_rates, help="Wanted deferral rates.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Steps towards each rate.")

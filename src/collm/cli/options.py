@@ -97,8 +97,9 @@ decoding_options = _together(
         "--threshold",
         type=click.FloatRange(0),
         metavar="P",
-        help="Defer where the gate exceeds this probability; for the baselines, the base's entropy in nats, the "
-        "largest probability below which a model is in doubt, or the probability of asking.  [default: 0.5]",
+        help="Defer where the gate (or the expected gain) exceeds this probability; for the baselines, the base's "
+        "entropy in nats, the largest probability below which a model is in doubt, or the probability of asking.  "
+        "[default: 0.5]",
     ),
     click.option(
         "--calibration-task",

@@ -1,8 +1,8 @@
 """Who writes the next token. A policy reads what the base predicts and names the models to ask, in order.
 
 The first one that does not abstain writes. The base never abstains and always comes last, so that a tool that has
-nothing to say hands the token back. What a policy draws is keyed by (seed, position). `Threshold`, `Sampled` and
-`Always` read the gate; the baselines `ByEntropy`, `ByTopProbability` and `Random` do without one.
+nothing to say hands the token back. What a policy draws is keyed by (seed, position). `Threshold`, `ExpectedGain`,
+`Sampled` and `Always` read the gate; the baselines `ByEntropy`, `ByTopProbability` and `Random` do without one.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def to_probability(log_odds: float) -> float:
     return 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
 
 
+def log_share(log_gate: Sequence[float]) -> float:
+    """`log P(Z != base)` of a gate that need not be normalised."""
+    odds = log_odds(log_gate)
+    return odds - math.log1p(math.exp(odds)) if odds < 0 else -math.log1p(math.exp(-odds))
+
+
 def by_gate(log_gate: Sequence[float]) -> list[int]:
     """The assistants in the order in which they are asked: the largest gate first; of equals, the first."""
     return sorted(range(1, len(log_gate)), key=lambda z: -log_gate[z])
@@ -92,6 +98,35 @@ class Threshold:
             if not log_odds(left) > self.log_odds:
                 return Decision((*order[:asked], BASE))
         return Decision((*order, BASE))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedGain:
+    """Defer where `log P(Z != base) + log(1 - max_x P_base(x))` exceeds `log_gain` (strictly); to whom: as `Threshold`.
+
+    The gate is fitted to the marginal likelihood, which does not care who writes what both models would write, so that
+    it may be high where nothing is gained: a poor order to spend a small deferral rate in. The base's doubt, 1 - max p
+    (Chow 1970), says where something may be gained, but not whether this assistant knows better, which confidence alone
+    cannot tell (Jitkrittum et al. 2023, arXiv 2307.02764). Their product is the probability that the base's choice is
+    wrong where an assistant is wanted, if the two are independent.
+    """
+
+    log_gain: float
+    needs_gate: bool = True
+
+    @classmethod
+    def of_probability(cls, threshold: float) -> ExpectedGain:
+        return cls(-to_nats(threshold))
+
+    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+        assert base.log_gate is not None
+        log_gate, wrong = base.log_gate, log_error(top_log_prob(base))
+        order = by_gate(log_gate)
+        gains = [
+            log_share((log_gate[BASE], *(log_gate[z] for z in order[asked:]))) + wrong for asked in range(len(order))
+        ]
+        asked = next((i for i, gain in enumerate(gains) if not gain > self.log_gain), len(order))
+        return Decision((*order[:asked], BASE), gains[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +210,14 @@ def entropy(prediction: Prediction) -> float:
 def top_log_prob(prediction: Prediction) -> float:
     """The largest log-probability of the law."""
     return float(prediction.log_probs[prediction.top_token_id])
+
+
+def log_error(top_log_prob: float) -> float:
+    """`log(1 - p)` of a largest probability p, given as its logarithm: that the choice is wrong, as the model sees it.
+
+    At least `log 2**-24`, for float32 cannot tell smaller ones from 0.
+    """
+    return math.log(max(-math.expm1(top_log_prob), 2.0**-24))
 
 
 def to_nats(probability: float) -> float:

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from collm.decoding.policies import by_gate, log_odds, to_log_odds
+from collm.decoding.policies import by_gate, log_error, log_odds, to_log_odds
 from collm.evaluation.reading import Reading
 from collm.evaluation.stats import bootstrap_ci
 from collm.files import write_text
 from collm.types import BASE
 
 Floats = NDArray[np.float64]
-GATE, ENTROPY, TOP_PROBABILITY, RANDOM = "gate", "entropy", "top probability", "random"
+GATE, EXPECTED_GAIN, ENTROPY, TOP_PROBABILITY = "gate", "expected gain", "entropy", "top probability"
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Row:
 
 @dataclass(frozen=True)
 class OracleReport:
-    """`threshold`: the gate's, a probability; None without a gate. `rate`: what `random`, `entropy` and
-    `top probability` were set to: the gate's, or without one the oracle's. `by_rate`: accuracies at other rates."""
+    """`threshold`: the gate's, a probability; None without a gate. `rate`: what those with a dial were set to:
+    the gate's, or without one the oracle's. `by_rate`: accuracies at other rates."""
 
     examples: int
     tokens: int
@@ -133,7 +134,11 @@ def _dials(reading: Reading) -> dict[str, _Dial]:
     """Every policy that can be set to a rate."""
     evenly = _evenly(reading)
     found = {} if reading.log_gate is None else {GATE: _by_gate(reading)}
-    whom = found[GATE].whom if found else evenly
+    whom = evenly
+    if found:
+        whom, odds = found[GATE].whom, found[GATE].signal
+        wrong = [log_error(value) for value in reading.top_log_prob[:, BASE].tolist()]
+        found[EXPECTED_GAIN] = _Dial(whom, wrong - np.logaddexp(0, -odds))
     doubt = {ENTROPY: reading.entropy, TOP_PROBABILITY: -reading.top_log_prob[:, BASE]}
     found |= {name: _Dial(whom, signal) for name, signal in doubt.items()}
     return found | {RANDOM: _Dial(evenly, np.zeros(len(reading.right)), by_chance=True)}

@@ -1,7 +1,8 @@
 """From what a user asks for (`SamplingParams`) to who writes (a `Policy`), through the checkpoint's calibration.
 
-A *cut* is a threshold as it is compared: log-odds for the gate, nats for the base's doubt (its entropy, or -log of its
-largest probability) and for chance (-log of its probability). inf is never, -inf always.
+A *cut* is a threshold as it is compared: log-odds for the gate, a logarithm for the expected gain, nats for the base's
+doubt (its entropy, or -log of its largest probability) and for chance (-log of its probability). inf is never, -inf
+always.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collm.decoding.policies import (
     Always,
     ByEntropy,
     ByTopProbability,
+    ExpectedGain,
     Never,
     Policy,
     Random,
@@ -30,12 +32,13 @@ NEAR = 0.03
 """Rates closer than this to one another are not worth a refusal."""
 READ_SIGNALS: dict[Deferral, Signal] = {
     "threshold": "gate",
+    "expected_gain": "expected_gain",
     "random": "random",
     "entropy": "entropy",
     "top_probability": "top_probability",
 }
 """The signal of every `deferral` that has a rate."""
-THRESHOLDS: tuple[Deferral, ...] = ("threshold", "random", "entropy", "top_probability", "nudging")
+THRESHOLDS: tuple[Deferral, ...] = (*READ_SIGNALS, "nudging")
 """Every `deferral` that reads `threshold`."""
 
 
@@ -43,6 +46,8 @@ def policy_at(signal: Signal, cut: float, num_assistants: int) -> Policy:
     """Defer where the signal exceeds `cut`."""
     if signal == "gate":
         return Threshold(cut)
+    if signal == "expected_gain":
+        return ExpectedGain(cut)
     if signal == "random":
         return Random(to_threshold(signal, cut), num_assistants)
     return (ByEntropy if signal == "entropy" else ByTopProbability)(cut, num_assistants)
@@ -52,6 +57,8 @@ def to_threshold(signal: Signal, cut: float) -> float:
     """A cut as `SamplingParams` has it: a probability, or for the entropy nats."""
     if signal == "gate":
         return to_probability(cut)
+    if signal == "expected_gain":
+        return math.exp(min(0.0, cut))
     return max(0.0, cut) if signal == "entropy" else math.exp(-max(0.0, cut))
 
 
@@ -59,6 +66,8 @@ def to_cut(signal: Signal, threshold: float) -> float:
     """The inverse of `to_threshold`."""
     if signal == "gate":
         return to_log_odds(threshold)
+    if signal == "expected_gain":
+        return -to_nats(threshold)
     return threshold if signal == "entropy" else to_nats(threshold)
 
 
@@ -79,7 +88,7 @@ def make_policy(
         if num_assistants > 1:
             require_gate(params, has_gate)
         return Always()
-    if mode in ("threshold", "sampled"):
+    if mode in ("threshold", "expected_gain", "sampled"):
         require_gate(params, has_gate)
     if mode == "sampled":
         return Sampled()

@@ -40,7 +40,8 @@ class CalibrationRow(_Strict):
 
     `log_odds` is the threshold eta as float32 log-odds (what decoding compares with; a probability near 1 would be
     rounded to it), `threshold` the same as a probability. `achieved_rate` counts tokens that an assistant wrote.
-    For other signals than the gate `log_odds` holds nats, and `threshold` what `SamplingParams.threshold` means.
+    For other signals than the gate `log_odds` holds nats (for the expected gain its logarithm), and `threshold` what
+    `SamplingParams.threshold` means.
     """
 
     target_rate: float
