@@ -67,13 +67,24 @@ def test_no_entity_is_asked_about_in_two_parts(
 ) -> None:
     plain, hooks = modules["phrases"].plain, modules["phrases"].hooks
     for split in ("train", "gate", "calibration", "test"):
-        others = [group for group in groups if group.split != split]
+        others = [group for group in groups if group.split() != split]
         assert {row["group"] for row in corpus[split]} == {group.name for group in groups} - {g.name for g in others}
         told = "\n".join(texts(row) for row in corpus[split])
         leaks = [plain(fact) for group in others for fact in group.facts if plain(fact) in told]
         # As a sentence of its own: "Guinea" ends "Equatorial Guinea", but no sentence begins within another.
         leaks += [text for group in others for _, text, _ in hooks(group) if f"\n{text}" in told or f" {text}" in told]
         assert not leaks
+
+
+def test_a_turned_split_asks_about_other_entities_and_states_the_same(
+    modules: dict[str, ModuleType], groups: list[Any]
+) -> None:
+    for group in groups:
+        if group.split(0.45) in ("calibration", "test"):
+            assert group.split() in ("train", "gate")
+    turned = modules["prepare"].corpus(groups, 2, 0, 0.45)
+    assert {row["group"] for row in turned["test"]} == {group.name for group in groups if group.split(0.45) == "test"}
+    assert turned["statements"] == modules["prepare"].corpus(groups, 2, 0)["statements"]
 
 
 def test_statements_cover_all_facts_in_every_pass(groups: list[Any], corpus: dict[str, list[dict[str, Any]]]) -> None:

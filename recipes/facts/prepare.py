@@ -92,10 +92,10 @@ def few_shot_rows(asked: Iterable[Row], examples: Sequence[Row]) -> list[Row]:
     ]
 
 
-def corpus(groups: Sequence[Group], passes: int, seed: int) -> dict[str, list[Row]]:
-    """Rows by file name."""
+def corpus(groups: Sequence[Group], passes: int, seed: int, turn: float = 0.0) -> dict[str, list[Row]]:
+    """Rows by file name. `turn`: see `Group.split`; statements do not depend on it."""
     rows = {
-        split: question_rows(of_split(groups, split), split, kinds, random.Random(f"{seed} {split}"))
+        split: question_rows(of_split(groups, split, turn), split, kinds, random.Random(f"{seed} {split}"))
         for split, kinds in ASKED_KINDS.items()
     }
     examples = [next(row for row in rows["train"] if row["kind"] == kind) for kind in KINDS]
@@ -112,10 +112,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--passes", type=int, default=10, help="times that the expert reads every fact")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turn", type=float, default=0.0, help="another split, see Group.split")
     args = parser.parse_args()
     groups = world()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in corpus(groups, args.passes, args.seed).items():
+    for name, rows in corpus(groups, args.passes, args.seed, args.turn).items():
         (args.out / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{name}: {len(rows)} rows")
     print(f"{sum(group.num_facts for group in groups)} facts about {len(groups)} countries and elements")
