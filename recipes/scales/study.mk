@@ -87,7 +87,13 @@ $(ALONE:%=$(RUNS)/%_seen.yaml): $(RUNS)/%_seen.yaml:
 	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_seen \
 	    data.train=$(DATA)/train.jsonl --out $@
 
-$(OTHERS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/small/collm.json $(RUNS)/%.yaml
+# The price that tuned.yaml puts on deferring is there to make its gate tell tokens apart. Where it is multiplied with the
+# base's doubt, that sees to it, and the gate is fitted at no price.
+$(RUNS)/tuned_free.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/scales/tuned.yaml out=$(RUNS)/tuned_free deferral_cost=0 --out $@
+$(RUNS)/tuned_free/collm.json: | $(TUNED)/collm.json
+
+$(patsubst %,$(RUNS)/%/collm.json,$(OTHERS) tuned_free): $(RUNS)/%/collm.json: | $(RUNS)/small/collm.json $(RUNS)/%.yaml
 	$(COLLM) train $(RUNS)/$*.yaml
 $(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl
 $(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
@@ -96,6 +102,7 @@ $(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
 
 ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
 ARGS_tuned := $(RUNS)/tuned
+ARGS_tuned_free := $(RUNS)/tuned_free
 ARGS_untouched_own := $(RUNS)/untouched_own --assistant full=$(FULL)
 ARGS_tuned_own := $(RUNS)/tuned_own
 ARGS_untouched_seen := $(RUNS)/untouched_seen --assistant full=$(FULL)
@@ -109,7 +116,12 @@ $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
 	$(COLLM) oracle $(ARGS_$*) --data $(DATA)/calibration.jsonl --out $(RUNS)/oracle/$*.jsonl
 
 SIGNALS := gate expected_gain entropy
-calibrate: $(foreach pair,$(PAIRS),$(SIGNALS:%=$(RUNS)/thresholds/$(pair)_%/curve.csv))
+# Whose gate the expected gain of a pair is.
+GAIN_untouched := untouched
+GAIN_tuned := tuned_free
+GAIN_joint := joint
+THRESHOLDS := $(foreach pair,$(PAIRS),$(pair)_gate $(GAIN_$(pair))_expected_gain $(pair)_entropy)
+calibrate: $(THRESHOLDS:%=$(RUNS)/thresholds/%/curve.csv)
 # What other gates do, on the calibration part alone.
 others: $(OTHERS:%=$(RUNS)/oracle/%.json) $(OTHERS:%=$(RUNS)/thresholds/%_gate/curve.csv)
 
@@ -118,7 +130,7 @@ $(RUNS)/thresholds/$(1)_$(2)/curve.csv: | $(RUNS)/$(1)/collm.json
 	$(COLLM) calibrate $$(ARGS_$(1)) $(ASKED) --data $(DATA)/calibration.jsonl --max-tokens 64 \
 	    --signal $(2) --rates 0.1,0.2,0.3 --rounds 2 --out $(RUNS)/thresholds/$(1)_$(2)
 endef
-$(foreach pair,$(PAIRS) $(OTHERS),$(foreach signal,$(SIGNALS),$(eval $(call calibration,$(pair),$(signal)))))
+$(foreach pair,$(PAIRS) tuned_free $(OTHERS),$(foreach signal,$(SIGNALS),$(eval $(call calibration,$(pair),$(signal)))))
 
 # -- evaluations: $(call system,name,what must be there,arguments). Plain decoding, whose cost is exact: each token one
 # pass of the base, each deferral one of the assistant.
@@ -151,8 +163,8 @@ $(foreach name,$(PAIRS),$(eval $(call pair,$(name))))
 # The same pair by its expected gain. Its rivals: doubt at its rates, and chance; laws mixed at every token.
 define rivals
 $(foreach rate,$(RATES),
-$(call system,$(1)_gain_$(rate),$(RUNS)/thresholds/$(1)_expected_gain/curve.csv,$(ARGS_$(1)) --method expected_gain \
-    --deferral-rate 0.$(rate)))
+$(call system,$(1)_gain_$(rate),$(RUNS)/thresholds/$(GAIN_$(1))_expected_gain/curve.csv,$(ARGS_$(GAIN_$(1))) \
+    --method expected_gain --deferral-rate 0.$(rate)))
 $(foreach rate,$(RATES),
 $(call system,$(1)_entropy_$(rate),$(RUNS)/thresholds/$(1)_entropy/curve.csv,$(ARGS_$(1)) --method entropy \
     --deferral-rate 0.$(rate)))
