@@ -128,7 +128,7 @@ others: $(OTHERS:%=$(RUNS)/oracle/%.json) $(OTHERS:%=$(RUNS)/thresholds/%_gate/c
 define calibration
 $(RUNS)/thresholds/$(1)_$(2)/curve.csv: | $(RUNS)/$(1)/collm.json
 	$(COLLM) calibrate $$(ARGS_$(1)) $(ASKED) --data $(DATA)/calibration.jsonl --max-tokens 64 \
-	    --signal $(2) --rates 0.1,0.2,0.3 --rounds 2 --out $(RUNS)/thresholds/$(1)_$(2)
+	    --signal $(2) --rates 0.1,0.2,0.3 --rounds 4 --out $(RUNS)/thresholds/$(1)_$(2)
 endef
 $(foreach pair,$(PAIRS) tuned_free $(OTHERS),$(foreach signal,$(SIGNALS),$(eval $(call calibration,$(pair),$(signal)))))
 
