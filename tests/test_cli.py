@@ -665,6 +665,10 @@ def test_eval_resumes(pair: str, tmp_path: Path) -> None:
     timed = {"seconds": 0, "forward_passes": {}}
     assert {**json.loads(again.stdout), **timed} == {**figures, **timed}
     refused(collm(*command, "--out", out, "--seed", 1), "other settings", "seed")
+    # A file that was begun and holds no answer stands in nobody's way.
+    empty = tmp_path / "empty.jsonl"
+    refused(collm(*command[:-2], "--out", empty, "--deferral-rate", 0.3), "needs a calibration")
+    assert empty.is_file() and collm(*command, "--out", empty).exit_code == 0
     assert "exact match" in collm(*command).stdout
 
 
@@ -691,6 +695,12 @@ def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
     made = collm("generate", tmp_path / "pair", QUESTION, *TOGETHER, "--json", "--deferral-rate", "0.1")
     assert made.exit_code == 0, made.output
     refused(collm(*command[:-2], "--base", "base", "--data", "missing.jsonl"), "missing.jsonl")
+    again = collm(*command[:-2], "--rates", "0,1")
+    assert f"in place of an earlier table of {len(table['rows'])} rates" in again.stdout
+    assert "earlier" not in result.stdout
+    gain = ["--method", "expected_gain", "--deferral-rate", "0.1"]
+    found = collm("generate", tmp_path / "pair", QUESTION, *TOGETHER, *gain)
+    refused(found, "a calibration of the expected gain", "--signal expected_gain")
 
 
 def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -708,7 +718,11 @@ def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureF
 
 
 def test_calibrate_needs_a_gate(world: Path) -> None:
-    refused(collm("calibrate", "base", "--assistant", "calculator", "--max-tokens", 4, *TASK), "gate")
+    base = ["calibrate", "base", "--max-tokens", 4, *TASK]
+    for name in ("gate", "expected_gain"):
+        found = collm(*base, "--assistant", "calculator", "--signal", name)
+        refused(found, f"--signal {name} needs a gate", "--signal entropy")
+    refused(collm(*base, "--signal", "entropy"), "no assistant to defer to")
 
 
 # -- demo

@@ -250,8 +250,8 @@ def _row(target: float, found: Measurement, signal: Signal) -> CalibrationRow:
     )
 
 
-def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
-    """Put `table` into a checkpoint, in the place of an older one of the same task and signal.
+def store_table(checkpoint: str | Path, table: CalibrationTable) -> CalibrationTable | None:
+    """Put `table` into a checkpoint, in the place of an older one of the same task and signal, which is returned.
 
     Raises:
         CollmError: the folder is not one of our checkpoints.
@@ -261,9 +261,11 @@ def store_table(checkpoint: str | Path, table: CalibrationTable) -> None:
         raise CollmError(
             f"{checkpoint} has no collm.json to store a calibration in: it is a plain model without a gate"
         )
-    others = [other for other in info.calibration if (other.task, other.signal) != (table.task, table.signal)]
+    older = [other for other in info.calibration if (other.task, other.signal) == (table.task, table.signal)]
+    others = [other for other in info.calibration if other not in older]
     save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
     write_card(checkpoint)
+    return older[-1] if older else None
 
 
 def write_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:

@@ -18,6 +18,7 @@ from collm.cli.options import (
     read_examples,
     task_option,
 )
+from collm.errors import CollmError
 from collm.types import Signal
 
 if TYPE_CHECKING:
@@ -74,8 +75,16 @@ def calibrate(
     from collm.calibration import store_table, write_curve
     from collm.evaluation.task import get_task
 
+    llm = load_llm(str(checkpoint), options)
+    if len(llm.model_names) == 1:
+        raise CollmError(f"{checkpoint} has no assistant to defer to: give one (--assistant)")
+    if options["signal"] in ("gate", "expected_gain") and not llm.has_gate:
+        raise CollmError(
+            f"--signal {options['signal']} needs a gate, and {checkpoint} has none: train one (collm train), or take "
+            "--signal entropy, top_probability or random"
+        )
     table = run(
-        load_llm(str(checkpoint), options),
+        llm,
         get_task(task),
         read_examples(data, options),
         signal=options["signal"],
@@ -87,11 +96,12 @@ def calibrate(
         out=out,
         identity=identity(str(checkpoint), options),
     )
-    store_table(checkpoint, table)
+    before = store_table(checkpoint, table)
     # In a checkpoint, the curves of all signals find room; a folder that is given holds one.
     files = write_curve(table, out or (checkpoint if table.signal == "gate" else checkpoint / table.signal))
     _show(table)
-    click.echo(f"stored in {checkpoint}; the curve is in {', '.join(str(path) for path in files)}")
+    instead = "" if before is None else f" (in place of an earlier table of {len(before.rows)} rates)"
+    click.echo(f"stored in {checkpoint}{instead}; the curve is in {', '.join(str(path) for path in files)}")
 
 
 def _show(table: CalibrationTable) -> None:

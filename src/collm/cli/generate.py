@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **options: Any) -> None:
     """Let the models of CHECKPOINT answer PROMPT together ("-" reads it from standard input).
 
-    CHECKPOINT may be a plain model, too; it has no gate, so --deferral is then never, random or always.
+    CHECKPOINT may be a plain model, too; it has no gate, so --deferral is then never, always or a baseline.
     """
     if options["as_json"] and (options["stream"] or options["plain"]):
         raise click.UsageError("--json goes with neither --stream nor --plain")

@@ -99,7 +99,7 @@ decoding_options = _together(
         metavar="P",
         help="Defer where the gate (or the expected gain) exceeds this probability; for the baselines, the base's "
         "entropy in nats, the largest probability below which a model is in doubt, or the probability of asking.  "
-        "[default: 0.5]",
+        "[default: 0.5, of the gate]",
     ),
     click.option(
         "--calibration-task",

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.report.trace import HEADER_KEY, Trace, append_json, drop_torn_line, read_rows, read_traces
+from collm.report.trace import HEADER_KEY, Trace, append_json, drop_torn_line, read_rows, read_traces, stream_traces
 
 HEADER_VERSION = 1
 
 
 def traces_so_far(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
-    """By id, the traces of an earlier start of this very run; begins the file where there is none.
+    """By id, the traces of an earlier start of this very run; begins the file where there is none, or nothing in it.
 
     Raises:
         CollmError: the file holds a run with other settings, or no run.
@@ -32,12 +32,17 @@ def traces_so_far(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
         raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
     there = found.get("settings", {})
     what = differences(there, settings)
-    if what or found[HEADER_KEY] != HEADER_VERSION:
+    if not what and found[HEADER_KEY] == HEADER_VERSION:
+        return {trace.id: trace for trace in read_traces(path)}
+    if next(stream_traces(path), None) is not None:
         raise CollmError(
             f"{path} holds a run with other settings ({what or 'another format'}): "
             "give another output file, or delete it to start afresh"
         )
-    return {trace.id: trace for trace in read_traces(path)}
+    # It failed before its first answer, at a setting that has been put right since.
+    path.unlink()
+    append_json(path, [header])
+    return {}
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -202,8 +202,9 @@ def _table(calibration: Sequence[CalibrationTable], task: str | None, signal: Si
             raise CollmError(
                 f"this checkpoint has no calibration of random deferral: run {_calibrate(signal)}, or leave out task"
             )
+        of = "" if signal == "gate" else f" of the {signal.replace('_', ' ')}"
         raise CollmError(
-            f"deferral_rate needs a calibration, and this checkpoint has none: run {_calibrate(signal)}, "
+            f"deferral_rate needs a calibration{of}, and this checkpoint has none: run {_calibrate(signal)}, "
             "or give a threshold instead"
         )
     if task is None and len(tables) > 1:
