@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm.data.examples import Example
-from collm.decoding.policies import by_gate
+from collm.decoding.policies import by_gate, log_odds, log_share
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
@@ -32,7 +32,7 @@ from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info,
 from collm.models.hub import write_card
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
-from collm.types import BASE, SamplingParams, Signal, Step
+from collm.types import BASE, SamplingParams, Signal
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FAR = 0.05
@@ -76,7 +76,10 @@ def signals(traces: Sequence[Trace], signal: Signal) -> tuple[NDArray[np.float32
     assert all(step.signal is not None for step in steps)
     values = np.array([step.signal for step in steps], dtype=np.float64)
     if signal == "expected_gain":
-        values += [_log_share(step, _left(step)) - _log_share(step, step.gate[1:]) for step in steps]
+        for i, step in enumerate(steps):
+            left = _left(step.gate, step.author)
+            if len(left) < len(step.gate):  # what was compared first, and is kept, is the gain with all of them left
+                values[i] += log_share(left) - log_share(_left(step.gate, BASE))
     return values.astype(np.float32), np.array([step.deferred for step in steps], dtype=np.bool_)
 
 
@@ -85,22 +88,15 @@ def gate_log_odds(traces: Sequence[Trace]) -> tuple[NDArray[np.float32], NDArray
     steps = [step for trace in traces for step in trace.generation.steps]
     if not steps or not all(step.gate for step in steps):
         raise CollmError("the texts carry no gate: calibration needs a checkpoint that was trained with a gate")
-    gates = np.array([step.gate for step in steps], dtype=np.float64)
-    deferral = np.array([sum(_left(step)) for step in steps], dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        log_odds = np.log(deferral) - np.log(gates[:, BASE])
-    return log_odds.astype(np.float32), np.array([step.deferred for step in steps], dtype=np.bool_)
+    values = np.array([log_odds(_left(step.gate, step.author)) for step in steps], dtype=np.float32)
+    return values, np.array([step.deferred for step in steps], dtype=np.bool_)
 
 
-def _left(step: Step) -> list[float]:
-    """Gates of the assistants that were left when the token's author was asked; of all, where the base wrote."""
-    order = by_gate(step.gate)
-    return [step.gate[z] for z in (order[order.index(step.author) :] if step.deferred else order)]
-
-
-def _log_share(step: Step, assistants: Sequence[float]) -> float:
-    """`log P(Z != base)` where there are these assistants alone."""
-    return math.log(sum(assistants)) - math.log(step.gate[BASE] + sum(assistants)) if any(assistants) else 0.0
+def _left(gate: Sequence[float], author: int) -> list[float]:
+    """Log-gate of the base and the assistants left when the author was asked; of all, where the base wrote."""
+    order = by_gate(gate)
+    left = order if author == BASE else order[order.index(author) :]
+    return [math.log(gate[z]) if gate[z] else -math.inf for z in (BASE, *left)]
 
 
 def midpoints(values: NDArray[np.float32]) -> NDArray[np.float32]:

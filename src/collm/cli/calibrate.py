@@ -74,11 +74,12 @@ def calibrate(
     from collm.calibration import calibrate as run
     from collm.calibration import store_table, write_curve
     from collm.evaluation.task import get_task
+    from collm.llm.deferral import policy_at
 
     llm = load_llm(str(checkpoint), options)
     if len(llm.model_names) == 1:
         raise CollmError(f"{checkpoint} has no assistant to defer to: give one (--assistant)")
-    if options["signal"] in ("gate", "expected_gain") and not llm.has_gate:
+    if policy_at(options["signal"], 0.0, 1).needs_gate and not llm.has_gate:
         raise CollmError(
             f"--signal {options['signal']} needs a gate, and {checkpoint} has none: train one (collm train), or take "
             "--signal entropy, top_probability or random"

@@ -8,7 +8,7 @@ nothing to say hands the token back. What a policy draws is keyed by (seed, posi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -43,12 +43,13 @@ class Policy(Protocol):
 def log_odds(log_gate: Sequence[float]) -> float:
     """`log P(Z != base) - log P(Z = base)`: what a threshold is compared with.
 
-    Log-odds, for a probability close to 1 is rounded to it (sigmoid(17) in float32, sigmoid(7) in bfloat16).
+    Log-odds, for a probability close to 1 is rounded to it (sigmoid(17) in float32, sigmoid(7) in bfloat16). The
+    order of the assistants changes nothing, not even the last digit.
     """
     highest = max(log_gate[1:])
     if highest == -math.inf:
         return -math.inf
-    deferral = highest + math.log(sum(math.exp(value - highest) for value in log_gate[1:]))
+    deferral = highest + math.log(math.fsum(math.exp(value - highest) for value in log_gate[1:]))
     return deferral - log_gate[BASE]
 
 
@@ -66,13 +67,27 @@ def to_probability(log_odds: float) -> float:
 
 def log_share(log_gate: Sequence[float]) -> float:
     """`log P(Z != base)` of a gate that need not be normalised."""
-    odds = log_odds(log_gate)
-    return odds - math.log1p(math.exp(odds)) if odds < 0 else -math.log1p(math.exp(-odds))
+    return -float(np.logaddexp(0.0, -log_odds(log_gate)))
 
 
 def by_gate(log_gate: Sequence[float]) -> list[int]:
     """The assistants in the order in which they are asked: the largest gate first; of equals, the first."""
     return sorted(range(1, len(log_gate)), key=lambda z: -log_gate[z])
+
+
+def asked_while(exceeds: Callable[[Sequence[float]], bool], log_gate: Sequence[float]) -> tuple[int, ...]:
+    """The assistants in the order of their gates, each as long as `exceeds` holds for what is left; then the base.
+
+    What is left is the log-gate of the base and of the assistants not asked so far, base first: as if those that were
+    asked, and abstained, did not exist.
+    """
+    order = by_gate(log_gate)
+    left = [log_gate[BASE], *(log_gate[z] for z in order)]
+    asked = 0
+    while asked < len(order) and exceeds(left):
+        asked += 1
+        del left[1]
+    return (*order[:asked], BASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +107,7 @@ class Threshold:
 
     def decide(self, base: Prediction, seed: int, position: int) -> Decision:
         assert base.log_gate is not None
-        order = by_gate(base.log_gate)
-        for asked in range(len(order)):
-            left = (base.log_gate[BASE], *(base.log_gate[z] for z in order[asked:]))
-            if not log_odds(left) > self.log_odds:
-                return Decision((*order[:asked], BASE))
-        return Decision((*order, BASE))
+        return Decision(asked_while(lambda left: log_odds(left) > self.log_odds, base.log_gate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +130,9 @@ class ExpectedGain:
 
     def decide(self, base: Prediction, seed: int, position: int) -> Decision:
         assert base.log_gate is not None
-        log_gate, wrong = base.log_gate, log_error(top_log_prob(base))
-        order = by_gate(log_gate)
-        gains = [
-            log_share((log_gate[BASE], *(log_gate[z] for z in order[asked:]))) + wrong for asked in range(len(order))
-        ]
-        asked = next((i for i, gain in enumerate(gains) if not gain > self.log_gain), len(order))
-        return Decision((*order[:asked], BASE), gains[0])
+        error = log_error(top_log_prob(base))
+        authors = asked_while(lambda left: log_share(left) + error > self.log_gain, base.log_gate)
+        return Decision(authors, log_share(base.log_gate) + error)
 
 
 @dataclass(frozen=True, slots=True)

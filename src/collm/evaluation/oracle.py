@@ -132,13 +132,12 @@ class _Dial(NamedTuple):
 
 def _dials(reading: Reading) -> dict[str, _Dial]:
     """Every policy that can be set to a rate."""
-    evenly = _evenly(reading)
-    found = {} if reading.log_gate is None else {GATE: _by_gate(reading)}
-    whom = evenly
-    if found:
-        whom, odds = found[GATE].whom, found[GATE].signal
-        wrong = [log_error(value) for value in reading.top_log_prob[:, BASE].tolist()]
-        found[EXPECTED_GAIN] = _Dial(whom, wrong - np.logaddexp(0, -odds))
+    found: dict[str, _Dial] = {}
+    whom = evenly = _evenly(reading)
+    if reading.log_gate is not None:
+        whom, odds, _ = found[GATE] = _by_gate(reading)
+        error = np.array([log_error(value) for value in reading.top_log_prob[:, BASE].tolist()])
+        found[EXPECTED_GAIN] = _Dial(whom, error - np.logaddexp(0, -odds))
     doubt = {ENTROPY: reading.entropy, TOP_PROBABILITY: -reading.top_log_prob[:, BASE]}
     found |= {name: _Dial(whom, signal) for name, signal in doubt.items()}
     return found | {RANDOM: _Dial(evenly, np.zeros(len(reading.right)), by_chance=True)}

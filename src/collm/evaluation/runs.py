@@ -23,24 +23,20 @@ def traces_so_far(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
     header = {HEADER_KEY: HEADER_VERSION, "settings": dict(settings)}
     if path.exists():
         drop_torn_line(path)
-    if not path.exists() or path.stat().st_size == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append_json(path, [header])
-        return {}
-    _, found = next(read_rows(path))
-    if HEADER_KEY not in found:
-        raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
-    there = found.get("settings", {})
-    what = differences(there, settings)
-    if not what and found[HEADER_KEY] == HEADER_VERSION:
-        return {trace.id: trace for trace in read_traces(path)}
-    if next(stream_traces(path), None) is not None:
-        raise CollmError(
-            f"{path} holds a run with other settings ({what or 'another format'}): "
-            "give another output file, or delete it to start afresh"
-        )
-    # It failed before its first answer, at a setting that has been put right since.
-    path.unlink()
+    if path.exists() and path.stat().st_size:
+        _, found = next(read_rows(path))
+        if HEADER_KEY not in found:
+            raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
+        what = differences(found.get("settings", {}), settings)
+        if not what and found[HEADER_KEY] == HEADER_VERSION:
+            return {trace.id: trace for trace in read_traces(path)}
+        if next(stream_traces(path), None) is not None:
+            raise CollmError(
+                f"{path} holds a run with other settings ({what or 'another format'}): "
+                "give another output file, or delete it to start afresh"
+            )
+        path.unlink()  # it failed before its first answer, at a setting that has been put right since
+    path.parent.mkdir(parents=True, exist_ok=True)
     append_json(path, [header])
     return {}
 
