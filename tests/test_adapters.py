@@ -18,7 +18,8 @@ from collm.llm import CollaborativeLM
 from collm.models.adapters import ModelStore, Variant
 from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
 from collm.models.local import LocalModel
-from collm.types import Query, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Query
 
 QUERIES = [Query(0, tuple(range(3, 20)), 2), Query(0, (5, 6, 7))]
 

@@ -18,7 +18,8 @@ from collm.errors import CollmError
 from collm.evaluation.answering import answer, traces_path
 from collm.evaluation.judges import JUDGES, TEMPERATURES
 from collm.report.trace import read_traces
-from collm.types import Generation, Message, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Generation, Message
 
 QUESTIONS = [
     {"question_id": 82, "category": "math", "turns": ["Add 2", "Now 3"], "reference": ["2", "5"]},

@@ -38,7 +38,8 @@ from collm.llm.methods import word_starts
 from collm.models.checkpoint import CalibrationRow, CalibrationTable
 from collm.models.fake import FakeModel
 from collm.models.tools import Calculator
-from collm.types import BASE, Answer, Fault, Generation, Prediction, Query, SamplingParams, Signal, Step
+from collm.sampling_params import SamplingParams, Signal
+from collm.types import BASE, Answer, Fault, Generation, Prediction, Query, Step
 
 V = 6
 PROMPT = (3, 1, 4)

@@ -36,7 +36,8 @@ from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.models.fake import FakeModel
 from collm.report.trace import Trace
-from collm.types import Deferral, Generation, Prediction, SamplingParams, Signal, Step
+from collm.sampling_params import Deferral, SamplingParams, Signal
+from collm.types import Generation, Prediction, Step
 
 FLOATS = st.floats(width=32, allow_nan=False)
 

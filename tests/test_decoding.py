@@ -39,7 +39,8 @@ from collm.decoding.run import Finished, run
 from collm.decoding.sampling import draw, noise, truncated
 from collm.decoding.text import Detokenizer, TextStream, stopping
 from collm.models.fake import FakeModel
-from collm.types import BASE, Answer, Prediction, Query, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Answer, Prediction, Query, Step
 
 V = 7
 PROMPT = (3, 1, 4)

@@ -12,7 +12,8 @@ from collm.decoding.policies import Threshold
 from collm.decoding.run import Engine, Finished, run
 from collm.decoding.speculative import speculative
 from collm.models.fake import FakeModel
-from collm.types import SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import Step
 
 V = 5
 MODELS = [FakeModel("base", V, num_assistants=1, agreement=0.5), FakeModel("a1", V, agreement=0.5)]

@@ -30,7 +30,7 @@ from collm.evaluation.result import EvalResult
 from collm.evaluation.stats import bootstrap_ci, holm, mcnemar_exact, paired_bootstrap
 from collm.evaluation.task import get_task
 from collm.report.trace import read_traces
-from collm.types import SamplingParams
+from collm.sampling_params import SamplingParams
 
 # ---- statistics
 

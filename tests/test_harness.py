@@ -36,7 +36,8 @@ from collm.evaluation.result import EvalResult
 from collm.llm import CollaborativeLM, TokenPrompt
 from collm.models.checkpoint import AssistantInfo, CheckpointInfo, save_checkpoint
 from collm.report.trace import read_traces
-from collm.types import Message, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Message
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
 GREEDY = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}

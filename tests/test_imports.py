@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "collm"
 ORDER = [
     "types",
+    "sampling_params",
     "errors",
     "files",
     "gate",

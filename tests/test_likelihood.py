@@ -21,7 +21,8 @@ from collm.models.fake import FakeModel
 from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
-from collm.types import Answer, Fault, Query, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Answer, Fault, Query
 
 TOKENIZER = make_tokenizer()
 NETWORKS = [make_model(seed=0), make_model("qwen3", seed=1)]

@@ -27,7 +27,8 @@ from collm.models.head import DeferralHead
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
-from collm.types import BASE, Answer, Generation, Message, Prediction, Query, SamplingParams, Usage
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Answer, Generation, Message, Prediction, Query, Usage
 
 QUESTIONS: list[Sequence[Message] | str] = [
     [{"role": "user", "content": "Anna has 12 apples and buys 30 more."}],

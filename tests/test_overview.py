@@ -29,7 +29,7 @@ from collm.report.chart import Point, Series, line_chart, look
 from collm.report.histogram import histogram
 from collm.report.tokens import token_figures
 from collm.report.trace import Trace, append_trace, read_traces
-from collm.types import SamplingParams
+from collm.sampling_params import SamplingParams
 
 QUESTIONS = questions(24)
 

@@ -30,7 +30,8 @@ from collm.decoding.policies import (
 from collm.decoding.run import Finished, run
 from collm.decoding.speculative import speculative
 from collm.models.fake import FakeModel
-from collm.types import BASE, Fault, Prediction, Query, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Fault, Prediction, Query, Step
 
 V = 5
 PROMPT = (3, 1, 4)

@@ -25,7 +25,8 @@ from collm.report.trace import (
     trace_from_dict,
     trace_to_dict,
 )
-from collm.types import Generation, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import Generation, Step
 
 
 def sample(**changes: object) -> Trace:

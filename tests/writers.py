@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from collm.data.examples import Example
 from collm.decoding.policies import Policy, Threshold, to_log_odds
-from collm.types import Generation, Message, SamplingParams, Step, Usage
+from collm.sampling_params import SamplingParams
+from collm.types import Generation, Message, Step, Usage
 
 
 def draw(*key: object) -> float:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collm.errors import CollmError
     from collm.gate import log_gate, log_posterior, marginal_nll
     from collm.llm import CollaborativeLM, GenerationFailed
-    from collm.types import Fault, Generation, LanguageModel, Prediction, Query, SamplingParams, Step, Usage
+    from collm.sampling_params import SamplingParams
+    from collm.types import Fault, Generation, LanguageModel, Prediction, Query, Step, Usage
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOME = {
     "log_gate": "collm.gate",
     "log_posterior": "collm.gate",
     "marginal_nll": "collm.gate",
+    "SamplingParams": "collm.sampling_params",
 }
 """Where a name lives; the others in `__all__` are in `collm.types`."""
 

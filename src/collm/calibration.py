@@ -32,7 +32,8 @@ from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info,
 from collm.models.hub import write_card
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
-from collm.types import BASE, SamplingParams, Signal
+from collm.sampling_params import SamplingParams, Signal
+from collm.types import BASE
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FAR = 0.05

@@ -19,7 +19,8 @@ from collm.decoding.collaborative import TokenIds
 from collm.decoding.policies import Random
 from collm.llm import CollaborativeLM
 from collm.models.local import LocalModel
-from collm.types import ForwardPass, Generation, Prediction, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import ForwardPass, Generation, Prediction
 
 
 @dataclass(frozen=True)

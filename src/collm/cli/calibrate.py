@@ -19,7 +19,7 @@ from collm.cli.options import (
     task_option,
 )
 from collm.errors import CollmError
-from collm.types import Signal
+from collm.sampling_params import Signal
 
 if TYPE_CHECKING:
     from collm.models.checkpoint import CalibrationTable

@@ -25,7 +25,7 @@ from collm.cli.options import (
     sampling_params,
 )
 from collm.evaluation.task import TASKS
-from collm.types import SamplingParams
+from collm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collm.evaluation.result import EvalResult

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from collm.evaluation.task import TASKS
-from collm.types import Deferral, OnAssistantError, SamplingParams
+from collm.sampling_params import Deferral, OnAssistantError, SamplingParams
 
 if TYPE_CHECKING:
     from collm.data.examples import Example

@@ -17,7 +17,8 @@ from torch import Tensor
 from collm.decoding.collaborative import Flow, ModelFailed, TokenIds, ask, ends_text, gate_of, required
 from collm.decoding.policies import top_log_prob
 from collm.decoding.sampling import choose_token
-from collm.types import BASE, Answer, Fault, Prediction, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Answer, Fault, Prediction, Step
 
 EXPERT = 1
 """The assistant whose law is corrected by the others; it counts as the author of what comes of it."""

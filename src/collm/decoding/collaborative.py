@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from collm.decoding.policies import Policy
 from collm.decoding.sampling import choose_token
 from collm.errors import CollmError
-from collm.types import BASE, Answer, Fault, FinishReason, Prediction, Query, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Answer, Fault, FinishReason, Prediction, Query, Step
 
 Queries = tuple[Query, ...]
 Replies = list[list[Answer]]

@@ -12,7 +12,8 @@ from typing import ClassVar
 from collm.decoding.collaborative import Flow, ModelFailed, TokenIds, ask, ends_text, gate_of, required
 from collm.decoding.policies import to_nats, top_log_prob
 from collm.decoding.sampling import choose_token
-from collm.types import BASE, Answer, Prediction, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Answer, Prediction, Step
 
 WRITER = 1
 DEFAULT_THRESHOLD = 0.4

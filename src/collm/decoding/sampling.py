@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collm.types import Prediction, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Prediction
 
 Purpose = Literal["author", "token", "deferral"]
 _PURPOSES: dict[Purpose, int] = {"author": 0, "token": 1, "deferral": 2}

@@ -25,7 +25,8 @@ from collm.decoding.collaborative import Flow, Queries, Replies, TokenIds, Write
 from collm.decoding.pace import Pace
 from collm.decoding.policies import Decision, Policy
 from collm.decoding.sampling import choose_token
-from collm.types import BASE, Answer, Prediction, Query, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Answer, Prediction, Query, Step
 
 Asking = Generator[Queries, Replies | None, None]
 

@@ -22,9 +22,9 @@ from collm.files import write_text
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CalibrationTable, load_info
 from collm.models.loading import load_tokenizer
+from collm.sampling_params import SamplingParams
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
-from collm.types import SamplingParams
 
 BASE = "base"
 FORMATS: dict[str, dict[str, Any]] = {BASE: {}, **{name: {"chat_template": ASSISTANT_TEMPLATE} for name in EXPERTS}}

@@ -24,7 +24,8 @@ from collm.evaluation.judges import JUDGES, Dialogue
 from collm.evaluation.runs import traces_so_far
 from collm.files import write_text
 from collm.report.trace import Trace, append_json, base_pieces, trace_to_dict
-from collm.types import Message, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Message
 
 
 def traces_path(out: Path) -> Path:

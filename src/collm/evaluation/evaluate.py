@@ -19,7 +19,8 @@ from collm.evaluation.result import EvalResult, summarise
 from collm.evaluation.runs import traces_so_far
 from collm.evaluation.task import Task, get_task
 from collm.report.trace import Trace, append_json, base_pieces, trace_to_dict
-from collm.types import Generation, Message, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import Generation, Message
 
 GREEDY = SamplingParams()
 

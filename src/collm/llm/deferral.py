@@ -26,7 +26,7 @@ from collm.decoding.policies import (
 )
 from collm.errors import CollmError
 from collm.models.checkpoint import CalibrationRow, CalibrationTable
-from collm.types import Deferral, SamplingParams, Signal
+from collm.sampling_params import Deferral, SamplingParams, Signal
 
 NEAR = 0.03
 """Rates closer than this to one another are not worth a refusal."""

@@ -25,7 +25,8 @@ from collm.errors import CollmError
 from collm.llm.deferral import make_policy, refuse_ignored, require_assistants, require_gate
 from collm.models.checkpoint import CalibrationTable
 from collm.models.tools import Calculator
-from collm.types import Deferral, LanguageModel, SamplingParams
+from collm.sampling_params import Deferral, SamplingParams
+from collm.types import LanguageModel
 
 Method = Policy | Combination | Nudging
 """A policy names one writer for each token; a combination makes one law of all; nudging hands over words."""

@@ -23,7 +23,8 @@ from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.loading import adapter_config
 from collm.models.local import LocalModel
-from collm.types import BASE, Generation, LanguageModel, SamplingParams, Step
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Generation, LanguageModel, Step
 
 GREEDY = SamplingParams()
 

@@ -24,7 +24,7 @@ from collm.models.backbone import causal_lm
 from collm.models.head import FILE as GATE_FILE
 from collm.models.head import DeferralHead
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
-from collm.types import Signal
+from collm.sampling_params import Signal
 
 FORMAT_VERSION = 1
 FILE = "collm.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM
-from collm.types import SamplingParams
+from collm.sampling_params import SamplingParams
 
 LOADING = ("base", "dtype", "device", "max_cache_tokens")
 WRITING = ("deferral", "deferral_rate", "threshold", "speculative", "on_assistant_error", "seed", "max_tokens")

@@ -15,7 +15,8 @@ from collm.llm import CollaborativeLM
 from collm.models.head import DeferralHead
 from collm.models.loading import weights_fingerprint
 from collm.models.local import LocalModel
-from collm.types import BASE, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import BASE
 
 OF_A_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "stop")
 """Of `SamplingParams`, what each request of the harness says for itself."""

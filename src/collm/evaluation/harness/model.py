@@ -28,7 +28,8 @@ from collm.evaluation.likelihood import GivenText, Likelihood, likelihoods
 from collm.llm import CollaborativeLM, TokenPrompt
 from collm.models.local import LocalModel
 from collm.report.trace import Trace, base_pieces
-from collm.types import BASE, Message, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Message
 
 _log = logging.getLogger(__name__)
 

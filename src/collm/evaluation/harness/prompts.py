@@ -12,7 +12,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
 from collm.evaluation.likelihood import GivenText
-from collm.types import BASE, Message, SamplingParams
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, Message
 
 TokenIds = tuple[int, ...]
 
