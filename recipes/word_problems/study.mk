@@ -67,14 +67,19 @@ $(GATES:%=$(RUNS)/%/collm.json): | $(RUNS)/sft/collm.json
 
 comma := ,
 # The rivals of the gate shall defer as often as it does at 0.5, in its own calibration (0.2 while there is none: make -n).
-# The calculator abstains at most tokens, so that chance is to ask it as often as the gate does, not to let it write as
-# much.
 rate = $(or $(shell awk -F, '$$4 == 0 {printf "%.3f", $$2}' $(RUNS)/calibration/$(1)/curve.csv 2>/dev/null),0.2)
 SIGNALS := expected_gain entropy top_probability
-RULED := pair gate_lm
-RIVALS := $(foreach pair,$(RULED),$(SIGNALS:%=$(pair)-%))
-# A language model seldom abstains, so that one may also ask how good a pair is at a third of its rate.
-CHEAP := $(patsubst %,gate_lm-%_10,gate expected_gain entropy random)
+# The calculator abstains at most tokens. `pair-random` asks it as often as the gate does, and `gate-random` so often that
+# it writes as much; without abstaining, the one is the other.
+SIGNALS_pair := $(SIGNALS)
+SIGNALS_gate := $(SIGNALS) random
+SIGNALS_gate_lm := $(SIGNALS)
+RULED := pair gate gate_lm
+RIVALS := $(foreach pair,$(RULED),$(SIGNALS_$(pair):%=$(pair)-%))
+# How good the same two models are at a third of that rate, in percent.
+FEW_gate := 05
+FEW_gate_lm := 10
+CHEAP := $(foreach pair,gate gate_lm,$(patsubst %,$(pair)-%_$(FEW_$(pair)),gate expected_gain entropy random))
 
 calibrate: $(RULED:%=$(RUNS)/calibration/%/curve.csv) $(RIVALS:%=$(RUNS)/calibration/%/curve.csv)
 
@@ -86,12 +91,12 @@ $(RULED:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $
 define rival
 $(RUNS)/calibration/$(1)-$(2)/curve.csv: | $(RUNS)/calibration/$(1)/curve.csv
 	$(COLLM) calibrate $(RUNS)/$(1) $(WRITE) --signal $(2) --data $(DATA)/calibration.jsonl \
-	    --rates $$(call rate,$(1))$(if $(filter gate_lm,$(1)),$$(comma)0.1) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
+	    --rates $$(call rate,$(1))$(FEW_$(1):%=$$(comma)0.%) --rounds 3 --out $(RUNS)/calibration/$(1)-$(2)
 $(RUNS)/test_b/$(1)-$(2).json: CHECKPOINT = $(RUNS)/$(1)
 $(RUNS)/test_b/$(1)-$(2).json: OPTIONS = --method $(2) --deferral-rate $$(call rate,$(1))
-$(RUNS)/test_b/$(1)-$(2).json: | $(RUNS)/calibration/$(1)-$(2)/curve.csv
+$(RUNS)/test_b/$(1)-$(2).json $(FEW_$(1):%=$(RUNS)/test_b/$(1)-$(2)_%.json): | $(RUNS)/calibration/$(1)-$(2)/curve.csv
 endef
-$(foreach pair,$(RULED),$(foreach signal,$(SIGNALS),$(eval $(call rival,$(pair),$(signal)))))
+$(foreach pair,$(RULED),$(foreach signal,$(SIGNALS_$(pair)),$(eval $(call rival,$(pair),$(signal)))))
 
 # -- the final evaluation, once, on test B -----------------------------------------------------------------------------
 
@@ -129,11 +134,13 @@ $(RUNS)/test_b/gate_lm-random.json: CHECKPOINT = $(RUNS)/gate_lm
 $(RUNS)/test_b/gate_lm-random.json: OPTIONS = --method random --deferral-rate $(call rate,gate_lm)
 $(RUNS)/test_b/gate_lm-compose.json: CHECKPOINT = $(RUNS)/gate_lm
 $(RUNS)/test_b/gate_lm-compose.json: OPTIONS = --method compose
-$(CHEAP:%=$(RUNS)/test_b/%.json): CHECKPOINT = $(RUNS)/gate_lm
-$(CHEAP:%=$(RUNS)/test_b/%.json): OPTIONS = --method $(subst gate,threshold,$(*:gate_lm-%_10=%)) --deferral-rate 0.1
-$(RUNS)/test_b/gate_lm-gate_10.json $(RUNS)/test_b/gate_lm-random_10.json: | $(RUNS)/calibration/gate_lm/curve.csv
-$(foreach signal,expected_gain entropy,$(eval \
-    $(RUNS)/test_b/gate_lm-$(signal)_10.json: | $(RUNS)/calibration/gate_lm-$(signal)/curve.csv))
+# $(1): a pair, $(2): a rule
+define cheap
+$(RUNS)/test_b/$(1)-$(2)_$(FEW_$(1)).json: CHECKPOINT = $(RUNS)/$(1)
+$(RUNS)/test_b/$(1)-$(2)_$(FEW_$(1)).json: OPTIONS = --method $(2:gate=threshold) --deferral-rate 0.$(FEW_$(1))
+$(RUNS)/test_b/$(1)-$(2)_$(FEW_$(1)).json: | $(RUNS)/calibration/$(1)/curve.csv
+endef
+$(foreach pair,gate gate_lm,$(foreach rule,gate expected_gain entropy random,$(eval $(call cheap,$(pair),$(rule)))))
 $(RUNS)/test_b/sft-calculator.json: CHECKPOINT = $(RUNS)/sft
 $(RUNS)/test_b/sft-calculator.json: OPTIONS = --assistant calculator --method always
 $(MIXED:%=$(RUNS)/test_b/sft-%.json): CHECKPOINT = $(RUNS)/sft
