@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +16,19 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CollaborativeLM, SamplingParams
+from collm.data.formatting import Formatter
+from collm.decoding.policies import Decision
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult
+from collm.llm.deferral import policy_at
 from collm.models.backbone import hidden_states, project
+from collm.models.fake import FakeModel
 from collm.models.loading import eos_ids, load_model, load_tokenizer
 from collm.models.shortened import first_layers
 from collm.report.trace import Trace
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
-from collm.types import Generation
+from collm.types import BASE, Generation, Prediction
 
 STUDY = Path(__file__).parent.parent / "recipes" / "scales"
 
@@ -196,3 +201,69 @@ def test_own_texts_are_the_right_answers_that_are_not_gold() -> None:
     rows = own.with_own_texts(gold, own.right_answers(traces))
     assert [row["messages"][-1]["content"] for row in rows] == ["2", "It is 2"]
     assert rows[1]["id"] != "a" and rows[1]["messages"][0] == asked and rows[1]["group"] == "g"
+
+
+def says(probabilities: list[float], gate: float | None = None) -> Prediction:
+    log_gate = None if gate is None else (math.log(1 - gate), math.log(gate))
+    law = torch.tensor(probabilities).log()
+    return Prediction(law, int(law.argmax()), log_gate)
+
+
+def test_hysteresis_goes_on_with_who_writes() -> None:
+    near = script("near_threshold")
+    rule = near.Hysteresis(near.gate_of, cut=0.0, band=1.0)
+    gates = [0.6, 0.9, 0.4, 0.2, 0.6]  # log-odds 0.4, 2.2, -0.4, -1.4, 0.4
+
+    def deferred(seed: int, position: int) -> bool:
+        decision: Decision = rule.decide(says([0.5, 0.5], gates[position]), seed, position)
+        return decision.authors[0] != BASE
+
+    # Two texts in turn: neither knows what the other one did.
+    both = [(deferred(1, position), deferred(2, position)) for position in range(5)]
+    assert both == [(False,) * 2, (True,) * 2, (True,) * 2, (False,) * 2, (False,) * 2]
+    assert deferred(1, 1) and not deferred(1, 0), "a text of the same seed begins with its base"
+
+
+def test_soft_mixing_is_soft_near_the_cut_alone() -> None:
+    near = script("near_threshold")
+    rule = near.SoftMixing(near.gate_of, cut=0.0, band=1.0)
+    base, other = [0.7, 0.3], [0.1, 0.9]
+    laws = {
+        gate: rule.combine({0: says(base, gate), 1: says(other)}).law.log_probs.exp().tolist()
+        for gate in (0.1, 0.4, 0.9)
+    }
+    assert laws[0.1] == pytest.approx(base) and laws[0.9] == pytest.approx(other)
+    assert laws[0.4] == pytest.approx([0.6 * 0.7 + 0.4 * 0.1, 0.6 * 0.3 + 0.4 * 0.9])
+    assert rule.needed == [False, True, True]
+    assert rule.combine({0: says(base, 0.9)}).law.log_probs.exp().tolist() == pytest.approx(base), "one abstains"
+
+
+def test_rules_are_compared_at_the_rate_that_they_ask_at() -> None:
+    near = script("near_threshold")
+    plain = [near.Row("plain", rate, 0.0, 0.0, rate, score, (0, 1)) for rate, score in [(0.1, 0.2), (0.3, 0.6)]]
+    soft = near.Row("soft", 0.1, 1.0, 0.0, 0.2, 0.45, (0, 1))
+    assert near.against_plain(soft, plain) == pytest.approx(0.05)
+    assert near.against_plain(near.Row("soft", 0.1, 1.0, 0.0, 0.4, 0.9, (0, 1)), plain) is None, "nothing to compare"
+    assert "| soft | 10% | 1 | 20.0% | 45.0% | +5.0 |" in near.table([*plain, soft])
+
+
+def test_without_a_band_both_are_the_plain_rule(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    near = script("near_threshold")
+    size = len(tiny_tokenizer)
+    models = [FakeModel("base", size, num_assistants=1), FakeModel("other", size)]
+    llm = CollaborativeLM(models, [Formatter(tiny_tokenizer)] * 2)
+    for signal, cut in (("gate", 0.3), ("expected_gain", -1.0)):
+        read = near.SIGNALS[signal]
+        plain, memory, soft = (
+            [
+                [(step.token_id, step.author) for step in generation.steps]
+                for generation in llm.generate_batch(
+                    ["a", "bc", "d"],
+                    [SamplingParams(max_tokens=20, seed=seed, speculative=False) for seed in (1, 2, 3)],
+                    policy=policy,
+                )
+            ]
+            for policy in (policy_at(signal, cut, 1), near.Hysteresis(read, cut, 0.0), near.SoftMixing(read, cut, 0.0))
+        )
+        assert memory == plain and soft == plain
+        assert {author for text in plain for _, author in text} == {0, 1}

@@ -30,11 +30,11 @@ PAIRS := untouched tuned joint
 OTHERS := untouched_seen tuned_seen untouched_own tuned_own
 SYSTEMS :=
 
-.PHONY: all help train oracle calibrate others evaluate report
-all: report others
+.PHONY: all help train oracle calibrate others near evaluate report
+all: report others near
 
 help:
-	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|others|evaluate|report [PART=calibration|test_b] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/scales/study.mk train|oracle|calibrate|others|near|evaluate|report [PART=calibration|test_b] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 	@echo "first: PROBLEMS=FILE (elementary word problems) and GSM8K=FILE (its train.jsonl), see docs/recipes.md"
 
 # -- models
@@ -123,7 +123,15 @@ GAIN_joint := joint
 THRESHOLDS := $(foreach pair,$(PAIRS),$(pair)_gate $(GAIN_$(pair))_expected_gain $(pair)_entropy)
 calibrate: $(THRESHOLDS:%=$(RUNS)/thresholds/%/curve.csv)
 # What other gates do, on the calibration part alone.
-others: $(OTHERS:%=$(RUNS)/oracle/%.json) $(OTHERS:%=$(RUNS)/thresholds/%_gate/curve.csv)
+others: $(OTHERS:%=$(RUNS)/oracle/%.json) $(OTHERS:%=$(RUNS)/thresholds/%_gate/curve.csv) \
+    $(RUNS)/thresholds/untouched_own_expected_gain/curve.csv
+
+# What treats tokens near a threshold otherwise: hysteresis, soft mixing; on the calibration part.
+near: $(RUNS)/near/untouched.json $(RUNS)/near/tuned_free.json
+
+$(RUNS)/near/%.json: | $(RUNS)/thresholds/%_expected_gain/curve.csv
+	$(PYTHON) recipes/scales/near_threshold.py $(ARGS_$*) --task $(TASK) --data $(DATA)/calibration.jsonl \
+	    --max-tokens 64 --dtype $(DTYPE) --rates 0.1,0.2,0.3 --out $@
 
 define calibration
 $(RUNS)/thresholds/$(1)_$(2)/curve.csv: | $(RUNS)/$(1)/collm.json

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from collm.data.examples import Example, examples_fingerprint
-from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, summarise
 from collm.evaluation.runs import traces_so_far
 from collm.evaluation.task import Task, get_task
+from collm.llm.methods import Method
 from collm.report.trace import Trace, append_json, base_pieces, trace_to_dict
 from collm.sampling_params import SamplingParams
 from collm.types import Generation, Message
@@ -39,7 +39,7 @@ class Writer(Protocol):
         params: SamplingParams | Sequence[SamplingParams],
         batch_size: int,
         *,
-        policy: Policy | None,
+        policy: Method | None,
         alone: int | str | None,
     ) -> Iterator[tuple[int, Generation]]: ...
 
@@ -50,7 +50,7 @@ def evaluate(
     examples: Sequence[Example],
     params: SamplingParams = GREEDY,
     *,
-    policy: Policy | None = None,
+    policy: Method | None = None,
     alone: int | str | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
@@ -81,7 +81,7 @@ def evaluate_with_traces(
     examples: Sequence[Example],
     params: SamplingParams = GREEDY,
     *,
-    policy: Policy | None = None,
+    policy: Method | None = None,
     alone: int | str | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
@@ -95,7 +95,7 @@ def evaluate_with_traces(
     run changes a text, and random choices are independent between examples.
 
     Args:
-        policy: who writes, instead of what `params` says.
+        policy: who writes, instead of what `params` says: a policy, or another way of decoding.
         alone: name or number of the only model to be used: a baseline.
         out: a `.jsonl` file for the traces, each written as soon as its text is finished; a run that finds its own
             traces there goes on after them. The result is written as `.json` beside it.
@@ -191,7 +191,7 @@ def _answers(
     rows: Sequence[tuple[Example, str]],
     params: SamplingParams,
     batch_size: int,
-    policy: Policy | None,
+    policy: Method | None,
     alone: int | str | None,
 ) -> Iterator[Trace]:
     """Scored texts in the order in which they are finished; their seconds add up to the time it took."""
