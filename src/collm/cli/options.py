@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from collm.errors import nearest
 from collm.evaluation.task import TASKS
 from collm.sampling_params import Deferral, OnAssistantError, SamplingParams
 
@@ -22,6 +23,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16")
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(path_type=Path)
+
+
+class Named(click.Choice[str]):
+    """A choice among many names: whoever misspells one is told the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            hint = nearest(str(value), map(str, self.choices))
+            self.fail(f"{error.message.rstrip('.')}{hint and '; '}{hint or '.'}", param, ctx)
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -82,7 +94,7 @@ decoding_options = _together(
         "--deferral",
         "--method",
         "deferral",
-        type=click.Choice(get_args(Deferral)),
+        type=Named(get_args(Deferral)),
         default="threshold",
         show_default=True,
         help="What settles who writes a token; random and what follows are baselines.",

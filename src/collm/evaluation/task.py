@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from collm.errors import CollmError
+from collm.errors import CollmError, nearest
 from collm.evaluation.tasks.answers import MARK, any_number, first_number, marked_number, marked_text, normalised
 from collm.evaluation.tasks.choices import YES_NO, YES_NO_MAYBE, label_field, label_in, macro_f1, same_label
 from collm.evaluation.tasks.entities import candidates, gold_names, judge_factoid, judge_list, listed
@@ -186,9 +186,6 @@ def get_task(name: str) -> Task:
         CollmError: unknown; the message names the nearest.
     """
     if name not in TASKS:
-        import difflib
-
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise CollmError(f"unknown task {name!r}{hint} (there are: {', '.join(TASKS)})")
+        hint = nearest(name, TASKS)
+        raise CollmError(f"unknown task {name!r}{hint and '; '}{hint} (there are: {', '.join(TASKS)})")
     return TASKS[name]

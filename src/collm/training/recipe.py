@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from collm.errors import CollmError
+from collm.errors import CollmError, nearest
 
 
 class _Section(BaseModel):
@@ -139,8 +138,7 @@ def _nearest(error: Any) -> str:
             annotation: Any = section.model_fields[part].annotation
             section = annotation.__args__[0] if getattr(annotation, "__args__", None) else annotation
     known = list(section.model_fields)
-    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    hint = nearest(str(error["loc"][-1]), known, f"known keys: {', '.join(known)}")
     return f"unknown key {where!r}; {hint}"
 
 

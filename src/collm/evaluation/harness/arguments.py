@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from collm.errors import CollmError
+from collm.errors import CollmError, nearest
 from collm.llm import CollaborativeLM
 from collm.sampling_params import SamplingParams
 
@@ -29,8 +28,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> tuple[CollaborativeLM, dict[
     known = [*LOADING, *WRITING, *OTHER]
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+            hint = nearest(name, known, f"there are {', '.join(sorted(known))}")
             raise CollmError(f"model_args: {name!r} is not known; {hint}")
     if "pretrained" not in arguments:
         raise CollmError("model_args: give the checkpoint as pretrained=PATH")

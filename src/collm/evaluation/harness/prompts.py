@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from collm.data.formatting import Formatter
-from collm.errors import CollmError
+from collm.errors import CollmError, nearest
 from collm.evaluation.likelihood import GivenText
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Message
@@ -134,8 +133,7 @@ def sampling_params(kwargs: Mapping[str, Any], base: SamplingParams) -> Sampling
     known = {*LENGTHS, *SAMPLING, *NEUTRAL, "until"}
     for name, value in kwargs.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+            hint = nearest(name, known, f"there are {', '.join(sorted(known))}")
             raise CollmError(f"the task sets {name}={value!r} for generation, which collm does not have; {hint}")
         if name in NEUTRAL and value not in (None, NEUTRAL[name]):
             raise CollmError(f"the task wants {name}={value!r}; collm has only {NEUTRAL[name]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, pattern_match
 
-from collm.errors import CollmError
+from collm.errors import CollmError, nearest
 from collm.evaluation.harness.model import CollaborativeHarnessLM
 from collm.evaluation.harness.results import eval_results
 from collm.evaluation.result import commit, versions
@@ -115,10 +114,7 @@ def _named(tasks: Sequence[str], manager: TaskManager) -> list[str]:
     for task in tasks:
         matches = _matches(task, manager)
         if not matches:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else "a folder of your own task files is given by --include-path"
-            )
+            hint = nearest(task, manager.all_tasks, "a folder of your own task files is given by --include-path")
             raise CollmError(f"the harness has no task {task!r}; {hint}")
         names |= dict.fromkeys(matches)
     return list(names)
