@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -715,6 +716,30 @@ def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureF
     shown = capsys.readouterr()
     assert [line.endswith("not reached") for line in shown.out.splitlines()] == [False, False, False, True, True]
     assert "warning: the rates 0.6, 1 were not reached (highest achieved: 0.230)" in shown.err
+
+
+def test_thresholds_are_shown_to_the_digits_they_have(capsys: pytest.CaptureFixture[str]) -> None:
+    from collm.cli.calibrate import _show
+    from collm.llm.deferral import to_threshold
+    from collm.models.checkpoint import CalibrationRow, CalibrationTable
+
+    shown = {("gate", 40.0): "1 - 4.2e-18", ("gate", 0.0): "0.5000", ("gate", -10.0): "4.5e-05"}
+    shown |= {("gate", math.inf): "1.0000", ("gate", -math.inf): "0.0000", ("expected_gain", -15.0): "3.1e-07"}
+    for (what, cut), digits in shown.items():
+        row = CalibrationRow(
+            target_rate=0.1, achieved_rate=0.1, threshold=to_threshold(what, cut), log_odds=cut, metric_value=0.25
+        )
+        _show(CalibrationTable(task="t", metric="m", seed=0, num_prompts=1, rows=[row], signal=what))
+        assert capsys.readouterr().out.splitlines()[1].split("0.100")[1].split("0.250")[0].strip() == digits
+
+
+@pytest.mark.parametrize(("option", "name"), [("--method", "entropi"), ("--deferral", "expectedgain")])
+def test_the_nearest_method_is_named(option: str, name: str) -> None:
+    result = CliRunner().invoke(main, ["generate", "x", "hello", option, name])
+    near = {"entropi": "entropy", "expectedgain": "expected_gain"}[name]
+    assert result.exit_code == 2 and f"did you mean '{near}'?" in result.output
+    result = CliRunner().invoke(main, ["generate", "x", "hello", option, "zzz"])
+    assert result.exit_code == 2 and "did you mean" not in result.output
 
 
 def test_calibrate_needs_a_gate(world: Path) -> None:

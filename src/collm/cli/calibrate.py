@@ -10,6 +10,7 @@ import click
 from collm.cli.console import ResumableCommand
 from collm.cli.options import (
     OUTPUT,
+    Named,
     batch_size_option,
     data_options,
     identity,
@@ -22,7 +23,7 @@ from collm.errors import CollmError
 from collm.sampling_params import Signal
 
 if TYPE_CHECKING:
-    from collm.models.checkpoint import CalibrationTable
+    from collm.models.checkpoint import CalibrationRow, CalibrationTable
 
 DEFAULT_RATES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 
@@ -44,7 +45,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple
 @click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")
 @click.option(
     "--signal",
-    type=click.Choice(get_args(Signal)),
+    type=Named(get_args(Signal)),
     default="gate",
     show_default=True,
     help="What the threshold is for: the gate, the expected gain (--deferral expected_gain), or a rival that shall "
@@ -109,11 +110,12 @@ def _show(table: CalibrationTable) -> None:
     from collm.calibration import missed
 
     far = missed(table)
-    click.echo(f"{'wanted':>8} {'achieved':>9} {'threshold':>10} {table.metric:>12}")
+    click.echo(f"{'wanted':>8} {'achieved':>9} {'threshold':>11} {table.metric:>12}")
     for index, row in enumerate(table.rows):
         notes = ("  best" if index == table.best else "") + ("  not reached" if row in far else "")
         click.echo(
-            f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {row.threshold:>10.4f} {row.metric_value:>12.3f}{notes}"
+            f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {_digits(row, table.signal):>11} "
+            f"{row.metric_value:>12.3f}{notes}"
         )
     if far:
         highest = max(row.achieved_rate for row in table.rows)
@@ -124,3 +126,13 @@ def _show(table: CalibrationTable) -> None:
             "threshold can change that; else more --rounds come nearer",
             err=True,
         )
+
+
+def _digits(row: CalibrationRow, signal: Signal) -> str:
+    """A threshold that may lie close to 0, or, of a gate, so close to 1 that a probability is rounded to it."""
+    from collm.decoding.policies import to_probability
+
+    below_one = to_probability(-row.log_odds) if signal == "gate" else 1.0
+    if 0 < below_one < 0.001:
+        return f"1 - {below_one:.1e}"
+    return f"{row.threshold:.1e}" if 0 < row.threshold < 0.001 else f"{row.threshold:.4f}"
