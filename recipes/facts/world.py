@@ -4,11 +4,11 @@ Countries and cities come from GeoNames (CC BY 4.0, by the package `geonamescach
 A *group* is a country with its cities, or an element: whatever a question about it gives away stays within it.
 """
 
-import hashlib
-import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from collm.data.prepare import part_of
 
 MIN_COUNTRY = 100_000
 MIN_CITY = 200_000
@@ -56,12 +56,7 @@ class Group:
         `turn` turns the circle on which the hashes lie. From 0.4 to 0.6 no group of the calibration part or of the
         test was in one of them before (turn 0).
         """
-        digest = hashlib.sha256(f"{SALT} {self.kind} {self.name}".encode()).digest()
-        point = (int.from_bytes(digest[:8], "big") / 2**64 + turn) % 1
-        for name, end in zip(SPLITS, itertools.accumulate(SPLITS.values()), strict=True):
-            if point < end:
-                return name
-        return name
+        return part_of(f"{SALT} {self.kind} {self.name}", SPLITS, turn)
 
     @property
     def num_facts(self) -> int:

@@ -18,10 +18,11 @@ judged by problems that nobody has looked at; with models trained anew, since th
 
 import argparse
 import collections
-import hashlib
 import json
 import re
 from pathlib import Path
+
+from collm.data.prepare import part_of
 
 # Shares of groups. Test B is kept for a later study and is opened by nothing in this folder.
 SPLITS = {"train": 0.70, "calibration": 0.08, "test_a": 0.11, "test_b": 0.11}
@@ -64,14 +65,8 @@ def groups(questions: list[str]) -> list[list[int]]:
 
 
 def split_of(group: list[str], turn: float = 0.0) -> str:
-    """The split of a group, from a hash of its smallest text: stable, and independent of the other groups."""
-    digest = hashlib.sha256(min(group).encode()).digest()
-    point = (int.from_bytes(digest[:8], "big") / 2**64 + turn) % 1
-    for name, share in SPLITS.items():
-        point -= share
-        if point < 0:
-            return name
-    return name
+    """The split of a group: that of its smallest text."""
+    return part_of(min(group), SPLITS, turn)
 
 
 def main() -> None:

@@ -19,12 +19,13 @@ TEST = "test"
 """The part that `test_ids` go to."""
 
 
-def part_of(question: str, parts: Mapping[str, float]) -> str:
+def part_of(text: str, parts: Mapping[str, float], turn: float = 0.0) -> str:
     """The part of a question, from a hash of its text: stable, and independent of the other questions.
 
-    Equal questions stay together; near-duplicates do not: where a set has them, they must be grouped first.
+    Equal questions stay together; near-duplicates do not: where a set has them, they must be grouped first, and
+    `text` is the name of a group. The hashes lie on a circle that the parts divide; `turn`, a share of it, turns it.
     """
-    point = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
+    point = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 + turn) % 1
     for name, share in parts.items():
         point -= share
         if point < 0:
