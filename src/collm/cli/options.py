@@ -196,16 +196,20 @@ def _as_options(message: str) -> str:
 
 
 def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
-    from collm.llm import CollaborativeLM
+    """The system of the command line; what is going on is shown in a terminal, for libraries and weights take seconds."""
+    from rich.console import Console
 
-    return CollaborativeLM.from_pretrained(
-        checkpoint,
-        assistants=list(options["assistants"]),
-        base=options["base"],
-        dtype=options["dtype"],
-        device=options["device"],
-        max_cache_tokens=options["max_cache_tokens"],
-    )
+    with Console(stderr=True).status(f"loading {checkpoint}"):
+        from collm.llm import CollaborativeLM
+
+        return CollaborativeLM.from_pretrained(
+            checkpoint,
+            assistants=list(options["assistants"]),
+            base=options["base"],
+            dtype=options["dtype"],
+            device=options["device"],
+            max_cache_tokens=options["max_cache_tokens"],
+        )
 
 
 def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
