@@ -12,6 +12,7 @@ what is within `band` of the calibrated cut (log-odds of the gate, or the logari
 
 Both ask the assistant more or less often than the plain rule does at the same cut, so that each is set against the
 plain rule at the rate that it turned out to ask at: between two rates of the plain rule, its score is interpolated.
+The single results lie beside the table, in a folder of its name, for `collm compare`.
 """
 
 import argparse
@@ -131,8 +132,9 @@ def run(
         SamplingParams(max_tokens=args.max_tokens, speculative=False),
         policy=rules[rule],
         batch_size=args.batch_size,
-        name=f"{rule} {rate:g} {band:g}",
+        name=f"{rule}_{rate:g}_{band:g}",
     )
+    result.save(args.out.with_suffix("") / f"{result.name}.json")
     asked = float(np.mean(soft.needed)) if rule == "soft" else result.deferral_rate
     return Row(rule, rate, band, cut, asked, result.value, result.ci95)
 
