@@ -196,7 +196,7 @@ def _as_options(message: str) -> str:
 
 
 def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
-    """The system of the command line; what is going on is shown in a terminal, for libraries and weights take seconds."""
+    """The system of the command line. A terminal shows that it is coming: libraries and weights take seconds."""
     from rich.console import Console
 
     with Console(stderr=True).status(f"loading {checkpoint}"):
