@@ -11,7 +11,7 @@ PYTHON ?= .venv/bin/python
 DTYPE ?= bfloat16
 GSM8K ?= train.jsonl
 # Problems taken from the start of the file.
-FIRST ?= 2600
+FIRST ?= 1400
 export OMP_NUM_THREADS ?= $(THREADS)
 
 DATA := data/gsm8k
@@ -25,7 +25,7 @@ all: $(SYSTEMS:%=$(RUNS)/test/%.json)
 	$(COLLM) compare $^ --against gate
 
 help:
-	@echo "make -f recipes/gsm8k/study.mk GSM8K=FILE [FIRST=2600] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/gsm8k/study.mk GSM8K=FILE [FIRST=1400] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 $(DATA)/train.jsonl:
 	mkdir -p $(DATA)
