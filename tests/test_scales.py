@@ -238,6 +238,20 @@ def test_soft_mixing_is_soft_near_the_cut_alone() -> None:
     assert rule.combine({0: says(base, 0.9)}).law.log_probs.exp().tolist() == pytest.approx(base), "one abstains"
 
 
+def test_who_was_asked_is_weighed_by_the_gate() -> None:
+    near = script("near_threshold")
+    rule = near.MixedWhereAsked(near.expected_gain_of, cut=math.log(0.15))
+    base, other = [0.7, 0.3], [0.4, 0.6]
+    for gate, token_id in ((0.9, 1), (0.6, 0)):  # 0.27 and 0.18 are gains to ask for; the base outvotes the second
+        found = rule.combine({0: says(base, gate), 1: says(other)})
+        assert found.law.log_probs.exp().tolist() == pytest.approx(
+            [(1 - gate) * p + gate * q for p, q in zip(base, other, strict=True)]
+        )
+        assert found.law.top_token_id == token_id
+    assert rule.combine({0: says(base, 0.4), 1: says(other)}).law.log_probs.exp().tolist() == pytest.approx(base)
+    assert rule.needed == [True, True, False]
+
+
 def test_rules_are_compared_at_the_rate_that_they_ask_at() -> None:
     near = script("near_threshold")
     plain = [near.Row("plain", rate, 0.0, 0.0, rate, score, (0, 1)) for rate, score in [(0.1, 0.2), (0.3, 0.6)]]

@@ -1,4 +1,4 @@
-"""What else can be done near a threshold: hysteresis, soft mixing.
+"""What else can be done with a threshold: hysteresis, soft mixing, mixing wherever an assistant was asked.
 
     python recipes/scales/near_threshold.py CHECKPOINT [--assistant NAME=SPEC] --task TASK --data CALIBRATION.jsonl \\
         --signal expected_gain --rates 0.1,0.2 --bands 1,3 --out FILE.json
@@ -9,9 +9,12 @@ what is within `band` of the calibrated cut (log-odds of the gate, or the logari
 - hysteresis: who writes goes on writing. It takes `cut + band` to begin to defer, `cut - band` to go on.
 - soft mixing: within the band the token comes from the mixture of the two laws by the gate (`compose`), outside from
   one of them. An assistant is asked wherever the signal exceeds `cut - band`.
+- mixed: there is no band. Where the signal exceeds the cut the assistant is asked, and what it says is weighed against
+  what the base says, by the gate, instead of being believed. That costs nothing: both laws are there.
 
-Both ask the assistant more or less often than the plain rule does at the same cut, so that each is set against the
-plain rule at the rate that it turned out to ask at: between two rates of the plain rule, its score is interpolated.
+The first two ask the assistant more or less often than the plain rule does at the same cut, so that each is set
+against the plain rule at the rate that it turned out to ask at: between two rates of the plain rule, its score is
+interpolated.
 The single results lie beside the table, in a folder of its name, for `collm compare`.
 """
 
@@ -101,6 +104,21 @@ class SoftMixing(Combination):
 
 
 @dataclass(frozen=True)
+class MixedWhereAsked(Combination):
+    """The gate's mixture above the cut, the base's law below. `needed`: as in `SoftMixing`."""
+
+    read: Reading = field(repr=False)
+    cut: float
+    needed: list[bool] = field(default_factory=list, repr=False)
+    needs_gate: ClassVar[bool] = True
+
+    def combine(self, present: Mapping[int, Prediction]) -> Combined:
+        base = present[BASE]
+        self.needed.append(self.read(base) > self.cut)
+        return Mixture().combine(present) if self.needed[-1] else Combined(base, {BASE: base.log_probs})
+
+
+@dataclass(frozen=True)
 class Row:
     """What a rule did. `asked`: share of the tokens for which an assistant has to run."""
 
@@ -119,11 +137,12 @@ def run(
     """All questions answered by one rule."""
     cut = cut_for_rate(llm.info.calibration, rate, args.task, args.signal)
     read = SIGNALS[args.signal]
-    soft = SoftMixing(read, cut, band)
+    mixing = MixedWhereAsked(read, cut) if rule == "mixed" else SoftMixing(read, cut, band)
     rules: dict[str, Method] = {
         "plain": policy_at(args.signal, cut, len(llm.models) - 1),
         "hysteresis": Hysteresis(read, cut, band),
-        "soft": soft,
+        "soft": mixing,
+        "mixed": mixing,
     }
     result = evaluate(
         llm,
@@ -135,7 +154,7 @@ def run(
         name=f"{rule}_{rate:g}_{band:g}",
     )
     result.save(args.out.with_suffix("") / f"{result.name}.json")
-    asked = float(np.mean(soft.needed)) if rule == "soft" else result.deferral_rate
+    asked = float(np.mean(mixing.needed)) if mixing.needed else result.deferral_rate
     return Row(rule, rate, band, cut, asked, result.value, result.ci95)
 
 
@@ -169,7 +188,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--signal", default="expected_gain", choices=sorted(SIGNALS))
     parser.add_argument("--rates", default="0.1,0.2", help="of the plain rule: the cuts around which the bands lie")
-    parser.add_argument("--bands", default="1,3", help="in nats")
+    parser.add_argument("--bands", default="1,3", help="in nats; empty: the first two rules alone")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the models' weights")
@@ -180,8 +199,8 @@ def main() -> None:
         raise CollmError(f"{args.checkpoint} has no gate, and these rules read it")
     examples = load_examples(args.data)
     rates = [float(rate) for rate in args.rates.split(",")]
-    bands = [float(band) for band in args.bands.split(",")]
-    todo = [("plain", rate, 0.0) for rate in rates]
+    bands = [float(band) for band in args.bands.split(",") if band]
+    todo = [(rule, rate, 0.0) for rule in ("plain", "mixed") for rate in rates]
     todo += [(rule, rate, band) for rule in ("hysteresis", "soft") for rate in rates for band in bands]
     rows: list[Row] = []
     for rule, rate, band in todo:
