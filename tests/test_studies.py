@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import subprocess
 from pathlib import Path
@@ -42,6 +43,11 @@ def test_every_step_can_be_called(study: Path, tmp_path: Path) -> None:
         assert left == [], (name, arguments)
     shipped = [word for words in found for word in words if word.startswith("recipes/")]
     assert all((ROOT / path).is_file() for path in [*shipped, *scripts]), shipped
+    made: set[str] = set()
+    for words in found:
+        if words[3:4] == ["train"]:
+            assert (ROOT / words[4]).is_file() or words[4] in made, f"no recipe {words[4]}"
+        made.update(value for option, value in itertools.pairwise(words) if option == "--out")
 
 
 def test_the_word_problems_are_trained_before_they_are_tested(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ $(RUNS)/tuned_free.yaml:
 $(RUNS)/tuned_free/collm.json: | $(TUNED)/collm.json
 
 $(patsubst %,$(RUNS)/%/collm.json,$(OTHERS) tuned_free): $(RUNS)/%/collm.json: | $(RUNS)/small/collm.json $(RUNS)/%.yaml
-	$(COLLM) train $(RUNS)/$*.yaml
+	$(COLLM) train $(@D).yaml
 $(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl
 $(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
 
