@@ -20,6 +20,7 @@ The single results lie beside the table, in a folder of its name, for `collm com
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ import numpy as np
 from collm import CollaborativeLM, SamplingParams
 from collm.data.examples import Example, load_examples
 from collm.decoding.baselines import Combination, Combined, Mixture
-from collm.decoding.policies import Decision, by_gate, log_error, log_odds, log_share, top_log_prob
+from collm.decoding.policies import Decision, ExpectedGain, by_gate, log_odds
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.files import write_text
@@ -49,9 +50,10 @@ def gate_of(base: Prediction) -> float:
 
 
 def expected_gain_of(base: Prediction) -> float:
-    """Logarithm of the gate times the base's doubt."""
-    assert base.log_gate is not None
-    return log_share(base.log_gate) + log_error(top_log_prob(base))
+    """Logarithm of the gate times the base's doubt: what the policy itself reads."""
+    signal = ExpectedGain(math.inf).decide(base, seed=0, position=0).signal
+    assert signal is not None
+    return signal
 
 
 SIGNALS: dict[str, Reading] = {"gate": gate_of, "expected_gain": expected_gain_of}
@@ -137,24 +139,25 @@ def run(
     """All questions answered by one rule."""
     cut = cut_for_rate(llm.info.calibration, rate, args.task, args.signal)
     read = SIGNALS[args.signal]
-    mixing = MixedWhereAsked(read, cut) if rule == "mixed" else SoftMixing(read, cut, band)
     rules: dict[str, Method] = {
         "plain": policy_at(args.signal, cut, len(llm.models) - 1),
+        "mixed": MixedWhereAsked(read, cut),
         "hysteresis": Hysteresis(read, cut, band),
-        "soft": mixing,
-        "mixed": mixing,
+        "soft": SoftMixing(read, cut, band),
     }
+    method = rules[rule]
     result = evaluate(
         llm,
         args.task,
         examples,
         SamplingParams(max_tokens=args.max_tokens, speculative=False),
-        policy=rules[rule],
+        policy=method,
         batch_size=args.batch_size,
         name=f"{rule}_{rate:g}_{band:g}",
     )
     result.save(args.out.with_suffix("") / f"{result.name}.json")
-    asked = float(np.mean(mixing.needed)) if mixing.needed else result.deferral_rate
+    asks = method.needed if isinstance(method, MixedWhereAsked | SoftMixing) else None
+    asked = result.deferral_rate if asks is None else float(np.mean(asks))
     return Row(rule, rate, band, cut, asked, result.value, result.ci95)
 
 
