@@ -178,7 +178,7 @@ def test_each_epoch_shows_each_example_once_in_an_order_of_its_own(grouped: bool
     assert means != sorted(means, reverse=True)
 
 
-KILL_AT_SECOND_SAVE = """
+KILL_AT_SAVE = """
 import os, signal, sys
 from collm.training import trainer
 from collm.training.recipe import load_recipe
@@ -186,27 +186,37 @@ from collm.training.train import train
 save = trainer.CollmTrainer._save_checkpoint
 def killed(self, *args):
     save(self, *args)
-    if self.state.global_step >= 2:
+    if self.state.global_step >= int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 trainer.CollmTrainer._save_checkpoint = killed
 train(load_recipe(sys.argv[1]), progress=False)
 """
 
 
-def test_resumed_after_kill_9_equals_uninterrupted(workplace: Path, full: Path) -> None:
-    path = workplace / "killed.yaml"
-    path.write_text(json.dumps(recipe_values(workplace, "killed")))  # JSON is YAML
-    done = subprocess.run([sys.executable, "-c", KILL_AT_SECOND_SAVE, str(path)], capture_output=True, check=False)
+@pytest.mark.parametrize(
+    ("minutes", "step"),
+    [pytest.param(5, 2, id="after an evaluation"), pytest.param(1e-9, 1, id="before the first evaluation")],
+)
+def test_resumed_after_kill_9_equals_uninterrupted(
+    workplace: Path, full: Path, caplog: pytest.LogCaptureFixture, minutes: float, step: int
+) -> None:
+    out = workplace / f"killed-{step}"
+    path = workplace / f"killed-{step}.yaml"
+    path.write_text(json.dumps(recipe_values(workplace, out.name, training={"save_minutes": minutes})))  # JSON is YAML
+    command = [sys.executable, "-c", KILL_AT_SAVE, str(path), str(step)]
+    done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    out = workplace / "killed"
     assert load_info(out) is None and (out / ".lock").exists()
-    checkpoints = sorted((out / "checkpoints").glob("checkpoint-*"))
-    assert len(checkpoints) == 1
+    assert [folder.name for folder in (out / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     # A half-written later checkpoint is passed over.
     half = out / "checkpoints" / "checkpoint-99"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert train(load_recipe(path), progress=False) == out
+    # How often to save is not part of what the folder belongs to.
+    path.write_text(json.dumps(recipe_values(workplace, out.name)))
+    with caplog.at_level("INFO", logger="collm"):
+        assert train(load_recipe(path), progress=False) == out
+    assert f"resuming from {out / 'checkpoints' / f'checkpoint-{step}'}" in caplog.text
     assert_same_weights(full, out, atol=0)
 
 
@@ -231,7 +241,8 @@ def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     The number of texts is a multiple of 8; otherwise accelerate repeats some to give all processes as many.
     """
     path = workplace / "two.yaml"
-    path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4})))
+    # The processes agree on when to save, here at the first step already.
+    path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4, "save_minutes": 1e-9})))
     script = workplace / "two.py"
     script.write_text(TWO_PROCESSES)
     with socket.socket() as free:
@@ -486,7 +497,7 @@ def test_initialisation_tells_assistants_apart() -> None:
 
 def test_initialisation_without_labels_starts_low() -> None:
     head = initialisation.fit(torch.randn(50, 4), torch.zeros(50, dtype=torch.long), 2)
-    assert float(log_gate(head(torch.randn(10, 4))).exp()[:, 1:].max()) < 0.05
+    assert float(log_gate(head(torch.randn(10, 4))).detach().exp()[:, 1:].max()) < 0.05
 
 
 def test_doubts_about_the_initial_gate() -> None:

@@ -65,7 +65,8 @@ def _claim(recipe: Recipe, restart: bool) -> None:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude={"out", "cache"})
+    # Without what changes nothing about the training.
+    return recipe.model_dump(mode="json", exclude={"out": True, "cache": True, "training": {"save_minutes": True}})
 
 
 def _with_defaults(found: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -81,6 +81,8 @@ class TrainingSection(_Section):
     """Evaluations on held-out text, evenly spread over the run; the best checkpoint among them is kept."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a gain."""
+    save_minutes: float = Field(5.0, gt=0)
+    """Between two checkpoints to resume from; longer where writing one takes more than a twentieth of it."""
     seed: int = 0
 
 

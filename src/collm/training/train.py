@@ -31,7 +31,8 @@ from collm.training.model import BaseWithGate, LossConfig
 from collm.training.preparation import Prepared, prepare
 from collm.training.progress import ProgressLines, say
 from collm.training.recipe import Recipe
-from collm.training.trainer import CollmTrainer, last_checkpoint
+from collm.training.resuming import SaveByTime, last_checkpoint
+from collm.training.trainer import CollmTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
         gate_learning_rate=recipe.training.gate_learning_rate / prepared.hidden_scale,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(SaveByTime(recipe.training.save_minutes * 60))
     if progress:
         trainer.add_callback(ProgressLines())
     if recipe.training.patience is not None:

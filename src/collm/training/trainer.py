@@ -5,7 +5,6 @@ So accelerate, DDP, bf16, gradient checkpointing, resuming and the usual loggers
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,25 +19,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from collm.data.collate import IGNORED
 from collm.errors import CollmError
-from collm.models.checkpoint import CheckpointInfo, load_info, save_checkpoint
+from collm.models.checkpoint import CheckpointInfo, save_checkpoint
 from collm.models.head import DeferralHead
 from collm.training.model import BaseWithGate
-
-STATE = "trainer_state.json"
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest *whole* Trainer checkpoint: a killed run may leave a half-written one behind."""
-
-    def whole(path: Path) -> bool:
-        try:  # the Trainer writes its state last
-            json.loads((path / STATE).read_text())
-        except (OSError, ValueError):
-            return False
-        return load_info(path) is not None
-
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(found) if whole(path)), None)
+from collm.training.resuming import last_checkpoint
 
 
 class EpochSampler(Sampler[int]):
