@@ -50,14 +50,23 @@ def test_every_step_can_be_called(study: Path, tmp_path: Path) -> None:
         made.update(value for option, value in itertools.pairwise(words) if option == "--out")
 
 
-def test_the_word_problems_are_trained_before_they_are_tested(tmp_path: Path) -> None:
-    found = steps(ROOT / "recipes" / "word_problems" / "study.mk", tmp_path)
-    trained: set[str] = set()
-    tested: set[str] = set()
-    for words in found:
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.parent.name)
+def test_every_model_is_there_before_it_is_asked(study: Path, tmp_path: Path) -> None:
+    made: set[str] = set()
+    asked: set[str] = set()
+    for words in steps(study, tmp_path):
         if words[3:4] == ["train"]:
-            trained.add(Path(words[4]).stem)
-        if words[3:4] == ["eval"] and (folder := Path(words[4])).parent == tmp_path / "runs":
-            tested.add(folder.name)
-            assert folder.name in trained | {"arithmetic_lm"}, f"{folder.name} is tested before it is trained"
+            made.add(Path(words[4]).stem)
+        elif words[1:2] != ["-m"]:
+            made.update(Path(value).name for option, value in itertools.pairwise(words) if option == "--out")
+        elif words[3:4] and words[3] in ("eval", "calibrate", "oracle"):
+            if (folder := Path(words[4])).is_relative_to(tmp_path / "runs"):
+                asked.add(folder.name)
+                assert folder.name in made, f"{folder.name} is asked before it is made"
+    assert asked & made
+
+
+def test_every_system_of_the_word_problems_is_tested(tmp_path: Path) -> None:
+    found = steps(ROOT / "recipes" / "word_problems" / "study.mk", tmp_path)
+    tested = {Path(words[4]).name for words in found if words[3:4] == ["eval"]}
     assert {"sft", "pair", "lora", "weak", "pair_lm", "both", "gate", "arithmetic_tuned"} <= tested
