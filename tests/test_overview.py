@@ -375,7 +375,7 @@ def test_kinds_of_systems(files: list[Path]) -> None:
     def kind(**settings: object) -> str:
         return system_row(replace(result, settings={**result.settings, **settings})).kind
 
-    assert kind() == kind(**{"params.deferral": "compose"}) == "joint"
+    assert kind() == kind(**{"params.deferral": "compose"}) == kind(**{"params.deferral": "expected_gain"}) == "joint"
     assert kind(**{"params.deferral": "random"}) == kind(**{"params.deferral": "entropy"}) == "control"
     assert kind(alone=0) == kind(models=["base"]) == kind(**{"params.deferral": "never"}) == "single"
 

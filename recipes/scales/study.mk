@@ -192,5 +192,5 @@ endef
 
 report: evaluate | $(RUNS)/cost.json
 	$(PYTHON) recipes/scales/retention.py $(OUT) --bench $(RUNS)/cost.json --out $(OUT)
-	$(COLLM) compare --against small $(filter-out $(OUT)/healed.json $(OUT)/full.json,$(SYSTEMS:%=$(OUT)/%.json))
+	$(COLLM) compare --against small $(SYSTEMS:%=$(OUT)/%.json)
 	$(foreach pair,$(PAIRS),$(foreach rate,$(RATES),$(call against_rivals,$(pair),$(rate))))

@@ -22,11 +22,12 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
 
     Each system is tested against one of them on the same examples: the exact McNemar test, and a paired bootstrap.
     With several, p-values corrected for their number (Holm) stand beside the raw ones. Examples that come in groups of
-    near-duplicates (their field `group`) are resampled group by group.
+    near-duplicates (their field `group`) are resampled group by group. A system that was scored by another task's rule
+    stands in the table, and is not tested.
     """
     from rich.console import Console
 
-    from collm.evaluation.comparison import compare_all, rival_of
+    from collm.evaluation.comparison import compare_all, judged_alike, rival_of
     from collm.evaluation.overview import system_row
     from collm.evaluation.result import EvalResult
     from collm.report.systems import systems_table
@@ -36,7 +37,10 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
         rival = rival_of(found, against)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    comparisons = compare_all(rival, [result for result in found if result is not rival], seed=seed)
+    others = [result for result in found if result is not rival]
+    # Where nothing could be tested, the error says why.
+    tested = judged_alike(rival, found) or others
+    comparisons = compare_all(rival, tested, seed=seed)
     if as_json:
         click.echo(json.dumps([asdict(comparison) for comparison in comparisons], ensure_ascii=False))
         return
@@ -46,3 +50,7 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     Console().print(systems_table([system_row(result) for result in found], rival.metric, title))
     for comparison in comparisons:
         click.echo(comparison.summary())
+    if len(tested) < len(others):
+        untested = [other for other in others if all(other is not one for one in tested)]
+        told = ", ".join(f"{other.name} (task {other.task} v{other.task_version})" for other in untested)
+        click.echo(f"not tested, since another rule says what is right: {told}")

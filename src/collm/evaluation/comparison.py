@@ -110,6 +110,13 @@ def rival_of(results: Sequence[EvalResult], name: str | None) -> EvalResult:
     return named[0]
 
 
+def judged_alike(rival: EvalResult, results: Sequence[EvalResult]) -> list[EvalResult]:
+    """Those of `results`, but for the rival, that were scored by its rule: what another rule counts as right is no
+    matter of a paired test."""
+    rule = (rival.task, rival.task_version)
+    return [result for result in results if result is not rival and (result.task, result.task_version) == rule]
+
+
 def compare_all(rival: EvalResult, others: Sequence[EvalResult], *, seed: int = 0) -> list[Comparison]:
     """Each of `others` against `rival`, p-values corrected for their number (Holm) where there are several.
 

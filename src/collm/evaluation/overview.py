@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from collm.errors import CollmError
-from collm.evaluation.comparison import Comparison, compare_all
+from collm.evaluation.comparison import Comparison, compare_all, judged_alike
 from collm.evaluation.curves import cost, series
 from collm.evaluation.result import EvalResult
 from collm.evaluation.written import Written
@@ -28,7 +28,7 @@ from collm.report.samples import NUM_COLOURS
 from collm.report.systems import SystemRow
 from collm.report.tokens import EDGES
 
-LEARNT = ("threshold", "sampled", "compose")
+LEARNT = ("threshold", "sampled", "compose", "expected_gain")
 """Ways of decoding that go by what the base has learnt; all others are there for comparison."""
 MOST_DEFERRED = 15
 """How many tokens the table of deferred ones shows."""
@@ -107,9 +107,7 @@ class Overview:
 
     @property
     def tested(self) -> list[EvalResult]:
-        """Those scored by the rival's rule; what another rule counts as right is no matter of a paired test."""
-        rule = (self.rival.task, self.rival.task_version)
-        return [r for r in self.results if r is not self.rival and (r.task, r.task_version) == rule]
+        return judged_alike(self.rival, self.results)
 
     def comparisons(self) -> list[Comparison]:
         return compare_all(self.rival, self.tested, seed=self.seed)
