@@ -68,6 +68,23 @@ def test_every_model_is_there_before_it_is_asked(study: Path, tmp_path: Path) ->
     assert asked & made
 
 
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.parent.name)
+def test_what_is_put_side_by_side_has_answered_the_same_questions(study: Path, tmp_path: Path) -> None:
+    questions: dict[str, tuple[str, str]] = {}
+    tables = 0
+    for words in steps(study, tmp_path):
+        options = dict(itertools.pairwise(words))
+        if words[3:4] == ["eval"]:
+            questions[str(Path(options["--out"]).with_suffix(".json"))] = options["--data"], options["--task"]
+        if words[3:4] in (["compare"], ["report"]):
+            tables += 1
+            asked = {word: questions[word] for word in words[4:] if word.endswith(".json")}
+            assert len({data for data, _ in asked.values()}) == 1, asked
+            rival = next((name for name in asked if Path(name).stem == options.get("--against")), next(iter(asked)))
+            assert sum(task == asked[rival][1] for _, task in asked.values()) > 1, f"nothing is tested against {rival}"
+    assert tables
+
+
 def test_every_system_of_the_word_problems_is_tested(tmp_path: Path) -> None:
     found = steps(ROOT / "recipes" / "word_problems" / "study.mk", tmp_path)
     tested = {Path(words[4]).name for words in found if words[3:4] == ["eval"]}

@@ -138,7 +138,7 @@ $(RUNS)/test_b/sft-proxy_tuning.json: UNTUNED = --assistant untuned=$(MODEL)
 
 $(RUNS)/test_b/report.html: | $(TESTS:%=$(RUNS)/test_b/%.json)
 	$(COLLM) compare $(TESTS:%=$(RUNS)/test_b/%.json) --against pair
-	$(COLLM) report $(TESTS:%=$(RUNS)/test_b/%.json) --out $@
+	$(COLLM) report $(TESTS:%=$(RUNS)/test_b/%.json) --against pair --title "Word problems" --out $@
 
 # -- ablations, on the calibration part at the threshold 0.5 -----------------------------------------------------------
 
