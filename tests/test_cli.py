@@ -612,10 +612,16 @@ def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
     refused(collm("compare", *files, "--against", "jont"), "jont", "joint", code=2)
     refused(collm("compare", files[0], tmp_path / "joint.jsonl"), "not the result of an evaluation")
     rule = ("--task", "word_problems_flexible")
-    assert collm("eval", pair, *TASK, *rule, *TOGETHER, "--name", "lax", "--out", tmp_path / "lax.jsonl").exit_code == 0
+    assert (
+        collm(
+            "eval", pair, *TASK, *rule, *TOGETHER, "--name", "read_by_a_laxer_rule", "--out", tmp_path / "lax.jsonl"
+        ).exit_code
+        == 0
+    )
     shown = collm("compare", *files, tmp_path / "lax.json")
-    assert shown.exit_code == 0 and "joint against alone" in shown.stdout and "lax against" not in shown.stdout
-    assert "not tested" in shown.stdout and "lax (task word_problems_flexible v1)" in shown.stdout
+    assert shown.exit_code == 0 and "joint against alone" in shown.stdout and "laxer_rule against" not in shown.stdout
+    assert "not tested" in shown.stdout and "laxer_rule (task word_problems_flexible v1)" in shown.stdout
+    assert "│ read_by_a_laxer_rule │" in shown.stdout  # to a pipe, nothing is cut off
     refused(collm("compare", files[0], tmp_path / "lax.json"), "different tasks")
     other = collm("eval", pair, *TASK, "--limit", "5", *TOGETHER, "--name", "few", "--out", tmp_path / "few.jsonl")
     assert other.exit_code == 0

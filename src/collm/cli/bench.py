@@ -83,13 +83,13 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     pairs = _pairs(options)
 
     import torch
-    from rich.console import Console
 
     from collm.bench.result import Kind
     from collm.bench.run import Plan, save
     from collm.bench.run import bench as run
     from collm.bench.systems import Effort
     from collm.bench.table import tables
+    from collm.report.terminal import print_table
 
     if plot is not None:
         from collm.bench.plot import check_plot, save_plot
@@ -111,11 +111,8 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
         save(result, json_file)
     if plot is not None:
         save_plot(result, plot)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
     for table in tables(result):
-        console.print(table)
+        print_table(table)
 
 
 QUICK: dict[str, Any] = {

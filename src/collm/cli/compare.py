@@ -25,12 +25,11 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     near-duplicates (their field `group`) are resampled group by group. A system that was scored by another task's rule
     stands in the table, and is not tested.
     """
-    from rich.console import Console
-
     from collm.evaluation.comparison import compare_all, judged_alike, rival_of
     from collm.evaluation.overview import system_row
     from collm.evaluation.result import EvalResult
     from collm.report.systems import systems_table
+    from collm.report.terminal import print_table
 
     found = [EvalResult.load(path) for path in results]
     try:
@@ -47,7 +46,7 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     title = f"{rival.num_examples} questions of {rival.task}"
     if rival.num_groups is not None:
         title += f" in {rival.num_groups} groups of near-duplicates"
-    Console().print(systems_table([system_row(result) for result in found], rival.metric, title))
+    print_table(systems_table([system_row(result) for result in found], rival.metric, title))
     for comparison in comparisons:
         click.echo(comparison.summary())
     if len(tested) < len(others):

@@ -157,8 +157,9 @@ def _harness(
 
 
 def _show_harness(results: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from collm.report.terminal import print_table
 
     table = Table("task", "filter", "shots", "metric")
     for heading in ("value", "± standard error"):
@@ -170,7 +171,7 @@ def _show_harness(results: dict[str, Any]) -> None:
             if kind and not metric.endswith("_stderr"):
                 error = found.get(f"{metric}_stderr,{kind}")
                 table.add_row(task, kind, shots, metric, _number(value), _number(error))
-    Console().print(table)
+    print_table(table)
     for task, told in results["collm"]["tasks"].items():
         parts = []
         if "texts" in told:
@@ -192,9 +193,8 @@ def _number(value: object) -> str:
 
 
 def _show(result: EvalResult) -> None:
-    from rich.console import Console
-
     from collm.report.systems import SystemRow, systems_table
+    from collm.report.terminal import print_table
 
     row = SystemRow(
         result.name,
@@ -203,7 +203,7 @@ def _show(result: EvalResult) -> None:
         deferral_rate=result.deferral_rate,
         changed_share=result.changed_share,
     )
-    Console().print(systems_table([row], result.metric))
+    print_table(systems_table([row], result.metric))
     counts = ", ".join(f"{name} {count}" for name, count in result.forward_passes.items())
     click.echo(
         f"{result.num_examples} questions of {result.task} (version {result.task_version}), seed {result.seed}; "

@@ -63,9 +63,8 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
 
 
 def _show(found: OracleReport) -> None:
-    from rich.console import Console
-
     from collm.report.systems import SystemRow, systems_table
+    from collm.report.terminal import print_table
 
     rows = [
         SystemRow(
@@ -74,7 +73,7 @@ def _show(found: OracleReport) -> None:
         for row in found.rows
     ]
     title = f"{found.tokens} gold tokens of {found.examples} examples"
-    Console().print(systems_table(rows, "token_accuracy", title))
+    print_table(systems_table(rows, "token_accuracy", title))
     for at in found.by_rate:
         figures = ", ".join(f"{name} {value:.1%}" for name, value in at.items() if name != "rate")
         click.echo(f"at a rate of {at['rate']:.0%}: {figures}")

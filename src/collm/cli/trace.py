@@ -24,15 +24,13 @@ def trace(trace_file: Path, html: Path | None, classes: bool, limit: int | None)
         raise click.UsageError(f"{trace_file} is a result; its texts are in {beside}")
     from itertools import islice
 
-    from rich.console import Console
-
-    from collm.report.terminal import classes_table, print_traces
+    from collm.report.terminal import classes_table, print_table, print_traces
     from collm.report.tokens import token_figures
     from collm.report.trace import stream_traces
 
     traces = islice(stream_traces(trace_file), limit)
     if classes:
-        Console().print(classes_table(token_figures(traces)))
+        print_table(classes_table(token_figures(traces)))
         return
     if html is None:
         print_traces(traces)

@@ -26,7 +26,7 @@ from collm.models.checkpoint import load_info
 from collm.report.html import Page, write_html
 from collm.report.plots import save_curve
 from collm.report.systems import SystemRow, systems_table
-from collm.report.terminal import print_traces
+from collm.report.terminal import print_table, print_traces
 from collm.report.trace import Trace, read_traces
 
 SETTINGS, RESULTS, REPORT, LOG = "demo.json", "results.json", "report.html", "log.txt"
@@ -186,7 +186,7 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
     write_html(traces, out / REPORT, page)
     write_text(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
     plain = [dataclasses.replace(row, note="") for row in rows]
-    console.print(systems_table(plain, title=f"{results['test_questions']} held-out questions"))
+    print_table(systems_table(plain, title=f"{results['test_questions']} held-out questions"), console)
     print_traces(_samples(out, traces), console)
     console.print(
         Text(f"{results['seconds']:.0f} s. More in {out / REPORT}; figures in {out / RESULTS}."), highlight=False

@@ -53,7 +53,7 @@ def systems_table(rows: Sequence[SystemRow], metric: str = "exact match", title:
     costs, notes = any(row.passes_per_token for row in rows), any(row.note for row in rows)
     columns += [("passes per token", "left")] * costs + [("note", "left")] * notes
     table = Table(title=title, title_justify="left")
-    table.add_column("system")
+    table.add_column("system", overflow="fold")  # whole, in as many lines as it takes: a row is looked up by it
     table.add_column(metric.replace("_", " "), justify="right")
     for heading, justify in columns:
         table.add_column(heading.replace("_", " "), justify="right" if justify == "right" else "left")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -116,6 +117,15 @@ def print_generation(generation: Generation, console: Console | None = None, *, 
     if with_legend:
         console.print(legend(generation.model_names, colour), soft_wrap=True, highlight=False)
         console.print(Text(summary(generation), style="dim" if colour else ""), soft_wrap=True, highlight=False)
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print a table, in a terminal within its width; to a file or a pipe as wide as it is, with nothing cut off."""
+    console = console or Console()
+    if not console.is_terminal:
+        wide = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
 
 
 def question_of(trace: Trace) -> str:
