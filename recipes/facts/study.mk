@@ -6,7 +6,7 @@ include recipes/common.mk
 DATA := data/facts
 RUNS := runs/facts
 PAIRS := pair weak seen own
-MODELS := expert base_sft expert_tuned $(PAIRS)
+MODELS := expert base_sft expert_tuned expert_lora $(PAIRS)
 
 ANSWERS := --task exact_match --max-tokens 64 --batch-size 32 --dtype $(DTYPE)
 SHOTS := --stop 'Question:'
@@ -19,6 +19,7 @@ expert = $(RUNS)/expert
 expert_shots = $(RUNS)/expert $(SHOTS)
 untouched_shots = $(MODEL) $(SHOTS)
 expert_tuned = $(RUNS)/expert_tuned
+expert_lora = $(RUNS)/expert_lora
 pair = $(RUNS)/pair --deferral-rate $(call best,pair)
 weak = $(RUNS)/weak --deferral-rate $(call best,weak)
 compose = $(RUNS)/pair --method compose
@@ -42,7 +43,7 @@ SHOWN := expert_shots untouched_shots
 GATELESS := confident mixture contrastive proxy_tuning nudging
 CHEAP := gate_10 expected_gain_10 entropy_10 top_probability_10 random_10
 RULED := compose random expected_gain entropy top_probability $(CHEAP)
-SYSTEMS := pair base_sft expert $(SHOWN) expert_tuned weak $(RULED) $(GATELESS)
+SYSTEMS := pair base_sft expert $(SHOWN) expert_tuned expert_lora weak $(RULED) $(GATELESS)
 RESULTS := $(SYSTEMS:%=$(RUNS)/test/%.json)
 # Those behind worked examples were asked otherwise; paired tests are of answers to the same prompts.
 COMPARED := $(filter-out $(SHOWN:%=$(RUNS)/test/%.json),$(RESULTS))
@@ -65,6 +66,11 @@ $(RUNS)/%/collm.json: | $(DATA)/test.jsonl
 	$(COLLM) train recipes/facts/$*.yaml
 
 $(RUNS)/expert_tuned/collm.json: | $(RUNS)/expert/collm.json
+$(RUNS)/expert_lora.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/facts/expert_tuned.yaml out=$(RUNS)/expert_lora tune=lora \
+	    training.learning_rate=1.0e-3 --out $@
+$(RUNS)/expert_lora/collm.json: | $(RUNS)/expert_lora.yaml $(RUNS)/expert/collm.json
+	$(COLLM) train $(RUNS)/expert_lora.yaml
 $(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/base_sft/collm.json $(RUNS)/expert/collm.json
 	$(COLLM) train $(RUNS)/$*.yaml
 
@@ -96,9 +102,12 @@ SIGNALS := expected_gain entropy top_probability
 OF_PAIR := $(RUNS)/calibration/pair/curve.csv $(SIGNALS:%=$(RUNS)/calibration/pair-%/curve.csv)
 calibrate: $(CURVES) $(OF_PAIR)
 
+# A rival shall ask as often as the pair: its rates want more steps than a curve.
+ROUNDS := 2
+$(SIGNALS:%=$(RUNS)/calibration/pair-%/curve.csv): ROUNDS := 4
 # The rate that did best, 0.3 while there is none (make -n).
 best = $(or $(shell sed -n 's/,.*,1$$//p' $(RUNS)/calibration/$(1)/curve.csv 2>/dev/null),0.3)
-CALIBRATE = $(COLLM) calibrate $(RUNS)/$(1) $(ANSWERS) --data $(DATA)/calibration.jsonl --rounds 2
+CALIBRATE = $(COLLM) calibrate $(RUNS)/$(1) $(ANSWERS) --data $(DATA)/calibration.jsonl --rounds $(ROUNDS)
 
 $(CURVES): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/%/collm.json
 	$(call CALIBRATE,$*) --rates 0,0.1,0.2,0.3,0.4,1 --out $(RUNS)/calibration/$*
@@ -117,6 +126,7 @@ $(RUNS)/test/weak.json: | $(RUNS)/calibration/weak/curve.csv
 $(patsubst %,$(RUNS)/test/%.json,base_sft $(GATELESS)): | $(RUNS)/base_sft/collm.json
 $(patsubst %,$(RUNS)/test/%.json,expert expert_shots $(GATELESS)): | $(RUNS)/expert/collm.json
 $(RUNS)/test/expert_tuned.json: | $(RUNS)/expert_tuned/collm.json
+$(RUNS)/test/expert_lora.json: | $(RUNS)/expert_lora/collm.json
 
 compare: | $(RESULTS)
 	$(COLLM) compare --against pair $(COMPARED)
