@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from collm.evaluation.evaluate import (
     result_path,
 )
 from collm.evaluation.result import EvalResult
-from collm.evaluation.stats import bootstrap_ci, holm, mcnemar_exact, paired_bootstrap
+from collm.evaluation.stats import bootstrap_ci, holm, paired_difference, sign_flip_test
 from collm.evaluation.task import get_task
 from collm.report.trace import read_traces
 from collm.sampling_params import SamplingParams
@@ -64,8 +65,35 @@ def test_mcnemar_equals_enumeration(n: int) -> None:
     """Under the null every discordant example falls to either side alike: count all 2^n outcomes."""
     for b in range(n + 1):
         extreme = sum(abs(2 * bin(word).count("1") - n) >= abs(2 * b - n) for word in range(2**n))
-        assert mcnemar_exact(b, n - b) == pytest.approx(extreme / 2**n)
-    assert mcnemar_exact(0, 5000) < 1e-300
+        assert sign_flip_test([-1] * b + [1] * (n - b) + [0] * 3) == pytest.approx(extreme / 2**n)
+    assert sign_flip_test([1] * 900) < 1e-250
+
+
+@given(st.lists(st.integers(-4, 4), max_size=8))
+def test_sums_of_groups_are_tested_by_all_choices_of_signs(sums: list[int]) -> None:
+    """As many answers are right more often by the one system in a group of questions as the sum says."""
+    choices = [sum(s * d for s, d in zip(signs, sums, strict=True)) for signs in product((-1, 1), repeat=len(sums))]
+    exact = sum(abs(choice) >= abs(sum(sums)) for choice in choices) / len(choices)
+    assert sign_flip_test(sums) == pytest.approx(exact)
+    if any(sums):
+        assert sign_flip_test([d / 3 for d in sums]) == pytest.approx(exact, abs=0.03)  # graded: drawn, not counted
+
+
+def test_few_differing_groups_are_no_proof() -> None:
+    """Twenty answers turned right, all of them in three groups: no more than three coins that fell alike."""
+    groups = [str(i // 10) for i in range(200)]
+    better = [float(i < 30 and i % 3 > 0) for i in range(200)]
+    found = paired_difference([0.0] * 200, better, groups=groups)
+    assert found.p_value == 0.25 and found.difference == pytest.approx(0.1)
+
+
+def test_the_paired_test_rejects_no_more_often_than_it_says() -> None:
+    rng = np.random.default_rng(3)
+    rejected = 0
+    for _ in range(400):
+        differing = rng.integers(0, 2, size=8) * 2.0 - 1
+        rejected += sign_flip_test(differing) < 0.05
+    assert rejected <= 0.07 * 400
 
 
 def test_paired_bootstrap_sees_what_unpaired_scores_hide() -> None:
@@ -73,19 +101,19 @@ def test_paired_bootstrap_sees_what_unpaired_scores_hide() -> None:
     first = (rng.random(200) < 0.5).astype(float)
     second = first.copy()
     second[np.flatnonzero(first == 0)[:12]] = 1  # 12 better, none worse
-    found = paired_bootstrap(first.tolist(), second.tolist())
+    found = paired_difference(first.tolist(), second.tolist())
     assert found.difference == pytest.approx(0.06)
     assert 0 < found.ci95[0] < 0.06 < found.ci95[1] and found.p_value < 0.001
-    swapped = paired_bootstrap(second.tolist(), first.tolist())
+    swapped = paired_difference(second.tolist(), first.tolist())
     assert swapped.difference == pytest.approx(-0.06) and swapped.p_value < 0.001
-    same = paired_bootstrap(first.tolist(), first.tolist())
+    same = paired_difference(first.tolist(), first.tolist())
     assert (same.difference, same.ci95, same.p_value) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_paired_scores_must_match() -> None:
     for first, second in (([1.0], [1.0, 0.0]), ([], [])):
         with pytest.raises(ValueError, match="same examples"):
-            paired_bootstrap(first, second)
+            paired_difference(first, second)
 
 
 @given(
@@ -99,8 +127,8 @@ def test_repeating_every_example_tells_nothing_new(pairs: list[tuple[float, floa
     options = {"resamples": 200, "seed": 1}
     once = bootstrap_ci(first, **options)  # type: ignore[arg-type]
     assert bootstrap_ci(first * copies, groups=groups, **options) == pytest.approx(once)  # type: ignore[arg-type]
-    paired = paired_bootstrap(first, second, **options)  # type: ignore[arg-type]
-    again = paired_bootstrap(first * copies, second * copies, groups=groups, **options)  # type: ignore[arg-type]
+    paired = paired_difference(first, second, **options)  # type: ignore[arg-type]
+    again = paired_difference(first * copies, second * copies, groups=groups, **options)  # type: ignore[arg-type]
     assert again.ci95 == pytest.approx(paired.ci95)
     assert abs(again.p_value - paired.p_value) < 0.05  # sums of several are rounded differently around 0
 
@@ -269,13 +297,13 @@ def test_comparison_is_paired() -> None:
     assert (found.first, found.second, found.only_first) == ("weak", "strong", 0)
     assert found.only_second == sum(strong.scores) - sum(weak.scores) > 5
     assert found.difference == pytest.approx(strong.value - weak.value)
-    assert found.mcnemar_p == mcnemar_exact(0, found.only_second) < 0.05
-    assert found.ci95[0] > 0 and found.bootstrap_p < 0.05
+    assert found.p_value == pytest.approx(2 / 2**found.only_second) and found.ci95[0] > 0
+    assert found.test == "exact McNemar"
     assert "strong against weak" in found.summary()
     shuffled = replace(strong, ids=strong.ids[::-1], scores=strong.scores[::-1])
     assert compare(weak, shuffled) == found
     graded = replace(strong, scores=tuple(score / 2 for score in strong.scores))
-    assert compare(weak, graded).mcnemar_p is None
+    assert compare(weak, graded).test == "sign-flip"
 
 
 def test_groups_of_near_duplicates_widen_intervals() -> None:
@@ -290,10 +318,11 @@ def test_groups_of_near_duplicates_widen_intervals() -> None:
     assert plain.groups == () and plain.num_groups is None
     assert strong.ci95 == bootstrap_ci(strong.scores, groups=strong.groups) != plain.ci95
     found = compare(weak, strong)
-    assert found.num_groups == 5 and found.p_value == found.bootstrap_p
+    assert found.num_groups == 5 and found.test == "sign-flip"
+    assert found.p_value == 2 / 2**5  # one more right in each of five groups, at least
     assert "5 groups" in found.summary() and "5 groups" in strong.summary()
     assert compare(weak, plain) == found  # an older result, made before the file told of groups
-    assert compare(replace(weak, groups=()), plain).p_value == found.mcnemar_p
+    assert compare(replace(weak, groups=()), plain).p_value < found.p_value
     with pytest.raises(CollmError, match="different groups"):
         compare(weak, replace(strong, groups=strong.groups[::-1]))
     with pytest.raises(CollmError, match="group is the name"):
@@ -358,7 +387,7 @@ def test_only_like_can_be_compared() -> None:
     for other in (run(count=19), replace(first, task="gsm8k"), replace(first, task_version=2)):
         with pytest.raises(CollmError, match="different"):
             compare(first, other)
-    assert math.isclose(compare(first, first).bootstrap_p, 1.0)
+    assert math.isclose(compare(first, first).p_value, 1.0)
 
 
 def test_ways_of_decoding_have_names_of_their_own() -> None:

@@ -4,8 +4,8 @@ python recipes/scales/retention.py runs/scales/test_b --bench runs/scales/cost.j
 
 Cost is in passes of the large model for each written token: a pass of the small one counts what a bare pass of it takes
 beside one of the large (`collm bench`). Gain kept: (system - small base) : (large fine-tuned - small base), with a
-paired bootstrap interval over the same questions. p: exact McNemar tests against both models alone, the small base
-fine-tuned and the large one untouched (which is given every chance: any number in its answer counts).
+paired bootstrap interval over the same questions. p: paired tests over whole groups against both models alone, the
+small base fine-tuned and the large one untouched (which is given every chance: any number in its answer counts).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collm.bench.figures import facts
 from collm.bench.result import BenchResult
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult
-from collm.evaluation.stats import mcnemar_exact
+from collm.evaluation.stats import paired_difference
 from collm.files import replacing, write_text
 
 SMALL, UNTOUCHED, LARGE = "small", "full", "full_tuned"
@@ -74,9 +74,9 @@ def gain_kept(system: EvalResult, small: EvalResult, large: EvalResult, seed: in
 
 
 def p_value(system: EvalResult, rival: EvalResult) -> float:
-    """Exact McNemar test, whatever counts as an answer of either."""
-    pairs = list(zip(system.scores, rival.scores, strict=True))
-    return mcnemar_exact(sum(a > b for a, b in pairs), sum(b > a for a, b in pairs))
+    """Of the paired test that `collm compare` makes, whatever counts as an answer of either."""
+    groups = system.groups or None
+    return paired_difference(rival.scores, system.scores, groups=groups).p_value
 
 
 def load_rows(folder: Path, small_pass: float) -> list[Row]:

@@ -20,10 +20,10 @@ from collm.cli.options import EXISTING
 def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: bool) -> None:
     """Compare RESULTS (the .json beside what `collm eval --out` wrote) on the questions that all of them answered.
 
-    Each system is tested against one of them on the same examples: the exact McNemar test, and a paired bootstrap.
-    With several, p-values corrected for their number (Holm) stand beside the raw ones. Examples that come in groups of
-    near-duplicates (their field `group`) are resampled group by group. A system that was scored by another task's rule
-    stands in the table, and is not tested.
+    Each system is tested against one of them on the same examples: the exact McNemar test, and a bootstrap interval of
+    the difference. With several, p-values corrected for their number (Holm) stand beside the raw ones. Examples that
+    come in groups of near-duplicates (their field `group`) are kept together in both. A system that was scored by
+    another task's rule stands in the table, and is not tested.
     """
     from collm.evaluation.comparison import compare_all, judged_alike, rival_of
     from collm.evaluation.overview import system_row

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult
-from collm.evaluation.stats import holm, mcnemar_exact, paired_bootstrap
+from collm.evaluation.stats import holm, paired_difference
 
 
 @dataclass(frozen=True)
 class Comparison:
     """`second` against `first` on the same examples.
 
-    `only_first`, `only_second`: examples that only this one gets right (graded: better than the other); `mcnemar_p` is
-    the exact two-sided p-value over these, None where scores are not just 0 and 1. `bootstrap_p` and `ci95` come
+    `only_first`, `only_second`: examples that only this one gets right (graded: better than the other). `ci95` comes
     from resampling examples, or `num_groups` whole groups of near-duplicates (None where examples are independent).
+    `p_value` is of the paired test that turns these around (`stats.sign_flip_test`); `test` is its name.
     `holm_p`: `p_value`, corrected for being one of several tests; None for a test that stands alone.
     """
 
@@ -26,33 +26,22 @@ class Comparison:
     num_examples: int
     difference: float
     ci95: tuple[float, float]
-    bootstrap_p: float
+    p_value: float
+    test: str
     only_first: int
     only_second: int
-    mcnemar_p: float | None
     num_groups: int | None = None
     holm_p: float | None = None
-
-    @property
-    def p_value(self) -> float:
-        """The p-value to judge by: McNemar's, which is exact, or the bootstrap's where that test does not hold
-        (graded scores; groups, whose examples are not independent trials)."""
-        return self.bootstrap_p if self.mcnemar_p is None or self.num_groups is not None else self.mcnemar_p
 
     def summary(self) -> str:
         """One line for people."""
         corrected = "" if self.holm_p is None else f", Holm-corrected {self.holm_p:.3g}"
-        told = [f"bootstrap p = {self.bootstrap_p:.3g}"]
-        if self.mcnemar_p is not None:
-            told.insert(0 if self.num_groups is None else 1, f"exact McNemar p = {self.mcnemar_p:.3g}")
-        told[0] += corrected
-        grouped = (
-            "" if self.num_groups is None else f" in {self.num_groups} groups, which the bootstrap resamples whole"
-        )
+        grouped = "" if self.num_groups is None else f" in {self.num_groups} groups, which interval and test keep whole"
         return (
             f"{self.second} against {self.first}: "
             f"{100 * self.difference:+.1f} points of {self.metric.replace('_', ' ')} "
-            f"(95 % interval {100 * self.ci95[0]:+.1f} to {100 * self.ci95[1]:+.1f}; {', '.join(told)}; "
+            f"(95 % interval {100 * self.ci95[0]:+.1f} to {100 * self.ci95[1]:+.1f}; "
+            f"{self.test} p = {self.p_value:.3g}{corrected}; "
             f"only right: {self.only_second} against {self.only_first} of {self.num_examples}{grouped})"
         )
 
@@ -76,7 +65,7 @@ def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparis
     found = dict(zip(second.ids, second.scores, strict=True))
     a_scores, b_scores = first.scores, [found[id] for id in first.ids]
     groups = _common_groups(first, second)
-    paired = paired_bootstrap(a_scores, b_scores, groups=groups, seed=seed)
+    paired = paired_difference(a_scores, b_scores, groups=groups, seed=seed)
     binary = {*a_scores, *b_scores} <= {0.0, 1.0}
     only_first = sum(a > b for a, b in zip(a_scores, b_scores, strict=True))
     only_second = sum(b > a for a, b in zip(a_scores, b_scores, strict=True))
@@ -87,10 +76,10 @@ def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparis
         num_examples=len(a_scores),
         difference=paired.difference,
         ci95=paired.ci95,
-        bootstrap_p=paired.p_value,
+        p_value=paired.p_value,
+        test="exact McNemar" if binary and groups is None else "sign-flip",
         only_first=only_first,
         only_second=only_second,
-        mcnemar_p=mcnemar_exact(only_first, only_second) if binary else None,
         num_groups=None if groups is None else len(set(groups)),
     )
 

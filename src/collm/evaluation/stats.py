@@ -6,7 +6,6 @@ Where examples come in groups of near-duplicates, their scores are not independe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,28 +77,47 @@ def bootstrap_ci(
     return float(low), float(high)
 
 
-def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value for two systems on the same examples (McNemar 1947, binomial form).
+def sign_flip_test(differences: Sequence[float] | NDArray[np.float64], *, seed: int = 0) -> float:
+    """Two-sided p-value of paired differences, one for each example or the sum of each group of near-duplicates, `[G]`.
 
-    Args:
-        only_first: examples that only the first system gets right.
-        only_second: examples that only the second gets right.
+    If two systems do not differ, each difference might as well have the other sign: the share of all 2^G choices of
+    signs whose sum lies as far from 0 as the one seen (Fisher 1935, section 21). Exact where the differences are whole
+    numbers, as sums of right and wrong answers are; over examples that is McNemar's exact test (McNemar 1947). Else of
+    `RESAMPLES` random choices, and then never below 1 / (RESAMPLES + 1).
     """
-    discordant = only_first + only_second
-    tail = sum(math.comb(discordant, i) for i in range(min(only_first, only_second) + 1))
-    return min(1.0, float(2 * tail / 2**discordant))
+    found = np.abs(np.asarray(differences, dtype=np.float64))
+    seen = abs(float(np.asarray(differences, dtype=np.float64).sum()))
+    sizes = found[found > 0]
+    if (sizes == np.round(sizes)).all():
+        middle = int(sizes.sum())
+        chances = np.zeros(2 * middle + 1)  # of each sum, from -middle to middle
+        chances[middle] = 1
+        for size in sizes.astype(int):
+            moved = np.zeros_like(chances)
+            moved[size:] += chances[:-size] / 2
+            moved[:-size] += chances[size:] / 2
+            chances = moved
+        far = np.abs(np.arange(-middle, middle + 1)) >= round(seen)
+        return min(1.0, float(chances[far].sum()))
+    rng = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // len(sizes))
+    as_far = 0
+    for start in range(0, RESAMPLES, rows):
+        signs = rng.integers(0, 2, size=(min(rows, RESAMPLES - start), len(sizes))) * 2 - 1
+        as_far += int((np.abs(signs @ sizes) >= seen * (1 - 1e-12)).sum())
+    return (as_far + 1) / (RESAMPLES + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Mean of `second - first` with its bootstrap interval and two-sided bootstrap p-value."""
+    """Mean of `second - first` with its bootstrap interval and the p-value of `sign_flip_test`."""
 
     difference: float
     ci95: tuple[float, float]
     p_value: float
 
 
-def paired_bootstrap(
+def paired_difference(
     first: Sequence[float],
     second: Sequence[float],
     *,
@@ -107,10 +125,10 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> PairedDifference:
-    """Resample examples (or whole groups), not systems: each resample keeps both scores of an example together.
+    """Two systems on the same examples: the interval resamples, and the test turns around, examples or whole groups.
 
-    The p-value is twice the smaller share of resampled differences on either side of 0, with one added to both counts
-    so that it is never 0.
+    (A bootstrap's own p-value rejects too often where the two differ on few examples: with eight of them, in 8 % of
+    trials instead of 5.)
 
     Raises:
         ValueError: for lists of different lengths, or empty ones.
@@ -120,10 +138,8 @@ def paired_bootstrap(
     difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     if not difference.any():
         return PairedDifference(0.0, (0.0, 0.0), 1.0)
-    means = _resampled_means(difference, groups, resamples, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    side = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    p_value = min(1.0, 2 * (side + 1) / (resamples + 1))
+    low, high = np.quantile(_resampled_means(difference, groups, resamples, seed), [0.025, 0.975])
+    p_value = sign_flip_test(_clusters(difference, groups)[0], seed=seed)
     return PairedDifference(float(difference.mean()), (float(low), float(high)), p_value)
 
 
