@@ -324,7 +324,10 @@ def test_each_signal_has_its_own_calibration() -> None:
     # Chance needs no calibration, but follows one: assistants that abstain write less than they are asked.
     chance = SamplingParams(deferral="random", deferral_rate=0.1)
     assert make_policy(chance, 1, True, tables) == Random(pytest.approx(0.1), 1)  # type: ignore[arg-type]
+    with pytest.raises(CollmError, match=r"calculator has nothing to say.*--signal random.*threshold=0\.1"):
+        make_policy(chance, 1, True, tables, ["calculator"])
     own = table("random", (0.1, -math.log(0.4)))
+    assert make_policy(chance, 1, True, [own], ["calculator"]) == Random(pytest.approx(0.4), 1)  # type: ignore[arg-type]
     assert make_policy(chance, 1, True, [*tables, own]) == Random(pytest.approx(0.4), 1)  # type: ignore[arg-type]
     asked = SamplingParams(deferral="random", threshold=0.1)
     assert make_policy(asked, 1, True, [*tables, own]) == Random(pytest.approx(0.1), 1)  # type: ignore[arg-type]

@@ -620,7 +620,7 @@ def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
     )
     shown = collm("compare", *files, tmp_path / "lax.json")
     assert shown.exit_code == 0 and "joint against alone" in shown.stdout and "laxer_rule against" not in shown.stdout
-    assert "not tested" in shown.stdout and "laxer_rule (task word_problems_flexible v1)" in shown.stdout
+    assert "not tested" in shown.stdout and "laxer_rule (task word_problems_flexible v2)" in shown.stdout
     assert "│ read_by_a_laxer_rule │" in shown.stdout  # to a pipe, nothing is cut off
     refused(collm("compare", files[0], tmp_path / "lax.json"), "different tasks")
     other = collm("eval", pair, *TASK, "--limit", "5", *TOGETHER, "--name", "few", "--out", tmp_path / "few.jsonl")
@@ -726,8 +726,8 @@ def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureF
     ]
     _show(CalibrationTable(task="t", metric="exact_match", seed=0, num_prompts=1, rows=rows))
     shown = capsys.readouterr()
-    assert [line.endswith("not reached") for line in shown.out.splitlines()] == [False, False, False, True, True]
-    assert "warning: the rates 0.6, 1 were not reached (highest achieved: 0.230)" in shown.err
+    assert [line.endswith("missed") for line in shown.out.splitlines()] == [False, False, False, True, True]
+    assert "warning: the rates 0.6, 1 were missed (highest achieved: 0.230)" in shown.err
 
 
 def test_thresholds_are_shown_to_the_digits_they_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,7 @@ def test_the_figures_are_those_of_the_texts(tmp_path: Path) -> None:
     assert result.forward_passes["base"] == len(steps)
     assert result.forward_passes["helper"] == result.abstained + result.written_by["helper"]
     assert result.finish_reasons == {"stop": 30} and result.no_answer == 0
-    assert result.versions["torch"] and result.seed == 0
+    assert result.versions["torch"] and result.versions["math-verify"] and result.seed == 0
     written = {trace.id: trace for trace in read_traces(tmp_path / "r.jsonl")}
     assert [written[trace.id] for trace in traces] == [replace(t, seconds=round(t.seconds, 4)) for t in traces]
     assert [trace.id for trace in traces] == [f"q{i}" for i in range(30)]
@@ -384,7 +384,7 @@ def test_results_from_before_a_field_was_added_are_read(tmp_path: Path) -> None:
 
 def test_only_like_can_be_compared() -> None:
     first = run()
-    for other in (run(count=19), replace(first, task="gsm8k"), replace(first, task_version=2)):
+    for other in (run(count=19), replace(first, task="gsm8k"), replace(first, task_version=3)):
         with pytest.raises(CollmError, match="different"):
             compare(first, other)
     assert math.isclose(compare(first, first).p_value, 1.0)

@@ -36,8 +36,8 @@ from collm.sampling_params import SamplingParams, Signal
 from collm.types import BASE
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-FAR = 0.05
-"""An achieved rate that lies further below its target than this has missed it."""
+FAR = 0.02
+"""An achieved rate that lies further from its target than this, or than a tenth of it, has missed it."""
 NEVER, ALWAYS = math.inf, -math.inf
 EVEN = 0.0
 """Log-odds of eta = 0.5: defer where the gate finds it likelier than not."""
@@ -225,8 +225,8 @@ def calibrate(
 
 
 def missed(table: CalibrationTable) -> list[CalibrationRow]:
-    """Rows whose achieved rate stays far below the wanted one."""
-    return [row for row in table.rows if row.achieved_rate < row.target_rate - FAR]
+    """Rows whose achieved rate is far from the wanted one."""
+    return [row for row in table.rows if abs(row.achieved_rate - row.target_rate) > max(FAR, row.target_rate / 10)]
 
 
 def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:

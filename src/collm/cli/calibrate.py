@@ -112,7 +112,7 @@ def _show(table: CalibrationTable) -> None:
     far = missed(table)
     click.echo(f"{'wanted':>8} {'achieved':>9} {'threshold':>11} {table.metric:>12}")
     for index, row in enumerate(table.rows):
-        notes = ("  best" if index == table.best else "") + ("  not reached" if row in far else "")
+        notes = ("  best" if index == table.best else "") + ("  missed" if row in far else "")
         click.echo(
             f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {_digits(row, table.signal):>11} "
             f"{row.metric_value:>12.3f}{notes}"
@@ -121,9 +121,9 @@ def _show(table: CalibrationTable) -> None:
         highest = max(row.achieved_rate for row in table.rows)
         rates = ", ".join(f"{row.target_rate:g}" for row in far)
         click.echo(
-            f"warning: the rates {rates} were not reached (highest achieved: {highest:.3f}): --deferral-rate gives "
-            "what stands under achieved. Where assistants have nothing to say (tools), the base writes, and no "
-            "threshold can change that; else more --rounds come nearer",
+            f"warning: the rates {rates} were missed (highest achieved: {highest:.3f}): --deferral-rate gives what "
+            "stands under achieved. Where assistants have nothing to say (tools), the base writes, and no threshold "
+            "can change that; else more --rounds come nearer",
             err=True,
         )
 

@@ -19,6 +19,9 @@ from collm.evaluation.tasks.equations import equations
 from collm.files import write_text
 from collm.report.trace import Trace
 
+SCORING = ("lm_eval", "math-verify", "rouge-score")
+"""Packages that say what is right, in some tasks; of an extra."""
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -196,9 +199,10 @@ def commit() -> str | None:
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for package in ("collm", "torch", "transformers", "numpy"):
+    for package in ("collm", "torch", "transformers", "numpy", *SCORING):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            if package not in SCORING:
+                found[package] = "not installed"
     return found

@@ -104,7 +104,7 @@ def sign_flip_test(differences: Sequence[float] | NDArray[np.float64], *, seed: 
     as_far = 0
     for start in range(0, RESAMPLES, rows):
         signs = rng.integers(0, 2, size=(min(rows, RESAMPLES - start), len(sizes))) * 2 - 1
-        as_far += int((np.abs(signs @ sizes) >= seen * (1 - 1e-12)).sum())
+        as_far += int((np.abs(signs @ sizes) >= seen - 1e-9 * sizes.sum()).sum())
     return (as_far + 1) / (RESAMPLES + 1)
 
 

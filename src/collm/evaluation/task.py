@@ -127,7 +127,7 @@ class Task:
 def _labels(name: str, labels: tuple[str, ...]) -> Task:
     return Task(
         name,
-        1,
+        2,
         label_in(labels),
         label_field(labels),
         metrics=("accuracy",),
@@ -143,15 +143,15 @@ TASKS: Mapping[str, Task] = MappingProxyType(
     {
         task.name: task
         for task in (
-            Task("exact_match", 1, marked_text, normalised, marked=True),
-            Task("gsm8k", 1, marked_number, first_number, marked=True, arithmetic=True),
-            Task("gsm8k_flexible", 1, any_number, first_number, arithmetic=True),
-            Task("gsm8k_8shot", 1, any_number, first_number, arithmetic=True, shots=CHAIN_OF_THOUGHT),
-            Task("word_problems", 1, marked_number, first_number, marked=True, arithmetic=True),
-            Task("word_problems_flexible", 1, any_number, first_number, arithmetic=True),
+            Task("exact_match", 2, marked_text, normalised, marked=True),
+            Task("gsm8k", 2, marked_number, first_number, marked=True, arithmetic=True),
+            Task("gsm8k_flexible", 2, any_number, first_number, arithmetic=True),
+            Task("gsm8k_8shot", 2, any_number, first_number, arithmetic=True, shots=CHAIN_OF_THOUGHT),
+            Task("word_problems", 2, marked_number, first_number, marked=True, arithmetic=True),
+            Task("word_problems_flexible", 2, any_number, first_number, arithmetic=True),
             Task(
                 "math",
-                1,
+                2,
                 mathematical_answer,
                 mathematical_gold,
                 metrics=("accuracy",),
@@ -160,8 +160,8 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ),
             _labels("pubmedqa", YES_NO_MAYBE),
             _labels("bioasq_yesno", YES_NO),
-            Task("bioasq_factoid", 1, candidates, gold_names, metrics=_FACTOID, judge=judge_factoid, lists=True),
-            Task("bioasq_list", 1, listed, gold_names, metrics=_LIST, judge=judge_list, lists=True),
+            Task("bioasq_factoid", 2, candidates, gold_names, metrics=_FACTOID, judge=judge_factoid, lists=True),
+            Task("bioasq_list", 2, listed, gold_names, metrics=_LIST, judge=judge_list, lists=True),
             Task(
                 "bioasq_summary",
                 1,

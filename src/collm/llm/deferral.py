@@ -72,9 +72,16 @@ def to_cut(signal: Signal, threshold: float) -> float:
 
 
 def make_policy(
-    params: SamplingParams, num_assistants: int, has_gate: bool, calibration: Sequence[CalibrationTable]
+    params: SamplingParams,
+    num_assistants: int,
+    has_gate: bool,
+    calibration: Sequence[CalibrationTable],
+    tools: Sequence[str] = (),
 ) -> Policy:
     """The policy of every `deferral` that has one writer for each token.
+
+    Args:
+        tools: names of assistants that abstain at most tokens.
 
     Raises:
         CollmError: it needs a gate, assistants or a calibration that are not there, or a setting would be ignored.
@@ -96,6 +103,12 @@ def make_policy(
     if rate is None:
         cut = to_cut(signal, 0.5 if threshold is None else threshold)
     elif signal == "random" and params.task is None and all(table.signal != signal for table in calibration):
+        if tools and 0 < rate < 1:
+            raise CollmError(
+                f"asked at random, {tools[0]} has nothing to say at most tokens and writes far fewer than a share of "
+                f"{rate:g}: run {_calibrate(signal)} with --rates {rate:g}, or give threshold={rate:g}, the share of "
+                "tokens at which it is asked"
+            )
         cut = to_nats(rate)  # what it comes to where assistants never abstain
     else:
         cut = cut_for_rate(calibration, rate, params.task, signal)

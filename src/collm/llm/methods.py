@@ -57,7 +57,8 @@ def make_method(
         return Nudging(word_starts(tokenizer), DEFAULT_THRESHOLD if params.threshold is None else params.threshold)
     if params.deferral in COMBINATIONS:
         return COMBINATIONS[params.deferral]
-    return make_policy(params, len(models) - 1, has_gate, calibration)
+    tools = [model.name for model in models[1:] if isinstance(model, Calculator)]
+    return make_policy(params, len(models) - 1, has_gate, calibration, tools)
 
 
 def require_defined(method: Method, params: SamplingParams, models: Sequence[LanguageModel], has_gate: bool) -> None:

@@ -8,46 +8,92 @@ from __future__ import annotations
 import re
 import unicodedata
 from decimal import Decimal
+from fractions import Fraction
 
 MARK = "####"
 
-# A number with its sign, currency and percent sign. A "-" after a digit, letter or ")" is an operator, not a sign.
+_CURRENCY = "[$£€¥]"
+# "7" in "7:30", "7²" or "7^2" is no number by itself.
+_BEFORE = r"(?<![\d^])(?<!\d:)"
+_BEHIND = r"(?!\d|:\d|\^|[²³¹⁰⁴-⁹])"
+_THOUSANDS = r"(?:,|\{,\}|\\,|[\u00a0\u2009\u202f])"
+# A number with its sign, currency, exponent and denominator. A sign stands right before its number and not right behind
+# a digit, a letter or ")": there "-" is an operator, and before a space a dash or a bullet.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w).%])[-−])?[$£€¥]?\s?(?P<inner>(?<![\d.])-)?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    rf"(?P<sign>(?<![\w).%])[-−–](?={_CURRENCY}|\.?\d))?(?:{_CURRENCY}\s?(?P<inner>[-−](?=\.?\d))?)?"
+    rf"{_BEFORE}(?:(?P<whole>\d+)\s+(?=\d+/\d))?"
+    rf"(?P<digits>(?:\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    rf"(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\w))?(?:/(?P<over>0*[1-9]\d*)(?![\d/]))?{_BEHIND}"
 )
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))")
+_SIGN_APART = re.compile(rf"\s*[-−–]\s+(?={_CURRENCY}?\s?\.?\d)")
+_SPACED_THOUSANDS = re.compile(rf"\s*(?:[-−–]\s?)?{_CURRENCY}?\s?\d{{1,3}}(?: \d{{3}})+(?:\.\d+)?\s*\.?\s*")
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_SAID = re.compile(r"\b(?:final\s+)?answer\s*(?:is|:|=)\s*(?P<rest>[^\n]*)", re.IGNORECASE)
-
-_SAYS = re.compile(r"\banswers?\s*(?:is|are|:|=)\s*:?", re.IGNORECASE)
+_SAYS = re.compile(
+    r"\banswers?\s*(?:to\s+(?:the|this|your)\s+(?:question|problem)\s*)?(?:is|are|:|=)\s*:?", re.IGNORECASE
+)
 
 
 def canonical(match: re.Match[str]) -> str:
-    """The one spelling of a number that `NUMBER` matched."""
-    value = Decimal(match["digits"].replace(",", ""))
-    text = f"{value:f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"-{text}" if (match["sign"] or match["inner"]) and value != 0 else text
+    """The one spelling of a number that `NUMBER` matched: a decimal, or where that has no end, `1/3`."""
+    number = Decimal(f"{re.sub(r'[^0-9.]', '', match['digits'])}E{match['exponent'] or 0}")
+    minus = "-" if (match["sign"] or match["inner"]) and number != 0 else ""
+    if match["over"] is not None:
+        value = Fraction(number) / int(match["over"]) + int(match["whole"] or 0)
+        places = _places(value.denominator)
+        if places is None:
+            return f"{minus}{value.numerator}/{value.denominator}"
+        number = Decimal(f"{int(value * 10**places)}E-{places}")
+    text = f"{number:f}"
+    return minus + (text.rstrip("0").rstrip(".") if "." in text else text)
 
 
-def _ascii_digits(text: str) -> str:
-    return unicodedata.normalize("NFKC", text) if not text.isascii() else text
+def _places(denominator: int) -> int | None:
+    """Decimal places that a fraction in lowest terms takes, None where they have no end."""
+    twos = fives = 0
+    while denominator % 2 == 0:
+        denominator, twos = denominator // 2, twos + 1
+    while denominator % 5 == 0:
+        denominator, fives = denominator // 5, fives + 1
+    return max(twos, fives) if denominator == 1 else None
+
+
+def _plain(text: str) -> str:
+    r"""With the digits 0 to 9, and `\frac12` and `½` as 1/2; superscripts stay, for 5² is not 52."""
+    if not text.isascii():
+        text = "".join(map(_plain_letter, text))
+    return _LATEX_FRACTION.sub(r"\1\3/\2\4", text) if "frac" in text else text
+
+
+def _plain_letter(letter: str) -> str:
+    if unicodedata.category(letter) == "Nd":
+        return str(unicodedata.digit(letter))
+    compatible = unicodedata.normalize("NFKC", letter)
+    if "⁄" in compatible:
+        return " " + compatible.replace("⁄", "/")
+    return compatible if "\uff01" <= letter <= "\uff5e" else letter
 
 
 def first_number(text: str) -> str | None:
     """The first number in `text` in one spelling: `$1,000.50` is `1000.5`, `5.0` is `5`, `−3` is `-3`; None if none.
 
-    Of an equation, the number after its last "=" is meant: `3 * 4 = 12` is `12`.
+    Of an equation, the number after its last "=" is meant: `3 * 4 = 12` is `12`. A sign that opens the place may stand
+    apart: `- 3`.
     """
-    text = _ascii_digits(text)
+    text = _plain(text)
     result = text.rpartition("=")[2]
+    if _SPACED_THOUSANDS.fullmatch(result):
+        result = result.replace(" ", "")
+    apart = _SIGN_APART.match(result)
+    if apart:
+        result = "-" + result[apart.end() :]
     match = NUMBER.search(result) or NUMBER.search(text)
     return canonical(match) if match else None
 
 
 def last_number(text: str) -> str | None:
     """The last number in `text`, spelled as in `first_number`."""
-    matches = list(NUMBER.finditer(_ascii_digits(text)))
+    matches = list(NUMBER.finditer(_plain(text)))
     return canonical(matches[-1]) if matches else None
 
 
@@ -79,16 +125,16 @@ def any_number(text: str) -> str | None:
     boxed = [number for content in _BOXED.findall(text) if (number := first_number(content)) is not None]
     if boxed:
         return boxed[-1]
-    said = [number for match in _SAID.finditer(text) if (number := first_number(match["rest"])) is not None]
-    return said[-1] if said else last_number(text)
+    told = [number for rest in said(text) if (number := first_number(rest)) is not None]
+    return told[-1] if told else last_number(text)
 
 
 def normalised(text: str) -> str | None:
     """A short answer in one spelling: a lone number as in `first_number`, else lower case without outer punctuation."""
-    text = _ascii_digits(text).strip()
-    number = re.fullmatch(rf"{NUMBER.pattern}\s*%?\.?", text)
+    number = re.fullmatch(rf"{NUMBER.pattern}\s*%?\.?", _plain(text).strip())
     if number:
         return canonical(number)
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'`*") or None
 
 

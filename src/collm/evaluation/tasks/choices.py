@@ -6,33 +6,43 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from collm.evaluation.tasks.answers import MARK, marked, said
+from collm.evaluation.tasks.latex import boxed
 
 YES_NO = ("yes", "no")
 YES_NO_MAYBE = ("yes", "no", "maybe")
-# "No evidence was found" begins with the word, not with the answer: after "no" comes a stop, the end or a pronoun.
-_AFTER_NO = r"(?=[^\S\n]*(?:[^\w\s]|\n|$|(?:it|they|this|that|he|she|we)\b))"
+# "No evidence was found" begins with the word, not with the answer: after "no" comes a stop, the end, or a word that
+# begins a clause. Not so behind a mark, where nothing but the answer stands.
+_CLAUSE = "it|they|this|that|these|those|he|she|we|there|the|because|since|as|for|but|although|though|while"
+_AFTER_NO = rf"(?=[^\S\n]*(?:[^\w\s]|\n|$|(?:{_CLAUSE})\b))"
 
 
 def label_in(labels: Sequence[str]) -> Callable[[str], str | None]:
     """A rule that finds one of `labels` in a text.
 
-    The first of: what `####` marks; what follows the last "answer is"; the text's first words; its last line, if it
-    says nothing else. Labels are whole words ("unknown" is no "no"), open the place where they stand ("not yes" is no
-    "yes") and stand alone there ("yes or no" is neither). None where there is none.
+    The first of: the last `\\boxed{...}` that opens with one; what `####` marks; what follows the last "answer is"; the
+    text's first words; its last line, if it says nothing else. Labels are whole words ("unknown" is no "no"), open the
+    place where they stand ("not yes" is no "yes") and stand alone there ("yes or no" is neither). None where there is
+    none.
     """
 
-    def pattern(label: str) -> str:
+    def pattern(label: str, behind: str = "") -> str:
         others = "|".join(re.escape(other) for other in labels if other != label)
         alone = rf"(?!\s*(?:,|/|\band\b|\bor\b)\s*(?:{others})\b)"
-        return re.escape(label) + r"\b(?!-\w)" + alone + (_AFTER_NO if label == "no" else "")
+        return re.escape(label) + r"\b(?!-\w)" + alone + (behind if label == "no" else "")
 
-    words = "|".join(map(pattern, labels))
-    opening = re.compile(rf"[\s\W]*(?P<label>{words})", re.IGNORECASE)
+    def opens(behind: str = "") -> re.Pattern[str]:
+        words = "|".join(pattern(label, behind) for label in labels)
+        return re.compile(rf"[\s\W]*(?P<label>{words})", re.IGNORECASE)
+
+    opening, given = opens(_AFTER_NO), opens()
     lone = re.compile(rf"\W*(?P<label>{'|'.join(map(re.escape, labels))})\W*", re.IGNORECASE)
 
     def label(text: str) -> str | None:
-        if MARK in text:
-            found = opening.match(marked(text) or "")
+        boxes = [match for content in boxed(text) if (match := given.match(re.sub(r"\\text\b", "", content)))]
+        if boxes:
+            found: re.Match[str] | None = boxes[-1]
+        elif MARK in text:
+            found = given.match(marked(text) or "")
         else:
             told = [match for rest in said(text) if (match := opening.match(rest))]
             last = text.strip().rpartition("\n")[2]

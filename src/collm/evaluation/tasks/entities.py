@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from collm.evaluation.tasks.answers import MARK, normalised, said
 
@@ -45,17 +46,28 @@ def _place(text: str) -> list[str]:
 
 def candidates(text: str) -> str | None:
     """A factoid's answer: at most five names, best first, one a line or with ";" between them; JSON."""
-    found = _names([part for line in _place(text) for part in line.split(";")])[:MOST]
+    found = _names(_parts(text))[:MOST]
     return json.dumps(found, ensure_ascii=False) if found else None
 
 
 def listed(text: str) -> str | None:
-    """A list's answer: one name a line or ";" between them; where that makes one name only, "," and "and"; JSON."""
-    parts = [part for line in _place(text) for part in line.split(";")]
-    if len(_names(parts)) == 1:
-        parts = [part for whole in parts for part in re.split(r",\s+(?:and\s+)?|\s+and\s+", whole)]
-    found = _names(parts)
+    """A list's answer: one name a line or ";" between them; JSON.
+
+    One piece by that, which "," and "and" would divide, may be meant either way ("alpha and beta tubulin"): both
+    readings are given, `[[whole], [part, part]]`, and `judge_list` takes the better one.
+    """
+    parts = _parts(text)
+    found: list[str] | list[list[str]] = _names(parts)
+    if len(found) == 1:
+        divided = _names([part for whole in parts for part in re.split(r",\s+(?:and\s+)?|\s+and\s+", whole)])
+        if len(divided) > 1:
+            found = [_names(parts), divided]
     return json.dumps(found, ensure_ascii=False) if found else None
+
+
+def _parts(text: str) -> list[str]:
+    """A ";" in parentheses divides nothing: `t(9;22)(q34;q11)` is one name."""
+    return [part for line in _place(text) for part in re.split(r";(?![^()]*\))", line)]
 
 
 def gold_names(field: object) -> str | None:
@@ -82,7 +94,12 @@ def judge_factoid(answer: str | None, gold: str) -> Mapping[str, float]:
 def judge_list(answer: str | None, gold: str) -> Mapping[str, float]:
     """Precision, recall and F1; each gold name is matched once, so that a synonym given besides counts as wrong."""
     groups: list[list[str]] = json.loads(gold)
-    names: list[str] = [] if answer is None else json.loads(answer)
+    found: list[Any] = [] if answer is None else json.loads(answer)
+    readings: list[list[str]] = found if found and isinstance(found[0], list) else [found]
+    return max((_judge_names(names, groups) for names in readings), key=lambda scores: scores["f1"])
+
+
+def _judge_names(names: Sequence[str], groups: Sequence[Sequence[str]]) -> Mapping[str, float]:
     hits = _matching([[i for i, group in enumerate(groups) if name in group] for name in names])
     return {
         "f1": 2 * hits / (len(names) + len(groups)),

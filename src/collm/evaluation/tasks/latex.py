@@ -65,12 +65,12 @@ def _expression(sentence: str) -> str:
 
 def cleaned(expression: str) -> str | None:
     r"""Without outer dollar signs, final stop, percent and currency signs; one minus; `1e3` as 1000. None if empty."""
-    text = expression.replace("−", "-").replace("∞", r"\infty").strip().strip("*").strip()
+    text = re.sub("[−–]", "-", expression).replace("∞", r"\infty").strip().strip("*").strip()
     for begin, end in _OUTER:
         if text.startswith(begin) and text.endswith(end) and len(text) >= len(begin) + len(end):
             text = text[len(begin) : -len(end)].strip()
             break
-    text = re.sub(r"\\?[%$]|\\!", "", text).strip().removesuffix(".").strip()
+    text = re.sub(r"\\?[%$]|\\!|(?<=\d)\\[,;:](?=\d{3})", "", text).strip().removesuffix(".").strip()
     scientific = _SCIENTIFIC.fullmatch(text)
     if scientific:
         text = f"{Decimal(scientific['digits']).scaleb(int(scientific['exponent'])):f}"
