@@ -3,6 +3,8 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
+
 .PHONY: help venv weights demo test lint format bench wheel docs constraints clean
 
 help:  ## list the targets
@@ -25,7 +27,8 @@ weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB), for recipes/word_pr
 demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
 	$(BIN)/collm demo --out runs/demo
 
-study-%: weights  ## a study, from its data to its tables, as in study-facts (hours; docs/recipes.md tells what each needs)
+study-%: weights  ## a study, from data to tables, as in study-facts (hours; PROBLEMS=FILE, GSM8K=FILE: docs/recipes.md)
+	@test -f recipes/$*/study.mk || { echo "Error: no study $*; there are $(STUDIES)" >&2; exit 1; }
 	$(MAKE) -f recipes/$*/study.mk PYTHON=$(BIN)/python
 
 test: venv  ## all tests: offline, on the CPU

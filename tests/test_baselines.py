@@ -377,9 +377,13 @@ def test_thresholds_and_cuts_are_inverse() -> None:
 @pytest.mark.parametrize(
     ("settings", "num_assistants", "words"),
     [
-        ({"deferral": "proxy_tuning"}, 1, r"ProxyTuning is defined for 3 models \(base: the small tuned model, assist"),
-        ({"deferral": "contrastive"}, 2, "Contrastive is defined for 2 models"),
-        ({"deferral": "nudging"}, 2, "Nudging is defined for 2 models"),
+        (
+            {"deferral": "proxy_tuning"},
+            1,
+            r"proxy_tuning is defined for 3 models \(base: the small tuned model, assist",
+        ),
+        ({"deferral": "contrastive"}, 2, "contrastive is defined for 2 models"),
+        ({"deferral": "nudging"}, 2, "nudging is defined for 2 models"),
         ({"deferral": "confident"}, 0, "no assistant"),
         ({"deferral": "entropy", "threshold": 1.0}, 0, "no assistant"),
         ({"deferral": "confident", "threshold": 0.5}, 1, "threshold is read by"),

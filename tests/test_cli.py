@@ -610,7 +610,8 @@ def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
     [row] = json.loads(collm("compare", *files, "--against", "joint", "--json").stdout)
     assert (row["first"], row["second"], row["num_examples"]) == ("joint", "alone", 6)
     refused(collm("compare", *files, "--against", "jont"), "jont", "joint", code=2)
-    refused(collm("compare", files[0], tmp_path / "joint.jsonl"), "not the result of an evaluation")
+    refused(collm("compare", files[0], tmp_path / "joint.jsonl"), "holds the texts", "its result is", "joint.json")
+    refused(collm("compare", files[0], "data.jsonl"), "not the result of an evaluation")
     rule = ("--task", "word_problems_flexible")
     assert (
         collm(
@@ -646,12 +647,12 @@ def test_report_puts_evaluations_on_one_page(pair: str, tmp_path: Path) -> None:
     assert collm("report", files[1], "--out", out, "--samples", 0).exit_code == 0
     assert "<article" not in out.read_text()
     refused(collm("report", *files, "--out", tmp_path / "page.pdf"), "ends in .html", code=2)
-    refused(collm("report", *files, "--out", out, "--against", "jont"), "no system 'jont'", "alone, joint", code=2)
+    refused(collm("report", *files, "--out", out, "--against", "jont"), "no system 'jont'", "'alone', 'joint'", code=2)
     refused(collm("report", *files, "--out", out, "--cost", "calc=1"), "no such model", "calculator", code=2)
     for wrong in ("calculator", "calculator=much", "calculator=-1", "=1"):
         refused(collm("report", *files, "--out", out, "--cost", wrong), "MODEL=NUMBER", code=2)
     refused(collm("report", *files, "--out", out, "--calibration", pair), "no calibration", "collm calibrate")
-    refused(collm("report", tmp_path / "joint.jsonl", "--out", out), "not the result of an evaluation")
+    refused(collm("report", tmp_path / "joint.jsonl", "--out", out), "holds the texts")
 
 
 def test_trace_counts_kinds_of_tokens(pair: str, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_several_comparisons_are_corrected_for_their_number() -> None:
 def test_the_rival_is_named_without_doubt() -> None:
     first, second = run(name="a"), run(name="b")
     assert rival_of([first, second], None) is first and rival_of([first, second], "b") is second
-    with pytest.raises(ValueError, match="no system 'c'; there are a, b"):
+    with pytest.raises(ValueError, match="no system 'c'; there are 'a', 'b'"):
         rival_of([first, second], "c")
     with pytest.raises(ValueError, match="more than one system 'a'"):
         rival_of([first, first], "a")

@@ -24,11 +24,13 @@ help:
 	@echo "make -f recipes/gsm8k/study.mk GSM8K=FILE [FIRST=1400] [LATER=300] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 $(DATA)/train.jsonl:
+	$(call want,GSM8K)
 	mkdir -p $(DATA)
 	head -n $(FIRST) $(GSM8K) > $(DATA)/first.jsonl
 	$(COLLM) prepare gsm8k $(DATA)/first.jsonl --out $(DATA) --parts train=0.7,calibration=0.1,test=0.2
 
 $(DATA)/later.jsonl: | $(DATA)/train.jsonl
+	$(call want,GSM8K)
 	tail -n +$$(($(FIRST) + 1)) $(GSM8K) | head -n $(LATER) > $(DATA)/next.jsonl
 	$(COLLM) prepare gsm8k $(DATA)/next.jsonl --out $(DATA) --parts later
 

@@ -32,9 +32,11 @@ help:
 train: $(PAIRS:%=$(RUNS)/%/collm.json)
 
 $(DATA)/train.jsonl:
+	$(call want,PROBLEMS)
 	$(PYTHON) recipes/word_problems/prepare.py $(PROBLEMS) --turn $(TURN) --out $(DATA)
 
 data/scales/train.jsonl:
+	$(call want,GSM8K)
 	mkdir -p data/scales
 	head -n 4000 $(GSM8K) > data/scales/first.jsonl
 	$(COLLM) prepare gsm8k data/scales/first.jsonl --out data/scales --parts train=0.8,calibration=0.08,test=0.12

@@ -20,9 +20,13 @@ import argparse
 import collections
 import json
 import re
+import sys
 from pathlib import Path
 
 from collm.data.prepare import part_of
+from collm.data.records import records
+from collm.errors import CollmError
+from collm.files import write_text
 
 # Shares of groups. Test B is kept for a later study and is opened by nothing in this folder.
 SPLITS = {"train": 0.70, "calibration": 0.08, "test_a": 0.11, "test_b": 0.11}
@@ -69,13 +73,29 @@ def split_of(group: list[str], turn: float = 0.0) -> str:
     return part_of(min(group), SPLITS, turn)
 
 
+def read_problems(path: Path) -> list[dict[str, str]]:
+    """The problems of a file.
+
+    Raises:
+        CollmError: unreadable, empty, or a line without question and worked answer.
+    """
+    found = []
+    for where, record in records(path):
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("question", "answer")):
+            raise CollmError(f'{where}: wants {{"question": "...", "answer": "... #### 12"}}')
+        found.append(record)
+    if not found:
+        raise CollmError(f"{path} holds no problems")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--turn", type=float, default=0.0, help="share of the circle; default: %(default)s")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.data.read_text().splitlines()]
+    rows = read_problems(args.data)
     found = groups([row["question"] for row in rows])
     splits: dict[str, list[int]] = {name: [] for name in SPLITS}
     for group in found:
@@ -97,11 +117,14 @@ def main() -> None:
             )
             for i in sorted(indices)
         ]
-        (args.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_text(args.out / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
         print(f"{name}: {len(lines)} problems")
     sizes = sorted(map(len, found), reverse=True)
     print(f"{len(rows)} problems in {len(sizes)} groups; the largest: {sizes[:8]}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CollmError as error:
+        sys.exit(f"Error: {error}")

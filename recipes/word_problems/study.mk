@@ -26,6 +26,7 @@ help:
 data: $(DATA)/train.jsonl
 
 $(DATA)/train.jsonl:
+	$(call want,PROBLEMS)
 	$(PYTHON) $(STUDY)/prepare.py $(PROBLEMS) --turn $(TURN) --out $(DATA)
 
 $(RUNS)/arithmetic_lm/test.json:

@@ -95,7 +95,7 @@ def rival_of(results: Sequence[EvalResult], name: str | None) -> EvalResult:
     named = [result for result in results if result.name == name]
     if len(named) != 1:
         what = f"no system {name!r}" if not named else f"more than one system {name!r}"
-        raise ValueError(f"there is {what}; there are {', '.join(result.name for result in results)}")
+        raise ValueError(f"there is {what}; there are {', '.join(repr(result.name) for result in results)}")
     return named[0]
 
 

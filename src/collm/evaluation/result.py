@@ -114,6 +114,9 @@ class EvalResult:
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
         """Raises CollmError for a file that is not the result of an evaluation."""
+        beside = Path(path).with_suffix(".json")
+        if Path(path).suffix == ".jsonl" and beside.is_file():
+            raise CollmError(f"{path} holds the texts of an evaluation; its result is {beside}")
         try:
             row = json.loads(Path(path).read_text(encoding="utf-8"))
             # Fields with a default came later: older results do without them.

@@ -72,7 +72,8 @@ def require_defined(method: Method, params: SamplingParams, models: Sequence[Lan
     if not isinstance(method, Combination | Nudging):
         return
     require_assistants(len(models) - 1)
-    name, roles = type(method).__name__, method.roles
+    known: dict[type, str] = {type(found): name for name, found in COMBINATIONS.items()} | {Nudging: "nudging"}
+    name, roles = known.get(type(method), type(method).__name__), method.roles
     tools = [model.name for model in models if isinstance(model, Calculator)] if roles else []
     if tools:
         raise CollmError(

@@ -54,7 +54,8 @@ def _locate(spec: str) -> tuple[str, dict[str, str]]:
         raise CollmError(f"{spec!r} is a tool, not a model with weights; it can only be an assistant")
     if Path(spec).is_dir():
         return spec, {}
-    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+    # A hub id has two parts as well; where the first is a folder here, a mistyped path is likelier.
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or ("/" in spec and Path(spec).parent.is_dir()):
         raise CollmError(f"{spec}: there is no such folder; a model is a Hugging Face folder, a hub id or a .gguf file")
     return spec, {}
 
