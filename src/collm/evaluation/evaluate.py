@@ -92,7 +92,8 @@ def evaluate_with_traces(
     """Let `llm` answer every example and score the answers.
 
     Each example draws from a seed of its own, made from `params.seed` and its id: neither the batch size nor a resumed
-    run changes a text, and random choices are independent between examples.
+    run changes a text in float32 (with fewer bits near-ties may fall otherwise), and random choices are independent
+    between examples.
 
     Args:
         policy: who writes, instead of what `params` says: a policy, or another way of decoding.
