@@ -10,10 +10,12 @@ DATA := data/gsm8k
 RUNS := runs/gsm8k
 # The base fine-tuned alone; the same frozen, and the calculator asked by a gate or always; both trained together. A gate
 # that is trained beside a base that sees right operands and results only asks too seldom at 0.5: so also at a rate, that
-# of the calculator's tokens in the training texts, by the gate and by its expected gain.
+# of the calculator's tokens in the training texts, by the gate and by its expected gain. And with the arithmetic language
+# model of the word problems as the assistant, and as a second one.
 RATE := 07
 RULES := threshold expected_gain
-SYSTEMS := sft sft-calculator gate $(RULES:%=gate-%_$(RATE)) pair
+GATES_LM := gate_lm gate_both
+SYSTEMS := sft sft-calculator gate $(RULES:%=gate-%_$(RATE)) $(GATES_LM) pair
 
 .PHONY: all help
 .SECONDARY:
@@ -38,6 +40,13 @@ $(RUNS)/%/collm.json: | $(DATA)/train.jsonl
 	$(COLLM) train recipes/gsm8k/$*.yaml
 $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 
+CHANGES_gate_lm := $(WITH_LM)
+CHANGES_gate_both := $(WITH_BOTH)
+$(GATES_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/gsm8k/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
+$(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml $(RUNS)/sft/collm.json $(ARITHMETIC_LM)/test.json
+	$(COLLM) train $(RUNS)/$*.yaml
+
 WRITE := --task gsm8k --max-tokens 256 --batch-size 32 --dtype $(DTYPE)
 $(RULES:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/gate/collm.json
 	$(COLLM) calibrate $(RUNS)/gate $(WRITE) --signal $(*:threshold=gate) --rates 0.$(RATE) --data $(DATA)/calibration.jsonl --out $(@D)
@@ -45,11 +54,11 @@ $(RULES:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $
 # The part `test` is spent: this study was judged by it before it had a rate and a pair. The calculator abstains where it
 # has nothing to say, so that it can also be asked at every token.
 $(RUNS)/later/sft-calculator.json: OPTIONS = --assistant calculator --method always
-$(RUNS)/later/gate.json $(RUNS)/later/pair.json: OPTIONS = --threshold 0.5
+$(patsubst %,$(RUNS)/later/%.json,gate pair $(GATES_LM)): OPTIONS = --threshold 0.5
 $(RULES:%=$(RUNS)/later/gate-%_$(RATE).json): OPTIONS = --method $(*:gate-%_$(RATE)=%) --deferral-rate 0.$(RATE)
 $(SYSTEMS:%=$(RUNS)/later/%.json): $(RUNS)/later/%.json: | $(DATA)/later.jsonl $(RUNS)/sft/collm.json
 	$(COLLM) eval $(RUNS)/$(firstword $(subst -, ,$*)) $(WRITE) $(OPTIONS) --data $(DATA)/later.jsonl --name $* \
 	    --out $(RUNS)/later/$*.jsonl
 $(RUNS)/later/gate.json: | $(RUNS)/gate/collm.json
-$(RUNS)/later/pair.json: | $(RUNS)/pair/collm.json
+$(patsubst %,$(RUNS)/later/%.json,pair $(GATES_LM)): $(RUNS)/later/%.json: | $(RUNS)/%/collm.json
 $(foreach rule,$(RULES),$(eval $(RUNS)/later/gate-$(rule)_$(RATE).json: | $(RUNS)/calibration/$(rule)/curve.csv))

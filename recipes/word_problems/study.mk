@@ -29,9 +29,6 @@ $(DATA)/train.jsonl:
 	$(call want,PROBLEMS)
 	$(PYTHON) $(STUDY)/prepare.py $(PROBLEMS) --turn $(TURN) --out $(DATA)
 
-$(RUNS)/arithmetic_lm/test.json:
-	$(PYTHON) $(STUDY)/arithmetic_lm.py --tokenizer $(MODEL) --bf16 --out $(RUNS)/arithmetic_lm
-
 train: $(SYSTEMS:%=$(RUNS)/%/collm.json)
 
 RECIPES := sft $(PAIRS) gate arithmetic_tuned
@@ -39,17 +36,16 @@ $(SYSTEMS:%=$(RUNS)/%/collm.json): | $(DATA)/train.jsonl
 $(RECIPES:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json:
 	$(COLLM) train $(STUDY)/$*.yaml
 
-ARITHMETIC := {name: arithmetic, model: $(RUNS)/arithmetic_lm, format: {system_prompt: ""}}
-CHANGES_gate_lm := 'assistants=[$(ARITHMETIC)]'
-CHANGES_gate_both := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
-WITH_LM := gate_lm gate_both
+CHANGES_gate_lm := $(WITH_LM)
+CHANGES_gate_both := $(WITH_BOTH)
+GATES_LM := gate_lm gate_both
 
-$(WITH_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
+$(GATES_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
 	$(PYTHON) $(STUDY)/vary.py $(STUDY)/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
-$(WITH_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
+$(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
 	$(COLLM) train $(RUNS)/$*.yaml
 
-$(patsubst %,$(RUNS)/%/collm.json,pair_lm both arithmetic_tuned $(WITH_LM)): | $(RUNS)/arithmetic_lm/test.json
+$(patsubst %,$(RUNS)/%/collm.json,pair_lm both arithmetic_tuned $(GATES_LM)): | $(ARITHMETIC_LM)/test.json
 $(GATES:%=$(RUNS)/%/collm.json): | $(RUNS)/sft/collm.json
 
 # -- thresholds, on the calibration part -------------------------------------------------------------------------------
@@ -109,7 +105,7 @@ $(RUNS)/test_b/gate_lm-random.json $(RUNS)/test_b/gate_lm-compose.json: | $(RUNS
 $(RUNS)/test_b/pair-random.json: | $(RUNS)/calibration/pair/curve.csv
 $(RUNS)/test_b/gate_lm-random.json: | $(RUNS)/calibration/gate_lm/curve.csv
 $(RUNS)/test_b/sft-calculator.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/sft/collm.json
-$(RUNS)/test_b/arithmetic_lm.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(RUNS)/arithmetic_lm/test.json
+$(RUNS)/test_b/arithmetic_lm.json $(MIXED:%=$(RUNS)/test_b/sft-%.json): | $(ARITHMETIC_LM)/test.json
 
 # The model as it came: the prompt and the rule that did best for it on the calibration part.
 $(RUNS)/test_b/untouched.json: CHECKPOINT = $(MODEL)
@@ -133,7 +129,7 @@ $(foreach pair,gate gate_lm,$(foreach rule,gate expected_gain entropy random,$(e
 $(RUNS)/test_b/sft-calculator.json: CHECKPOINT = $(RUNS)/sft
 $(RUNS)/test_b/sft-calculator.json: OPTIONS = --assistant calculator --method always
 $(MIXED:%=$(RUNS)/test_b/sft-%.json): CHECKPOINT = $(RUNS)/sft
-$(MIXED:%=$(RUNS)/test_b/sft-%.json): OPTIONS = --assistant arithmetic=$(RUNS)/arithmetic_lm --method $(@F:sft-%.json=%) \
+$(MIXED:%=$(RUNS)/test_b/sft-%.json): OPTIONS = --assistant arithmetic=$(ARITHMETIC_LM) --method $(@F:sft-%.json=%) \
     $(UNTUNED)
 $(RUNS)/test_b/sft-proxy_tuning.json: UNTUNED = --assistant untuned=$(MODEL)
 
@@ -177,7 +173,7 @@ $(VARIATIONS:%=$(RUNS)/ablations/recipes/%.yaml): $(RUNS)/ablations/recipes/%.ya
 $(VARIATIONS:%=$(RUNS)/ablations/runs/%/collm.json): $(RUNS)/ablations/runs/%/collm.json: | \
     $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
 	$(COLLM) train $(RUNS)/ablations/recipes/$*.yaml
-$(VARIED_LM:%=$(RUNS)/ablations/runs/gate_lm-%/collm.json): | $(RUNS)/arithmetic_lm/test.json
+$(VARIED_LM:%=$(RUNS)/ablations/runs/gate_lm-%/collm.json): | $(ARITHMETIC_LM)/test.json
 
 $(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(DATA)/train.jsonl
 	$(COLLM) eval $(CHECKPOINT) $(WRITE) $(OPTIONS) --data $(DATA)/calibration.jsonl --name $* \
