@@ -559,6 +559,8 @@ def test_trace_and_picture(pair: str, tmp_path: Path) -> None:
     assert written.exit_code == 0 and "helper" in page.read_text()
     trace.write_text("{}\n")
     refused(collm("trace", trace), "t.jsonl, line 1", "not a trace")
+    trace.write_text("")
+    refused(collm("trace", trace), "t.jsonl holds no texts")
 
 
 @pytest.mark.parametrize(

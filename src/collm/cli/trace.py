@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from collm.cli.console import Command
 from collm.cli.options import OUTPUT
+from collm.errors import CollmError
+
+if TYPE_CHECKING:
+    from collm.report.trace import Trace
 
 
 @click.command(cls=Command, short_help="Show who wrote which token.")
@@ -22,13 +29,15 @@ def trace(trace_file: Path, html: Path | None, classes: bool, limit: int | None)
     beside = trace_file.with_suffix(".jsonl")
     if trace_file.suffix == ".json" and beside.is_file():
         raise click.UsageError(f"{trace_file} is a result; its texts are in {beside}")
-    from itertools import islice
-
     from collm.report.terminal import classes_table, print_table, print_traces
     from collm.report.tokens import token_figures
     from collm.report.trace import stream_traces
 
-    traces = islice(stream_traces(trace_file), limit)
+    traces: Iterator[Trace] = islice(stream_traces(trace_file), limit)
+    first = next(traces, None)
+    if first is None:
+        raise CollmError(f"{trace_file} holds no texts")
+    traces = chain([first], traces)
     if classes:
         print_table(classes_table(token_figures(traces)))
         return
