@@ -41,7 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
     "threshold": {"threshold": 0.5},
     "sampled": {"deferral": "sampled", "temperature": 1.0, "top_p": 0.9},
     "compose": {"deferral": "compose"},
-    "random": {"deferral": "random", "deferral_rate": 0.4, "temperature": 0.7, "top_k": 20},
+    "random": {"deferral": "random", "threshold": 0.4, "temperature": 0.7, "top_k": 20},
     "entropy": {"deferral": "entropy", "threshold": 5.1},
     "never": {"deferral": "never"},
     "always": {"deferral": "always"},

@@ -47,7 +47,7 @@ def deferring(pair: Pair, rate: float, speculative: bool) -> SamplingParams:
 
 
 def randomly(rate: float, speculative: bool) -> SamplingParams:
-    return SamplingParams(deferral="random", deferral_rate=rate, speculative=speculative)
+    return SamplingParams(deferral="random", threshold=rate, speculative=speculative)
 
 
 def engine(
@@ -78,8 +78,8 @@ def streamed(pair: Pair, effort: Effort, params: SamplingParams) -> System:
     That one is deferred in every text, so that both models have read the prompt when the time begins.
     """
     llm = pair.system()
-    assert params.deferral_rate is not None
-    policy, unread = Random(params.deferral_rate, 1), Prediction(torch.zeros(1), 0)
+    assert params.threshold is not None
+    policy, unread = Random(params.threshold, 1), Prediction(torch.zeros(1), 0)
 
     def run(number: int) -> Texts:
         [prompt] = pair.prompts(1, effort.prompt_tokens, effort.seed + number)
