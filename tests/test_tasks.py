@@ -373,6 +373,8 @@ def test_mathematics_off_the_main_thread_does_without_a_time_limit() -> None:
         ("No there is none", "no"),
         ("No the drug does not", "no"),
         ("so \\boxed{no}", "no"),
+        ("#### no\nand \\boxed{yes}", "no"),
+        ("#### \\boxed{no}", "no"),
         (r"so \boxed{\text{Yes}}", "yes"),
         ("It depends.\n\nMaybe.", "maybe"),
         ("unknown", None),

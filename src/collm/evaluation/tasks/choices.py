@@ -19,7 +19,7 @@ _AFTER_NO = rf"(?=[^\S\n]*(?:[^\w\s]|\n|$|(?:{_CLAUSE})\b))"
 def label_in(labels: Sequence[str]) -> Callable[[str], str | None]:
     """A rule that finds one of `labels` in a text.
 
-    The first of: the last `\\boxed{...}` that opens with one; what `####` marks; what follows the last "answer is"; the
+    The first of: what `####` marks; the last `\\boxed{...}` that opens with one; what follows the last "answer is"; the
     text's first words; its last line, if it says nothing else. Labels are whole words ("unknown" is no "no"), open the
     place where they stand ("not yes" is no "yes") and stand alone there ("yes or no" is neither). None where there is
     none.
@@ -38,11 +38,12 @@ def label_in(labels: Sequence[str]) -> Callable[[str], str | None]:
     lone = re.compile(rf"\W*(?P<label>{'|'.join(map(re.escape, labels))})\W*", re.IGNORECASE)
 
     def label(text: str) -> str | None:
-        boxes = [match for content in boxed(text) if (match := given.match(re.sub(r"\\text\b", "", content)))]
+        place = marked(text) or "" if MARK in text else text
+        boxes = [match for content in boxed(place) if (match := given.match(re.sub(r"\\text\b", "", content)))]
         if boxes:
             found: re.Match[str] | None = boxes[-1]
         elif MARK in text:
-            found = given.match(marked(text) or "")
+            found = given.match(place)
         else:
             told = [match for rest in said(text) if (match := opening.match(rest))]
             last = text.strip().rpartition("\n")[2]
