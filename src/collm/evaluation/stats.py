@@ -82,8 +82,8 @@ def sign_flip_test(differences: Sequence[float] | NDArray[np.float64], *, seed: 
 
     If two systems do not differ, each difference might as well have the other sign: the share of all 2^G choices of
     signs whose sum lies as far from 0 as the one seen (Fisher 1935, section 21). Exact where the differences are whole
-    numbers, as sums of right and wrong answers are; over examples that is McNemar's exact test (McNemar 1947). Else, and
-    where tens of thousands differ, of `RESAMPLES` random choices, and then never below 1 / (RESAMPLES + 1).
+    numbers, as sums of right and wrong answers are; over examples that is McNemar's exact test (McNemar 1947). Else,
+    and where tens of thousands differ, of `RESAMPLES` random choices, and then never below 1 / (RESAMPLES + 1).
     """
     found = np.abs(np.asarray(differences, dtype=np.float64))
     seen = abs(float(np.asarray(differences, dtype=np.float64).sum()))
