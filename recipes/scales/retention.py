@@ -75,8 +75,7 @@ def gain_kept(system: EvalResult, small: EvalResult, large: EvalResult, seed: in
 
 def p_value(system: EvalResult, rival: EvalResult) -> float:
     """Of the paired test that `collm compare` makes, whatever counts as an answer of either."""
-    groups = system.groups or None
-    return paired_difference(rival.scores, system.scores, groups=groups).p_value
+    return paired_difference(rival.scores, system.scores, groups=system.groups or None).p_value
 
 
 def load_rows(folder: Path, small_pass: float) -> list[Row]:

@@ -36,10 +36,6 @@ $(SYSTEMS:%=$(RUNS)/%/collm.json): | $(DATA)/train.jsonl
 $(RECIPES:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json:
 	$(COLLM) train $(STUDY)/$*.yaml
 
-CHANGES_gate_lm := $(WITH_LM)
-CHANGES_gate_both := $(WITH_BOTH)
-GATES_LM := gate_lm gate_both
-
 $(GATES_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
 	$(PYTHON) $(STUDY)/vary.py $(STUDY)/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
 $(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml

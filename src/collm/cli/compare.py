@@ -36,10 +36,9 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
         rival = rival_of(found, against)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    others = [result for result in found if result is not rival]
-    # Where nothing could be tested, the error says why.
-    tested = judged_alike(rival, found) or others
-    comparisons = compare_all(rival, tested, seed=seed)
+    tested, untested = judged_alike(rival, found)
+    # Where nothing can be tested, the error says why.
+    comparisons = compare_all(rival, tested or untested, seed=seed)
     if as_json:
         click.echo(json.dumps([asdict(comparison) for comparison in comparisons], ensure_ascii=False))
         return
@@ -49,7 +48,6 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     print_table(systems_table([system_row(result) for result in found], rival.metric, title))
     for comparison in comparisons:
         click.echo(comparison.summary())
-    if len(tested) < len(others):
-        untested = [other for other in others if all(other is not one for one in tested)]
+    if untested:
         told = ", ".join(f"{other.name} (task {other.task} v{other.task_version})" for other in untested)
         click.echo(f"not tested, since another rule says what is right: {told}")

@@ -99,11 +99,13 @@ def rival_of(results: Sequence[EvalResult], name: str | None) -> EvalResult:
     return named[0]
 
 
-def judged_alike(rival: EvalResult, results: Sequence[EvalResult]) -> list[EvalResult]:
-    """Those of `results`, but for the rival, that were scored by its rule: what another rule counts as right is no
-    matter of a paired test."""
+def judged_alike(rival: EvalResult, results: Sequence[EvalResult]) -> tuple[list[EvalResult], list[EvalResult]]:
+    """Of `results`, without the rival, those that were scored by its rule, and the others: what another rule counts as
+    right is no matter of a paired test."""
     rule = (rival.task, rival.task_version)
-    return [result for result in results if result is not rival and (result.task, result.task_version) == rule]
+    others = [result for result in results if result is not rival]
+    alike = [result for result in others if (result.task, result.task_version) == rule]
+    return alike, [result for result in others if (result.task, result.task_version) != rule]
 
 
 def compare_all(rival: EvalResult, others: Sequence[EvalResult], *, seed: int = 0) -> list[Comparison]:

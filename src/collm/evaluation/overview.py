@@ -105,12 +105,10 @@ class Overview:
     def results(self) -> list[EvalResult]:
         return [written.result for written in self.written]
 
-    @property
-    def tested(self) -> list[EvalResult]:
-        return judged_alike(self.rival, self.results)
-
-    def comparisons(self) -> list[Comparison]:
-        return compare_all(self.rival, self.tested, seed=self.seed)
+    def comparisons(self) -> tuple[list[Comparison], list[EvalResult]]:
+        """The paired tests, and the results that another rule has scored, so that they are not tested."""
+        tested, untested = judged_alike(self.rival, self.results)
+        return compare_all(self.rival, tested, seed=self.seed), untested
 
 
 def overview_html(overview: Overview) -> str:
@@ -120,7 +118,7 @@ def overview_html(overview: Overview) -> str:
     costs = {i: value for i, r in enumerate(results) if (value := cost(r, overview.weights)) is not None}
     by_cost = series(results, costs)
     shared, own = common_settings(results)
-    untested = [r for r in results if r is not rival and all(r is not other for other in overview.tested)]
+    comparisons, untested = overview.comparisons()
     rows = [system_row(r, f"task {r.task} v{r.task_version}" if r in untested else "") for r in results]
     metric = rival.metric.replace("_", " ")
     return render(
@@ -130,7 +128,7 @@ def overview_html(overview: Overview) -> str:
         footer=f"Made by collm report from {len(results)} results.",
         rival=rival,
         rows=rows,
-        comparisons=overview.comparisons(),
+        comparisons=comparisons,
         untested=[result.name for result in untested],
         by_rate=by_rate,
         rate_chart=_chart(by_rate, f"{metric} against deferral rate", "tokens written by an assistant", metric, True),

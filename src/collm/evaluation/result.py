@@ -19,7 +19,7 @@ from collm.evaluation.tasks.equations import equations
 from collm.files import write_text
 from collm.report.trace import Trace
 
-SCORING = ("lm_eval", "math-verify", "rouge-score")
+SCORING = ("lm-eval", "math-verify", "rouge-score")
 """Packages that say what is right, in some tasks; of an extra."""
 
 

@@ -38,6 +38,8 @@ COMBINATIONS: dict[Deferral, Combination] = {
     "contrastive": Contrastive(),
     "proxy_tuning": ProxyTuning(),
 }
+NAMES: dict[type[Method], str] = {Nudging: "nudging", **{type(found): name for name, found in COMBINATIONS.items()}}
+"""As `deferral` has them."""
 
 
 def make_method(
@@ -57,8 +59,11 @@ def make_method(
         return Nudging(word_starts(tokenizer), DEFAULT_THRESHOLD if params.threshold is None else params.threshold)
     if params.deferral in COMBINATIONS:
         return COMBINATIONS[params.deferral]
-    tools = [model.name for model in models[1:] if isinstance(model, Calculator)]
-    return make_policy(params, len(models) - 1, has_gate, calibration, tools)
+    return make_policy(params, len(models) - 1, has_gate, calibration, _tools(models))
+
+
+def _tools(models: Sequence[LanguageModel]) -> list[str]:
+    return [model.name for model in models if isinstance(model, Calculator)]
 
 
 def require_defined(method: Method, params: SamplingParams, models: Sequence[LanguageModel], has_gate: bool) -> None:
@@ -72,9 +77,8 @@ def require_defined(method: Method, params: SamplingParams, models: Sequence[Lan
     if not isinstance(method, Combination | Nudging):
         return
     require_assistants(len(models) - 1)
-    known: dict[type, str] = {type(found): name for name, found in COMBINATIONS.items()} | {Nudging: "nudging"}
-    name, roles = known.get(type(method), type(method).__name__), method.roles
-    tools = [model.name for model in models if isinstance(model, Calculator)] if roles else []
+    name, roles = NAMES.get(type(method), type(method).__name__), method.roles
+    tools = _tools(models) if roles else []
     if tools:
         raise CollmError(
             f"{name} is not defined for this system: it needs a distribution over the whole vocabulary from every "

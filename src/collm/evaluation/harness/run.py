@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def run_tasks(
         "settings": lm.settings,
         "seed": lm.params.seed,
         "commit": commit(),
-        "versions": {**versions(), "lm-eval": version("lm-eval")},
+        "versions": versions(),
     }
     if out is not None:
         for task, rows in samples.items():

@@ -25,17 +25,15 @@ def equations(text: str) -> tuple[int, int]:
     right = shown = 0
     for line in text.splitlines():
         ends = [sign.end() for sign in re.finditer("=", line)]
-        for end, next_end in itertools.pairwise([*ends, None]):
-            assert end is not None
+        for end, next_end in itertools.pairwise([*ends, len(line) + 1]):
             expected = _value(line[:end])
             if expected is None:
                 continue
-            result = line[end:] if next_end is None else line[end : next_end - 1]
-            written = _WRITTEN.match(result)
-            if next_end is not None and (further := _chained(result)) is not None:
+            result = line[end : next_end - 1]
+            if next_end <= len(line) and (further := _chained(result)) is not None:
                 shown += 1
                 right += further == expected
-            elif written is not None:
+            elif written := _WRITTEN.match(result):
                 shown += 1
                 right += _agrees(line[:end], written)
     return right, shown
