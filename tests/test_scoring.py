@@ -29,6 +29,7 @@ from collm.data.resumable import plan_batches
 from collm.data.scores import load_info, partial_path
 from collm.data.scoring import load_scores, score, score_batch, score_tool, scores_fingerprint
 from collm.errors import CollmError
+from collm.models import backbone
 from collm.models.loading import weights_fingerprint
 from collm.types import Answer, Prediction, Query
 
@@ -59,7 +60,7 @@ def test_scores_equal_plain_forward_passes(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also past a sliding window, with logits in small pieces, and with a padded vocabulary (350 for 320)."""
-    monkeypatch.setattr(scoring, "LOGITS_CHUNK", 7)
+    monkeypatch.setattr(backbone, "LOGITS_AT_ONCE", 7 * 320)
     model = make_model(kind, vocab_size=350)
     formatter = Formatter(tiny_tokenizer)
     data = load_scores(score(EXAMPLES, model, formatter, tmp_path / "s", batch_tokens=200, progress=False))

@@ -20,7 +20,7 @@ from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
 from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fingerprint
 from collm.errors import CollmError
-from collm.models.backbone import check_project, hidden_states, project
+from collm.models.backbone import check_project, hidden_states, logits_rows, project
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.types import Fault, LanguageModel, Query
@@ -36,9 +36,6 @@ __all__ = [
 
 BATCH_TOKENS = 4096
 """Padded tokens in a batch; a longer example is a batch of its own."""
-
-LOGITS_CHUNK = 1024
-"""Positions whose logits over the vocabulary exist at a time."""
 
 
 def score(
@@ -135,7 +132,7 @@ def score_batch(model: PreTrainedModel, batch: Sequence[Encoded], vocab_size: in
     """Scores of the labelled tokens of each sequence, `[N]` float32 and bool, in one forward pass.
 
     Rows are padded on the right and no mask is given: causal attention keeps a token from seeing what follows.
-    Logits exist only at labelled positions, `LOGITS_CHUNK` at a time.
+    Logits exist only at labelled positions, `logits_rows` at a time.
 
     Args:
         vocab_size: of the shared tokenizer; logits beyond it are padding and take no part in the law.
@@ -150,8 +147,8 @@ def score_batch(model: PreTrainedModel, batch: Sequence[Encoded], vocab_size: in
     mask = torch.from_numpy(labelled).to(model.device)
     hidden = hidden_states(model, torch.from_numpy(inputs).to(model.device), use_cache=False)[mask]
     gold_ids = torch.from_numpy(gold).to(model.device)[mask]
-    parts = []
-    for states, ids in zip(hidden.split(LOGITS_CHUNK), gold_ids.split(LOGITS_CHUNK), strict=True):
+    parts, rows = [], logits_rows(model)
+    for states, ids in zip(hidden.split(rows), gold_ids.split(rows), strict=True):
         logits = project(model, states)[:, :vocab_size].float()
         at_gold = logits.gather(-1, ids[:, None])[:, 0]
         parts.append(torch.stack([at_gold - logits.logsumexp(-1), (logits.argmax(-1) == ids).float()]))

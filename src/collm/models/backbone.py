@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 
 from collm.errors import CollmError
 
+LOGITS_AT_ONCE = 2**26
+"""Logits that exist at a time in training and scoring: 256 MiB in float32, whatever the vocabulary."""
+
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (whose adapters live in its layers), or the model itself."""
@@ -45,6 +48,11 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def logits_rows(model: nn.Module) -> int:
+    """Positions whose logits exist at a time: 1,365 for a vocabulary of 49k, 441 for one of 152k."""
+    return max(1, LOGITS_AT_ONCE // int(causal_lm(model).config.get_text_config().vocab_size))
 
 
 @torch.inference_mode()

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from collm import gate
 from collm.data.collate import IGNORED
-from collm.models.backbone import causal_lm, hidden_states, project
+from collm.models.backbone import causal_lm, hidden_states, logits_rows, project
 from collm.models.head import DeferralHead
 
 Objective = Literal["marginal", "weak_supervision", "sft"]
@@ -63,6 +64,24 @@ class BaseWithGate(nn.Module):
         lm: PreTrainedModel = causal_lm(self.model)
         lm.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def _log_probs(self, hidden: Tensor, gold: Tensor) -> Tensor:
+        """`[N]` float32 log-probabilities of `[N]` gold tokens at hidden states `[N, H]`.
+
+        Logits exist for `logits_rows` positions at a time. Where there are more, the backward pass computes them again:
+        8,192 positions of a vocabulary of 128k would keep 12 GiB of them otherwise.
+        """
+
+        def part(states: Tensor, ids: Tensor) -> Tensor:
+            logits = project(self.model, states)[:, : self.vocab_size].float()
+            return -F.cross_entropy(logits, ids, reduction="none")
+
+        rows = logits_rows(self.model)
+        if len(gold) <= rows:
+            return part(hidden, gold)
+        chunks = zip(hidden.split(rows), gold.split(rows), strict=True)
+        # Nothing random lies behind the hidden states, so no generator's state has to be kept.
+        return torch.cat([checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
     def forward(
         self,
         input_ids: Tensor,
@@ -86,9 +105,7 @@ class BaseWithGate(nn.Module):
         mask = labels[:, 1:] != IGNORED  # [B, T-1]; token t+1 is predicted at position t
         gold = labels[:, 1:][mask]  # [N]
         at_gold = hidden[:, :-1][mask]  # [N, H]
-        base_log_probs = -F.cross_entropy(
-            project(self.model, at_gold)[:, : self.vocab_size].float(), gold, reduction="none"
-        )
+        base_log_probs = self._log_probs(at_gold, gold)
         if self.head is None or assistant_log_probs is None:
             log_gate, log_probs = base_log_probs.new_zeros(len(gold), 1), base_log_probs[:, None]
         else:
