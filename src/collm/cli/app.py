@@ -13,6 +13,7 @@ from collm.cli.calibrate import calibrate
 from collm.cli.compare import compare
 from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
+from collm.cli.export import export
 from collm.cli.generate import generate
 from collm.cli.oracle import oracle
 from collm.cli.prepare import prepare
@@ -53,6 +54,7 @@ for command in (
     score,
     train,
     calibrate,
+    export,
     generate,
     evaluate,
     answer,

@@ -1,8 +1,8 @@
 """The artifact: a Hugging Face folder plus `gate.safetensors` and `collm.json`.
 
-Three kinds, by what was trained: `full` holds the whole model and loads with `AutoModelForCausalLM` as a plain one;
-`lora` holds a PEFT adapter; `gate` holds the gate alone. The last two name the base model they belong to and a
-fingerprint of its weights.
+Three kinds to load, by what was trained: `full` holds the whole model and loads with `AutoModelForCausalLM` as a plain
+one; `lora` holds a PEFT adapter; `gate` holds the gate alone. The last two name the base model they belong to and a
+fingerprint of its weights. A fourth, `export`, is for servers (`models.export`) and is refused here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collm.sampling_params import Signal
 
 FORMAT_VERSION = 1
 FILE = "collm.json"
-Kind = Literal["full", "lora", "gate"]
+Kind = Literal["full", "lora", "gate", "export"]
 
 
 class _Strict(BaseModel):
@@ -182,6 +182,11 @@ def load_base(
         if Path(path).is_dir() and (Path(path) / GATE_FILE).is_file():
             raise CollmError(f"{path} has a {GATE_FILE} but no {FILE}: it was only partly written")
         return load_model(str(path), dtype=dtype, device=device), None, load_tokenizer(str(path)), CheckpointInfo()
+    if info.kind == "export":
+        raise CollmError(
+            f"{path} was written by collm export, for servers (collm vllm-serve {path}); here, give the checkpoint it "
+            "was made from"
+        )
     spec = str(path) if info.kind == "full" else base or info.base_model
     if spec is None:
         raise CollmError(f"{path} does not name its base model; give it with --base")
