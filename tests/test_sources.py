@@ -67,6 +67,17 @@ PUBMEDQA = {
 }
 ALPACA_EVAL = [{"instruction": "Name a river. ", "output": "The Elbe", "generator": "x", "dataset": "helpful_base"}]
 MT_BENCH = [{"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now shorter."]}]
+MBPP = [
+    {
+        "task_id": number,
+        "text": f"Write a function to add {number}.\r\n",
+        "code": f"def add(x):\r\n\treturn x + {number}\r\n",
+        "test_setup_code": "one = 1\r\ntwo = 2" if number == 974 else "",
+        "test_list": [f"assert add(1) == {number + 1}", f"assert add(0) == {number}"],
+        "challenge_test_list": [],
+    }
+    for number in (1, 10, 11, 510, 511, 600, 601, 974)
+]
 TULU = [
     {
         "dataset": "flan",
@@ -101,6 +112,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "math": tmp_path / "MATH",
         "bioasq": tmp_path / "bioasq.json",
         "pubmedqa": tmp_path / "ori_pqal.json",
+        "mbpp": lines(tmp_path / "mbpp.jsonl", MBPP),
         "alpaca_eval": tmp_path / "alpaca_eval.json",
         "mt_bench": lines(tmp_path / "question.jsonl", MT_BENCH),
         "tulu": lines(tmp_path / "tulu.jsonl", TULU),
@@ -115,8 +127,9 @@ def collm(*arguments: object) -> Any:
 def test_every_format_makes_rows_that_load(name: str, files: dict[str, Path], tmp_path: Path) -> None:
     result = collm("prepare", name, files[name], "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    examples = load_examples(tmp_path / "out" / "all.jsonl")
-    assert f"all.jsonl: {len(examples)} rows" in result.stdout.replace("\n", "")
+    part = "train" if FORMATS[name].parts else "all"
+    examples = load_examples(tmp_path / "out" / f"{part}.jsonl")
+    assert f"{part}.jsonl: {len(examples)} rows" in result.stdout.replace("\n", "")
     assert all(example.id.startswith(f"{name}-") and example.messages for example in examples)
 
 
@@ -170,6 +183,48 @@ def test_instructions_and_turns_stay_as_they_are(files: dict[str, Path]) -> None
     assert row["messages"] == [{"role": "user", "content": "Name a river. "}] and row["dataset"] == "helpful_base"
     [row] = read_source("mt_bench", files["mt_bench"])
     assert row["turns"] == MT_BENCH[0]["turns"] and row["category"] == "writing" and row["id"] == "mt_bench-81"
+
+
+def test_mbpp_has_its_authors_parts_and_one_kind_of_line_end(files: dict[str, Path], tmp_path: Path) -> None:
+    assert collm("prepare", "mbpp", files["mbpp"], "--out", tmp_path / "out").exit_code == 0
+    parts = {path.stem: load_examples(path) for path in (tmp_path / "out").glob("*.jsonl")}
+    assert {part: [example.id for example in examples] for part, examples in parts.items()} == {
+        "prompt": ["mbpp-1", "mbpp-10"],
+        "test": ["mbpp-11", "mbpp-510"],
+        "validation": ["mbpp-511", "mbpp-600"],
+        "train": ["mbpp-601", "mbpp-974"],
+    }
+    last = parts["train"][1]
+    assert last.reference == "```python\ndef add(x):\n\treturn x + 974\n```"
+    assert last.fields["answer"] == ["one = 1\ntwo = 2", "assert add(1) == 975", "assert add(0) == 974"]
+    assert last.question == [
+        {
+            "role": "user",
+            "content": "You are an expert Python programmer, and here is your task: Write a function to add 974. "
+            "Your code should pass these tests:\n\nassert add(1) == 975\nassert add(0) == 974",
+        }
+    ]
+    assert "part" not in last.fields
+
+
+@pytest.mark.parametrize("options", [["--parts", "train=0.9,test=0.1"], ["--parts", "all"]])
+def test_authors_parts_are_not_shared_out_anew(options: list[str], files: dict[str, Path], tmp_path: Path) -> None:
+    result = collm("prepare", "mbpp", files["mbpp"], "--out", tmp_path / "out", *options)
+    assert result.exit_code == 1 and "parts of its authors' own (prompt, test, validation, train)" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_sanitised_part_of_mbpp_reads_as_the_whole(tmp_path: Path) -> None:
+    record = {
+        "task_id": 601,
+        "prompt": "Add.",
+        "code": "x = 1",
+        "test_imports": ["import math"],
+        "test_list": ["assert x"],
+    }
+    (tmp_path / "sanitized.json").write_text(json.dumps([record]))
+    [row] = read_source("mbpp", tmp_path / "sanitized.json")
+    assert row["answer"] == ["import math", "assert x"] and "task: Add. Your code" in row["messages"][0]["content"]
 
 
 def test_parquet_and_lists_read_like_lines(files: dict[str, Path], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ GOLD_FIELDS = {
     "math": r"\frac{1}{2}",
     "pubmedqa": "maybe",
     "bioasq_yesno": "no",
+    "mbpp": ["assert double(2) == 4"],
     "bioasq_factoid": [["TP53", "p53"]],
     "bioasq_list": [["TP53", "p53"], ["BRCA1"]],
     "bioasq_summary": ["TP53 halts the cell cycle.", "It is a tumour suppressor."],
@@ -128,7 +129,7 @@ def test_no_text_makes_a_task_raise(task: Task, text: str) -> None:
     for written in (text, f"#### {text}", f"\\boxed{{{text}}}", f"the answer is {text}", f"{text} = {text}"):
         answer = task.extract(written)
         assert answer is None or answer
-        if task.name != "math":  # takes a second to read some of these
+        if task.name not in ("math", "mbpp"):  # takes a second to read some of these; runs them
             assert set(task.judge(answer, gold)) == set(task.metrics)
     equations(text)
 
@@ -207,7 +208,10 @@ def test_tasks_say_whether_the_mark_is_needed(task: Task) -> None:
 
 def test_versions_are_raised_by_whoever_changes_a_rule() -> None:
     """Figures in the docs and in ready pairs belong to these."""
-    assert {task.name: task.version for task in TASKS.values()} == dict.fromkeys(TASKS, 2) | {"bioasq_summary": 1}
+    assert {task.name: task.version for task in TASKS.values()} == dict.fromkeys(TASKS, 2) | {
+        "bioasq_summary": 1,
+        "mbpp": 1,
+    }
     assert [name for name, task in TASKS.items() if task.name != name] == []
 
 

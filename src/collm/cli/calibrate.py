@@ -18,6 +18,7 @@ from collm.cli.options import (
     model_options,
     read_examples,
     task_option,
+    unsandboxed_option,
 )
 from collm.errors import CollmError
 from collm.sampling_params import Signal
@@ -63,6 +64,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     help="Where the curve (CSV, SVG, PNG) goes, and every text written on the way, so that a stopped run "
     "resumes.  [default: the curve alone, to CHECKPOINT]",
 )
+@unsandboxed_option
 @data_options
 @model_options
 def calibrate(
@@ -77,6 +79,8 @@ def calibrate(
     from collm.evaluation.task import get_task
     from collm.llm.deferral import policy_at
 
+    asked = get_task(task, sandboxed=not options["unsandboxed"])
+    asked.require()
     llm = load_llm(str(checkpoint), options)
     if len(llm.model_names) == 1:
         raise CollmError(f"{checkpoint} has no assistant to defer to: give one (--assistant)")
@@ -87,7 +91,7 @@ def calibrate(
         )
     table = run(
         llm,
-        get_task(task),
+        asked,
         read_examples(data, options),
         signal=options["signal"],
         target_rates=rates,

@@ -23,6 +23,7 @@ from collm.cli.options import (
     model_options,
     read_examples,
     sampling_params,
+    unsandboxed_option,
 )
 from collm.evaluation.task import TASKS
 from collm.sampling_params import SamplingParams
@@ -30,7 +31,7 @@ from collm.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from collm.evaluation.result import EvalResult
 
-OWN = ("task", "data", "split", "skip_bad")
+OWN = ("task", "data", "split", "skip_bad", "unsandboxed")
 """Options that say nothing to the harness."""
 HARNESS = ("include_path", "num_fewshot", "apply_chat_template", "system")
 """Options that say nothing without --tasks."""
@@ -61,6 +62,7 @@ OF_TASKS = {"max_tokens": "max_gen_toks", "temperature": "temperature", "top_p":
 )
 @click.option("--name", metavar="NAME", help="What the system is called in the table.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as one JSON object.")
+@unsandboxed_option
 @alone_option
 @batch_size_option
 @data_options
@@ -98,7 +100,8 @@ def evaluate(
     from collm.evaluation.task import get_task
 
     # What can be found wrong without the models is told before they are loaded.
-    asked, examples = get_task(task), read_examples(data, options)
+    asked, examples = get_task(task, sandboxed=not options["unsandboxed"]), read_examples(data, options)
+    asked.require()
     result = run(
         load_llm(checkpoint, options),
         asked,

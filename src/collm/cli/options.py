@@ -79,6 +79,12 @@ alone_option = click.option(
 
 task_option = click.option("--task", required=True, metavar="TASK", help=f"What answers are worth: {', '.join(TASKS)}.")
 
+unsandboxed_option = click.option(
+    "--unsandboxed",
+    is_flag=True,
+    help="Run the programs of mbpp without a sandbox: as you, with your files and your network.",
+)
+
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts written at once."
 )

@@ -12,7 +12,9 @@ from collm.cli.options import EXISTING, OUTPUT
 from collm.data.sources import FORMATS
 
 
-def _parts(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, float]:
+def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, float] | None:
+    if value is None:
+        return None
     parts: dict[str, float] = {}
     for entry in value.split(","):
         name, _, share = entry.partition("=")
@@ -29,10 +31,9 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, 
 @click.option("--out", required=True, type=OUTPUT, metavar="DIR", help="Where PART.jsonl goes.")
 @click.option(
     "--parts",
-    default="all",
-    show_default=True,
     callback=_parts,
-    help="Split by a hash of the question: train=0.9,validation=0.1.",
+    help="Split by a hash of the question: train=0.9,validation=0.1.  [default: the authors' own parts where the "
+    "format has some (mbpp), else all]",
 )
 @click.option(
     "--test-ids",
@@ -42,7 +43,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, 
 )
 @click.option("--snippets", type=click.IntRange(min=0), metavar="N", help="BioASQ: snippets put before a question.")
 def prepare(
-    format: str, source: Path, out: Path, parts: dict[str, float], test_ids: Path | None, snippets: int | None
+    format: str, source: Path, out: Path, parts: dict[str, float] | None, test_ids: Path | None, snippets: int | None
 ) -> None:
     """Read SOURCE (a file, or a folder of files) as FORMAT has it, and write rows with messages and gold answers.
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from collm.data.sources import Row, read_source
+from collm.data.sources import FORMATS, Row, read_source
 from collm.errors import CollmError
 from collm.files import replacing
 
@@ -45,7 +45,7 @@ def prepare(
     name: str,
     source: Path,
     out: Path,
-    parts: Mapping[str, float],
+    parts: Mapping[str, float] | None = None,
     *,
     test_ids: Collection[str] | None = None,
     **options: Any,
@@ -54,6 +54,7 @@ def prepare(
 
     Args:
         name: a format of `collm.data.sources`.
+        parts: shares, by a hash of the question. None: the authors' own parts if the format has some, else one, "all".
         test_ids: ids that make up the part "test", by the official split; `parts` share out the others.
 
     Returns:
@@ -62,10 +63,14 @@ def prepare(
     Raises:
         CollmError: unreadable data; a question that stands in another part already there; ids that are not in the data.
     """
-    require_parts(parts)
-    if test_ids is not None and TEST in parts:
+    own = FORMATS[name].parts
+    if own and (parts is not None or test_ids is not None):
+        raise CollmError(f"{name} has parts of its authors' own ({', '.join(own)}): leave out parts and test ids")
+    shares = {"all": 1.0} if parts is None else parts
+    require_parts(shares)
+    if test_ids is not None and TEST in shares:
         raise CollmError(f'the part "{TEST}" is made of the given ids; call the other parts otherwise')
-    names = [*parts, *([TEST] if test_ids is not None else [])]
+    names = list(own) or [*shares, *([TEST] if test_ids is not None else [])]
     there = _questions_there(out, names)
     counts: Counter[Path] = Counter()
     missing = set(test_ids or ())
@@ -74,16 +79,17 @@ def prepare(
         files: dict[Path, TextIO] = {}
         for row in read_source(name, source, **options):
             question = _question(row)
-            own = row["id"].removeprefix(f"{name}-")
+            id = row["id"].removeprefix(f"{name}-")
             if row["id"] in ids:
-                raise CollmError(f"{source}: two records have the id {own!r}; ids must be unique")
+                raise CollmError(f"{source}: two records have the id {id!r}; ids must be unique")
             ids.add(row["id"])
-            part = TEST if own in (test_ids or ()) else part_of(question, parts)
-            missing.discard(own)
+            told = row.pop("part") if own else TEST if id in (test_ids or ()) else None
+            part = told or part_of(question, shares)
+            missing.discard(id)
             home = there.setdefault(question, out / f"{part}.jsonl")
             if home != out / f"{part}.jsonl":
                 raise CollmError(
-                    f"{source}: the question of {own!r} stands in {home} as well: parts in one folder must not share "
+                    f"{source}: the question of {id!r} stands in {home} as well: parts in one folder must not share "
                     "questions; give another --out, or delete what is there"
                 )
             for path in [out / f"{part}.jsonl", *([out / row["type"] / f"{part}.jsonl"] if "type" in row else [])]:

@@ -24,6 +24,10 @@ BIOASQ_WANTS = {
     "yesno": 'End with "####" and yes or no.',
     "summary": "Answer in a few sentences.",
 }
+MBPP_OPENS = "You are an expert Python programmer, and here is your task:"
+MBPP_TESTS = "Your code should pass these tests:"
+MBPP_PARTS = {"prompt": 10, "test": 510, "validation": 600, "train": 974}
+"""The authors' parts, by the last task in each; `prompt` is for examples in a prompt."""
 PUBMEDQA_WANTS = 'End with "####" and yes, no or maybe.'
 
 
@@ -82,6 +86,25 @@ def _bioasq_answer(kind: str, ideals: list[str], record: Mapping[str, Any]) -> t
     return "\n".join([*ideals[:1], f"#### {'; '.join(names)}"]), gold
 
 
+def _mbpp(record: Mapping[str, Any]) -> Row:
+    """Of the whole set, or of its sanitised part (`prompt`, `test_imports`)."""
+    task = int(record["task_id"])
+    tests = [_lines(test) for test in record["test_list"]]
+    wanted = _lines(record["text"] if "text" in record else record["prompt"]).strip()
+    question = "\n".join([f"{MBPP_OPENS} {wanted} {MBPP_TESTS}", "", *tests])
+    before = [record.get("test_setup_code") or "", *(record.get("test_imports") or [])]
+    return {
+        "messages": _conversation(question, f"```python\n{_lines(record['code']).strip()}\n```"),
+        "answer": [*(source for source in map(_lines, before) if source.strip()), *tests],
+        "part": next(name for name, last in MBPP_PARTS.items() if task <= last),
+    }
+
+
+def _lines(text: str) -> str:
+    """With one kind of line end; some of MBPP's have two."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _alpaca_eval(record: Mapping[str, Any]) -> Row:
     # As it is: judges find the reference answer by the instruction's exact text.
     turn = {"role": "user", "content": record["instruction"]}
@@ -108,12 +131,14 @@ class Format:
     """`row` makes a row of one record; `expected` says what a record looks like; `options` are those `row` takes.
 
     `ids`: the keys under which a record may have an id, unique within the file; without one, its number serves.
+    `parts`: names of the authors' own parts, where records tell which they belong to: `row` says it as `part`.
     """
 
     row: Callable[..., Row]
     expected: str
     options: frozenset[str] = frozenset()
     ids: tuple[str, ...] = ("unique_id", "question_id", "id")
+    parts: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -127,6 +152,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             frozenset({"snippets"}),
         ),
         "pubmedqa": Format(_pubmedqa, '{PMID: {"QUESTION", "CONTEXTS", "LONG_ANSWER", "final_decision"}}'),
+        "mbpp": Format(
+            _mbpp,
+            '{"task_id", "text", "code", "test_list": ["assert ..."], "test_setup_code"}',
+            ids=("task_id",),
+            parts=tuple(MBPP_PARTS),
+        ),
         "alpaca_eval": Format(_alpaca_eval, '[{"instruction", "dataset"}]'),
         "mt_bench": Format(_mt_bench, '{"question_id", "category", "turns": [...]}'),
         "tulu": Format(_tulu, '{"messages": [{"role", "content"}]}', ids=()),
@@ -149,7 +180,7 @@ def read_source(name: str, path: Path, **options: Any) -> Iterator[Row]:
         try:
             own = next((record[key] for key in known.ids if record.get(key) is not None), number)
             row = {"id": f"{name}-{own}", **known.row(record, **options)}
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise CollmError(f"{where}: no record of {name} ({what}); expected {known.expected}") from error
         parse_example(row, where, default_id=str(number))

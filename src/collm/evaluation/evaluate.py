@@ -114,7 +114,7 @@ def evaluate_with_traces(
         raise CollmError("no examples to evaluate on")
     if len({example.id for example in examples}) < len(examples):
         raise CollmError("two examples have the same id; ids tell apart the rows of an evaluation: make them unique")
-    task.require_package()
+    task.require()
     golds = [task.gold(example) for example in examples]
     params = replace(params, stop=(*params.stop, *task.stop))
     groups = near_duplicates(examples)

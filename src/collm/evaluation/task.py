@@ -8,7 +8,8 @@ are in `collm.evaluation.tasks`; docs/tasks.md tells of each task where its data
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from collm.evaluation.tasks.answers import MARK, any_number, first_number, marke
 from collm.evaluation.tasks.choices import YES_NO, YES_NO_MAYBE, label_field, label_in, macro_f1, same_label
 from collm.evaluation.tasks.entities import candidates, gold_names, judge_factoid, judge_list, listed
 from collm.evaluation.tasks.latex import mathematical_answer, mathematical_gold, same_mathematics
+from collm.evaluation.tasks.mbpp import PASS, judge_program, program, tests_field
+from collm.evaluation.tasks.sandbox import require_sandbox
 from collm.evaluation.tasks.shots import CHAIN_OF_THOUGHT, STOP, Shot, few_shot
 from collm.evaluation.tasks.summaries import METRICS, judge_summary, reference_texts, whole_text
 
@@ -29,6 +32,7 @@ __all__ = ["TASKS", "Figure", "Task", "get_task"]
 
 Figure = tuple[float, tuple[float, float]]
 """A metric's value and its 95 % interval."""
+Judge = Callable[[str | None, str], Mapping[str, float]]
 OfAll = Callable[[Sequence[str | None], Sequence[str], Sequence[str] | None], Figure]
 """A metric of all answers and golds together, and their groups or None: no mean over examples."""
 
@@ -46,7 +50,7 @@ class Task:
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
     `lists`: the field `answer` may be a list. `of_all`: further metrics, of all answers together. `shots`: solved
     examples that go before each question; the prompt is a plain text then. `package`: what `judge` imports, of the
-    extra `eval`.
+    extra `eval`. `unsandboxed`: where `judge` runs what a model wrote in a sandbox, the same without one.
     """
 
     name: str
@@ -56,11 +60,12 @@ class Task:
     marked: bool = False
     arithmetic: bool = False
     metrics: tuple[str, ...] = ("exact_match",)
-    judge: Callable[[str | None, str], Mapping[str, float]] = same_text
+    judge: Judge = same_text
     lists: bool = False
     of_all: Mapping[str, OfAll] = field(default_factory=dict)
     shots: tuple[Shot, ...] = ()
     package: str | None = None
+    unsandboxed: Judge | None = None
 
     @property
     def metric(self) -> str:
@@ -97,8 +102,20 @@ class Task:
             )
         return answer
 
-    def require_package(self) -> None:
-        """Raises CollmError if what judges answers is not installed: better before they are written than after."""
+    def without_sandbox(self) -> Task:
+        """The same task; what a model wrote runs as the user then, with the user's files and network.
+
+        Raises:
+            CollmError: the task runs nothing.
+        """
+        if self.unsandboxed is None:
+            raise CollmError(f"task {self.name!r} runs no programs: leave out --unsandboxed")
+        return replace(self, judge=self.unsandboxed, unsandboxed=None)
+
+    def require(self) -> None:
+        """Raises CollmError if what judges answers is not there: better before they are written than after."""
+        if self.unsandboxed is not None:
+            require_sandbox()
         if self.package is not None and find_spec(self.package) is None:
             raise CollmError(f"task {self.name!r} needs the package {self.package}; pip install 'collm[eval]'")
 
@@ -160,6 +177,16 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ),
             _labels("pubmedqa", YES_NO_MAYBE),
             _labels("bioasq_yesno", YES_NO),
+            Task(
+                "mbpp",
+                1,
+                program,
+                tests_field,
+                metrics=(PASS,),
+                judge=judge_program,
+                lists=True,
+                unsandboxed=partial(judge_program, sandboxed=False),
+            ),
             Task("bioasq_factoid", 2, candidates, gold_names, metrics=_FACTOID, judge=judge_factoid, lists=True),
             Task("bioasq_list", 2, listed, gold_names, metrics=_LIST, judge=judge_list, lists=True),
             Task(
@@ -179,13 +206,13 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 too, which is what a model that never saw `####` deserves."""
 
 
-def get_task(name: str) -> Task:
-    """The shipped task of that name.
+def get_task(name: str, *, sandboxed: bool = True) -> Task:
+    """The shipped task of that name; with `sandboxed=False`, see `Task.without_sandbox`.
 
     Raises:
-        CollmError: unknown; the message names the nearest.
+        CollmError: unknown; the message names the nearest. Or it runs nothing that needs a sandbox.
     """
     if name not in TASKS:
         hint = nearest(name, TASKS)
         raise CollmError(f"unknown task {name!r}{hint and '; '}{hint} (there are: {', '.join(TASKS)})")
-    return TASKS[name]
+    return TASKS[name] if sandboxed else TASKS[name].without_sandbox()
