@@ -145,6 +145,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "gsm8k": Format(_gsm8k, '{"question", "answer": "... #### 12"}'),
         "math": Format(_math, '{"problem", "solution": "... \\\\boxed{12}"}'),
+        "mbpp": Format(
+            _mbpp,
+            '{"task_id", "text", "code", "test_list": ["assert ..."], "test_setup_code"}',
+            ids=("task_id",),
+            parts=tuple(MBPP_PARTS),
+        ),
         "bioasq": Format(
             _bioasq,
             '{"questions": [{"id", "type": "factoid" | "list" | "yesno" | "summary", "body", "exact_answer", '
@@ -152,12 +158,6 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             frozenset({"snippets"}),
         ),
         "pubmedqa": Format(_pubmedqa, '{PMID: {"QUESTION", "CONTEXTS", "LONG_ANSWER", "final_decision"}}'),
-        "mbpp": Format(
-            _mbpp,
-            '{"task_id", "text", "code", "test_list": ["assert ..."], "test_setup_code"}',
-            ids=("task_id",),
-            parts=tuple(MBPP_PARTS),
-        ),
         "alpaca_eval": Format(_alpaca_eval, '[{"instruction", "dataset"}]'),
         "mt_bench": Format(_mt_bench, '{"question_id", "category", "turns": [...]}'),
         "tulu": Format(_tulu, '{"messages": [{"role", "content"}]}', ids=()),

@@ -175,8 +175,6 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 judge=same_mathematics,
                 package="math_verify",
             ),
-            _labels("pubmedqa", YES_NO_MAYBE),
-            _labels("bioasq_yesno", YES_NO),
             Task(
                 "mbpp",
                 1,
@@ -187,6 +185,8 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 lists=True,
                 unsandboxed=partial(judge_program, sandboxed=False),
             ),
+            _labels("pubmedqa", YES_NO_MAYBE),
+            _labels("bioasq_yesno", YES_NO),
             Task("bioasq_factoid", 2, candidates, gold_names, metrics=_FACTOID, judge=judge_factoid, lists=True),
             Task("bioasq_list", 2, listed, gold_names, metrics=_LIST, judge=judge_list, lists=True),
             Task(
