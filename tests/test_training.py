@@ -26,9 +26,9 @@ from collm.models.backbone import hidden_states
 from collm.models.checkpoint import load_base, load_info
 from collm.models.head import DeferralHead
 from collm.training import initialisation
+from collm.training.batching import EpochSampler
 from collm.training.recipe import load_recipe, parse_recipe
 from collm.training.train import train
-from collm.training.trainer import EpochSampler
 
 Run = Callable[..., Path]
 
@@ -421,6 +421,7 @@ def test_newer_and_partial_checkpoints_are_refused(full: Path, tmp_path: Path) -
         ({"assistants": [{"name": "a", "modle": "x"}]}, "did you mean 'model'"),
         ({"objective": "sft"}, "leave out the assistants"),
         ({"assistants": []}, "needs at least one assistant"),
+        ({"base": {"model": "x", "dtype": "bfloat16"}}, "moves hardly any weight.*training.bf16: true.*tune: lora"),
         ({"trainer": {"save_step": 3}}, "did you mean 'save_steps'"),
     ],
 )
@@ -547,3 +548,15 @@ def test_a_start_that_failed_does_not_claim_its_folder(workplace: Path) -> None:
     with pytest.raises(CollmError, match=r"none\.jsonl"):
         run(workplace, "second-try", tune="gate", data={"train": str(workplace / "none.jsonl")})
     assert load_info(run(workplace, "second-try", tune="gate")) is not None
+
+
+def test_several_gpus_want_a_launcher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(CollmError, match="4 GPUs.*accelerate launch --multi_gpu --num_processes 4 -m collm train"):
+        run(workplace, "launcherless")
+    run(workplace, "gate_alone", tune="gate", training={"epochs": 1})  # one GPU does for the gate
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(CollmError, match="fsdp_cpu_ram_efficient_loading.*false"):
+        run(workplace, "empty_weights")

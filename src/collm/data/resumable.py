@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +31,21 @@ from collm.errors import CollmError
 logger = logging.getLogger(__name__)
 
 
-def plan_batches(lengths: Sequence[int], indices: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], indices: Sequence[int], batch_tokens: int, switches: Sequence[int] = ()
+) -> list[list[int]]:
     """Group `indices` into batches of at most `batch_tokens` padded tokens: longest first, so that running out of
-    memory shows at once."""
+    memory shows at once.
+
+    Args:
+        switches: `rope_switches`; the last token of each sequence is not read, only predicted.
+    """
     batches: list[list[int]] = []
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         # The first of a batch is its longest, and sets its width.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+        first = batches[-1][0] if batches else i
+        alike = bisect_left(switches, lengths[first] - 1) == bisect_left(switches, lengths[i] - 1)
+        if batches and alike and (len(batches[-1]) + 1) * lengths[first] <= batch_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -67,6 +76,7 @@ def run(
     resume: bool,
     progress: bool,
     notes: Mapping[str, Any],
+    switches: Sequence[int] = (),
 ) -> Path:
     """Do all that is not done yet, batch by batch, and write the scores.
 
@@ -74,6 +84,7 @@ def run(
         work: scores a batch.
         batch_tokens: may differ from that of the run being resumed.
         notes: what else `scores.json` is to tell.
+        switches: `rope_switches` of the model.
     """
     nothing = (np.zeros(0, np.float32), np.zeros(0, np.bool_))
     scores: dict[int, TokenScores] = {}
@@ -85,7 +96,7 @@ def run(
         if scores:
             logger.info("%s: going on after %d of %d examples", out, len(scores), len(kept))
         lengths = [len(item) for item in encoded.items]
-        batches = plan_batches(lengths, [i for i in kept if i not in scores], batch_tokens)
+        batches = plan_batches(lengths, [i for i in kept if i not in scores], batch_tokens, switches)
         tokens, begin = sum(lengths[i] for batch in batches for i in batch), time.monotonic()
         try:
             with progress_bar(tokens, progress) as advance:

@@ -20,7 +20,7 @@ from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
 from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fingerprint
 from collm.errors import CollmError
-from collm.models.backbone import check_project, hidden_states, logits_rows, project
+from collm.models.backbone import check_project, hidden_states, logits_rows, project, rope_switches
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.types import Fault, LanguageModel, Query
@@ -92,7 +92,8 @@ def score(
             ) from error
 
     notes = prompt_notes(formatter, completions_from)
-    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes)
+    switches = rope_switches(lm)
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, switches)
 
 
 def tool_fingerprint(tool: LanguageModel) -> str:
@@ -132,6 +133,7 @@ def score_batch(model: PreTrainedModel, batch: Sequence[Encoded], vocab_size: in
     """Scores of the labelled tokens of each sequence, `[N]` float32 and bool, in one forward pass.
 
     Rows are padded on the right and no mask is given: causal attention keeps a token from seeing what follows.
+    (Rows on different sides of one of `rope_switches` must not share a batch.)
     Logits exist only at labelled positions, `logits_rows` at a time.
 
     Args:

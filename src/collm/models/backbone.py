@@ -55,6 +55,15 @@ def logits_rows(model: nn.Module) -> int:
     return max(1, LOGITS_AT_ONCE // int(causal_lm(model).config.get_text_config().vocab_size))
 
 
+def rope_switches(model: nn.Module) -> tuple[int, ...]:
+    """Lengths beyond which RoPE `longrope` (Phi-3.5, Phi-4-mini) takes other factors, for the *whole* batch: rows on
+    different sides of one must not share a batch. Ascending; empty where no text depends on its batch-mates."""
+    parameters: Any = getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    sections = [parameters] if "rope_type" in parameters else [v for v in parameters.values() if isinstance(v, dict)]
+    return tuple(sorted({s["original_max_position_embeddings"] for s in sections if s.get("rope_type") == "longrope"}))
+
+
 @torch.inference_mode()
 def check_project(model: nn.Module) -> None:
     """Refuse an architecture whose logits `project` does not reproduce, instead of training on wrong ones.

@@ -11,16 +11,20 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from collm.errors import CollmError
+from collm.training.batching import evaluation_steps
 from collm.training.dataset import best_device
 from collm.training.recipe import Recipe
-from collm.training.trainer import evaluation_steps
+
+
+def rows_per_step(recipe: Recipe) -> int:
+    """Examples that make one step of the optimizer, of all processes."""
+    world_size = PartialState(cpu=best_device() == "cpu").num_processes
+    return recipe.training.batch_size * recipe.training.gradient_accumulation * world_size
 
 
 def training_arguments(recipe: Recipe, num_rows: int) -> TrainingArguments:
     options = recipe.training
-    world_size = PartialState(cpu=best_device() == "cpu").num_processes
-    step_size = options.batch_size * options.gradient_accumulation * world_size
-    every = evaluation_steps(num_rows, step_size, options.epochs, options.evaluations)
+    every = evaluation_steps(num_rows, rows_per_step(recipe), options.epochs, options.evaluations)
     values: dict[str, Any] = {
         "output_dir": str(recipe.out / "checkpoints"),
         "num_train_epochs": options.epochs,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from collm.data.resumable import plan_batches, progress_bar
 from collm.files import replacing
-from collm.models.backbone import hidden_states
+from collm.models.backbone import hidden_states, rope_switches
 from collm.models.loading import weights_fingerprint
 from collm.training.dataset import ScoredSet, digest
 
@@ -59,7 +59,7 @@ def collect_hidden(
     starts = data.ends - [item.num_labelled for item in data.items]
     states, indices = [], []
     with progress_bar(sum(lengths[i] for i in chosen), progress, "hidden states") as advance:
-        for batch in plan_batches(lengths, chosen, batch_tokens):
+        for batch in plan_batches(lengths, chosen, batch_tokens, rope_switches(model)):
             width = lengths[batch[0]]
             ids, mask = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.bool_)
             for row, i in enumerate(batch):

@@ -116,6 +116,12 @@ class Recipe(_Section):
             raise ValueError(f"objective {self.objective} needs at least one assistant (or set objective: sft)")
         if self.tune == "gate" and self.objective == "sft":
             raise ValueError("tune: gate trains no base, and objective sft nothing else")
+        if self.tune == "full" and self.base.dtype != "float32":
+            raise ValueError(
+                f"tune: full with base.dtype {self.base.dtype} moves hardly any weight, for a step is smaller than the "
+                "gap between two numbers: take base.dtype float32 with training.bf16: true, which computes in "
+                "bfloat16, or tune: lora"
+            )
         if self.objective == "weak_supervision" and self.tune == "gate" and self.init.method == "none":
             raise ValueError("weak supervision of the gate alone is its initialisation, which needs init.method a or b")
         if self.data.validation is None and any(m.validation_scores for m in (self.base, *self.assistants)):

@@ -17,16 +17,19 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, set_seed
 
 from collm.data.collate import Collator
+from collm.models.backbone import rope_switches
 from collm.models.checkpoint import load_info, save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import write_card
 from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
-from collm.training.arguments import training_arguments
+from collm.training.arguments import rows_per_step, training_arguments
+from collm.training.batching import evened
 from collm.training.dataset import ScoredSet, best_device
 from collm.training.folder import claimed
 from collm.training.gate_only import GateData, gate_figures, train_gate
 from collm.training.hidden import all_hidden
+from collm.training.launching import require_launcher
 from collm.training.model import BaseWithGate, LossConfig
 from collm.training.preparation import Prepared, prepare
 from collm.training.progress import ProgressLines, say
@@ -64,6 +67,7 @@ def _run(recipe: Recipe, state: PartialState, progress: bool) -> Path:
         logger.info("%s is finished already (--restart trains it anew)", out)
         return out
     if recipe.tune != "gate":
+        require_launcher(state)
         training_arguments(recipe, 1)  # a fault in them should not show only after scoring
     set_seed(recipe.training.seed)
     prepared = prepare(recipe, state, progress)
@@ -130,7 +134,9 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
         module.gradient_checkpointing_enable()
     # Read by weak supervision only.
     method = "b" if recipe.init.method == "b" else "a"
-    rows = prepared.train.rows(prepared.train.pseudo_labels(method))
+    rows = evened(
+        prepared.train.rows(prepared.train.pseudo_labels(method)), rows_per_step(recipe), rope_switches(prepared.model)
+    )
     arguments = training_arguments(recipe, len(rows))
     trainer = CollmTrainer(
         model=module,

@@ -6,54 +6,22 @@ So accelerate, DDP, bf16, gradient checkpointing, resuming and the usual loggers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from collm.data.collate import IGNORED
 from collm.errors import CollmError
+from collm.models.backbone import rope_switches
 from collm.models.checkpoint import CheckpointInfo, save_checkpoint
 from collm.models.head import DeferralHead
+from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
 from collm.training.resuming import last_checkpoint
-
-
-class EpochSampler(Sampler[int]):
-    """All examples in an order that depends on (seed, epoch) alone; `grouped`: those of like length in one step.
-
-    The Trainer's own sampler draws from the global random state, so that a resumed run, or one on more processes,
-    would see other batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], step_size: int, seed: int, grouped: bool = True) -> None:
-        self.lengths, self.step_size, self.seed, self.grouped, self.epoch = list(lengths), step_size, seed, grouped, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        if not self.grouped:
-            yield from torch.randperm(len(self.lengths), generator=generator).tolist()
-            return
-        order = get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
-        steps = [order[i : i + self.step_size] for i in range(0, len(order), self.step_size)]
-        # They come sorted from long (hard) to short (easy) examples. A short last step stays last.
-        whole = len(order) // self.step_size
-        shuffled = torch.randperm(whole, generator=generator).tolist()
-        for i in [*shuffled, *range(whole, len(steps))]:
-            yield from steps[i]
 
 
 class CollmTrainer(Trainer):
@@ -70,6 +38,13 @@ class CollmTrainer(Trainer):
         self.gate_learning_rate = gate_learning_rate
         self._sums: dict[str, Tensor] = {}
 
+    @property
+    def _module(self) -> BaseWithGate:
+        """Ours, inside what wraps it for several processes."""
+        module = self.accelerator.unwrap_model(self.model)
+        assert isinstance(module, BaseWithGate)
+        return module
+
     # -- the loss
 
     def compute_loss(
@@ -82,12 +57,6 @@ class CollmTrainer(Trainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs["loss"]
         if model.training:
-            if not bool(torch.isfinite(loss)):
-                raise CollmError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped, the last good "
-                    f"checkpoint is {last_checkpoint(Path(str(self.args.output_dir)))}: lower learning_rate, or check "
-                    "the data and scores"
-                )
             for name, value in outputs.items():
                 if name != "loss":
                     self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
@@ -95,6 +64,22 @@ class CollmTrainer(Trainer):
                 # The count is of all processes, and their gradients will be averaged.
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _require_finite(self, sums: dict[str, Tensor]) -> None:
+        """A loss that is no number stays so in the sums: looked at where they are read anyway, since looking at each
+        would make the host wait for the GPU. On all processes at once."""
+        loss = float(self.accelerator.reduce(sums["objective"], reduction="sum"))
+        if not math.isfinite(loss):
+            raise CollmError(
+                f"the loss is {loss} at step {self.state.global_step} or shortly before; training stopped, the last "
+                f"good checkpoint is {last_checkpoint(Path(str(self.args.output_dir)))}: lower learning_rate, or check "
+                "the data and scores"
+            )
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        if self._sums:  # since the last line of the log
+            self._require_finite(self._sums)
+        super()._save_checkpoint(*args)
 
     def _figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means per labelled token over all processes."""
@@ -108,6 +93,7 @@ class CollmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
+            self._require_finite(self._sums)
             figures = self._figures(self._sums)
             # With several processes the Trainer's own figure is scaled for gradient averaging; this one is exact.
             logs["loss"] = figures.pop("objective")
@@ -130,10 +116,9 @@ class CollmTrainer(Trainer):
         given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rows: Any = list(given)
         # Where several processes share the batches, accelerate would repeat rows to even them out, and count them
-        # twice: even them out with rows that have no labelled token.
+        # twice.
         unit = self.args.eval_batch_size * self.accelerator.num_processes
-        filler = {**rows[0], "labels": np.full_like(rows[0]["labels"], IGNORED)}
-        rows += [filler] * (-len(rows) % unit if self.accelerator.num_processes > 1 else 0)
+        rows = evened(rows, unit, rope_switches(self._module.model), always=self.accelerator.num_processes > 1)
         for inputs in self.get_eval_dataloader(rows):
             with self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(inputs))
@@ -149,12 +134,20 @@ class CollmTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         strategy = self.args.train_sampling_strategy
-        if strategy not in ("group_by_length", "random"):
-            return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         lengths = [len(row["input_ids"]) for row in rows]
-        return EpochSampler(lengths, step_size, self.args.seed, grouped=strategy == "group_by_length")
+        switches = rope_switches(self._module.model)
+        if strategy not in ("group_by_length", "random"):
+            if len({bisect_left(switches, length) for length in lengths}) > 1:
+                raise CollmError(
+                    f"texts are shorter and longer than {switches[0]} tokens, where this model's longrope takes other "
+                    f"factors for a whole batch: trainer.train_sampling_strategy {strategy} would mix them; leave "
+                    "it out"
+                )
+            return super()._get_train_sampler(train_dataset)
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        grouped = strategy == "group_by_length"
+        return EpochSampler(lengths, step_size, self.args.seed, grouped=grouped, switches=switches)
 
     # -- the optimizer: the gate wants its own, larger learning rate
 
@@ -176,8 +169,7 @@ class CollmTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        module = self.accelerator.unwrap_model(self.model)
-        assert isinstance(module, BaseWithGate)
+        module = self._module
         head = module.head
         if state_dict is not None:  # gathered from shards
             if head is not None:
@@ -189,8 +181,7 @@ class CollmTrainer(Trainer):
         save_checkpoint(folder, self.info, module.model, head, self.tokenizer, state_dict)
 
     def _load_weights(self, folder: Path) -> None:
-        module = self.accelerator.unwrap_model(self.model)
-        assert isinstance(module, BaseWithGate)
+        module = self._module
         if self.info.kind == "lora":
             module.model.load_adapter(str(folder), "default", is_trainable=True)  # type: ignore[operator]
         else:
@@ -211,9 +202,3 @@ class CollmTrainer(Trainer):
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self._load_weights(Path(self.state.best_model_checkpoint))
-
-
-def evaluation_steps(num_rows: int, step_size: int, epochs: float, evaluations: int) -> int:
-    """Steps between evaluations, at least 1, so that `evaluations` of them fit and the last falls on the last step."""
-    total = max(1, math.ceil(math.ceil(num_rows / step_size) * epochs))
-    return max(1, math.ceil(total / evaluations))
