@@ -18,7 +18,7 @@ from collm.training.recipe import Recipe
 
 def rows_per_step(recipe: Recipe) -> int:
     """Examples that make one step of the optimizer, of all processes."""
-    world_size = PartialState(cpu=best_device() == "cpu").num_processes
+    world_size: int = PartialState(cpu=best_device() == "cpu").num_processes
     return recipe.training.batch_size * recipe.training.gradient_accumulation * world_size
 
 
