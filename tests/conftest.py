@@ -95,6 +95,12 @@ def make_model(kind: str = "llama", *, seed: int = 0, vocab_size: int = 320, **o
     return model.eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests convert does not stay in the cache of who runs them."""
+    os.environ["COLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

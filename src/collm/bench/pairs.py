@@ -16,9 +16,10 @@ from collm.decoding.collaborative import TokenIds
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.head import DeferralHead
-from collm.models.loading import is_tool, load_model, load_tokenizer
+from collm.models.loading import load_model, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.shortened import first_layers
+from collm.models.specs import is_tool
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.types import LanguageModel, Message

@@ -11,6 +11,7 @@ from collm.cli.answer import answer
 from collm.cli.bench import bench
 from collm.cli.calibrate import calibrate
 from collm.cli.compare import compare
+from collm.cli.convert import convert
 from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
 from collm.cli.export import export
@@ -51,6 +52,7 @@ def main() -> None:
 
 for command in (
     prepare,
+    convert,
     score,
     train,
     calibrate,

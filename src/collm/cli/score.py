@@ -39,7 +39,8 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     from collm.data.scores import load_info
     from collm.data.scoring import score as score_model
     from collm.data.scoring import score_tool
-    from collm.models.loading import is_tool, load_context_length, load_tokenizer
+    from collm.models.loading import load_context_length, load_tokenizer
+    from collm.models.specs import is_tool
     from collm.models.tokenizers import require_same_tokenizer
     from collm.models.tools import make_tool
 

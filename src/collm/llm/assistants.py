@@ -11,8 +11,9 @@ from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import AssistantInfo, load_info, warn_of_other_weights
-from collm.models.loading import is_tool, load_tokenizer
+from collm.models.loading import load_tokenizer
 from collm.models.local import LocalModel
+from collm.models.specs import is_tool
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.types import LanguageModel

@@ -21,8 +21,8 @@ from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import CheckpointInfo, load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
-from collm.models.loading import adapter_config
 from collm.models.local import LocalModel
+from collm.models.specs import adapter_config
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation, LanguageModel, Step
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from collm.models.loading import adapter_config, load_model, named_fingerprint, refuse_pickle, weights_fingerprint
+from collm.models.loading import load_model, named_fingerprint, weights_fingerprint
+from collm.models.quiet import quiet
+from collm.models.specs import adapter_config, refuse_pickle
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,11 +46,12 @@ class Weights:
 
         refuse_pickle(folder)
         name = f"shared_{len(self.adapters)}"
-        if self._peft is None:
-            _ = self.fingerprint  # adapters give the parameters other names
-            self._peft = PeftModel.from_pretrained(self.model, folder, name, autocast_adapter_dtype=False)
-        else:
-            self._peft.load_adapter(folder, name, autocast_adapter_dtype=False)
+        with quiet():
+            if self._peft is None:
+                _ = self.fingerprint  # adapters give the parameters other names
+                self._peft = PeftModel.from_pretrained(self.model, folder, name, autocast_adapter_dtype=False)
+            else:
+                self._peft.load_adapter(folder, name, autocast_adapter_dtype=False)
         self._peft.eval()
         self.adapters.append(name)
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

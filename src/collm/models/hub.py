@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.files import write_text
+from collm.files import refuse_full, write_text
 from collm.models.checkpoint import CheckpointInfo, load_info
 
 CARD = "README.md"
@@ -67,8 +67,7 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> None:
     """
     if load_info(source) is None:
         raise CollmError(f"{source} is not a collm checkpoint; it has no collm.json")
-    if Path(target).exists() and any(Path(target).iterdir()):
-        raise CollmError(f"{target} is not empty; choose another folder")
+    refuse_full(Path(target))
     try:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFTOVERS), dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:

@@ -108,6 +108,6 @@ class Calculator:
 
 
 def make_tool(spec: str, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Calculator:
-    """The tool of a spec (`collm.models.loading.TOOLS`), writing in the tokens of this tokenizer."""
+    """The tool of a spec (`collm.models.specs.TOOLS`), writing in the tokens of this tokenizer."""
     assert spec == "calculator", spec
     return Calculator(tokenizer, name=name or spec)

@@ -9,7 +9,7 @@ from typing import Any
 
 from collm.errors import CollmError
 from collm.models.checkpoint import CheckpointInfo, load_info
-from collm.models.loading import is_tool
+from collm.models.specs import is_tool
 
 
 def summary(folder: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,82 @@
+"""Specs: how models and tools are named, and where what they name lies. Nothing here needs torch or reads a weight.
+
+A *spec* is a string:
+
+- a folder or a hub id with a Hugging Face model in it;
+- a folder with a PEFT adapter, which names the spec of its base model;
+- `FILE.gguf`, dequantised on loading (its metadata bring the tokenizer);
+- `pkg:PACKAGE/FILE.gguf`, a file inside an installed Python package (found, not imported);
+- the name of a tool: `calculator`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from collm.errors import CollmError
+
+TOOLS = ("calculator",)
+
+
+def is_tool(spec: str) -> bool:
+    return spec in TOOLS
+
+
+def locate(spec: str) -> str | Path:
+    """Where a spec's model lies: a folder's name or a hub id for transformers, or the path of a GGUF file.
+
+    Raises:
+        CollmError: there is no such package, file or folder, or it is a tool.
+    """
+    if spec.startswith("pkg:"):
+        package, _, inner = spec.removeprefix("pkg:").partition("/")
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise CollmError(f"{spec}: there is no installed package {package!r}; install it with pip")
+        spec = str(Path(next(iter(found.submodule_search_locations))) / inner)
+    if spec.endswith(".gguf"):
+        path = Path(spec)
+        if not path.is_file():
+            raise CollmError(f"{spec}: there is no such GGUF file")
+        if importlib.util.find_spec("gguf") is None:
+            raise CollmError(f"{spec}: reading GGUF files needs the package gguf; pip install 'collm[gguf]'")
+        return path
+    if is_tool(spec):
+        raise CollmError(f"{spec!r} is a tool, not a model with weights; it can only be an assistant")
+    if Path(spec).is_dir():
+        return spec
+    # A hub id has two parts as well; where the first is a folder here, a mistyped path is likelier.
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or ("/" in spec and Path(spec).parent.is_dir()):
+        raise CollmError(f"{spec}: there is no such folder; a model is a Hugging Face folder, a hub id or a .gguf file")
+    return spec
+
+
+def refuse_pickle(name: str) -> None:
+    """A folder whose only weights are pickled is refused with its own message: unpickling can run any code."""
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise CollmError(
+            f"{name} holds pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are refused; "
+            "convert them to safetensors (load them where you trust them and call save_pretrained)"
+        )
+
+
+def adapter_config(spec: str) -> dict[str, Any] | None:
+    """What a folder with a PEFT adapter says about it; None for any other spec.
+
+    Raises:
+        CollmError: it does not name its base model.
+    """
+    path = Path(spec) / "adapter_config.json"
+    if is_tool(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
+        return None
+    config: dict[str, Any] = json.loads(path.read_text())
+    if not config.get("base_model_name_or_path"):
+        raise CollmError(f"{path} does not name its base model (base_model_name_or_path)")
+    return config
