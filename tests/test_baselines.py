@@ -35,8 +35,8 @@ from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
 from collm.llm.deferral import make_policy, to_cut, to_threshold
 from collm.llm.methods import word_starts
-from collm.models.checkpoint import CalibrationRow, CalibrationTable
 from collm.models.fake import FakeModel
+from collm.models.info import CalibrationRow, CalibrationTable
 from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams, Signal
 from collm.types import BASE, Answer, Fault, Generation, Prediction, Query, Step

@@ -33,8 +33,8 @@ from collm.decoding.policies import ExpectedGain, to_log_odds, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
-from collm.models.checkpoint import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.models.fake import FakeModel
+from collm.models.info import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.report.trace import Trace
 from collm.sampling_params import Deferral, SamplingParams, Signal
 from collm.types import Generation, Prediction, Step

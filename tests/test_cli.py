@@ -721,7 +721,7 @@ def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
 
 def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureFixture[str]) -> None:
     from collm.cli.calibrate import _show
-    from collm.models.checkpoint import CalibrationRow, CalibrationTable
+    from collm.models.info import CalibrationRow, CalibrationTable
 
     rows = [
         CalibrationRow(target_rate=rate, achieved_rate=min(rate, 0.23), threshold=0.5, log_odds=0, metric_value=0.5)
@@ -736,7 +736,7 @@ def test_calibrate_tells_rates_that_no_threshold_reaches(capsys: pytest.CaptureF
 def test_thresholds_are_shown_to_the_digits_they_have(capsys: pytest.CaptureFixture[str]) -> None:
     from collm.cli.calibrate import _show
     from collm.llm.deferral import to_threshold
-    from collm.models.checkpoint import CalibrationRow, CalibrationTable
+    from collm.models.info import CalibrationRow, CalibrationTable
 
     shown = {("gate", 40.0): "1 - 4.2e-18", ("gate", 0.0): "0.5000", ("gate", -10.0): "4.5e-05"}
     shown |= {("gate", math.inf): "1.0000", ("gate", -math.inf): "0.0000", ("expected_gain", -15.0): "3.1e-07"}

@@ -136,8 +136,8 @@ def test_ready_pairs_are_whole_and_small(folder: Path) -> None:
     from safetensors.torch import load_file
 
     from collm.evaluation.result import EvalResult
-    from collm.models.checkpoint import load_info
     from collm.models.head import DeferralHead
+    from collm.models.info import load_info
     from collm.training.recipe import load_recipe
 
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6

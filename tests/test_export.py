@@ -15,17 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from collm.cli import main
 from collm.errors import CollmError
 from collm.gate import log_gate
-from collm.models.checkpoint import (
-    AssistantInfo,
-    CalibrationRow,
-    CalibrationTable,
-    CheckpointInfo,
-    load_base,
-    load_info,
-    save_checkpoint,
-)
+from collm.models.checkpoint import load_base, save_checkpoint
 from collm.models.export import ZERO_TOKEN, defer_tokens, export, read_logits
 from collm.models.head import DeferralHead
+from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, load_info
 from collm.models.served import ServedInfo
 from collm.models.tokenizers import shared_vocab_size
 

@@ -34,7 +34,8 @@ from collm.evaluation.harness.records import Records
 from collm.evaluation.likelihood import GivenText, likelihoods
 from collm.evaluation.result import EvalResult
 from collm.llm import CollaborativeLM, TokenPrompt
-from collm.models.checkpoint import AssistantInfo, CheckpointInfo, save_checkpoint
+from collm.models.checkpoint import save_checkpoint
+from collm.models.info import AssistantInfo, CheckpointInfo
 from collm.report.trace import read_traces
 from collm.sampling_params import SamplingParams
 from collm.types import Message

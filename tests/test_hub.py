@@ -11,16 +11,10 @@ from conftest import make_model, make_tokenizer
 
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM
-from collm.models.checkpoint import (
-    AssistantInfo,
-    CalibrationRow,
-    CalibrationTable,
-    CheckpointInfo,
-    load_info,
-    save_checkpoint,
-)
+from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import CARD, copy_checkpoint, model_card, push_to_hub
+from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, load_info
 
 ROW = CalibrationRow(
     target_rate=0.2, achieved_rate=0.19, threshold=1.0, log_odds=float("inf"), metric_value=0.5, ci95=(0.4, 0.6)

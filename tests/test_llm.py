@@ -21,9 +21,10 @@ from collm.errors import CollmError
 from collm.llm import CollaborativeLM, GenerationFailed
 from collm.llm.assistants import load_assistants
 from collm.llm.deferral import cut_for_rate, make_policy
-from collm.models.checkpoint import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, save_checkpoint
+from collm.models.checkpoint import save_checkpoint
 from collm.models.fake import FakeModel
 from collm.models.head import DeferralHead
+from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator

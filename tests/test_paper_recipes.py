@@ -25,7 +25,7 @@ from collm.cli import main
 from collm.data.examples import load_examples
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
-from collm.models.checkpoint import load_info
+from collm.models.info import load_info
 from collm.models.loading import load_model, load_tokenizer
 from collm.models.tokenizers import require_same_tokenizer
 from collm.training.recipe import load_recipe

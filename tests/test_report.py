@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from test_trace import sample
 
-from collm.models.checkpoint import CalibrationRow, CalibrationTable
+from collm.models.info import CalibrationRow, CalibrationTable
 from collm.report.html import Page, html_report, write_html
 from collm.report.plots import curve_csv, curve_svg, save_curve
 from collm.report.systems import SystemRow, systems_table

@@ -23,8 +23,9 @@ from collm.data.formatting import Formatter
 from collm.errors import CollmError
 from collm.gate import log_gate, marginal_nll
 from collm.models.backbone import hidden_states
-from collm.models.checkpoint import load_base, load_info
+from collm.models.checkpoint import load_base
 from collm.models.head import DeferralHead
+from collm.models.info import load_info
 from collm.training import initialisation
 from collm.training.batching import EpochSampler
 from collm.training.recipe import load_recipe, parse_recipe

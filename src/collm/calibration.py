@@ -28,8 +28,8 @@ from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
 from collm.evaluation.task import Task, get_task
 from collm.llm.deferral import policy_at, to_threshold
-from collm.models.checkpoint import CalibrationRow, CalibrationTable, load_info, save_info
 from collm.models.hub import write_card
+from collm.models.info import CalibrationRow, CalibrationTable, load_info, save_info
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
 from collm.sampling_params import SamplingParams, Signal

@@ -14,8 +14,9 @@ from collm.bench.synthetic import SHAPES, Dial, Shape, find_dial, make_model, ma
 from collm.data.formatting import Formatter
 from collm.decoding.collaborative import TokenIds
 from collm.llm import CollaborativeLM
-from collm.models.checkpoint import CheckpointInfo, load_base
+from collm.models.checkpoint import load_base
 from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo
 from collm.models.loading import load_model, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.shortened import first_layers

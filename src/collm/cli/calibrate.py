@@ -24,7 +24,7 @@ from collm.errors import CollmError
 from collm.sampling_params import Signal
 
 if TYPE_CHECKING:
-    from collm.models.checkpoint import CalibrationRow, CalibrationTable
+    from collm.models.info import CalibrationRow, CalibrationTable
 
 DEFAULT_RATES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 

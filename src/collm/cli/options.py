@@ -221,7 +221,7 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
 def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one system from another in a file that a stopped run goes on from: names, and fingerprints of
     what was trained."""
-    from collm.models.checkpoint import load_info
+    from collm.models.info import load_info
 
     info = load_info(checkpoint)
     trained = [Path(checkpoint) / name for name in ("gate.safetensors", "adapter_model.safetensors")]

@@ -70,7 +70,7 @@ def report(
     from collm.evaluation.comparison import rival_of
     from collm.evaluation.overview import Overview, read_results, write_overview
     from collm.evaluation.written import read_written
-    from collm.models.checkpoint import load_info
+    from collm.models.info import load_info
 
     if out.suffix not in (".html", ".htm"):
         raise click.UsageError(f"--out {out}: a page ends in .html")

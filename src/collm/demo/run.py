@@ -22,7 +22,7 @@ from collm.demo.corpus import KINDS, make_corpus
 from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, SYSTEMS, Plan
 from collm.errors import CollmError
 from collm.files import write_text
-from collm.models.checkpoint import load_info
+from collm.models.info import load_info
 from collm.report.html import Page, write_html
 from collm.report.plots import save_curve
 from collm.report.systems import SystemRow, systems_table

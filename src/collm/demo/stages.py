@@ -20,7 +20,7 @@ from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, TASK, Plan, Schedu
 from collm.evaluation.evaluate import evaluate
 from collm.files import write_text
 from collm.llm import CollaborativeLM
-from collm.models.checkpoint import CalibrationTable, load_info
+from collm.models.info import CalibrationTable, load_info
 from collm.models.loading import load_tokenizer
 from collm.sampling_params import SamplingParams
 from collm.training.recipe import parse_recipe

@@ -18,7 +18,7 @@ from collm.evaluation.curves import cost, series
 from collm.evaluation.result import EvalResult
 from collm.evaluation.written import Written
 from collm.files import write_text
-from collm.models.checkpoint import CalibrationTable
+from collm.models.info import CalibrationTable
 from collm.report.axes import MUTED
 from collm.report.chart import Series, line_chart
 from collm.report.histogram import histogram

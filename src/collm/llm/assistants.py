@@ -10,7 +10,8 @@ from urllib.parse import parse_qsl
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
 from collm.models.adapters import ModelStore
-from collm.models.checkpoint import AssistantInfo, load_info, warn_of_other_weights
+from collm.models.checkpoint import warn_of_other_weights
+from collm.models.info import AssistantInfo, load_info
 from collm.models.loading import load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.specs import is_tool

@@ -25,7 +25,7 @@ from collm.decoding.policies import (
     to_probability,
 )
 from collm.errors import CollmError
-from collm.models.checkpoint import CalibrationRow, CalibrationTable
+from collm.models.info import CalibrationRow, CalibrationTable
 from collm.sampling_params import Deferral, SamplingParams, Signal
 
 NEAR = 0.03

@@ -23,7 +23,7 @@ from collm.decoding.policies import Policy
 from collm.decoding.speculative import speculative
 from collm.errors import CollmError
 from collm.llm.deferral import make_policy, refuse_ignored, require_assistants, require_gate
-from collm.models.checkpoint import CalibrationTable
+from collm.models.info import CalibrationTable
 from collm.models.tools import Calculator
 from collm.sampling_params import Deferral, SamplingParams
 from collm.types import LanguageModel

@@ -19,8 +19,9 @@ from collm.llm.assistants import AssistantSource, load_assistants
 from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
 from collm.models.adapters import ModelStore
-from collm.models.checkpoint import CheckpointInfo, load_base
+from collm.models.checkpoint import load_base
 from collm.models.hub import copy_checkpoint, push_to_hub
+from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
 from collm.models.specs import adapter_config
 from collm.sampling_params import SamplingParams

@@ -24,8 +24,9 @@ from collm.errors import CollmError
 from collm.files import write_text
 from collm.gate import log_gate
 from collm.models.backbone import check_project, hidden_states
-from collm.models.checkpoint import CheckpointInfo, load_base, load_info, save_info
+from collm.models.checkpoint import load_base
 from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo, load_info, save_info
 from collm.models.loading import DTYPES, eos_ids
 from collm.models.served import ServedInfo
 from collm.models.tokenizers import PROBES, shared_vocab_size

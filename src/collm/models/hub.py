@@ -8,7 +8,7 @@ from typing import Any
 
 from collm.errors import CollmError
 from collm.files import refuse_full, write_text
-from collm.models.checkpoint import CheckpointInfo, load_info
+from collm.models.info import CheckpointInfo, load_info
 
 CARD = "README.md"
 LEFTOVERS = ("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock")

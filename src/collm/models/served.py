@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collm.errors import CollmError
-from collm.models.checkpoint import AssistantInfo, CalibrationTable
+from collm.models.info import AssistantInfo, CalibrationTable
 
 
 class ServedInfo(BaseModel):

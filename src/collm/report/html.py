@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from collm.files import write_text
-from collm.models.checkpoint import CalibrationTable
+from collm.models.info import CalibrationTable
 from collm.report.pages import render
 from collm.report.plots import curve_svg
 from collm.report.systems import SystemRow

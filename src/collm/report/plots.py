@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from collm.files import replacing, write_text
-from collm.models.checkpoint import CalibrationRow, CalibrationTable
+from collm.models.info import CalibrationRow, CalibrationTable
 from collm.report.chart import Point, Series, bounds, line_chart
 
 COLUMNS = (

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from collm.errors import CollmError
 from collm.gate import log_gate, log_posterior, token_nll
-from collm.models.checkpoint import CheckpointInfo
 from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo
 from collm.training.initialisation import Standardiser
 from collm.training.model import LossConfig, objective_loss
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.files import write_text
 from collm.models.backbone import check_project
-from collm.models.checkpoint import CheckpointInfo
 from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation

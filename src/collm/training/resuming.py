@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from collm.models.checkpoint import load_info
+from collm.models.info import load_info
 
 STATE = "trainer_state.json"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.models.checkpoint import CheckpointInfo, load_info
+from collm.models.info import CheckpointInfo, load_info
 from collm.models.specs import is_tool
 
 

@@ -18,9 +18,10 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from collm.data.collate import Collator
 from collm.models.backbone import rope_switches
-from collm.models.checkpoint import load_info, save_checkpoint
+from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import write_card
+from collm.models.info import load_info
 from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.training.arguments import rows_per_step, training_arguments

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from collm.errors import CollmError
 from collm.models.backbone import rope_switches
-from collm.models.checkpoint import CheckpointInfo, save_checkpoint
+from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo
 from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
 from collm.training.resuming import last_checkpoint

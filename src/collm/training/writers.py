@@ -14,7 +14,7 @@ from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scores import Fingerprint, load_info, load_scores, scores_fingerprint
 from collm.data.scoring import score, score_tool, tool_fingerprint
 from collm.errors import CollmError
-from collm.models.checkpoint import AssistantInfo
+from collm.models.info import AssistantInfo
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
 from collm.models.specs import is_tool
 from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint

@@ -1,0 +1,105 @@
+"""What a checkpoint says of itself: `collm.json`, read without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from collm.errors import CollmError
+from collm.files import write_text
+from collm.sampling_params import Signal
+
+FORMAT_VERSION = 1
+FILE = "collm.json"
+Kind = Literal["full", "lora", "gate", "export"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class CalibrationRow(_Strict):
+    """One point of the rate/quality curve.
+
+    `log_odds` is the threshold eta as float32 log-odds (what decoding compares with; a probability near 1 would be
+    rounded to it), `threshold` the same as a probability. `achieved_rate` counts tokens that an assistant wrote.
+    For other signals than the gate `log_odds` holds nats (for the expected gain its logarithm), and `threshold` what
+    `SamplingParams.threshold` means.
+    """
+
+    target_rate: float
+    achieved_rate: float
+    threshold: float
+    log_odds: float
+    metric_value: float
+    ci95: tuple[float, float] | None = None
+
+
+class CalibrationTable(_Strict):
+    task: str
+    metric: str
+    seed: int
+    num_prompts: int
+    rows: list[CalibrationRow]
+    best: int | None = None
+    """Index of the row with the best metric."""
+    signal: Signal = "gate"
+
+
+class AssistantInfo(_Strict):
+    name: str
+    spec: str
+    tokenizer_fingerprint: str | None = None
+    """None for tools, which use the base's tokenizer."""
+    weights_fingerprint: str | None = None
+    """Of the weights whose scores it was trained with; None for tools and in checkpoints made before it was kept."""
+    format: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of `PromptFormat`: how this assistant sees the prompt."""
+
+
+class CheckpointInfo(_Strict):
+    """What `collm.json` holds."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Kind = "full"
+    base_model: str | None = None
+    """Spec of the base that a `lora` or `gate` checkpoint was trained on."""
+    base_fingerprint: str | None = None
+    """Of the base's weights: before training for `lora` and `gate`, as saved for `full`."""
+    tokenizer_fingerprint: str | None = None
+    base_format: dict[str, Any] = Field(default_factory=dict)
+    assistants: list[AssistantInfo] = Field(default_factory=list)
+    calibration: list[CalibrationTable] = Field(default_factory=list)
+    training: dict[str, Any] = Field(default_factory=dict)
+    """The recipe and the figures of the run that made it."""
+
+
+def load_info(folder: str | Path) -> CheckpointInfo | None:
+    """The checkpoint's description; None for a plain Hugging Face folder.
+
+    Raises:
+        CollmError: a newer format, or a damaged file.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise CollmError(
+                f"{path} has format version {version}; this collm reads up to {FORMAT_VERSION}: upgrade collm"
+            )
+        return CheckpointInfo.model_validate(raw)
+    except CollmError:
+        raise
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise CollmError(f"{path} is damaged: {error}") from error
+
+
+def save_info(folder: str | Path, info: CheckpointInfo) -> None:
+    # JSON has no infinity; pydantic writes it as a string that it reads back as a float.
+    write_text(Path(folder) / FILE, info.model_dump_json(indent=2) + "\n")
