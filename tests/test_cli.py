@@ -338,8 +338,8 @@ def test_a_second_process_on_the_same_folder_is_refused(world: Path, tmp_path: P
     recipe = write_recipe(tmp_path / "r.yaml", out=str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
-        refused(collm("train", recipe), "another process is training in", str(tmp_path / "out"))
-        refused(collm("train", recipe, "--restart"), "another process is training in")
+        refused(collm("train", recipe), "is being written by another process", str(tmp_path / "out"))
+        refused(collm("train", recipe, "--restart"), "is being written by another process")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
     # The file of a process that was killed is in nobody's way; test_training kills one.
     assert collm("train", recipe).exit_code == 0

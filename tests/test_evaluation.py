@@ -25,9 +25,8 @@ from collm.evaluation.evaluate import (
     evaluate_with_traces,
     example_seed,
     near_duplicates,
-    result_path,
 )
-from collm.evaluation.result import EvalResult
+from collm.evaluation.result import EvalResult, result_path
 from collm.evaluation.stats import bootstrap_ci, holm, paired_difference, sign_flip_test
 from collm.evaluation.task import get_task
 from collm.report.trace import read_traces

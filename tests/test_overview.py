@@ -21,9 +21,9 @@ from collm.errors import CollmError
 from collm.evaluation import written as written_module
 from collm.evaluation.comparison import compare_all
 from collm.evaluation.curves import common_name, cost, family, series
-from collm.evaluation.evaluate import evaluate, trace_path
+from collm.evaluation.evaluate import evaluate
 from collm.evaluation.overview import Overview, common_settings, overview_html, read_results, system_row, write_overview
-from collm.evaluation.result import EvalResult
+from collm.evaluation.result import EvalResult, trace_path
 from collm.evaluation.written import Written, choose, read_written
 from collm.report.chart import Point, Series, line_chart, look
 from collm.report.histogram import histogram

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
 from collm.evaluation.task import Task, get_task
+from collm.files import claimed
 from collm.llm.deferral import policy_at, to_threshold
 from collm.models.hub import write_card
 from collm.models.info import CalibrationRow, CalibrationTable, load_info, save_info
@@ -170,8 +172,36 @@ def calibrate(
     Raises:
         CollmError: no gate, no examples, an `out` that belongs to another run.
     """
-    task = get_task(task) if isinstance(task, str) else task
-    params = params or SamplingParams(max_tokens=max_tokens, seed=seed)
+    with nullcontext() if out is None else claimed(out, folder=True):
+        return _calibrate(
+            llm,
+            get_task(task) if isinstance(task, str) else task,
+            examples,
+            signal,
+            target_rates,
+            rounds,
+            tolerance,
+            params or SamplingParams(max_tokens=max_tokens, seed=seed),
+            out=out,
+            batch_size=batch_size,
+            identity=identity,
+            progress=progress,
+        )
+
+
+def _calibrate(
+    llm: Writer,
+    task: Task,
+    examples: Sequence[Example],
+    signal: Signal,
+    target_rates: Sequence[float],
+    rounds: int,
+    tolerance: float,
+    params: SamplingParams,
+    *,
+    out: str | Path | None,
+    **options: Any,
+) -> CalibrationTable:
     measured: dict[float, Measurement] = {}
 
     def measure(log_odds: float, what: str) -> None:
@@ -184,11 +214,9 @@ def calibrate(
             params,
             # A policy, for a threshold in `params` is a probability, which rounds large log-odds to 1.
             policy=policy_at(signal, log_odds, len(llm.model_names) - 1),
-            batch_size=batch_size,
             out=file,
             name=what,
-            identity=identity,
-            progress=progress,
+            **options,
         )
         measured[log_odds] = Measurement(log_odds, result, *signals(traces, signal))
 
@@ -253,15 +281,17 @@ def store_table(checkpoint: str | Path, table: CalibrationTable) -> CalibrationT
     Raises:
         CollmError: the folder is not one of our checkpoints.
     """
-    info = load_info(checkpoint)
-    if info is None:
-        raise CollmError(
-            f"{checkpoint} has no collm.json to store a calibration in: it is a plain model without a gate"
-        )
-    older = [other for other in info.calibration if (other.task, other.signal) == (table.task, table.signal)]
-    others = [other for other in info.calibration if other not in older]
-    save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
-    write_card(checkpoint)
+    # Two that read, change and write at once would lose a table.
+    with claimed(checkpoint, folder=True, wait=True):
+        info = load_info(checkpoint)
+        if info is None:
+            raise CollmError(
+                f"{checkpoint} has no collm.json to store a calibration in: it is a plain model without a gate"
+            )
+        older = [other for other in info.calibration if (other.task, other.signal) == (table.task, table.signal)]
+        others = [other for other in info.calibration if other not in older]
+        save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
+        write_card(checkpoint)
     return older[-1] if older else None
 
 

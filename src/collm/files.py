@@ -1,13 +1,30 @@
-"""Files that are there whole or not at all."""
+"""Outputs: files that are there whole or not at all, written by one process at a time, and never over somebody else's.
+
+A lock is a hidden file beside an output (`.NAME.lock`), or in its folder (`.lock`), that says who holds it. It is the
+operating system's: it ends with the process, also by kill -9; the empty file stays.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from collm.errors import CollmError
+
+logger = logging.getLogger(__name__)
+
+STALE = 24 * 3600.0
+"""Seconds after which the half-written file of a killed process is swept away."""
 
 
 @contextmanager
@@ -17,11 +34,17 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CollmError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        for left in path.parent.glob(f".{_literal(path.name)}.*.tmp"):
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink(missing_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise CollmError(f"could not write {path}: {error}") from error
 
@@ -44,7 +67,124 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "collm"
 
 
+def _literal(name: str) -> str:
+    return "".join(f"[{char}]" if char in "[*?" else char for char in name)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write so that a reader never sees half a file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def beside(path: str | Path, ending: str, *, instead_of: str | tuple[str, ...] = ".jsonl") -> Path:
+    """The file that goes with `path`: its ending replaced where it is `instead_of`, else `ending` put behind its name.
+
+    What else stands behind a dot is a part of the name: `model-0.1` goes with `model-0.1.json`.
+    """
+    path = Path(path)
+    endings = (instead_of,) if isinstance(instead_of, str) else instead_of
+    for old in endings:
+        if path.name.endswith(old) and path.name != old:
+            return path.with_name(path.name.removesuffix(old) + ending)
+    return path.with_name(path.name + ending)
+
+
+def require_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output that would replace what is read.
+
+    Raises:
+        CollmError: naming the file.
+    """
+    out = Path(out)
+    for path in map(Path, inputs):
+        if out.resolve() == path.resolve() or (out.exists() and path.exists() and out.samefile(path)):
+            raise CollmError(f"{out} is read by this command and would be replaced by its output: give another file")
+
+
+def require_own(path: Path, own: Callable[[Path], bool], what: str) -> None:
+    """Refuse to replace a file that is not an earlier state of the output.
+
+    Args:
+        own: whether an existing file is one of ours.
+        what: what writes such files, for the message.
+
+    Raises:
+        CollmError: naming the file.
+    """
+    if path.exists() and not own(path):
+        raise CollmError(f"{path} exists and was not written by {what}: give another output, or move it away")
+
+
+_held: dict[Path, int] = {}
+"""Locks of this process, and the threads that hold them."""
+_guard = threading.Lock()
+
+
+@contextmanager
+def claimed(path: str | Path, *, folder: bool = False, wait: bool = False) -> Iterator[None]:
+    """For the length of the block, `path` is this thread's alone, among all processes; what it holds already is fine.
+
+    Args:
+        folder: the output is a folder, made if it is missing; the lock lies in it.
+        wait: until the other process has finished, instead of refusing.
+
+    Raises:
+        CollmError: another process (or thread) writes it; the message names it.
+    """
+    path = Path(path)
+    home = path if folder else path.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CollmError(f"could not write {path}: {error}") from error
+    lock = home.resolve() / (".lock" if folder else f".{path.name}.lock")
+    with _guard:
+        mine = _held.get(lock) == threading.get_ident()
+    if mine:
+        yield
+        return
+    held = _acquired(path, lock, wait)
+    try:
+        with _guard:
+            _held[lock] = threading.get_ident()
+        with suppress(OSError):  # some systems do not let a locked file be written: then it bears no name
+            lock.write_text(_signature(), encoding="utf-8")
+        yield
+    finally:
+        with _guard:
+            _held.pop(lock, None)
+        with suppress(OSError):  # whoever is refused next must not be told an old name
+            os.truncate(lock, 0)
+        held.release()
+
+
+def _acquired(path: Path, lock: Path, wait: bool) -> BaseFileLock:
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        if not wait:
+            raise CollmError(
+                f"{path} is being written by {_owner(lock)}: wait until it has finished, stop it, or give another "
+                "output"
+            ) from error
+        logger.info("waiting for %s to finish with %s", _owner(lock), path)
+        held.acquire()
+    except OSError as error:
+        raise CollmError(f"could not write {path}: {error}") from error
+    return held
+
+
+def _signature() -> str:
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    since = time.strftime("%Y-%m-%d %H:%M")
+    return f"{command[:300]} (process {os.getpid()} on {socket.gethostname()}, since {since})"
+
+
+def _owner(lock: Path) -> str:
+    try:
+        told = lock.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        told = ""
+    return told or "another process"

@@ -20,6 +20,7 @@ from collm.cli.options import (
     model_options,
     sampling_params,
 )
+from collm.files import claimed
 
 
 @click.command(cls=ResumableCommand, short_help="Answer AlpacaEval or MT-bench for their judges.")
@@ -50,7 +51,7 @@ def answer(
     MT-bench has one for each category, as in FastChat. The judge itself is run with its own package.
     """
     from collm.evaluation.answering import answer as run
-    from collm.evaluation.answering import traces_path
+    from collm.evaluation.answering import require_free, traces_path
     from collm.evaluation.judges import JUDGES
 
     ctx = click.get_current_context()
@@ -58,17 +59,19 @@ def answer(
     if "max_tokens" not in given:
         options["max_tokens"] = JUDGES[judge].max_tokens
     params = sampling_params(options)
-    count = run(
-        load_llm(checkpoint, options),
-        judge,
-        data,
-        out,
-        params,
-        generator=generator or Path(checkpoint).name,
-        temperature=options["temperature"] if "temperature" in given else None,
-        limit=limit,
-        alone=options["alone"],
-        batch_size=options["batch_size"],
-        identity=identity(checkpoint, options),
-    )
+    require_free(out, [data])
+    with claimed(traces_path(out)):
+        count = run(
+            load_llm(checkpoint, options),
+            judge,
+            data,
+            out,
+            params,
+            generator=generator or Path(checkpoint).name,
+            temperature=options["temperature"] if "temperature" in given else None,
+            limit=limit,
+            alone=options["alone"],
+            batch_size=options["batch_size"],
+            identity=identity(checkpoint, options),
+        )
     click.echo(f"answers to {count} questions are in {out}, who wrote which token in {traces_path(out)}")

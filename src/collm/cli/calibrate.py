@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +23,7 @@ from collm.cli.options import (
     unsandboxed_option,
 )
 from collm.errors import CollmError
+from collm.files import claimed
 from collm.sampling_params import Signal
 
 if TYPE_CHECKING:
@@ -74,6 +77,13 @@ def calibrate(
 
     The table is stored in the checkpoint, so that --deferral-rate just works; the curve is written as CSV and plot.
     """
+    with nullcontext() if out is None else claimed(out, folder=True):
+        _calibrate(checkpoint, task, data, rates, out, options)
+
+
+def _calibrate(
+    checkpoint: Path, task: str, data: str, rates: tuple[float, ...], out: Path | None, options: Mapping[str, Any]
+) -> None:
     from collm.calibration import calibrate as run
     from collm.calibration import store_table, write_curve
     from collm.evaluation.task import get_task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from collm.cli.options import (
     unsandboxed_option,
 )
 from collm.evaluation.task import TASKS
+from collm.files import claimed
 from collm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -97,22 +99,26 @@ def evaluate(
         raise click.UsageError(f"give --task and --data, or --tasks for the harness's own; {missing} is missing")
 
     from collm.evaluation.evaluate import evaluate as run
+    from collm.evaluation.runs import require_free
     from collm.evaluation.task import get_task
 
     # What can be found wrong without the models is told before they are loaded.
+    if out is not None:
+        require_free(out, [data])
     asked, examples = get_task(task, sandboxed=not options["unsandboxed"]), read_examples(data, options)
     asked.require()
-    result = run(
-        load_llm(checkpoint, options),
-        asked,
-        examples,
-        params,
-        batch_size=options["batch_size"],
-        out=out,
-        name=options["name"] or "",
-        alone=options["alone"],
-        identity=identity(checkpoint, options),
-    )
+    with nullcontext() if out is None else claimed(out):
+        result = run(
+            load_llm(checkpoint, options),
+            asked,
+            examples,
+            params,
+            batch_size=options["batch_size"],
+            out=out,
+            name=options["name"] or "",
+            alone=options["alone"],
+            identity=identity(checkpoint, options),
+        )
     if as_json:
         click.echo(json.dumps(asdict(result), ensure_ascii=False))
     else:
@@ -142,17 +148,18 @@ def _harness(
         generation["do_sample"] = options["temperature"] > 0
     if "stop" in given:
         generation["until"] = list(options["stop"])
-    llm = load_llm(checkpoint, options)
-    lm = CollaborativeHarnessLM(llm, params, alone=options["alone"], batch_size=options["batch_size"], out=out)
-    results = run_tasks(
-        lm,
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        out=out,
-        generation=generation,
-        limit=options["limit"],
-        name=options["name"] or "",
-        **{name: options[name] for name in HARNESS},
-    )
+    with nullcontext() if out is None else claimed(out, folder=True):
+        llm = load_llm(checkpoint, options)
+        lm = CollaborativeHarnessLM(llm, params, alone=options["alone"], batch_size=options["batch_size"], out=out)
+        results = run_tasks(
+            lm,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            out=out,
+            generation=generation,
+            limit=options["limit"],
+            name=options["name"] or "",
+            **{name: options[name] for name in HARNESS},
+        )
     if as_json:
         click.echo(json.dumps(results, ensure_ascii=False, default=str))
     else:

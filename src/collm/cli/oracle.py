@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 from collm.cli.calibrate import parse_rates
 from collm.cli.console import ResumableCommand
 from collm.cli.options import OUTPUT, data_options, identity, load_llm, model_options, read_examples
+from collm.files import beside, claimed, require_apart, require_own
 
 if TYPE_CHECKING:
     from collm.evaluation.oracle import OracleReport
@@ -37,25 +39,31 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
     Nothing is written: each token is predicted after the gold tokens before it. CHECKPOINT may be a plain model with
     assistants, too; it has no gate, and its rivals are then compared at the oracle's own rate.
     """
-    from collm.evaluation.oracle import report
+    from collm.evaluation.oracle import is_report, report
     from collm.evaluation.reading import read
 
-    llm = load_llm(checkpoint, options)
-    if len(llm.models) == 1:
-        raise click.UsageError("there is no assistant to be compared with: give one with --assistant")
-    reading = read(
-        llm.models,
-        llm.formatters,
-        read_examples(data, options),
-        max_length=options["max_length"],
-        out=out,
-        identity=identity(checkpoint, options),
-    )
-    found = report(
-        reading, llm.model_names, threshold=options["threshold"], rates=options["rates"], seed=options["seed"]
-    )
-    if out is not None:
-        found.save(out.with_suffix(".json"))
+    figures = None if out is None else beside(out, ".json")
+    with nullcontext() if out is None else claimed(out):
+        if out is not None and figures is not None:
+            for path in (out, figures):
+                require_apart(path, [data])
+            require_own(figures, is_report, "collm oracle")
+        llm = load_llm(checkpoint, options)
+        if len(llm.models) == 1:
+            raise click.UsageError("there is no assistant to be compared with: give one with --assistant")
+        reading = read(
+            llm.models,
+            llm.formatters,
+            read_examples(data, options),
+            max_length=options["max_length"],
+            out=out,
+            identity=identity(checkpoint, options),
+        )
+        found = report(
+            reading, llm.model_names, threshold=options["threshold"], rates=options["rates"], seed=options["seed"]
+        )
+        if figures is not None:
+            found.save(figures)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:

@@ -10,6 +10,7 @@ import click
 
 from collm.cli.console import ResumableCommand
 from collm.cli.options import EXISTING, OUTPUT, data_options, machine_options, prompt_format, read_examples
+from collm.files import claimed
 
 
 @click.command(cls=ResumableCommand, short_help="Score gold tokens under one model (once per model).")
@@ -68,12 +69,13 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
         "batch_tokens": options["batch_tokens"],
         "resume": not restart,
     }
-    if tool:
-        path = score_tool(examples, make_tool(model, tokenizer), formatter, out, **settings)
-    else:
-        path = score_model(
-            examples, model, formatter, out, dtype=options["dtype"], device=options["device"], **settings
-        )
+    with claimed(out):  # before a model is loaded in vain
+        if tool:
+            path = score_tool(examples, make_tool(model, tokenizer), formatter, out, **settings)
+        else:
+            path = score_model(
+                examples, model, formatter, out, dtype=options["dtype"], device=options["device"], **settings
+            )
     _show(load_info(path))
     click.echo(f"scores written to {path}")
 

@@ -12,6 +12,7 @@ import click
 from collm.cli.console import Command
 from collm.cli.options import OUTPUT
 from collm.errors import CollmError
+from collm.files import beside, require_apart
 
 if TYPE_CHECKING:
     from collm.report.trace import Trace
@@ -26,9 +27,11 @@ def trace(trace_file: Path, html: Path | None, classes: bool, limit: int | None)
     """Show the texts of TRACE_FILE (from `collm eval --out` or `collm generate --trace`), coloured by author."""
     if html is not None and classes:
         raise click.UsageError("--classes prints a table and --html writes a page of texts: ask for one of them")
-    beside = trace_file.with_suffix(".jsonl")
-    if trace_file.suffix == ".json" and beside.is_file():
-        raise click.UsageError(f"{trace_file} is a result; its texts are in {beside}")
+    if html is not None:
+        require_apart(html, [trace_file])
+    texts = beside(trace_file, ".jsonl", instead_of=".json")
+    if trace_file.suffix == ".json" and texts.is_file():
+        raise click.UsageError(f"{trace_file} is a result; its texts are in {texts}")
     from collm.report.terminal import classes_table, print_table, print_traces
     from collm.report.tokens import token_figures
     from collm.report.trace import stream_traces

@@ -10,48 +10,60 @@ from types import TracebackType
 from typing import Any
 
 from collm.errors import CollmError
+from collm.files import write_text
 
 
 class Journal:
     """An append-only file of JSON lines, the first of which says what the run is.
 
     A record counts once its line is whole. A line that was being written when the process died is cut off on
-    opening; so are records behind a damaged one.
+    opening; so are records behind a damaged one. Hold the file with `files.claimed` while it is open.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], *, resume: bool = True) -> None:
         """After opening, `found` is the header of the run that began the file, `records` what it had finished.
 
         Args:
+            header: its first key tells journals of this kind from all other files.
             resume: keep what an earlier run left there; else begin anew.
 
         Raises:
-            CollmError: the file cannot be written.
+            CollmError: the file cannot be written, or is something else, which is left as it is.
         """
         self.path = path
         self.found: dict[str, Any] = header
         self.records: list[dict[str, Any]] = []
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = self._read() if resume and path.exists() else 0
-            self._file = FileIO(path, "r+" if kept else "w+")
+            kept = self._read(next(iter(header))) if path.exists() else 0
+            if not (kept and resume):
+                self.found, self.records = header, []
+                write_text(path, json.dumps(header) + "\n")  # whole, so that a killed run leaves no half of it
+                kept = path.stat().st_size
+            self._file = FileIO(path, "r+")
             self._file.truncate(kept)
             self._end = self._file.seek(kept)
         except OSError as error:
             raise CollmError(f"{path}: cannot be written: {error.strerror}") from error
-        if not kept:
-            self.append(header)
 
-    def _read(self) -> int:
+    def _read(self, mark: str) -> int:
         """Fill `found` and `records`; the number of bytes of whole lines."""
         kept = 0
-        lines = []
+        lines: list[dict[str, Any]] = []
         with self.path.open("rb") as file:
             for line in file:
                 try:
                     value = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
+                except (ValueError, RecursionError):
                     value = None
+                if not lines and not (isinstance(value, dict) and mark in value):
+                    begin = f'{{"{mark}": '.encode()
+                    # Half a header, as older versions may have left it, is ours all the same.
+                    if line.endswith(b"\n") or not begin.startswith(line[: len(begin)]):
+                        raise CollmError(
+                            f"{self.path} exists and was not written by an earlier run: give another output, or move "
+                            "it away"
+                        )
+                    return 0
                 if not isinstance(value, dict):
                     break
                 lines.append(value)

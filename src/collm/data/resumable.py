@@ -27,6 +27,7 @@ from collm.data.scores import (
     save_scores,
 )
 from collm.errors import CollmError
+from collm.files import claimed
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def run(
     progress: bool,
     notes: Mapping[str, Any],
     switches: Sequence[int] = (),
+    wait: bool = False,
 ) -> Path:
     """Do all that is not done yet, batch by batch, and write the scores.
 
@@ -85,7 +87,28 @@ def run(
         batch_tokens: may differ from that of the run being resumed.
         notes: what else `scores.json` is to tell.
         switches: `rope_switches` of the model.
+        wait: for another process that makes them at this moment, instead of refusing.
     """
+    with claimed(out, wait=wait):
+        # Another process may have made them while this one waited or encoded.
+        if already_scored(out, fingerprint, resume):
+            return out
+        _score(examples, encoded, fingerprint, out, work, batch_tokens, resume, progress, notes, switches)
+    return out
+
+
+def _score(
+    examples: Sequence[Example],
+    encoded: EncodedSet,
+    fingerprint: Fingerprint,
+    out: Path,
+    work: Callable[[Sequence[Encoded]], list[TokenScores]],
+    batch_tokens: int,
+    resume: bool,
+    progress: bool,
+    notes: Mapping[str, Any],
+    switches: Sequence[int],
+) -> None:
     nothing = (np.zeros(0, np.float32), np.zeros(0, np.bool_))
     scores: dict[int, TokenScores] = {}
     kept = encoded.kept
@@ -121,7 +144,6 @@ def run(
         in_order = [scores.get(i, nothing) for i in range(len(examples))]
         save_scores(out, examples, in_order, fingerprint, {**notes, **counts})
         journal.remove()
-    return out
 
 
 def _pack(scores: dict[int, TokenScores]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def score(
     progress: bool = True,
     dtype: str = "float32",
     device: str = "cpu",
+    wait: bool = False,
 ) -> Path:
     """Score examples under a transformer and write them to the folder `out` (see `load_scores`).
 
@@ -60,6 +61,7 @@ def score(
         max_length: tokens to keep of each sequence; never more than the model's context.
         resume: go on where an interrupted run stopped, and leave finished scores alone; False begins anew and
             replaces them.
+        wait: for another process that makes them at this moment, instead of refusing.
 
     Raises:
         CollmError: scores of something else are in the way; NaN; out of memory or disk. Finished batches are kept.
@@ -93,7 +95,7 @@ def score(
 
     notes = prompt_notes(formatter, completions_from)
     switches = rope_switches(lm)
-    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, switches)
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, switches, wait)
 
 
 def tool_fingerprint(tool: LanguageModel) -> str:
@@ -111,6 +113,7 @@ def score_tool(
     batch_tokens: int = BATCH_TOKENS,
     resume: bool = True,
     progress: bool = True,
+    wait: bool = False,
 ) -> Path:
     """`score` for anything that answers queries. Where it abstains, log-probability -inf and not top-1: a token that
     cannot be deferred to it, which is a lower bound of decoding, where the base then writes the token."""
@@ -125,7 +128,7 @@ def score_tool(
         return [_ask_tool(tool, item) for item in batch]
 
     notes = prompt_notes(formatter, completions_from)
-    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes)
+    return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, wait=wait)
 
 
 @torch.inference_mode()

@@ -21,16 +21,16 @@ from collm.data.sources import read_source
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, example_seed
 from collm.evaluation.judges import JUDGES, Dialogue
-from collm.evaluation.runs import traces_so_far
-from collm.files import write_text
-from collm.report.trace import Trace, append_json, base_pieces, trace_to_dict
+from collm.evaluation.runs import kept
+from collm.files import beside, require_apart, write_text
+from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
 from collm.types import Message
 
 
 def traces_path(out: Path) -> Path:
     """Where the traces of answers in `out` go; not `.jsonl`, of which FastChat reads every file in its folder."""
-    return out.with_suffix(".traces")
+    return beside(out, ".traces", instead_of=(".jsonl", ".json"))
 
 
 def answer(
@@ -78,21 +78,32 @@ def answer(
         **{f"params.{key}": value for key, value in asdict(params).items()},
     }
     settings["params.stop"] = list(params.stop)
-    path = traces_path(out)
-    if out.exists() and not path.exists():
-        raise CollmError(f"{out} exists, without {path.name} of a run beside it: give another file")
-    done = traces_so_far(path, settings)
+    require_free(out, [data])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not progress
-    ) as bar:
-        row = bar.add_task(judge, total=sum(len(dialogue.turns) for dialogue in dialogues), completed=len(done))
-        for trace in _answers(llm, dialogues, done, params, batch_size, alone):
-            append_json(path, [trace_to_dict(trace)])
-            bar.advance(row)
-    answers = {dialogue: [_text(done[key]) for key in dialogue.traces] for dialogue in dialogues}
-    write_text(out, known.file(answers, generator))
+    with kept(traces_path(out), settings) as (done, keep):
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not progress
+        ) as bar:
+            row = bar.add_task(judge, total=sum(len(dialogue.turns) for dialogue in dialogues), completed=len(done))
+            for trace in _answers(llm, dialogues, done, params, batch_size, alone):
+                keep(trace)
+                bar.advance(row)
+        answers = {dialogue: [_text(done[key]) for key in dialogue.traces] for dialogue in dialogues}
+        write_text(out, known.file(answers, generator))
     return len(dialogues)
+
+
+def require_free(out: Path, data: Sequence[Path] = ()) -> None:
+    """Refuse a judge's file that would replace something else.
+
+    Raises:
+        CollmError: naming the file that is in the way.
+    """
+    traces = traces_path(out)
+    for path in (out, traces):
+        require_apart(path, data)
+    if out.exists() and not traces.exists():
+        raise CollmError(f"{out} exists, without {traces.name} of a run beside it: give another file")
 
 
 def _text(trace: Trace) -> str:
@@ -102,12 +113,12 @@ def _text(trace: Trace) -> str:
 def _answers(
     llm: Writer,
     dialogues: Sequence[Dialogue],
-    done: dict[str, Trace],
+    done: Mapping[str, Trace],
     params: SamplingParams,
     batch_size: int,
     alone: int | str | None,
 ) -> Iterator[Trace]:
-    """Answers that are not yet in `done`, which they join: all first turns, then all second ones."""
+    """Answers that are not yet in `done`, which they are to join: all first turns, then all second ones."""
     for number in range(max(len(dialogue.turns) for dialogue in dialogues)):
         todo = [d for d in dialogues if len(d.turns) > number and d.traces[number] not in done]
         prompts: list[list[Message]] = []
@@ -129,6 +140,5 @@ def _answers(
                 raise CollmError(f"{key}: {generation.error}")
             now = time.perf_counter()
             pieces = base_pieces(generation, lambda token_id: llm.decode([token_id]))
-            done[key] = Trace(key, generation, tuple(prompts[index]), pieces, seconds=now - begin)
+            yield Trace(key, generation, tuple(prompts[index]), pieces, seconds=now - begin)
             begin = now
-            yield done[key]

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
-from collm.evaluation.result import EvalResult, summarise
-from collm.evaluation.runs import traces_so_far
+from collm.evaluation.result import EvalResult, result_path, summarise
+from collm.evaluation.runs import kept, require_free
 from collm.evaluation.task import Task, get_task
 from collm.llm.methods import Method
-from collm.report.trace import Trace, append_json, base_pieces, trace_to_dict
+from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
 from collm.types import Generation, Message
 
@@ -129,24 +129,24 @@ def evaluate_with_traces(
     }
     settings["params.stop"] = list(params.stop)
     path = Path(out) if out is not None else None
-    done = traces_so_far(path, settings) if path is not None else {}
-    todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
+    if path is not None:
+        require_free(path)
     figures = TextColumn("{task.fields[figures]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures)
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
-        row = bar.add_task(name or task.name, total=len(examples), completed=len(done), figures=_running(done))
-        for trace in _answers(llm, task, todo, params, batch_size, policy, alone):
-            if path is not None:
-                append_json(path, [trace_to_dict(trace)])
-            done[trace.id] = trace
-            bar.update(row, advance=1, figures=_running(done))
-    ordered = [done[example.id] for example in examples]
-    result = summarise(
-        name or default_name(llm.model_names, params, alone), task, ordered, params.seed, settings, groups
-    )
-    if path is not None:
-        result.save(result_path(path))
+    with kept(path, settings) as (done, keep):
+        todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
+        with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
+            row = bar.add_task(name or task.name, total=len(examples), completed=len(done), figures=_running(done))
+            for trace in _answers(llm, task, todo, params, batch_size, policy, alone):
+                keep(trace)
+                bar.update(row, advance=1, figures=_running(done))
+        ordered = [done[example.id] for example in examples]
+        result = summarise(
+            name or default_name(llm.model_names, params, alone), task, ordered, params.seed, settings, groups
+        )
+        if path is not None:
+            result.save(result_path(path))
     return result, ordered
 
 
@@ -174,16 +174,6 @@ def default_name(models: Sequence[str], params: SamplingParams, alone: int | str
     if alone is not None:
         return models[alone] if isinstance(alone, int) else alone
     return " + ".join(models) + ("" if params.deferral == "threshold" else f", {params.deferral}")
-
-
-def result_path(out: str | Path) -> Path:
-    """Where `evaluate` writes its figures for a trace file `out`."""
-    return Path(out).with_suffix(".json")
-
-
-def trace_path(result: str | Path) -> Path:
-    """Where the traces of a result file lie, unless they were put elsewhere."""
-    return Path(result).with_suffix(".jsonl")
 
 
 def _answers(

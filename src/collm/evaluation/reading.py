@@ -6,7 +6,7 @@ Teacher-forced: each token is predicted after the gold tokens before it, whoever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from collm.data.journal import Journal
 from collm.data.resumable import progress_bar
 from collm.decoding.policies import entropy, top_log_prob
 from collm.errors import CollmError
+from collm.files import claimed
 from collm.types import BASE, Answer, Fault, LanguageModel, Prediction, Query
 
 LAWS = 256
@@ -74,12 +75,16 @@ def read(
     }
     lengths = [len(formatters[BASE].encode(example, max_length)) for example in examples]
     rows: list[dict[str, Any]] = []
-    journal = None if out is None else Journal(_checked(Path(out)), header)
-    with journal or nullcontext(), progress_bar(sum(lengths), progress, "reading") as advance:
-        if journal is not None:
+    with ExitStack() as stack:
+        journal = None
+        if out is not None:
+            path = _checked(Path(out))
+            stack.enter_context(claimed(path))
+            journal = stack.enter_context(Journal(path, header))
             _require_same(journal, header)
             rows += journal.records
-            advance(sum(lengths[: len(rows)]))
+        advance = stack.enter_context(progress_bar(sum(lengths), progress, "reading"))
+        advance(sum(lengths[: len(rows)]))
         for example, length in list(zip(examples, lengths, strict=True))[len(rows) :]:
             rows.append(_read_one(models, formatters, example, max_length))
             if journal is not None:

@@ -16,7 +16,7 @@ from collm.errors import CollmError
 from collm.evaluation.stats import bootstrap_ci
 from collm.evaluation.task import Task
 from collm.evaluation.tasks.equations import equations
-from collm.files import write_text
+from collm.files import beside, write_text
 from collm.report.trace import Trace
 
 SCORING = ("lm-eval", "math-verify", "rouge-score")
@@ -114,9 +114,9 @@ class EvalResult:
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
         """Raises CollmError for a file that is not the result of an evaluation."""
-        beside = Path(path).with_suffix(".json")
-        if Path(path).suffix == ".jsonl" and beside.is_file():
-            raise CollmError(f"{path} holds the texts of an evaluation; its result is {beside}")
+        result = result_path(path)
+        if Path(path).suffix != ".json" and result.is_file():
+            raise CollmError(f"{path} holds the texts of an evaluation; its result is {result}")
         try:
             row = json.loads(Path(path).read_text(encoding="utf-8"))
             # Fields with a default came later: older results do without them.
@@ -126,6 +126,28 @@ class EvalResult:
             raise CollmError(f"{path} is not the result of an evaluation ({error}); run collm eval again") from error
         pairs = {name: tuple(kept.get(name, ())) for name in ("ci95", "ids", "scores", "groups")}
         return cls(**{**kept, **pairs})
+
+
+def result_path(traces: str | Path) -> Path:
+    """Where the figures of a trace file lie."""
+    return beside(traces, ".json")
+
+
+def is_result(path: str | Path) -> bool:
+    """Is a file the result of an evaluation?"""
+    try:
+        EvalResult.load(path)
+    except CollmError:
+        return False
+    return True
+
+
+def trace_path(result: str | Path) -> Path:
+    """Where the traces of a result file lie, unless they were put elsewhere."""
+    named = beside(result, ".jsonl", instead_of=".json")
+    bare = beside(result, "", instead_of=".json")
+    # `--out model-0.1` wrote into a file of that very name.
+    return bare if bare.is_file() and not named.is_file() else named
 
 
 def summarise(

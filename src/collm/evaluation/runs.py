@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.report.trace import HEADER_KEY, Trace, append_json, drop_torn_line, read_rows, read_traces, stream_traces
+from collm.evaluation.result import is_result, result_path
+from collm.files import claimed, require_apart, require_own, write_text
+from collm.report.trace import (
+    HEADER_KEY,
+    Trace,
+    append_json,
+    drop_torn_line,
+    read_rows,
+    read_traces,
+    stream_traces,
+    trace_to_dict,
+)
 
 HEADER_VERSION = 1
+Keep = Callable[[Trace], None]
 
 
-def traces_so_far(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
-    """By id, the traces of an earlier start of this very run; begins the file where there is none, or nothing in it.
+def require_free(out: Path, data: Iterable[str | Path] = ()) -> None:
+    """Refuse a trace file (and the result beside it) that would replace something else.
+
+    Args:
+        data: what the run reads.
 
     Raises:
-        CollmError: the file holds a run with other settings, or no run.
+        CollmError: naming the file that is in the way.
     """
-    if path.suffix == ".json":
-        raise CollmError(f"{path}: traces are written as .jsonl; the figures go to the .json beside it")
+    if out.suffix == ".json":
+        raise CollmError(f"{out}: traces are written as .jsonl; the figures go to the .json beside it")
+    for path in (out, result_path(out)):
+        require_apart(path, data)
+    require_own(out, lambda path: _is_run(path) or _is_begun(path), "an evaluation")
+    require_own(result_path(out), is_result, "an evaluation")
+
+
+@contextmanager
+def kept(path: Path | None, settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Trace], Keep]]:
+    """By id, the traces of an earlier start of this very run, and what keeps another one: safe when it returns.
+
+    Begins the file where there is none, or nothing in it. It is this process's for the length of the block.
+
+    Args:
+        path: None keeps them in memory alone.
+
+    Raises:
+        CollmError: the file holds a run with other settings, or no run, or another process writes it.
+    """
+    if path is None:
+        done: dict[str, Trace] = {}
+        yield done, lambda trace: done.update({trace.id: trace})
+        return
+    with claimed(path):
+        done = _begin(path, settings)
+
+        def keep(trace: Trace) -> None:
+            append_json(path, [trace_to_dict(trace)])
+            done[trace.id] = trace
+
+        yield done, keep
+
+
+def _begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
     header = {HEADER_KEY: HEADER_VERSION, "settings": dict(settings)}
-    if path.exists():
-        drop_torn_line(path)
-    if path.exists() and path.stat().st_size:
-        _, found = next(read_rows(path))
-        if HEADER_KEY not in found:
+    if path.exists() and not _is_begun(path):
+        if not _is_run(path):
             raise CollmError(f"{path} exists and was not written by an evaluation; give another output file")
+        drop_torn_line(path)
+        _, found = next(read_rows(path))
         what = differences(found.get("settings", {}), settings)
         if not what and found[HEADER_KEY] == HEADER_VERSION:
             return {trace.id: trace for trace in read_traces(path)}
@@ -35,10 +84,30 @@ def traces_so_far(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
                 f"{path} holds a run with other settings ({what or 'another format'}): "
                 "give another output file, or delete it to start afresh"
             )
-        path.unlink()  # it failed before its first answer, at a setting that has been put right since
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append_json(path, [header])
+        # Else it failed before its first answer, at a setting that has been put right since.
+    write_text(path, json.dumps(header, ensure_ascii=False, allow_nan=False) + "\n")
     return {}
+
+
+def _is_run(path: Path) -> bool:
+    """Does a file begin with the header of a run?"""
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and HEADER_KEY in first
+
+
+def _is_begun(path: Path) -> bool:
+    """Is there nothing, or no more than the beginning of a header, of a run that was killed at its first line?"""
+    begin = f'{{"{HEADER_KEY}": '.encode()
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except OSError:
+        return False
+    return not line.endswith(b"\n") and begin.startswith(line[: len(begin)])
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

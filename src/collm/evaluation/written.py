@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collm.decoding.policies import to_log_odds
-from collm.evaluation.evaluate import example_seed, trace_path
-from collm.evaluation.result import EvalResult
+from collm.evaluation.evaluate import example_seed
+from collm.evaluation.result import EvalResult, trace_path
 from collm.report.tokens import TokenFigures, token_figures
 from collm.report.trace import HEADER_KEY, Trace, read_rows, stream_traces
 

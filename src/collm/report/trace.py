@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
+from collm.files import claimed, require_own
 from collm.types import Generation, Message, Step, Usage
 
 HEADER_KEY = "collm_run"
@@ -151,10 +152,26 @@ def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_trace(path: str | Path, trace: Trace) -> None:
-    """Append one trace line durably; makes the folder if it is missing."""
+    """Append one trace line durably; makes the folder if it is missing. Other processes that append wait for it.
+
+    Raises:
+        CollmError: the file holds something else than traces.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append_json(path, [trace_to_dict(trace)])
+    with claimed(path, wait=True):
+        require_own(path, _holds_traces, "collm generate or collm eval")
+        if path.exists():
+            drop_torn_line(path)
+        append_json(path, [trace_to_dict(trace)])
+
+
+def _holds_traces(path: Path) -> bool:
+    """Does a file begin with a trace, or is it empty?"""
+    try:
+        _, first = next(read_rows(path), (0, {HEADER_KEY: 0}))
+        return HEADER_KEY in first or bool(trace_from_dict(first))
+    except (CollmError, KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def drop_torn_line(path: Path) -> None:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from collm import files
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.training.recipe import Recipe
@@ -25,23 +25,15 @@ LOCK = ".lock"
 def claimed(recipe: Recipe, restart: bool) -> Iterator[None]:
     """Make the output folder this recipe's and, for the length of the block, this process's.
 
-    The lock is the operating system's: it ends with the process, also by kill -9; the empty file stays.
-
     Raises:
-        CollmError: the folder belongs to another recipe or to something else, or another process is training there.
+        CollmError: the folder belongs to another recipe or to something else, or another process works in it.
     """
     out = recipe.out
     if out.is_dir() and not (out / RUN).is_file() and {path.name for path in out.iterdir()} - {"cache", LOCK}:
         raise CollmError(f"{out} is not empty and not a collm run: choose another out")
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            _claim(recipe, restart)
-            yield
-    except Timeout as error:
-        raise CollmError(
-            f"another process is training in {out} now: wait until it has finished, stop it, or choose another out"
-        ) from error
+    with files.claimed(out, folder=True):
+        _claim(recipe, restart)
+        yield
 
 
 def _claim(recipe: Recipe, restart: bool) -> None:

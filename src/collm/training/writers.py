@@ -105,6 +105,7 @@ def scores_of(
         return dict(writer.given)
     formatter, tool = writer.formatter, writer.tool
     options: dict[str, Any] = {"completions_from": None if formatter is base else base, "max_length": max_length}
+    made: dict[str, Any] = {"progress": progress, "wait": True}  # recipes share a cache
     if tool is None and model is None:
         model = load_model(writer.section.model, dtype=writer.section.dtype, device=best_device())
     paths: dict[str, Path] = {}
@@ -119,9 +120,9 @@ def scores_of(
         # Named by what it depends on, so that recipes can share a folder.
         paths[split] = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
         if tool is not None:
-            score_tool(examples, tool, formatter, paths[split], progress=progress, **options)
+            score_tool(examples, tool, formatter, paths[split], **made, **options)
         else:
-            score(examples, _known(model), formatter, paths[split], progress=progress, **options)
+            score(examples, _known(model), formatter, paths[split], **made, **options)
     return paths
 
 

@@ -15,6 +15,7 @@ from collm.data.journal import Journal
 from collm.errors import CollmError
 from collm.evaluation.likelihood import Likelihood
 from collm.evaluation.runs import differences
+from collm.files import claimed
 from collm.report.trace import HEADER_KEY, Trace, trace_from_dict, trace_to_dict
 
 TRACES = "traces.jsonl"
@@ -82,11 +83,9 @@ class Records:
         path = self.folder / name
         # JSON has no tuples: what is compared has been through it, too.
         settings = json.loads(json.dumps(self.settings))
-        with Journal(path, {HEADER_KEY: 1, "settings": settings}) as journal:
+        with claimed(self.folder, folder=True), Journal(path, {HEADER_KEY: 1, "settings": settings}) as journal:
             there = journal.found.get("settings")
-            if HEADER_KEY not in journal.found or not isinstance(there, dict):
-                raise CollmError(f"{path} exists and was not written by an evaluation; give another --out folder")
-            what = differences(there, settings)
+            what = differences(there if isinstance(there, dict) else {}, settings)
             if what:
                 raise CollmError(f"{path} holds a run with other settings ({what}); give another --out folder")
             yield journal.records, journal.append

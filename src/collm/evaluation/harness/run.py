@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from lm_eval.utils import handle_non_serializable, pattern_match
 
 from collm.errors import CollmError, nearest
 from collm.evaluation.harness.model import CollaborativeHarnessLM
+from collm.evaluation.harness.records import LIKELIHOODS, TRACES
 from collm.evaluation.harness.results import eval_results
-from collm.evaluation.result import commit, versions
-from collm.files import write_text
+from collm.evaluation.result import commit, is_result, versions
+from collm.files import claimed, require_own, write_text
 
 RESULTS = "results.json"
 BOOTSTRAP = 1000
@@ -55,18 +57,47 @@ def run_tasks(
         raise CollmError("a system message needs the chat template: add apply_chat_template (--apply-chat-template)")
     if not tasks:
         raise CollmError("no task is named; collm eval --tasks takes names with commas between them")
-    manager = _manager(tasks, [str(path) for path in include_path])
+    with nullcontext() if out is None else claimed(out, folder=True):
+        if out is not None:
+            _require_free(Path(out))
+        return _run(
+            lm,
+            tasks,
+            out,
+            _manager(tasks, [str(path) for path in include_path]),
+            generation,
+            name,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system,
+        )
+
+
+def _require_free(out: Path) -> None:
+    """Refuse a folder with results that no run of ours has left."""
+    ours = any((out / name).exists() for name in (TRACES, LIKELIHOODS))
+    for path in [out / RESULTS, *sorted(out.glob("samples_*.jsonl"))]:
+        require_own(path, lambda _: ours, "an earlier run")
+
+
+def _run(
+    lm: CollaborativeHarnessLM,
+    tasks: Sequence[str],
+    out: str | Path | None,
+    manager: TaskManager,
+    generation: Mapping[str, Any] | None,
+    name: str,
+    **options: Any,
+) -> dict[str, Any]:
     try:
         found = simple_evaluate(
             model=lm,
             tasks=_named(tasks, manager),
             task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            system_instruction=system,
             gen_kwargs=dict(generation) if generation else None,
             bootstrap_iters=BOOTSTRAP,
+            **options,
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise CollmError(
@@ -88,6 +119,7 @@ def run_tasks(
             write_text(Path(out) / f"samples_{task}.jsonl", "".join(_json(row) + "\n" for row in rows))
         called = name or lm.alone or " + ".join(lm.llm.model_names)
         for task, result in eval_results(called, results, samples, lm.settings, lm.params.seed):
+            require_own(Path(out) / f"{task}.json", is_result, "an evaluation")
             result.save(Path(out) / f"{task}.json")
         write_text(Path(out) / RESULTS, _json(results, indent=2) + "\n")
     return results
