@@ -232,8 +232,9 @@ def test_full_disk_loses_nothing(
     with pytest.raises(CollmError, match="cannot be written .*make room and run the same again"):
         score(examples, model, formatter, out, batch_tokens=100, progress=False)
     disk_of(resource.RLIM_INFINITY)
-    assert not out.exists() and partial_path(out).stat().st_size <= size
-    assert all(line.endswith("}") for line in partial_path(out).read_text().splitlines())
+    kept = partial_path(out).read_text() if partial_path(out).exists() else ""
+    assert not out.exists() and len(kept) <= size
+    assert all(line.endswith("}") for line in kept.splitlines())
     before = len(passes)
     score(examples, model, formatter, out, batch_tokens=100, progress=False)
     repeated = sum(passes) - 12

@@ -121,7 +121,9 @@ def test_unreadable_files_are_errors_for_users(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     write_text(file, "old")
-    (tmp_path / ".page.html.tmp").mkdir()
-    with pytest.raises(CollmError, match="could not write"):
-        write_text(file, "new")
+    with pytest.raises(CollmError, match=r"page\.html/x: cannot be written"):
+        write_text(file / "x", "new")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "half\ud800")
+    assert list(tmp_path.iterdir()) == [file]
     assert file.read_text() == "old"

@@ -6,6 +6,8 @@ operating system's: it ends with the process, also by kill -9; the empty file st
 
 from __future__ import annotations
 
+import errno
+import glob
 import logging
 import os
 import shlex
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 STALE = 24 * 3600.0
 """Seconds after which the half-written file of a killed process is swept away."""
 
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""What a system says where there is no more room."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -37,16 +42,23 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{_literal(path.name)}.*.tmp"):
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink(missing_ok=True)
+        _sweep(path)
         try:
             yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise CollmError(f"could not write {path}: {error}") from error
+        remedy = "; make room and run the same again" if error.errno in FULL else ""
+        raise CollmError(f"{path}: cannot be written ({error.strerror or error}){remedy}") from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a process that was killed while it wrote `path` has left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process has just finished
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 def refuse_full(folder: Path) -> None:
@@ -65,10 +77,6 @@ def cache_folder() -> Path:
     if given:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "collm"
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{char}]" if char in "[*?" else char for char in name)
 
 
 def write_text(path: Path, text: str) -> None:
