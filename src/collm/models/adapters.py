@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from collm.models.attaching import attach, insert
 from collm.models.loading import load_model, named_fingerprint, weights_fingerprint
-from collm.models.quiet import quiet
-from collm.models.specs import adapter_config, refuse_pickle
+from collm.models.specs import adapter_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,17 +41,14 @@ class Weights:
 
     def add(self, folder: str) -> str:
         """Put the adapter of a folder into the layers; returns the name it has there. It is not active."""
-        from peft import PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        refuse_pickle(folder)
         name = f"shared_{len(self.adapters)}"
-        with quiet():
-            if self._peft is None:
-                _ = self.fingerprint  # adapters give the parameters other names
-                self._peft = PeftModel.from_pretrained(self.model, folder, name, autocast_adapter_dtype=False)
-            else:
-                self._peft.load_adapter(folder, name, autocast_adapter_dtype=False)
+        if self._peft is None:
+            _ = self.fingerprint  # adapters give the parameters other names
+            self._peft = attach(self.model, folder, name)
+        else:
+            insert(self._peft, folder, name)
         self._peft.eval()
         self.adapters.append(name)
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

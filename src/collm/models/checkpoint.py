@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
+from collm.models.attaching import attach
 from collm.models.backbone import causal_lm
 from collm.models.head import FILE as GATE_FILE
 from collm.models.head import DeferralHead
@@ -103,16 +104,19 @@ def load_base(
         f"{spec} does not hold the weights that {path} was trained with",
     )
     if info.kind == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()
+        model = attach(model, str(path), upcast=True).merge_and_unload().eval()
     head = None
     if (Path(path) / GATE_FILE).is_file():
         head = DeferralHead.load(Path(path)).to(device)
+        if info.assistants and head.num_assistants != len(info.assistants):
+            raise CollmError(
+                f"{Path(path) / GATE_FILE} is for {head.num_assistants} assistants, but {FILE} names "
+                f"{len(info.assistants)}: the two are of different checkpoints"
+            )
         width = causal_lm(model).config.get_text_config().hidden_size
         if head.weight.shape[1] != width:
             raise CollmError(
-                f"the gate in {path} is for hidden states of width {head.weight.shape[1]}, "
+                f"{Path(path) / GATE_FILE} is for hidden states of width {head.weight.shape[1]}, "
                 f"but {spec} has {width}: give the base model it was trained on"
             )
     elif info.assistants:

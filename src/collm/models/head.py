@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from collm.errors import CollmError
 from collm.files import replacing
+from collm.models.guard import guarded
+from collm.models.whole import require_whole
 
 FILE = "gate.safetensors"
 
@@ -41,10 +43,26 @@ class DeferralHead(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> DeferralHead:
+        """The gate of a checkpoint's folder.
+
+        Raises:
+            CollmError: it is missing or damaged, or the file holds something else.
+        """
         path = folder / FILE
         if not path.is_file():
             raise CollmError(f"{folder} has no {FILE}: it is not a collm checkpoint, or it was only partly written")
-        tensors = load_file(path)
-        head = cls(tensors["weight"].shape[1], tensors["weight"].shape[0])
+        require_whole(path)
+        with guarded(str(path)):
+            tensors = load_file(path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        weight = shapes.get("weight", ())
+        if len(weight) != 2 or shapes != {"weight": weight, "bias": weight[:1]}:
+            found = (
+                ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(shapes.items())) or "nothing"
+            )
+            raise CollmError(f"{path} is no gate: it should hold weight KxH and bias K, and holds {found}")
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise CollmError(f"{path} is damaged: it holds numbers that are none (NaN or infinite)")
+        head = cls(weight[1], weight[0])
         head.load_state_dict(tensors)
         return head

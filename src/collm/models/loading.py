@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
 from collm.models import gguf
+from collm.models.attaching import attach
+from collm.models.guard import guarded
+from collm.models.network import load_network, not_found
 from collm.models.quiet import quiet
-from collm.models.specs import TOOLS, adapter_config, locate, refuse_pickle
+from collm.models.specs import adapter_config, locate
+from collm.models.whole import require_tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLED_VALUES = 256
@@ -23,11 +27,8 @@ SAMPLED_VALUES = 256
 
 def _load_adapter(spec: str, base: str, dtype: str, device: str) -> PreTrainedModel:
     """A base model with one adapter in its layers, not merged."""
-    from peft import PeftModel
-
     model = load_model(base, dtype=dtype, device=device)
-    with quiet():
-        PeftModel.from_pretrained(model, spec, autocast_adapter_dtype=False).eval()
+    attach(model, spec)
     return model
 
 
@@ -35,7 +36,7 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
     """The causal language model of a spec, in evaluation mode.
 
     Raises:
-        CollmError: no such model, pickled weights, unknown dtype.
+        CollmError: no such model, unknown dtype, pickled or damaged weights, or weights that do not fit the model.
     """
     if dtype not in DTYPES:
         raise CollmError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -46,17 +47,10 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
             model = gguf.load_model(place, DTYPES[dtype])
         model.config._name_or_path = spec
         return model.to(device).eval()  # type: ignore[arg-type,no-any-return]
-    refuse_pickle(place)
     adapter = adapter_config(spec)
     if adapter is not None:
         return _load_adapter(spec, adapter["base_model_name_or_path"], dtype, device)
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                place, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(spec, error) from error
+    model = load_network(place, dtype=DTYPES[dtype])
     return model.to(device).eval()  # type: ignore[arg-type,no-any-return]
 
 
@@ -67,17 +61,6 @@ def _check_device(device: str) -> None:
         raise CollmError(f"there is no kind of device {device!r}; use cpu, cuda, cuda:1, mps, ...") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise CollmError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or a CUDA build")
-
-
-def _not_found(spec: str, error: Exception) -> CollmError:
-    """Neither a folder nor on the hub: most often a mistyped name."""
-    close = difflib.get_close_matches(spec, TOOLS, n=1)
-    if close:
-        return CollmError(f"there is no model {spec!r}; did you mean the tool {close[0]!r}?")
-    if isinstance(error, OSError) and not Path(spec).exists():
-        reason = str(error).splitlines()[0]
-        return CollmError(f"{spec}: there is no such folder, and the hub did not give such a model ({reason})")
-    return CollmError(f"could not load {spec!r}: {error}")
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -93,11 +76,12 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     if isinstance(place, Path):
         with quiet():
             return gguf.load_tokenizer(place)
-    try:
-        with quiet():
+    require_tokenizer_files(Path(place))
+    with quiet(), guarded(f"the tokenizer of {spec!r}", place):
+        try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(spec, error) from error
+        except OSError as error:
+            raise not_found(spec, error) from error
     return tokenizer
 
 
@@ -105,9 +89,12 @@ def load_context_length(spec: str) -> int | None:
     """The longest sequence a model was made for, from its configuration alone."""
     adapter = adapter_config(spec)
     place = locate(spec if adapter is None else adapter["base_model_name_or_path"])
-    with quiet():
-        config = gguf.load_config(place) if isinstance(place, Path) else AutoConfig.from_pretrained(place)
-    value = getattr(config, "max_position_embeddings", None)
+    with quiet(), guarded(f"the configuration of {spec!r}", place):
+        try:
+            config: Any = gguf.load_config(place) if isinstance(place, Path) else AutoConfig.from_pretrained(place)
+        except OSError as error:
+            raise not_found(spec, error) from error
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if value is not None else None
 
 

@@ -12,11 +12,11 @@ A *spec* is a string:
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
+from collm.models.whole import read_object
 
 TOOLS = ("calculator",)
 
@@ -54,29 +54,16 @@ def locate(spec: str) -> str | Path:
     return spec
 
 
-def refuse_pickle(name: str) -> None:
-    """A folder whose only weights are pickled is refused with its own message: unpickling can run any code."""
-    folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickled:
-        raise CollmError(
-            f"{name} holds pickled weights ({', '.join(pickled[:3])}), which can run code when loaded and are refused; "
-            "convert them to safetensors (load them where you trust them and call save_pretrained)"
-        )
-
-
 def adapter_config(spec: str) -> dict[str, Any] | None:
     """What a folder with a PEFT adapter says about it; None for any other spec.
 
     Raises:
-        CollmError: it does not name its base model.
+        CollmError: it is damaged, or does not name its base model.
     """
     path = Path(spec) / "adapter_config.json"
     if is_tool(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
         return None
-    config: dict[str, Any] = json.loads(path.read_text())
+    config = read_object(path)
     if not config.get("base_model_name_or_path"):
         raise CollmError(f"{path} does not name its base model (base_model_name_or_path)")
     return config

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
 from collm.errors import CollmError
+from collm.models.attaching import insert
 from collm.models.backbone import rope_switches
 from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
+from collm.models.network import load_network
 from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
 from collm.training.resuming import last_checkpoint
@@ -184,11 +186,10 @@ class CollmTrainer(Trainer):
     def _load_weights(self, folder: Path) -> None:
         module = self._module
         if self.info.kind == "lora":
-            module.model.load_adapter(str(folder), "default", is_trainable=True)  # type: ignore[operator]
+            insert(module.model, str(folder), "default", upcast=True, trainable=True)  # type: ignore[arg-type]
         else:
             # Through from_pretrained, since save_pretrained may rename or drop (tied) tensors.
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-            module.model.load_state_dict(saved.state_dict())
+            module.model.load_state_dict(load_network(str(folder), dtype="auto").state_dict())
         if module.head is not None:
             module.head.load_state_dict(DeferralHead.load(folder).state_dict())
 

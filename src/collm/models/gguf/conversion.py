@@ -19,6 +19,8 @@ from collm.files import refuse_full
 from collm.models.gguf.cache import kept
 from collm.models.gguf.header import Header, read_header
 from collm.models.gguf.splitting import ADDS_BOS, SPLITS, split_as
+from collm.models.guard import require_every_tensor
+from collm.models.network import load_network, loading
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +38,6 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         CollmError: the file is damaged, or of a kind that transformers cannot read.
     """
-    from transformers import AutoModelForCausalLM
-
     header = read_header(path)
     name = _name(dtype)
     size = header.num_values * dtype.itemsize
@@ -50,8 +50,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     folder = folder or kept(header, name, write, size)
     if folder is None:
         return _dequantised(header, dtype)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model
+    return load_network(str(folder), dtype=dtype)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -154,7 +153,7 @@ def _text(header: Header) -> Path | None:
 def _reading(header: Header, read: Callable[..., Any], **settings: Any) -> Any:
     """Let transformers read a file. What it cannot read, it says in many kinds of exceptions."""
     try:
-        with _without_bar():
+        with loading, _without_bar():
             return read(str(header.path.parent), gguf_file=header.path.name, trust_remote_code=False, **settings)
     except (OSError, ValueError, KeyError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -202,7 +201,7 @@ def _dequantised(header: Header, dtype: torch.dtype) -> PreTrainedModel:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings: dict[str, Any] = {"dtype": dtype}
+    settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     folder = _text(header)
     if folder is not None:
         # Spares transformers one of its readings.
@@ -210,7 +209,9 @@ def _dequantised(header: Header, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):
         # Some architectures would otherwise stay packed, in layers of another kind.
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model: PreTrainedModel = _reading(header, AutoModelForCausalLM.from_pretrained, **settings)
+    found: tuple[PreTrainedModel, Any] = _reading(header, AutoModelForCausalLM.from_pretrained, **settings)
+    model, report = found
+    require_every_tensor(model, report, str(header.path))
     # Dequantised, yet transformers still counts it as quantised and would refuse to save it.
     model.hf_quantizer = None  # type: ignore[assignment]
     if "quantization_config" in model.config.__dict__:
