@@ -23,6 +23,7 @@ ORDER = [
     "data",
     "training",
     "llm",
+    "vllm_plugin",
     "report",
     "evaluation",
     "bench",

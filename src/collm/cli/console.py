@@ -17,6 +17,7 @@ from collm.errors import CollmError
 EXTRAS = {
     "accelerate": "train",
     "gguf": "gguf",
+    "httpx": "remote",
     "lm_eval": "eval",
     "math_verify": "eval",
     "matplotlib": "plot",
