@@ -17,7 +17,7 @@ from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.gate import log_gate
 from collm.llm.deferral import make_policy, policy_at
-from collm.models.checkpoint import AssistantInfo, CalibrationRow, CalibrationTable
+from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable
 from collm.models.served import ServedInfo
 from collm.sampling_params import SamplingParams as Asked
 from collm.types import BASE, Prediction

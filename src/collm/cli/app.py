@@ -22,6 +22,7 @@ from collm.cli.report import report
 from collm.cli.score import score
 from collm.cli.trace import trace
 from collm.cli.train import train
+from collm.cli.vllm_serve import vllm_serve
 
 
 class Commands(click.Group):
@@ -57,6 +58,7 @@ for command in (
     train,
     calibrate,
     export,
+    vllm_serve,
     generate,
     evaluate,
     answer,
