@@ -60,7 +60,7 @@ def test_quoted_commands_parse(page: str, line: str) -> None:
     """Command, options and number of arguments; whether the files exist is not asked."""
     _, name, *arguments = shlex.split(line)
     command = main.commands[name]
-    with click.Context(command) as ctx:
+    with click.Context(command, **command.context_settings) as ctx:
         _, left, _ = command.make_parser(ctx).parse_args(arguments)
     assert left == []
 
