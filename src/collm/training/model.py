@@ -60,6 +60,12 @@ class BaseWithGate(nn.Module):
     def config(self) -> Any:
         return causal_lm(self.model).config
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Which layers accelerate shards as units (FSDP), by the names of their classes."""
+        present = {type(module).__name__ for module in self.modules()}
+        return [name for name in causal_lm(self.model)._no_split_modules or () if name in present]
+
     def gradient_checkpointing_enable(self) -> None:
         lm: PreTrainedModel = causal_lm(self.model)
         lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,7 +22,6 @@ from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import write_card
 from collm.models.info import load_info
-from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.training.arguments import rows_per_step, training_arguments
 from collm.training.batching import evened
@@ -72,9 +71,16 @@ def _run(recipe: Recipe, state: PartialState, progress: bool) -> Path:
         training_arguments(recipe, 1)  # a fault in them should not show only after scoring
     set_seed(recipe.training.seed)
     prepared = prepare(recipe, state, progress)
-    result = _train_gate_only(prepared, progress) if recipe.tune == "gate" else _train_model(prepared, progress)
+    if recipe.tune != "gate":
+        _train_model(prepared, progress)
+    elif state.is_main_process:
+        head, figures = _train_gate_only(prepared, progress)
+        prepared.info.training["figures"] = figures
+        save_checkpoint(out, prepared.info, prepared.model, head, prepared.tokenizer)
+    state.wait_for_everyone()
     if state.is_main_process:
-        _finish(prepared, *result)
+        write_card(out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # what was only needed to resume
     state.wait_for_everyone()
     return out
 
@@ -83,7 +89,7 @@ def _loss_config(recipe: Recipe) -> LossConfig:
     return LossConfig(recipe.objective, recipe.deferral_cost)
 
 
-def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[nn.Module, DeferralHead | None, dict[str, Any]]:
+def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[DeferralHead, dict[str, Any]]:
     recipe, options = prepared.recipe, prepared.recipe.training
     assert prepared.head is not None
 
@@ -95,7 +101,7 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[nn.Module, Def
     if recipe.objective == "weak_supervision":
         # With the base frozen, its objective is what the initialisation has minimised.
         head = prepared.head.cpu()
-        return prepared.model, head, gate_figures(head, validation, LossConfig(), prepared.info)
+        return head, gate_figures(head, validation, LossConfig(), prepared.info)
     train = gate_data(prepared.train, "train")
     log_path = recipe.out / "log.jsonl"
     log_path.unlink(missing_ok=True)
@@ -121,10 +127,10 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[nn.Module, Def
         seed=options.seed,
         log=log,
     )
-    return prepared.model, head, gate_figures(head, validation, _loss_config(recipe), prepared.info)
+    return head, gate_figures(head, validation, _loss_config(recipe), prepared.info)
 
 
-def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, DeferralHead | None, dict[str, Any]]:
+def _train_model(prepared: Prepared, progress: bool) -> None:
     recipe = prepared.recipe
     model: nn.Module = prepared.model
     if recipe.tune == "lora":
@@ -166,13 +172,13 @@ def _train_model(prepared: Prepared, progress: bool) -> tuple[nn.Module, Deferra
     if trainer.is_world_process_zero():
         lines = [json.dumps(record) + "\n" for record in trainer.state.log_history]
         (recipe.out / "log.jsonl").write_text("".join(lines))
-    figures = {
+    prepared.info.training["figures"] = {
         "before": start,
         "after": end,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
     }
-    return module.model, module.head, figures
+    trainer.save_model(str(recipe.out))
 
 
 def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
@@ -187,14 +193,3 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
-
-
-def _finish(prepared: Prepared, model: nn.Module, head: DeferralHead | None, figures: dict[str, Any]) -> None:
-    """Write the checkpoint and drop what was only needed to resume."""
-    info = prepared.info
-    info.training["figures"] = figures
-    if info.kind == "full":
-        info.base_fingerprint = weights_fingerprint(model)
-    save_checkpoint(prepared.recipe.out, info, model, head, prepared.tokenizer)
-    write_card(prepared.recipe.out)
-    shutil.rmtree(prepared.recipe.out / "checkpoints", ignore_errors=True)

@@ -21,10 +21,15 @@ from collm.models.backbone import rope_switches
 from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
+<<<<<<< HEAD
 from collm.models.network import load_network
+=======
+from collm.models.loading import named_fingerprint
+>>>>>>> b6971e1 (FSDP2: every checkpoint whole and ours, the end gathered on all processes, the gate a float32 unit)
 from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
 from collm.training.resuming import last_checkpoint
+from collm.training.sharding import gathered_weights, shard_gate
 
 
 class CollmTrainer(Trainer):
@@ -155,6 +160,7 @@ class CollmTrainer(Trainer):
     # -- the optimizer: the gate wants its own, larger learning rate
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        shard_gate(self)
         optimizer = super().create_optimizer(model)
         owner = self.model if model is None else model
         assert owner is not None
@@ -165,23 +171,38 @@ class CollmTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if id(p) not in gate_ids]
                 options = {key: value for key, value in group.items() if key != "params"}
                 optimizer.add_param_group({**options, "params": gate, "lr": self.gate_learning_rate, "weight_decay": 0})
+        if self.is_fsdp_enabled:  # torch cannot load the state of an optimizer with several empty groups
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # -- checkpoints
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Called on all processes: weights that are spread over them are gathered, whatever else the Trainer keeps of
+        them to resume from, so that every checkpoint is one of ours."""
+        self._save(output_dir, gathered_weights(self))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        module = self._module
+        module, info = self._module, self.info
         head = module.head
-        if state_dict is not None:  # gathered from shards
+        if state_dict is not None:
             if head is not None:
                 gathered = {k.removeprefix("head."): v for k, v in state_dict.items() if k.startswith("head.")}
                 head = DeferralHead(gathered["weight"].shape[1], gathered["weight"].shape[0])
                 head.load_state_dict(gathered)
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        if info.kind == "full":
+            # Names of parameters: a gathered state has buffers, too, and tied weights twice.
+            weights = module.model.named_parameters()
+            info.base_fingerprint = named_fingerprint(
+                weights if state_dict is None else ((name, state_dict[name]) for name, _ in weights)
+            )
         folder = Path(output_dir or str(self.args.output_dir))
-        save_checkpoint(folder, self.info, module.model, head, self.tokenizer, state_dict)
+        save_checkpoint(folder, info, module.model, head, self.tokenizer, state_dict)
 
     def _load_weights(self, folder: Path) -> None:
         module = self._module
