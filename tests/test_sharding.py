@@ -17,7 +17,8 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
-from collm.models.checkpoint import load_base, load_info
+from collm.models.checkpoint import load_base
+from collm.models.info import load_info
 from collm.models.loading import weights_fingerprint
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
