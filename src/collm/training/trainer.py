@@ -21,11 +21,8 @@ from collm.models.backbone import rope_switches
 from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
-<<<<<<< HEAD
-from collm.models.network import load_network
-=======
 from collm.models.loading import named_fingerprint
->>>>>>> b6971e1 (FSDP2: every checkpoint whole and ours, the end gathered on all processes, the gate a float32 unit)
+from collm.models.network import load_network
 from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
 from collm.training.resuming import last_checkpoint
