@@ -161,10 +161,13 @@ def test_end_of_turn_of_the_template_is_known_where_eos_is_another_token() -> No
     assert formatter.completions(example)[0][-1] == END
 
 
-def test_an_end_of_turn_inside_the_content_ends_the_turn() -> None:
+def test_an_end_within_what_is_to_be_learnt_is_refused() -> None:
     turn = {"role": "assistant", "content": "b<|im_end|>never said"}
-    completion = Formatter(TOKENIZER).completions(Example("x", messages=({"role": "user", "content": "a"}, turn)))[0]
-    assert TOKENIZER.decode(completion) == "b<|im_end|>"
+    rows = [Example("x", messages=({"role": "user", "content": "a"}, turn))]
+    rows.append(Example("x", prompt="a", completion="b<|im_end|>never said"))
+    for row in rows:
+        with pytest.raises(CollmError, match=r"'x': '<\|im_end\|>' stands within what is to be learnt"):
+            Formatter(TOKENIZER).completions(row)
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
@@ -206,11 +209,10 @@ def test_no_chat_template_says_what_to_do() -> None:
     [
         ("{{ raise_exception('no system role') }}", "refuses this conversation: no system role"),
         ("{% for m in messages %}{{ m.oops.oops }}{% endfor %}", "refuses this conversation"),
-        ("{{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}", "rewrites it"),
-        (CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%"), "rewrites it"),
+        ("{{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}", "shows nothing of message 1"),
     ],
 )
-def test_templates_that_cannot_be_split(template: str, message: str) -> None:
+def test_templates_that_cannot_be_used(template: str, message: str) -> None:
     formatter = Formatter(TOKENIZER, PromptFormat(chat_template=template))
     example = Example("x", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
     with pytest.raises(CollmError, match=message):

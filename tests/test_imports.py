@@ -17,6 +17,7 @@ ORDER = [
     "sampling_params",
     "errors",
     "files",
+    "text",
     "gate",
     "decoding",
     "models",

@@ -455,9 +455,10 @@ def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFa
         (3, "type int"),
         (["one", "two"], "generate_batch"),
         ([[{"role": "user", "content": "hi"}]], "generate_batch"),
-        ([{"role": "u", "content": "hi"}], "roles are"),
-        ([{"role": "user"}], "None as content"),
-        ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "only text"),
+        ([{"role": "u", "content": "hi"}], "a role is one of"),
+        ([{"role": "user"}], "no text as its content, but None"),
+        ([{"role": "user", "content": [{"type": "image_url", "text": "hi"}]}], "only text"),
+        ("cut \ud83d off", "half a surrogate pair"),
         ([3], "message 1"),
     ],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,8 @@ BASE = 0
 FinishReason = Literal["stop", "length", "abstained", "error", "cancelled"]
 """`"error"`: a model failed in the middle, `Generation.error` says how; the text so far is kept."""
 Drafted = Literal["", "accepted", "recovered"]
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": ...}`, as in the OpenAI API."""
+Message = dict[str, Any]
+"""`{"role": ..., "content": ...}` and what else `collm.data.messages` reads, as in the OpenAI API."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,38 @@ class EncodedSet:
         return sum(item.num_labelled for item in self.items)
 
 
+def usable(examples: Sequence[Example], formatters: Sequence[Formatter], *, skip_bad: bool) -> list[Example]:
+    """The examples of which every model can be shown all and be taught all.
+
+    Args:
+        formatters: the base's first; the completions' tokens are its.
+        skip_bad: leave out the others and log how many; False gives the examples as they are: whoever encodes a bad
+            one is told.
+
+    Raises:
+        CollmError: none is left.
+    """
+    if not skip_bad:
+        return list(examples)
+    kept = []
+    for example in examples:
+        try:
+            shared = formatters[0].completions(example)
+            for formatter in formatters[1:]:
+                formatter.encode(example, completions=shared)
+        except CollmError as error:
+            logger.warning("skipped: %s", error)
+        else:
+            kept.append(example)
+    if len(kept) < len(examples):
+        logger.warning(
+            "skipped %d rows of %d that cannot be shown to the models", len(examples) - len(kept), len(examples)
+        )
+    if not kept:
+        raise CollmError("there are no rows that can be shown to the models; see the warnings")
+    return kept
+
+
 def encode_examples(
     examples: Sequence[Example],
     formatter: Formatter,
@@ -71,6 +103,14 @@ def encode_examples(
             "the prompts alone are longer; raise max_length"
             if items
             else "there are no examples"
+        )
+    if rewritten := sum(item.rewritten > 0 for item in items):
+        logger.warning(
+            "the chat template rewrites earlier turns (it drops their thoughts, say): %d of %d conversations are "
+            "learnt by their last turn alone; give each of the %d earlier turns a row of its own to learn it as well",
+            rewritten,
+            len(items),
+            sum(item.rewritten for item in items),
         )
     if encoded.truncated:
         logger.warning(

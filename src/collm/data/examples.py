@@ -5,21 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from collm.data.messages import EXPECTED, Conversation, read_messages, read_tools
 from collm.errors import CollmError
+from collm.text import require_text
 from collm.types import Message
 
 logger = logging.getLogger(__name__)
 
-EXPECTED = (
-    'expected {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]} '
-    'or {"prompt": "...", "completion": "..."}'
-)
-ROLES = ("system", "user", "assistant")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -28,7 +25,8 @@ class Example:
     """One row: a conversation (`messages`) or a plain text (`prompt`, and `completion` where there is one).
 
     `fields` holds every other column, such as the reference "answer" of an evaluation task. `where` names file and
-    line for error messages and takes no part in comparisons.
+    line for error messages and takes no part in comparisons. `tools`: function schemas that the conversation offers.
+    `last_turn`: of its assistant turns only the last one is learnt.
     """
 
     id: str
@@ -37,15 +35,17 @@ class Example:
     completion: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    last_turn: bool = False
 
     @property
-    def question(self) -> list[Message] | str:
+    def question(self) -> Conversation | str:
         """What a model is asked: the conversation up to its last assistant turn, or the prompt."""
         if self.messages is None:
             return self.prompt or ""
         roles = [message["role"] for message in self.messages]
         end = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
-        return list(self.messages[:end])
+        return Conversation(self.messages[:end], self.tools)
 
     @property
     def reference(self) -> str | None:
@@ -61,52 +61,48 @@ class Example:
         return self.where or f"example {self.id!r}"
 
 
-def parse_example(row: object, where: str, default_id: str) -> Example:
+def parse_example(row: object, where: str, default_id: str, *, last_turn: bool = False) -> Example:
     """Check one row.
+
+    Args:
+        last_turn: of a conversation's assistant turns only the last one is to be learnt.
 
     Raises:
         CollmError: naming `where`, what is wrong and what was expected.
     """
     if not isinstance(row, Mapping):
         raise CollmError(f"{where}: a row is a JSON object, not {type(row).__name__}; {EXPECTED}")
-    rest = {key: value for key, value in row.items() if key not in ("id", "messages", "prompt", "completion")}
+    rest = {key: value for key, value in row.items() if key not in ("id", "messages", "prompt", "completion", "tools")}
     # Arrow tables have every column in every row: None is a column that this row does not use.
     messages, prompt, completion = (row.get(key) for key in ("messages", "prompt", "completion"))
     number = row.get("id")
-    name = default_id if number is None else str(number)
+    name = default_id if number is None else require_text(str(number), f"{where}: id")
     if messages is not None:
         if prompt is not None or completion is not None:
             raise CollmError(f"{where}: a row has either messages or prompt and completion, not both; {EXPECTED}")
-        return Example(name, messages=_messages(messages, where), fields=rest, where=where)
+        tools = read_tools(row.get("tools"), where)
+        turns = read_messages(messages, where)
+        return Example(name, messages=turns, fields=rest, where=where, tools=tools, last_turn=last_turn)
     if prompt is None:
         raise CollmError(f"{where}: neither messages nor prompt; {EXPECTED}")
     for key, value in (("prompt", prompt), ("completion", completion)):
         if value is not None and not isinstance(value, str):
             raise CollmError(f"{where}: {key} is a string, not {type(value).__name__}; {EXPECTED}")
+        require_text(value or "", f"{where}: {key}")
+    if row.get("tools") is not None:
+        rest["tools"] = row["tools"]
     return Example(name, prompt=prompt, completion=completion, fields=rest, where=where)
 
 
-def _messages(value: object, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise CollmError(f"{where}: messages is a non-empty list; {EXPECTED}")
-    messages = []
-    for turn, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise CollmError(f"{where}: message {turn} has no text as its content; {EXPECTED}")
-        if message.get("role") not in ROLES:
-            raise CollmError(
-                f"{where}: message {turn} has role {message.get('role')!r}; a role is one of {', '.join(ROLES)}"
-            )
-        messages.append({"role": str(message["role"]), "content": str(message["content"])})
-    return tuple(messages)
-
-
-def load_examples(source: str | Path, *, split: str = "train", skip_bad: bool = False) -> list[Example]:
+def load_examples(
+    source: str | Path, *, split: str = "train", skip_bad: bool = False, last_turn: bool = False
+) -> list[Example]:
     """Read rows of a JSONL file, or of a Hugging Face dataset: a saved folder, a parquet file or folder, a hub id.
 
     Args:
         split: which split of a dataset that has several; JSONL files have none.
         skip_bad: leave out bad rows and log how many, instead of raising at the first.
+        last_turn: of conversations only the last assistant turn is to be learnt.
 
     Raises:
         CollmError: naming file and line of a bad row and what was expected; or no rows at all.
@@ -123,7 +119,7 @@ def load_examples(source: str | Path, *, split: str = "train", skip_bad: bool = 
         try:
             if isinstance(row, CollmError):
                 raise row
-            example = parse_example(row, where, default_id=where.rpartition(" ")[2])
+            example = parse_example(row, where, default_id=where.rpartition(" ")[2], last_turn=last_turn)
             if example.id in first_seen:
                 raise CollmError(
                     f"{where}: id {example.id!r} was used before ({first_seen[example.id]}); ids must be unique"
@@ -194,6 +190,9 @@ def examples_fingerprint(examples: Iterable[Example]) -> str:
     """
     digest = hashlib.sha256()
     for example in examples:
-        texts = [example.id, example.messages, example.prompt, example.completion]
+        texts: list[Any] = [example.id, example.messages, example.prompt, example.completion]
+        # What is not there leaves the hash as it was before it could be.
+        texts += [example.tools] if example.tools else []
+        texts += ["last turn"] if example.last_turn else []
         digest.update(json.dumps(texts, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from collm.data.examples import Example
+from collm.data.messages import Conversation, read_conversation, require_texts
+from collm.data.templates import ChatTemplate, Shown, TemplateError
+from collm.data.turns import Turn, turn_of
 from collm.errors import CollmError
+from collm.text import require_text
 from collm.types import Message
 
 TokenIds = tuple[int, ...]
-
-SENTINEL = "zqsentinelqz"
-"""A text that no template contains, to see what a template puts behind an assistant's turn."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,34 @@ class PromptFormat:
     `system_prompt` is put before conversations that have none (plain prompts are left as they are).
     `chat_template` replaces the tokenizer's own. `add_bos`: whether plain prompts begin with the BOS token; None = as
     the tokenizer does. (In conversations the template says so.)
+    `template_kwargs`: variables of the chat template, such as `{"enable_thinking": False}`.
+    `date`: the day that templates tell which ask for it, as 2026-07-26; None = the day on which the formatter is made,
+    which it then keeps. (A template that reads `date_string` takes that from `template_kwargs`.)
     """
 
     system_prompt: str | None = None
     chat_template: str | None = None
     add_bos: bool | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keyword arguments that are set, for JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None and value != {}}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as one model sees it. `labelled[t]`: token t is a gold token to predict; never token 0."""
+    """One example as one model sees it. `labelled[t]`: token t is a gold token to predict; never token 0.
+
+    `rewritten`: earlier assistant turns that are not labelled, because the template rewrites them later on.
+    """
 
     token_ids: TokenIds
     labelled: tuple[bool, ...]
     truncated_tokens: int = 0
+    rewritten: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.labelled)
@@ -62,12 +78,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Turns:
-    """A conversation cut up: `contexts[i]` is what stands before `completions[i]`; `tail` what stands behind the last
-    one, for a prompt that asks for one more turn."""
+    """A conversation cut up: `contexts[i]` is what stands before `completions[i]`. `rewritten`: assistant turns that
+    are part of the first context, because the template rewrites them."""
 
     contexts: tuple[TokenIds, ...]
     completions: tuple[TokenIds, ...]
-    tail: TokenIds = ()
+    rewritten: int = 0
 
 
 class Formatter:
@@ -80,6 +96,16 @@ class Formatter:
             raise CollmError("the tokenizer has no EOS token, so that no text could ever end; set tokenizer.eos_token")
         if self.format.add_bos and tokenizer.bos_token_id is None:
             raise CollmError("add_bos is set, but the tokenizer has no BOS token")
+        require_text(self.format.system_prompt or "", "the system prompt")
+        require_texts(self.format.template_kwargs, "template_kwargs")
+        self._today = _day(self.format.date)
+        if self._templates:
+            self._templates[0].require_kwargs(self.format.template_kwargs)
+            if any(template.tells_date for template in self._templates):
+                # Kept wherever the format is kept, so that another day's run renders the same.
+                self.format = replace(self.format, date=self._today.isoformat())
+        elif self.format.template_kwargs:
+            raise CollmError("template_kwargs are set, but the tokenizer has no chat template; pass one")
 
     def completions(self, example: Example) -> list[TokenIds]:
         """Token ids of each assistant turn with the token that ends it: what all models share.
@@ -87,7 +113,8 @@ class Formatter:
         Raises:
             CollmError: the example has nothing to learn from, or the template cannot be split into turns.
         """
-        return list(self._turns(example).completions)
+        completions = self._turns(example).completions
+        return list(completions[-1:] if example.last_turn else completions)
 
     def encode(
         self, example: Example, max_length: int | None = None, completions: Sequence[TokenIds] | None = None
@@ -95,34 +122,59 @@ class Formatter:
         """The whole example, cut from the right to `max_length` tokens.
 
         Args:
-            completions: the turns' tokens from the *base's* formatter, where this one belongs to another model.
+            completions: the turns' tokens from the *base's* formatter, where this one belongs to another model; of
+                fewer turns than this template can show, they are the last ones.
+
+        Raises:
+            CollmError: there is nothing to learn from, or the template does not show what is to be learnt.
         """
         if max_length is not None and max_length < 2:
             raise CollmError(f"max_length must be at least 2 (a token, and one to predict), not {max_length}")
         turns = self._turns(example)
-        shared = turns.completions if completions is None else tuple(completions)
-        assert len(shared) == len(turns.contexts), "completions of another example"
+        shared = turns.completions[-1:] if example.last_turn else turns.completions
+        shared = shared if completions is None else tuple(completions)
+        unlearnt = len(turns.contexts) - len(shared)
+        if unlearnt < 0:
+            raise CollmError(
+                f"{example.label}: the chat template of one model rewrites earlier turns, that of the base does not: "
+                "only last turns can be learnt together: set last_turn: true in the recipe's data (--last-turn)"
+            )
         token_ids: list[int] = []
         labelled: list[bool] = []
-        for context, completion in zip(turns.contexts, shared, strict=True):
+        for i, context in enumerate(turns.contexts):
+            completion = turns.completions[i] if i < unlearnt else shared[i - unlearnt]
             token_ids += [*context, *completion]
-            labelled += [False] * len(context) + [True] * len(completion)
+            labelled += [False] * len(context) + [i >= unlearnt] * len(completion)
         end = len(token_ids) if max_length is None else max_length
-        return Encoded(tuple(token_ids[:end]), tuple(labelled[:end]), max(0, len(token_ids) - end))
+        rewritten = 0 if example.last_turn else turns.rewritten
+        return Encoded(tuple(token_ids[:end]), tuple(labelled[:end]), max(0, len(token_ids) - end), rewritten)
 
     def prompt(self, question: Sequence[Message] | str) -> TokenIds:
         """Token ids after which a model writes: a conversation through the chat template, a string as plain text.
 
+        Args:
+            question: a text, messages as in the OpenAI API, or a `Conversation`, which may offer tools.
+
         Raises:
-            CollmError: the conversation ends with an assistant turn or the template refuses it.
+            CollmError: the conversation ends with an assistant turn, holds what the template does not show, or the
+                template refuses it.
         """
         if isinstance(question, str):
-            return self._plain_prompt(question)
-        if question and question[-1]["role"] == "assistant":
+            return self._plain_prompt(require_text(question, "the prompt"))
+        where = "the conversation"
+        conversation = _read(question)
+        if conversation[-1]["role"] == "assistant":
             raise CollmError("the conversation ends with an assistant turn: there is nothing to answer; leave it out")
-        turns = self._conversation(question, "the conversation", open_end=True)
-        parts = zip(turns.contexts, turns.completions, strict=True)
-        return self._never_empty(tuple(t for pair in parts for part in pair for t in part) + turns.tail)
+        whole = self.rendered(conversation)
+        try:
+            turns, done = self._conversation(*self._shown(conversation, where), where)
+        except CollmError:
+            # Something that was said before could not be learnt as it is; it can be gone on from.
+            return self._never_empty(self._encode(whole))
+        if turns.rewritten or not turns.completions or not whole.startswith(done):
+            return self._never_empty(self._encode(whole))
+        before = [t for pair in zip(turns.contexts, turns.completions, strict=True) for part in pair for t in part]
+        return (*before, *self._after_turn(whole[len(done) :]))
 
     def continuation(self, question: Sequence[Message] | str, text: str) -> TokenIds:
         """Token ids of `text` as the beginning of an answer behind `prompt(question)`, as in training."""
@@ -131,111 +183,118 @@ class Formatter:
         return self._continue(self.rendered(question), text)
 
     def rendered(self, messages: Sequence[Message]) -> str:
-        """The text of the conversation through the template, up to where the next answer begins."""
-        return self._render(self._with_system(messages), "the conversation", ask=True)
+        """The text of the conversation through the template, up to where the next answer begins.
+
+        Raises:
+            CollmError: the template refuses it, or shows nothing of a message.
+        """
+        template, shown = self._shown(_read(messages), "the conversation")
+        with _telling("the conversation"):
+            template.require_all(shown)
+            return template.render(shown, ask=True)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Ids of the tokens that end a text: EOS, and where there is a chat template the end of an assistant's turn."""
-        ends = self._turn_ends if self._template is not None else (str(self.tokenizer.eos_token),)
-        return frozenset(self._token_id(end) for end in ends)
+        """Ids of the tokens that end a text: EOS, and where there is a chat template what ends an assistant's turn or
+        its calling of tools there. They differ where a chat model's EOS in the tokenizer is its pretraining's."""
+        ends = {str(self.tokenizer.eos_token)}
+        for template in self._templates:
+            ends |= template.ends
+        return frozenset(map(self._token_id, ends))
 
     def fingerprint(self) -> str:
         """A hash of all that decides how prompts look, apart from the vocabulary."""
-        tokenizer = self.tokenizer
-        parts = [self.format.system_prompt, self._template, self._adds_bos, tokenizer.bos_token, tokenizer.eos_token]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        tokenizer, format = self.tokenizer, self.format
+        parts: list[Any] = [format.system_prompt, self._source, self._adds_bos]
+        parts += [tokenizer.bos_token, tokenizer.eos_token]
+        # What is not set leaves the hash as it was before it could be set.
+        parts += [{k: v} for k in ("template_kwargs", "date") if (v := format.to_dict().get(k)) is not None]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def completions_fingerprint(self) -> str:
         """A hash of what decides the completions' tokens: unlike `fingerprint`, whatever the system prompt and BOS."""
-        return hashlib.sha256(json.dumps([self._template, self.tokenizer.eos_token]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self._source, self.tokenizer.eos_token]).encode()).hexdigest()[:16]
 
     # -- conversations
 
     @cached_property
-    def _template(self) -> str | None:
-        if self.format.chat_template is not None:
-            return self.format.chat_template
-        if not self.tokenizer.chat_template:
-            return None
-        return str(self.tokenizer.get_chat_template())
+    def _templates(self) -> tuple[ChatTemplate, ...]:
+        """The chat template, and where tools have another one, that; none: there is no template."""
+        given: Any = self.format.chat_template or self.tokenizer.chat_template
+        if not given:
+            return ()
+        sources = [given]
+        if isinstance(given, dict):
+            sources = [self.tokenizer.get_chat_template(), *([given["tool_use"]] if "tool_use" in given else [])]
+        return tuple(ChatTemplate(self.tokenizer, source, self._today) for source in sources)
 
-    def _render(self, messages: Sequence[Message], where: str, *, ask: bool) -> str:
-        """The template's text; `ask`: with the header of the assistant's next turn."""
-        if self._template is None:
+    @property
+    def _source(self) -> str | None:
+        return self._templates[0].source if self._templates else None
+
+    def _shown(self, conversation: Conversation, where: str) -> tuple[ChatTemplate, Shown]:
+        """The template for this conversation, and the conversation in its form.
+
+        Raises:
+            CollmError: there is none, or it would not show all of it.
+        """
+        if not self._templates:
             raise CollmError(
                 f"{where}: the tokenizer has no chat template, which messages need; pass one (chat_template in the "
                 "model's format), or give rows of prompt and completion"
             )
-        try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=ask
-            )
-        except TemplateError as error:
-            raise CollmError(f"{where}: the chat template refuses this conversation: {error}") from error
-        return str(rendered)
+        template = self._templates[-1 if conversation.tools else 0]
+        kwargs = {**self.format.template_kwargs, **conversation.template_kwargs}
+        with _telling(where):
+            return template, template.shown(conversation, conversation.tools, kwargs, self.format.system_prompt)
 
-    @cached_property
-    def _turn_ends(self) -> tuple[str, ...]:
-        """Texts of the tokens that end an assistant's turn: EOS, and what the template puts behind a turn.
-
-        They differ where a chat model's EOS in the tokenizer is still the one of its pretraining.
-        """
-        eos = str(self.tokenizer.eos_token)
-        dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-        suffix = self._render(dialogue, "the chat template", ask=False).rpartition(SENTINEL)[2]
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
-        for token_id in self._encode(suffix):
-            if token_id in special:
-                return eos, str(self.tokenizer.convert_ids_to_tokens(token_id))
-        return (eos,)
-
-    def _with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        if self.format.system_prompt is None or any(m["role"] == "system" for m in messages):
-            return messages
-        return [{"role": "system", "content": self.format.system_prompt}, *messages]
-
-    def _conversation(self, messages: Sequence[Message], where: str, *, open_end: bool) -> _Turns:
-        messages = self._with_system(messages)
+    def _conversation(self, template: ChatTemplate, shown: Shown, where: str) -> tuple[_Turns, str]:
+        """The assistant's turns, and the text up to the end of the last one."""
+        turns: list[Turn] = []
+        for i, message in enumerate(shown.messages):
+            if message["role"] == "assistant":
+                with _telling(f"{where}, up to {shown.name(i)}"):
+                    turns.append(turn_of(template, shown, i))
+        rewritten = 0
+        if any(not later.before.startswith(earlier.text) for earlier, later in zip(turns, turns[1:], strict=False)):
+            # Only before the last turn does it show what decoding will see there.
+            rewritten = len(turns) - 1
         contexts: list[TokenIds] = []
         completions: list[TokenIds] = []
-        done, anchor = "", ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], where, ask=True)
-            whole = self._render(messages[: i + 1], where, ask=False)
-            if not whole.startswith(before) or not before.startswith(done):
-                raise CollmError(
-                    f"{where}: the chat template does not extend the text before turn {i + 1}, but rewrites it: "
-                    "no prompt would match its training text; give another chat_template or split the conversation"
-                )
-            context, turn = before[len(done) :], whole[len(before) :]
-            ends = [(turn.find(end), end) for end in self._turn_ends if end in turn]
-            cut, anchor = min(ends) if ends else (len(turn), str(self.tokenizer.eos_token))
-            completion = self._continue(context, turn[:cut])
-            contexts.append(self._after_turn(context) if contexts else self._never_empty(self._encode(context)))
-            completions.append((*completion, self._token_id(anchor)))
-            done = before + turn[:cut] + (anchor if ends else "")
-        if not open_end:
-            return _Turns(tuple(contexts), tuple(completions))
-        whole = self._render(messages, where, ask=True)
-        if not whole.startswith(done):
-            raise CollmError(f"{where}: the chat template rewrites earlier turns; pass another chat_template")
-        rest = whole[len(done) :]
-        return _Turns(tuple(contexts), tuple(completions), self._after_turn(rest) if contexts else self._encode(rest))
+        done = ""
+        for turn in turns[rewritten:]:
+            context = turn.before[len(done) :]
+            before = self._after_turn(context) if contexts else self._never_empty(self._encode(context))
+            contexts.append(before + self._continue(context, turn.lead))
+            completion = self._continue(context + turn.lead, turn.body)
+            completions.append((*completion, self._token_id(turn.end or str(self.tokenizer.eos_token))))
+            done = turn.text
+        return _Turns(tuple(contexts), tuple(completions), rewritten), done
 
     def _turns(self, example: Example) -> _Turns:
+        label = example.label
         if example.messages is not None:
-            turns = self._conversation(example.messages, example.label, open_end=False)
+            template, shown = self._shown(Conversation(example.messages, example.tools), label)
+            with _telling(label):
+                template.require_all(shown)
+            turns, _ = self._conversation(template, shown, label)
             if not turns.completions:
-                raise CollmError(f"{example.label}: there is no assistant turn, so nothing to learn from or to score")
-            return turns
-        if example.completion is None:
-            raise CollmError(f"{example.label}: there is no completion, so nothing to learn from or to score")
-        text = example.prompt or ""
-        completion = (*self._continue(text, example.completion), self._token_id(str(self.tokenizer.eos_token)))
-        return _Turns((self._plain_prompt(text),), (completion,))
+                raise CollmError(f"{label}: there is no assistant turn, so nothing to learn from or to score")
+        elif example.completion is None:
+            raise CollmError(f"{label}: there is no completion, so nothing to learn from or to score")
+        else:
+            text = example.prompt or ""
+            completion = (*self._continue(text, example.completion), self._token_id(str(self.tokenizer.eos_token)))
+            turns = _Turns((self._plain_prompt(text),), (completion,))
+        learnt = turns.completions[-1:] if example.last_turn else turns.completions
+        inside = next((t for completion in learnt for t in completion[:-1] if t in self.end_ids), None)
+        if inside is not None:
+            raise CollmError(
+                f"{label}: {self.tokenizer.convert_ids_to_tokens(inside)!r} stands within what is to be learnt, and "
+                "ends a text: a model could never write what follows; leave it out (the end of a turn is added), or "
+                "leave out the row"
+            )
+        return turns
 
     # -- tokens
 
@@ -277,3 +336,25 @@ class Formatter:
             return token_ids
         bos = self.tokenizer.bos_token_id
         return (int(bos if bos is not None else self.tokenizer.eos_token_id),)
+
+
+def _day(written: str | None) -> date:
+    try:
+        return date.today() if written is None else date.fromisoformat(written)
+    except (TypeError, ValueError) as error:
+        raise CollmError(f"date is a day as 2026-07-26, not {written!r}") from error
+
+
+def _read(question: Sequence[Message]) -> Conversation:
+    if isinstance(question, Conversation):
+        return question
+    return read_conversation(question)
+
+
+@contextmanager
+def _telling(where: str) -> Iterator[None]:
+    """What a template has against a conversation is told with its place."""
+    try:
+        yield
+    except TemplateError as error:
+        raise CollmError(f"{where}: {error}") from error

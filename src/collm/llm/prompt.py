@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from collm.data.messages import Conversation, read_messages
 from collm.errors import CollmError
+from collm.text import require_text
 from collm.types import Message
 
 
@@ -20,8 +22,10 @@ class TokenPrompt:
 
 
 Prompt = Sequence[Message] | str | TokenPrompt
-"""A conversation, shown through each model's chat template, or a plain text to be continued."""
-ROLES = ("system", "user", "assistant", "tool")
+"""A conversation, shown through each model's chat template, or a plain text to be continued.
+
+Messages are those of the OpenAI API; a `collm.data.messages.Conversation` of them offers tools, too.
+"""
 
 
 def require_prompt(prompt: object) -> None:
@@ -31,7 +35,7 @@ def require_prompt(prompt: object) -> None:
         CollmError: naming what was given.
     """
     if isinstance(prompt, str):
-        if not prompt:
+        if not require_text(prompt, "the prompt"):
             raise CollmError("the prompt is empty")
         return
     if isinstance(prompt, TokenPrompt):
@@ -40,16 +44,10 @@ def require_prompt(prompt: object) -> None:
         return
     if not isinstance(prompt, Sequence) or not prompt:
         raise CollmError(f"a prompt is a text or a list of messages, not {_named(prompt)}")
-    for number, message in enumerate(prompt, start=1):
-        if isinstance(message, str | Sequence):
-            raise CollmError("this is a list of prompts, not of messages: give it to generate_batch")
-        if not isinstance(message, dict):
-            raise CollmError(f'message {number} is {_named(message)}, not {{"role": "user", "content": "..."}}')
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise CollmError(f"message {number} has the role {role!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise CollmError(f"message {number} has {_named(content)} as content; only text can be read")
+    if any(isinstance(message, str | Sequence) for message in prompt):
+        raise CollmError("this is a list of prompts, not of messages: give it to generate_batch")
+    if not isinstance(prompt, Conversation):
+        read_messages(prompt, "the prompt")
 
 
 def _named(value: object) -> str:
