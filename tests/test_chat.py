@@ -12,7 +12,7 @@ from conftest import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from collm.data.examples import Example, parse_example
-from collm.data.formatting import Formatter, PromptFormat
+from collm.data.formatting import Formatter, PromptFormat, require_read
 from collm.data.messages import Conversation, read_conversation, read_messages
 from collm.errors import CollmError
 
@@ -169,10 +169,15 @@ def test_kwargs_of_one_conversation() -> None:
     formatter = formatter_for(QWEN)
     own = read_conversation([user("a")], template_kwargs={"enable_thinking": False})
     assert formatter.rendered(own).endswith("<think>\n\n</think>\n\n")
-    with pytest.raises(CollmError, match="does not read 'x'"):
-        formatter.prompt(read_conversation([user("a")], template_kwargs={"x": 1}))
+    for name in ("x", "messages", "bos_token"):
+        with pytest.raises(CollmError, match=f"no chat template reads '{name}'"):
+            require_read([formatter], {name: 1})
     with pytest.raises(CollmError, match="cannot set 'messages'"):
-        formatter.prompt(read_conversation([user("a")], template_kwargs={"messages": []}))
+        formatter_for(QWEN, template_kwargs={"messages": []})
+    both = (formatter, Formatter(make_tokenizer()))
+    require_read(both, {"enable_thinking": False})
+    assert formatter.told({"enable_thinking": False}).rendered([user("a")]) == formatter.rendered(own)
+    assert both[1].rendered(own) == both[1].rendered([user("a")])
 
 
 def test_parts_of_text_are_one_text() -> None:

@@ -13,6 +13,7 @@ from collm.cli.console import ResumableCommand
 from collm.cli.options import (
     OUTPUT,
     Named,
+    askable,
     batch_size_option,
     data_options,
     identity,
@@ -102,7 +103,7 @@ def _calibrate(
     table = run(
         llm,
         asked,
-        read_examples(data, options),
+        askable(llm, read_examples(data, options), options, asked),
         signal=options["signal"],
         target_rates=rates,
         seed=options["seed"],

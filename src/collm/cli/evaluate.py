@@ -16,6 +16,7 @@ from collm.cli.console import ResumableCommand
 from collm.cli.options import (
     OUTPUT,
     alone_option,
+    askable,
     batch_size_option,
     data_options,
     decoding_options,
@@ -108,10 +109,11 @@ def evaluate(
     asked, examples = get_task(task, sandboxed=not options["unsandboxed"]), read_examples(data, options)
     asked.require()
     with nullcontext() if out is None else claimed(out):
+        llm = load_llm(checkpoint, options)
         result = run(
-            load_llm(checkpoint, options),
+            llm,
             asked,
-            examples,
+            askable(llm, examples, options, asked),
             params,
             batch_size=options["batch_size"],
             out=out,

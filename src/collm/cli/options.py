@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +18,28 @@ from collm.sampling_params import Deferral, OnAssistantError, SamplingParams
 if TYPE_CHECKING:
     from collm.data.examples import Example
     from collm.data.formatting import PromptFormat
+    from collm.evaluation.task import Task
     from collm.llm import CollaborativeLM
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16")
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(path_type=Path)
+
+
+class JsonObject(click.ParamType):  # type: ignore[type-arg]
+    """A JSON object on the command line."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value!r} is no JSON ({error})", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is no JSON object", param, ctx)
+        return found
 
 
 class Named(click.Choice[str]):
@@ -52,6 +69,23 @@ machine_options = _together(
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, mps."),
 )
 
+template_kwargs_option = click.option(
+    "--template-kwargs",
+    type=JsonObject(),
+    default="{}",
+    metavar="JSON",
+    help='Variables of the chat templates that read them, such as {"enable_thinking": false}.',
+)
+
+format_options = _together(
+    click.option("--system", metavar="TEXT", help="System prompt for conversations that have none."),
+    click.option(
+        "--chat-template", type=EXISTING, metavar="FILE", help="Jinja template instead of the tokenizer's own."
+    ),
+    template_kwargs_option,
+    click.option("--date", metavar="DAY", help="Told by templates that ask for it, as 2026-07-26.  [default: today]"),
+)
+
 model_options = _together(
     click.option(
         "--assistant",
@@ -70,6 +104,7 @@ model_options = _together(
         metavar="N",
         help="Bounds each model's KV cache: texts at a time x their length.",
     ),
+    template_kwargs_option,
     machine_options,
 )
 
@@ -91,7 +126,7 @@ batch_size_option = click.option(
 
 data_options = _together(
     click.option("--split", default="train", show_default=True, help="Of a Hugging Face dataset."),
-    click.option("--skip-bad", is_flag=True, help="Leave out lines that cannot be read; say how many."),
+    click.option("--skip-bad", is_flag=True, help="Leave out rows that cannot be read or shown; say how many."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N examples."),
 )
 
@@ -208,7 +243,7 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
     with Console(stderr=True).status(f"loading {checkpoint}"):
         from collm.llm import CollaborativeLM
 
-        return CollaborativeLM.from_pretrained(
+        llm = CollaborativeLM.from_pretrained(
             checkpoint,
             assistants=list(options["assistants"]),
             base=options["base"],
@@ -216,6 +251,9 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
             device=options["device"],
             max_cache_tokens=options["max_cache_tokens"],
         )
+        if options["template_kwargs"]:
+            _tell_templates(llm, options["template_kwargs"])
+        return llm
 
 
 def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,13 +275,36 @@ def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def read_examples(source: str, options: Mapping[str, Any]) -> list[Example]:
     from collm.data.examples import load_examples
 
-    examples = load_examples(source, split=options["split"], skip_bad=options["skip_bad"])
+    own = {key: options[key] for key in ("split", "skip_bad", "last_turn") if key in options}
+    examples = load_examples(source, **own)
     return examples[: options["limit"]]
 
 
-def prompt_format(system: str | None, chat_template: Path | None) -> PromptFormat:
-    from collm.data.formatting import PromptFormat
+def askable(llm: CollaborativeLM, examples: list[Example], options: Mapping[str, Any], task: Task) -> list[Example]:
+    """With `--skip-bad`, the examples whose questions all models can be shown."""
+    from collm.data.encoding import usable
 
+    return usable(examples, llm.formatters, skip_bad=options["skip_bad"], question=task.question)
+
+
+def prompt_format(options: Mapping[str, Any]) -> PromptFormat:
+    """Takes what `format_options` put into `options`."""
+    from collm.data.formatting import PromptFormat
+    from collm.text import read_text
+
+    template = options["chat_template"]
     return PromptFormat(
-        system_prompt=system, chat_template=chat_template.read_text() if chat_template is not None else None
+        system_prompt=options["system"],
+        chat_template=None if template is None else read_text(template),
+        template_kwargs=options["template_kwargs"],
+        date=options["date"],
     )
+
+
+def _tell_templates(llm: CollaborativeLM, kwargs: Mapping[str, Any]) -> None:
+    """Each model's template is told what it reads; what none of them reads is refused."""
+    from collm.data.formatting import Formatter, require_read
+
+    require_read(llm.formatters, kwargs)
+    told = {id(formatter): formatter.told(kwargs) for formatter in llm.formatters}
+    llm.formatters = tuple[Formatter, ...](told[id(formatter)] for formatter in llm.formatters)

@@ -39,6 +39,7 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
     Nothing is written: each token is predicted after the gold tokens before it. CHECKPOINT may be a plain model with
     assistants, too; it has no gate, and its rivals are then compared at the oracle's own rate.
     """
+    from collm.data.encoding import usable
     from collm.evaluation.oracle import is_report, report
     from collm.evaluation.reading import read
 
@@ -54,7 +55,7 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
         reading = read(
             llm.models,
             llm.formatters,
-            read_examples(data, options),
+            usable(read_examples(data, options), llm.formatters, skip_bad=options["skip_bad"]),
             max_length=options["max_length"],
             out=out,
             identity=identity(checkpoint, options),

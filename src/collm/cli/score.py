@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from collm.cli.console import ResumableCommand
-from collm.cli.options import EXISTING, OUTPUT, data_options, machine_options, prompt_format, read_examples
+from collm.cli.options import OUTPUT, data_options, format_options, machine_options, prompt_format, read_examples
 from collm.files import claimed
 
 
@@ -23,10 +23,10 @@ from collm.files import claimed
     help="The base model, whose tokenizer and chat template settle the completions' tokens; needed for tools, and "
     "for assistants with a template of their own.  [default: the model itself]",
 )
-@click.option("--system", metavar="TEXT", help="System prompt for conversations that have none.")
-@click.option("--chat-template", type=EXISTING, metavar="FILE", help="Jinja template instead of the tokenizer's own.")
+@format_options
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Longer is cut off.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Per forward pass.")
+@click.option("--last-turn", is_flag=True, help="Of conversations, score the last assistant turn alone.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier, stopped run left.")
 @data_options
 @machine_options
@@ -36,6 +36,7 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
     A stopped run resumes.
     """
+    from collm.data.encoding import usable
     from collm.data.formatting import Formatter, PromptFormat
     from collm.data.scores import load_info
     from collm.data.scoring import score as score_model
@@ -49,7 +50,7 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     if tool and base is None:
         raise click.UsageError(f"{model} is a tool without a tokenizer of its own: give the base model with --base")
     examples = read_examples(data, options)
-    format = prompt_format(options["system"], options["chat_template"])
+    format = prompt_format(options)
     base_tokenizer = None if base is None else load_tokenizer(base)
     tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(model)
     if base_tokenizer is not None:
@@ -60,6 +61,7 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
         # What ends a turn is the base's affair: its own template, or where it has none the one that is given.
         own = PromptFormat() if base_tokenizer.chat_template else PromptFormat(chat_template=format.chat_template)
         completions_from = Formatter(base_tokenizer, own)
+    examples = usable(examples, [completions_from or formatter, formatter], skip_bad=options["skip_bad"])
     # As training does: scores for more than the base can read would not match.
     context = load_context_length(base or model)
     max_length = min(options["max_length"], context or options["max_length"])

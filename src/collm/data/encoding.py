@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
 from collm.errors import CollmError
+from collm.types import Message
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,20 @@ class EncodedSet:
         return sum(item.num_labelled for item in self.items)
 
 
-def usable(examples: Sequence[Example], formatters: Sequence[Formatter], *, skip_bad: bool) -> list[Example]:
+def usable(
+    examples: Sequence[Example],
+    formatters: Sequence[Formatter],
+    *,
+    skip_bad: bool,
+    question: Callable[[Example], Sequence[Message] | str] | None = None,
+) -> list[Example]:
     """The examples of which every model can be shown all and be taught all.
 
     Args:
         formatters: the base's first; the completions' tokens are its.
         skip_bad: leave out the others and log how many; False gives the examples as they are: whoever encodes a bad
             one is told.
+        question: what is asked of each, where examples are asked, not learnt.
 
     Raises:
         CollmError: none is left.
@@ -59,11 +67,16 @@ def usable(examples: Sequence[Example], formatters: Sequence[Formatter], *, skip
     kept = []
     for example in examples:
         try:
-            shared = formatters[0].completions(example)
-            for formatter in formatters[1:]:
-                formatter.encode(example, completions=shared)
+            if question is not None:
+                for formatter in formatters:
+                    formatter.prompt(question(example))
+            else:
+                shared = formatters[0].completions(example)
+                for formatter in formatters[1:]:
+                    formatter.encode(example, completions=shared)
         except CollmError as error:
-            logger.warning("skipped: %s", error)
+            place = "" if question is None else f"{example.label}: "
+            logger.warning("skipped: %s%s", place, error)
         else:
             kept.append(example)
     if len(kept) < len(examples):

@@ -202,6 +202,15 @@ class Formatter:
             ends |= template.ends
         return frozenset(map(self._token_id, ends))
 
+    def reads(self, name: str) -> bool:
+        """Does the chat template read this variable?"""
+        return any(template.reads(name) for template in self._templates)
+
+    def told(self, kwargs: Mapping[str, Any]) -> Formatter:
+        """This formatter with those of the template's variables set that the template reads."""
+        own = {name: value for name, value in kwargs.items() if self.reads(name)}
+        return type(self)(self.tokenizer, replace(self.format, template_kwargs={**self.format.template_kwargs, **own}))
+
     def fingerprint(self) -> str:
         """A hash of all that decides how prompts look, apart from the vocabulary."""
         tokenizer, format = self.tokenizer, self.format
@@ -244,7 +253,9 @@ class Formatter:
                 "model's format), or give rows of prompt and completion"
             )
         template = self._templates[-1 if conversation.tools else 0]
-        kwargs = {**self.format.template_kwargs, **conversation.template_kwargs}
+        # What is given with a conversation is for all models, and each template takes what it reads (`require_read`).
+        own = {name: value for name, value in conversation.template_kwargs.items() if template.reads(name)}
+        kwargs = {**self.format.template_kwargs, **own}
         with _telling(where):
             return template, template.shown(conversation, conversation.tools, kwargs, self.format.system_prompt)
 
@@ -336,6 +347,17 @@ class Formatter:
             return token_ids
         bos = self.tokenizer.bos_token_id
         return (int(bos if bos is not None else self.tokenizer.eos_token_id),)
+
+
+def require_read(formatters: Sequence[Formatter], template_kwargs: Mapping[str, Any]) -> None:
+    """Refuse variables that no model's template reads.
+
+    Raises:
+        CollmError: naming the first.
+    """
+    for name in template_kwargs:
+        if not any(formatter.reads(name) for formatter in formatters):
+            raise CollmError(f"no chat template reads {name!r} (of template_kwargs): leave it out")
 
 
 def _day(written: str | None) -> date:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def prompt_notes(formatter: Formatter, completions_from: Formatter | None) -> di
     """What `scores.json` tells of the prompts, so that training needs nothing else of the model: `prompt_format`, the
     arguments of its `PromptFormat`, and `completions`, a fingerprint of what settled the completions' tokens."""
     return {
-        "prompt_format": {key: value for key, value in asdict(formatter.format).items() if value is not None},
+        "prompt_format": formatter.format.to_dict(),
         "completions": (completions_from or formatter).completions_fingerprint(),
     }
 

@@ -81,12 +81,17 @@ class ChatTemplate:
     def tells_date(self) -> bool:
         return "strftime_now" in self.source
 
+    def reads(self, name: str) -> bool:
+        """Is it a variable of this template that may be set?"""
+        written = name in self.variables or re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+        return written and name not in OWN and name not in self._tokens
+
     def require_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """Raises CollmError for variables that the template does not read, or that are not free to be set."""
         for name in kwargs:
             if name in OWN or name in self._tokens:
                 raise TemplateError(f"template_kwargs cannot set {name!r}, which the template is given anyway")
-            if name not in self.variables and not re.search(rf"\b{re.escape(name)}\b", self.source):
+            if not self.reads(name):
                 raise TemplateError(f"the chat template does not read {name!r} (of template_kwargs): leave it out")
 
     def render(self, shown: Shown, upto: int | None = None, *, ask: bool) -> str:

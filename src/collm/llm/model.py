@@ -246,7 +246,7 @@ class CollaborativeLM:
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         """The prompt as each model sees it."""
-        require_prompt(prompt)
+        require_prompt(prompt, self.formatters)
         if not isinstance(prompt, TokenPrompt):
             ids = tuple(formatter.prompt(prompt) for formatter in self.formatters)
         elif len(prompt.token_ids) == len(self.models):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from collm.data.formatting import Formatter, require_read
 from collm.data.messages import Conversation, read_messages
 from collm.errors import CollmError
 from collm.text import require_text
@@ -28,8 +29,11 @@ Messages are those of the OpenAI API; a `collm.data.messages.Conversation` of th
 """
 
 
-def require_prompt(prompt: object) -> None:
+def require_prompt(prompt: object, formatters: Sequence[Formatter] = ()) -> None:
     """Refuse what is neither, in words that say what is expected.
+
+    Args:
+        formatters: of all models; variables for templates that none of them reads are refused.
 
     Raises:
         CollmError: naming what was given.
@@ -46,7 +50,9 @@ def require_prompt(prompt: object) -> None:
         raise CollmError(f"a prompt is a text or a list of messages, not {_named(prompt)}")
     if any(isinstance(message, str | Sequence) for message in prompt):
         raise CollmError("this is a list of prompts, not of messages: give it to generate_batch")
-    if not isinstance(prompt, Conversation):
+    if isinstance(prompt, Conversation):
+        require_read(formatters, prompt.template_kwargs)
+    else:
         read_messages(prompt, "the prompt")
 
 

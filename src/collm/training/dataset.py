@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +77,10 @@ class ScoredSet:
 def load_split(data: DataSection) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples; without a validation file, a hash of each id decides, so that adding examples
     moves none from one side to the other."""
-    train = load_examples(data.train, skip_bad=data.skip_bad)
+    options: dict[str, Any] = {"skip_bad": data.skip_bad, "last_turn": data.last_turn}
+    train = load_examples(data.train, **options)
     if data.validation is not None:
-        return train, load_examples(data.validation, skip_bad=data.skip_bad)
+        return train, load_examples(data.validation, **options)
     held_out = [zlib.crc32(example.id.encode()) / 2**32 < data.validation_share for example in train]
     validation = [example for example, out in zip(train, held_out, strict=True) if out]
     rest = [example for example, out in zip(train, held_out, strict=True) if not out]

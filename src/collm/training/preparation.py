@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from collm.data.encoding import usable
 from collm.files import write_text
 from collm.models.backbone import check_project
 from collm.models.head import DeferralHead
@@ -44,7 +45,11 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     one_file = recipe.data.validation is None
     base = make_writer("base", recipe.base, None, one_file=one_file)
     assistants = [make_writer(section.name, section, base, one_file=one_file) for section in recipe.assistants]
-    splits = dict(zip(SPLITS, load_split(recipe.data), strict=True))
+    shown = [base.open_formatter, *(w.formatter for w in assistants if w.formatter is not None and w.tool is None)]
+    splits = {
+        split: usable(examples, shown, skip_bad=recipe.data.skip_bad)
+        for split, examples in zip(SPLITS, load_split(recipe.data), strict=True)
+    }
     model = load_model(recipe.base.model, dtype=recipe.base.dtype, device=best_device())
     check_project(model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -74,7 +79,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         base_model=recipe.base.model,
         base_fingerprint=weights_fingerprint(model),
         tokenizer_fingerprint=tokenizer_fingerprint(base.open_formatter.tokenizer),
-        base_format=recipe.base.format.model_dump(exclude_none=True),
+        base_format=base.open_formatter.format.to_dict(),
         assistants=[
             assistant_info(writer, paths["train"]) for writer, paths in zip(assistants, scores[1:], strict=True)
         ],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from collm.errors import CollmError, nearest
+from collm.text import read_text
 
 
 class _Section(BaseModel):
@@ -21,6 +23,13 @@ class FormatSection(_Section):
     system_prompt: str | None = None
     chat_template: str | None = None
     add_bos: bool | None = None
+    template_kwargs: dict[str, Any] = {}
+    date: Annotated[str | None, BeforeValidator(lambda day: str(day) if isinstance(day, date) else day)] = None
+    """YAML reads 2026-07-26 as a day, not as a text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is set."""
+        return {name: value for name, value in self.model_dump(exclude_none=True).items() if value != {}}
 
 
 class ModelSection(_Section):
@@ -46,6 +55,9 @@ class DataSection(_Section):
     validation_share: float = Field(0.05, gt=0, lt=1)
     max_length: int = Field(1024, ge=2)
     skip_bad: bool = False
+    last_turn: bool = False
+    """Of a conversation learn the last assistant turn alone. Needed where an assistant's chat template rewrites earlier
+    turns and the base's does not; where the base's does, it is so anyway."""
 
 
 class InitSection(_Section):
@@ -168,10 +180,10 @@ def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
 def load_recipe(path: str | Path) -> Recipe:
     """A recipe from a YAML file. Relative paths in it are relative to where the command is run."""
     path = Path(path)
+    if not path.exists():
+        raise CollmError(f"{path}: there is no such recipe")
     try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise CollmError(f"{path}: there is no such recipe") from error
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise CollmError(f"{path} is not valid YAML: {error}") from error
     return parse_recipe(values, str(path))

@@ -79,7 +79,7 @@ def make_writer(name: str, section: ModelSection, base: Writer | None, *, one_fi
         ) from error
     if base is not None:
         require_same_tokenizer(base.open_formatter.tokenizer, tokenizer, ("the base", f"assistant {name!r}"))
-    return Writer(name, section, Formatter(tokenizer, PromptFormat(**section.format.model_dump())), None, given)
+    return Writer(name, section, Formatter(tokenizer, PromptFormat(**section.format.to_dict())), None, given)
 
 
 def scores_of(
@@ -134,7 +134,7 @@ def _known(model: PreTrainedModel | None) -> PreTrainedModel:
 def _check_unopened(writer: Writer, base: Formatter, max_length: int) -> None:
     """Do scores made elsewhere fit the base, the recipe and one another? Their own metadata tell."""
     expect: Fingerprint = {"tokenizer": tokenizer_fingerprint(base.tokenizer), "max_length": max_length}
-    wanted_format = writer.section.format.model_dump(exclude_none=True)
+    wanted_format = writer.section.format.to_dict()
     for path in writer.given.values():
         load_scores(path, expect=expect)
         info = load_info(path)
@@ -143,7 +143,8 @@ def _check_unopened(writer: Writer, base: Formatter, max_length: int) -> None:
                 f"{path} is stale: the tokens scored are not those the base learns (another chat template, or another "
                 "EOS); score again with --base"
             )
-        if wanted_format and wanted_format != info["prompt_format"]:
+        day = {key: value for key, value in info["prompt_format"].items() if key == "date"}
+        if wanted_format and {**day, **wanted_format} != info["prompt_format"]:
             raise CollmError(
                 f"{path} is stale: its prompts were shown with {info['prompt_format']}, and the recipe's format of "
                 f"{writer.name!r} is {wanted_format}; score again, or leave the format to the scores"
@@ -155,11 +156,12 @@ def _check_unopened(writer: Writer, base: Formatter, max_length: int) -> None:
 def assistant_info(writer: Writer, scores: Path) -> AssistantInfo:
     """What the checkpoint keeps of an assistant, from its scores of the training text."""
     info = load_info(scores)
-    format = info["prompt_format"] if writer.formatter is None else writer.section.format.model_dump(exclude_none=True)
+    # Of a formatter rather than of the recipe: it holds the day that its template tells.
+    format = info["prompt_format"] if writer.formatter is None else writer.formatter.format.to_dict()
     return AssistantInfo(
         name=writer.name,
         spec=writer.section.model,
         tokenizer_fingerprint=None if writer.tool else info["fingerprint"]["tokenizer"],
         weights_fingerprint=None if writer.tool else info["fingerprint"]["model"],
-        format=format,
+        format={} if writer.tool else format,
     )
