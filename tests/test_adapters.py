@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM
+from collm.models import adapters
 from collm.models.adapters import ModelStore, Variant
+from collm.models.contents import contents
 from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.sampling_params import SamplingParams
@@ -92,6 +95,39 @@ def test_a_base_that_is_there_already_takes_the_adapters(
     local(assistant, tiny_tokenizer).predict(QUERIES)
     found = local(base, tiny_tokenizer).predict(QUERIES)
     assert all(close(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_model_in_two_places_is_loaded_once(
+    specs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(spec: str, **settings: Any) -> PreTrainedModel:
+        loaded.append(spec)
+        return load_model(spec, **settings)
+
+    monkeypatch.setattr(adapters, "load_model", load)
+    copy = str(Path(specs["base"]).with_name("copy"))
+    store = ModelStore()
+    assert store.load(specs["base"]).model is store.load(copy).model is store.load(specs["elsewhere"]).model
+    assert loaded == [specs["base"]]
+    # Cut into other files it is told by its values, once it is loaded.
+    load_model(copy).save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    assert store.load(str(tmp_path / "cut")).model is store.load(copy).model and len(loaded) == 2
+    # The same values, and a configuration that does something else with them.
+    shutil.copytree(copy, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert store.load(str(tmp_path / "other")).model is not store.load(copy).model
+
+
+def test_contents_tell_models_apart_without_loading_them(specs: dict[str, str], tmp_path: Path) -> None:
+    copy = Path(specs["base"]).with_name("copy")
+    assert contents(specs["base"]) == contents(str(copy)) is not None
+    assert len({contents(specs[name]) for name in ("base", "one", "two", "head")}) == 4
+    assert contents("calculator") is contents("some/hub-id") is contents(str(tmp_path)) is None
+    tiny("llama", seed=1, vocab_size=320).save_pretrained(tmp_path / "other")
+    assert contents(str(tmp_path / "other")) != contents(str(copy))
 
 
 def test_an_adapter_that_changes_more_is_loaded_by_itself(specs: dict[str, str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 from conftest import make_tokenizer
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from collm.errors import CollmError
@@ -41,3 +42,36 @@ def test_same_vocabulary_that_splits_otherwise_is_refused(tiny_tokenizer: PreTra
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(CollmError, match="the same vocabulary, but .* is split in another way"):
         require_same_tokenizer(tiny_tokenizer, other)
+
+
+def extended(tokenizer: PreTrainedTokenizerFast, *tokens: str, first: int | None = None) -> PreTrainedTokenizerFast:
+    """With ordinary tokens more, which nobody has declared special."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    start = len(vocabulary) if first is None else first
+    if first is not None:
+        state["model"]["vocab"] = vocabulary = {t: n + len(tokens) * (n >= first) for t, n in vocabulary.items()}
+    vocabulary.update({token: start + number for number, token in enumerate(tokens)})
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("marks", [("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"), ("<|tool|>",)])
+def test_marks_behind_the_shared_tokens_are_harmless(
+    tiny_tokenizer: PreTrainedTokenizerFast, marks: tuple[str, ...]
+) -> None:
+    other = extended(tiny_tokenizer, *marks)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_tokenizer)
+    require_same_tokenizer(tiny_tokenizer, other)  # as an assistant, whose marks are cut off
+    require_same_tokenizer(other, tiny_tokenizer)  # as the base, whose marks the assistant cannot write
+    assert shared_vocab_size(other) == shared_vocab_size(tiny_tokenizer) + len(marks)
+
+
+def test_words_behind_the_shared_tokens_are_not(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    for words in (("apples",), ("▁<PRE>", "zebra")):
+        other = extended(tiny_tokenizer, *words)
+        with pytest.raises(CollmError, match=f"{words[-1]}.* is not in the base's vocabulary"):
+            require_same_tokenizer(tiny_tokenizer, other)
+        with pytest.raises(CollmError, match=f"{words[-1]}.* not in the assistant's vocabulary"):
+            require_same_tokenizer(other, tiny_tokenizer)
+    with pytest.raises(CollmError, match="has another tokenizer"):
+        require_same_tokenizer(tiny_tokenizer, extended(tiny_tokenizer, "▁<PRE>", first=300))

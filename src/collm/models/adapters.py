@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm.models.attaching import attach, insert
+from collm.models.contents import contents, same_configuration
 from collm.models.loading import load_model, named_fingerprint, weights_fingerprint
 from collm.models.specs import adapter_config
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 class Weights:
     """A base model with any number of adapters in its layers, at most one of them active."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, contents: str | None = None) -> None:
         self.model = model
+        self.contents = contents
+        """Of the files it was loaded from (`models.contents`)."""
         self.adapters: list[str] = []
         self._peft: PeftModel | None = None
         self._layers: list[BaseTunerLayer] = []
@@ -38,6 +41,10 @@ class Weights:
     def fingerprint(self) -> str:
         """Of the base. It reads through all weights, so only when somebody asks."""
         return weights_fingerprint(self.model)
+
+    def equals(self, other: Weights) -> bool:
+        """Equal weights, and a configuration that does the same with them."""
+        return same_configuration(self.model.config, other.model.config) and self.fingerprint == other.fingerprint
 
     def add(self, folder: str) -> str:
         """Put the adapter of a folder into the layers; returns the name it has there. It is not active."""
@@ -111,7 +118,7 @@ class ModelStore:
 
     def put(self, spec: str, model: PreTrainedModel, *, dtype: str = "float32", device: str = "cpu") -> Variant:
         """A model that has been loaded already; adapters are put into it."""
-        self._loaded[spec, dtype, device] = Weights(model)
+        self._loaded[spec, dtype, device] = Weights(model, contents(spec))
         return Variant(self._loaded[spec, dtype, device])
 
     def load(self, spec: str, *, dtype: str = "float32", device: str = "cpu") -> Variant:
@@ -127,16 +134,17 @@ class ModelStore:
         return self._variants[key]
 
     def _weights(self, spec: str, dtype: str, device: str) -> Weights:
-        """By name, else by fingerprint: one model may lie in two places."""
+        """By name, else by what it holds: one model may lie in two places."""
         key = (spec, dtype, device)
         if key not in self._loaded:
-            found = Weights(load_model(spec, dtype=dtype, device=device))
-            same = [
-                weights
-                for (_, *placed), weights in self._loaded.items()
-                if placed == [dtype, device] and weights.fingerprint == found.fingerprint
-            ]
-            self._loaded[key] = same[0] if same else found
+            there = [weights for (_, *placed), weights in self._loaded.items() if placed == [dtype, device]]
+            files = contents(spec)
+            # By the files, so that there never is a second copy; else by the weights, however they are kept.
+            same = [weights for weights in there if files is not None and weights.contents == files]
+            if not same:
+                found = Weights(load_model(spec, dtype=dtype, device=device), files)
+                same = [weights for weights in there if weights.equals(found)] or [found]
+            self._loaded[key] = same[0]
         return self._loaded[key]
 
 

@@ -23,6 +23,9 @@ PROBES = (
 PADDING = re.compile(r"\[PAD\d*\]|<pad>|<\|?(reserved|unused|extra|dummy)\w*\|?>|\[unused\d+\]", re.IGNORECASE)
 """Names under which converters fill a vocabulary up to a round size."""
 
+MARK = re.compile(r"▁?<([A-Z_]+|\|\w+\|)>")
+"""Tokens for markup of one's own: `▁<PRE>`, `<|tool|>`."""
+
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The ordinary tokens: what text is made of, whatever was added to the tokenizer later."""
@@ -60,22 +63,35 @@ def require_same_tokenizer(
     Raises:
         CollmError: with the first difference, and what to do.
     """
+    difference = None
     if tokenizer_fingerprint(base) != tokenizer_fingerprint(other):
+        difference = _difference(base, other, names)
+    if difference is not None:
         raise CollmError(
-            f"{names[1]} has another tokenizer than {names[0]} ({_difference(base, other, names)}); models that write "
-            f"together must share one: take an assistant of {names[0]}'s model family, or both models from one that "
-            "share a tokenizer (other special tokens and a padded vocabulary are fine)"
+            f"{names[1]} has another tokenizer than {names[0]} ({difference}); models that write together must share "
+            f"one: take an assistant of {names[0]}'s model family, or both models from one that share a tokenizer "
+            "(other special tokens and a padded vocabulary are fine)"
         )
 
 
-def _difference(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> str:
+def _difference(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> str | None:
+    """What tells two tokenizers apart, first of all; None if it is but some marks behind the tokens they share."""
     ours, theirs = _vocabulary(base), _vocabulary(other)
+    last = max((number for token, number in ours.items() if theirs.get(token) == number), default=-1)
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
-        if theirs.get(token) != number:
+        if theirs.get(token) != number and (token in theirs or not _is_mark(token, number, last)):
             found = f"{theirs[token]} in {names[1]}'s" if token in theirs else f"not in {names[1]}'s vocabulary"
             return f"token {token!r} is {number} in {names[0]}'s vocabulary and {found}"
-    if len(theirs) > len(ours):
-        extra = min((number, token) for token, number in theirs.items() if token not in ours)
-        return f"token {extra[1]!r} ({extra[0]}) is not in {names[0]}'s vocabulary"
-    probe = next(probe for probe in PROBES if _encode(base, probe) != _encode(other, probe))
-    return f"the same vocabulary, but {probe[:40]!r} is split in another way"
+    for token, number in sorted(theirs.items(), key=lambda item: item[1]):
+        if token not in ours and not _is_mark(token, number, last):
+            return f"token {token!r} ({number}) is not in {names[0]}'s vocabulary"
+    for probe in PROBES:
+        if _encode(base, probe) != _encode(other, probe):
+            return f"the same vocabulary, but {probe[:40]!r} is split in another way"
+    return None
+
+
+def _is_mark(token: str, number: int, last: int) -> bool:
+    """One that no ordinary text holds, behind all tokens that are shared. CodeLlama's infilling marks are such; whether
+    they are declared special differs between copies of its tokenizer."""
+    return number > last and MARK.fullmatch(token) is not None

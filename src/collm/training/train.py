@@ -190,6 +190,18 @@ def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=section.target_modules,
+        exclude_modules=_routers(model) if section.target_modules == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _routers(model: nn.Module) -> list[str] | None:
+    """The last names of linear layers that an architecture has made something else of (Llama 4's router returns two
+    tensors), which PEFT would wrap as plain ones."""
+    own = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    }
+    return sorted(own) or None

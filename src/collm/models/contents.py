@@ -1,0 +1,85 @@
+"""Do two specs name the same model? Told from the files, before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from collm.models.specs import adapter_config, is_tool, locate
+from collm.models.whole import read_object, weight_files
+
+BLOCKS, BLOCK = 1024, 64
+"""Bytes of each file of weights that are looked at: so many blocks of this length, evenly spread."""
+HEADER = 1 << 16
+"""Bytes at the beginning of a file: names and shapes of the tensors."""
+VOLATILE = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "architectures",
+)
+"""What a configuration says besides how to compute."""
+
+
+def contents(spec: str) -> str | None:
+    """A hash of a model's configuration and of samples of its weights as they lie on the disk; None where they do not.
+
+    Equal hashes mean one model. The converse does not hold: the same weights may be cut into files otherwise, or be
+    kept in another precision.
+    """
+    if is_tool(spec):
+        return None
+    adapter = adapter_config(spec)
+    if adapter is not None:
+        base = contents(str(adapter["base_model_name_or_path"]))
+        return base and _digest(Path(spec) / "adapter_model.safetensors", told=[base, adapter])
+    place = locate(spec)
+    if isinstance(place, Path):
+        return _digest(place)
+    folder = Path(place) if Path(place).is_dir() else _downloaded(place)
+    if folder is None or not (folder / "config.json").is_file() or not weight_files(folder):
+        return None
+    return _digest(*weight_files(folder), told=_told(read_object(folder / "config.json")))
+
+
+def _downloaded(name: str) -> Path | None:
+    """Where a hub id lies in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _told(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _told(value) for key, value in config.items() if key not in VOLATILE}
+    return config
+
+
+def same_configuration(one: Any, other: Any) -> bool:
+    """Do two configurations of transformers mean the same computation?"""
+    return bool(_told(one.to_dict()) == _told(other.to_dict()))
+
+
+def _digest(*paths: Path, told: Any = None) -> str | None:
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    for path in paths:
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        digest.update(f"{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(HEADER))
+            for number in range(BLOCKS if size > HEADER else 0):
+                file.seek(HEADER + (size - HEADER) * number // BLOCKS)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:32]
