@@ -78,6 +78,14 @@ MBPP = [
     }
     for number in (1, 10, 11, 510, 511, 600, 601, 974)
 ]
+IFEVAL = [
+    {
+        "key": 1000,
+        "prompt": "Name a river, no commas. ",
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{"num_words": None}, {"num_words": 3, "relation": "at least", "keywords": None}],
+    }
+]
 TULU = [
     {
         "dataset": "flan",
@@ -113,6 +121,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "bioasq": tmp_path / "bioasq.json",
         "pubmedqa": tmp_path / "ori_pqal.json",
         "mbpp": lines(tmp_path / "mbpp.jsonl", MBPP),
+        "ifeval": lines(tmp_path / "ifeval.jsonl", IFEVAL),
         "alpaca_eval": tmp_path / "alpaca_eval.json",
         "mt_bench": lines(tmp_path / "question.jsonl", MT_BENCH),
         "tulu": lines(tmp_path / "tulu.jsonl", TULU),
@@ -183,6 +192,13 @@ def test_instructions_and_turns_stay_as_they_are(files: dict[str, Path]) -> None
     assert row["messages"] == [{"role": "user", "content": "Name a river. "}] and row["dataset"] == "helpful_base"
     [row] = read_source("mt_bench", files["mt_bench"])
     assert row["turns"] == MT_BENCH[0]["turns"] and row["category"] == "writing" and row["id"] == "mt_bench-81"
+
+
+def test_ifeval_keeps_prompts_and_the_arguments_that_are_given(files: dict[str, Path]) -> None:
+    [row] = read_source("ifeval", files["ifeval"])
+    assert row["id"] == "ifeval-1000" and row["messages"] == [{"role": "user", "content": "Name a river, no commas. "}]
+    assert row["answer"]["kwargs"] == [{}, {"num_words": 3, "relation": "at least"}]
+    assert row["answer"]["prompt"] == "Name a river, no commas. "
 
 
 def test_mbpp_has_its_authors_parts_and_one_kind_of_line_end(files: dict[str, Path], tmp_path: Path) -> None:
@@ -302,12 +318,14 @@ def test_the_official_test_part_is_kept_apart(files: dict[str, Path], tmp_path: 
         ("bioasq", '{"questions": [{"type": "factoid", "body": "?"}]}', ["exact_answer", "golden"]),
         ("bioasq", '{"questions": [{"type": "list", "body": "?", "exact_answer": [[]]}]}', ["entry 0", "expected"]),
         ("pubmedqa", '{"1": {"QUESTION": "?", "CONTEXTS": []}}', ["final_decision"]),
+        ("ifeval", '{"prompt": "p", "instruction_id_list": ["a"], "kwargs": []}', ["no record of ifeval", "kwargs"]),
+        ("mbpp", '{"task_id": 975, "text": "t", "code": "c", "test_list": []}', ["no record of mbpp"]),
         ("mt_bench", '{"question_id": 1, "category": "math", "turns": []}', ["no record of mt_bench"]),
         ("tulu", '{"messages": [{"role": "robot", "content": "x"}]}', ["robot"]),
     ],
 )
 def test_records_of_another_form_are_refused(name: str, content: str, told: list[str], tmp_path: Path) -> None:
-    source = tmp_path / ("data.jsonl" if name in ("gsm8k", "mt_bench", "tulu") else "data.json")
+    source = tmp_path / ("data.jsonl" if name in ("gsm8k", "mt_bench", "tulu", "mbpp", "ifeval") else "data.json")
     source.write_text(content)
     result = collm("prepare", name, source, "--out", tmp_path / "out")
     assert result.exit_code == 1 and "Traceback" not in result.output

@@ -100,6 +100,15 @@ def _mbpp(record: Mapping[str, Any]) -> Row:
     }
 
 
+def _ifeval(record: Mapping[str, Any]) -> Row:
+    # The published arguments name every argument there is, with null for those that an instruction does not take.
+    kwargs = [{key: value for key, value in given.items() if value is not None} for given in record["kwargs"]]
+    answer = {"prompt": record["prompt"], "instruction_id_list": record["instruction_id_list"], "kwargs": kwargs}
+    if not answer["instruction_id_list"] or len(kwargs) != len(answer["instruction_id_list"]):
+        raise TypeError("kwargs are the arguments of each instruction")
+    return {"messages": [{"role": "user", "content": record["prompt"]}], "answer": answer}
+
+
 def _lines(text: str) -> str:
     """With one kind of line end; some of MBPP's have two."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -145,6 +154,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "gsm8k": Format(_gsm8k, '{"question", "answer": "... #### 12"}'),
         "math": Format(_math, '{"problem", "solution": "... \\\\boxed{12}"}'),
+        "ifeval": Format(_ifeval, '{"key", "prompt", "instruction_id_list", "kwargs": [{...}]}', ids=("key", "id")),
         "mbpp": Format(
             _mbpp,
             '{"task_id", "text", "code", "test_list": ["assert ..."], "test_setup_code"}',

@@ -18,6 +18,15 @@ from collm.errors import CollmError, nearest
 from collm.evaluation.tasks.answers import MARK, any_number, first_number, marked_number, marked_text, normalised
 from collm.evaluation.tasks.choices import YES_NO, YES_NO_MAYBE, label_field, label_in, macro_f1, same_label
 from collm.evaluation.tasks.entities import candidates, gold_names, judge_factoid, judge_list, listed
+from collm.evaluation.tasks.ifeval import (
+    PROMPT_METRICS,
+    instructions_field,
+    judge_prompt,
+    loose_instructions,
+    require_sentences,
+    strict_instructions,
+    text_as_it_is,
+)
 from collm.evaluation.tasks.latex import mathematical_answer, mathematical_gold, same_mathematics
 from collm.evaluation.tasks.mbpp import PASS, judge_program, program, tests_field
 from collm.evaluation.tasks.sandbox import require_sandbox
@@ -48,9 +57,10 @@ class Task:
     the first is the task's own.
 
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
-    `lists`: the field `answer` may be a list. `of_all`: further metrics, of all answers together. `shots`: solved
-    examples that go before each question; the prompt is a plain text then. `package`: what `judge` imports, of the
-    extra `eval`. `unsandboxed`: where `judge` runs what a model wrote in a sandbox, the same without one.
+    `lists`: the field `answer` may be a list or a mapping. `of_all`: further metrics, of all answers together.
+    `shots`: solved examples that go before each question; the prompt is a plain text then. `package`: what `judge`
+    imports, of the extra `eval`; `needs` raises CollmError where something else is missing. `unsandboxed`: where `judge`
+    runs what a model wrote in a sandbox, the same without one.
     """
 
     name: str
@@ -65,6 +75,7 @@ class Task:
     of_all: Mapping[str, OfAll] = field(default_factory=dict)
     shots: tuple[Shot, ...] = ()
     package: str | None = None
+    needs: Callable[[], None] | None = None
     unsandboxed: Judge | None = None
 
     @property
@@ -110,14 +121,14 @@ class Task:
         """
         if self.unsandboxed is None:
             raise CollmError(f"task {self.name!r} runs no programs: leave out --unsandboxed")
-        return replace(self, judge=self.unsandboxed, unsandboxed=None)
+        return replace(self, judge=self.unsandboxed, needs=None, unsandboxed=None)
 
     def require(self) -> None:
         """Raises CollmError if what judges answers is not there: better before they are written than after."""
-        if self.unsandboxed is not None:
-            require_sandbox()
         if self.package is not None and find_spec(self.package) is None:
             raise CollmError(f"task {self.name!r} needs the package {self.package}; pip install 'collm[eval]'")
+        if self.needs is not None:
+            self.needs()
 
     def score(self, text: str, gold: str) -> float:
         """The task's own metric of one text, between 0 and 1."""
@@ -183,7 +194,22 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 metrics=(PASS,),
                 judge=judge_program,
                 lists=True,
+                needs=require_sandbox,
                 unsandboxed=partial(judge_program, sandboxed=False),
+            ),
+            Task(
+                "ifeval",
+                1,
+                text_as_it_is,
+                instructions_field,
+                metrics=PROMPT_METRICS,
+                judge=judge_prompt,
+                lists=True,
+                of_all=MappingProxyType(
+                    {"inst_level_strict_acc": strict_instructions, "inst_level_loose_acc": loose_instructions}
+                ),
+                package="lm_eval",
+                needs=require_sentences,
             ),
             _labels("pubmedqa", YES_NO_MAYBE),
             _labels("bioasq_yesno", YES_NO),

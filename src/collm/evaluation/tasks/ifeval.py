@@ -1,0 +1,121 @@
+"""Instructions that a program can check: IFEval (Zhou et al. 2023), by the checker of the lm-evaluation-harness.
+
+An answer is the whole text. The gold one is JSON: the instructions' ids and arguments, and the prompt that a text may
+have to repeat. Strict takes the text as it is; loose also without its first line, its last line and asterisks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from collm.errors import CollmError
+
+STRICT, LOOSE = "prompt_level_strict_acc", "prompt_level_loose_acc"
+PROMPT_METRICS = (STRICT, LOOSE)
+"""The harness's names. A prompt's instructions must all be followed."""
+
+
+def text_as_it_is(text: str) -> str | None:
+    return text if text.strip() else None
+
+
+def instructions_field(field: Any) -> str | None:
+    """The gold answer of the field `answer`: `{"prompt", "instruction_id_list", "kwargs"}`."""
+    if not isinstance(field, Mapping):
+        return None
+    names, kwargs = field.get("instruction_id_list"), field.get("kwargs")
+    if not isinstance(field.get("prompt"), str) or not isinstance(names, list) or not isinstance(kwargs, list):
+        return None
+    if not names or len(names) != len(kwargs) or not all(isinstance(given, Mapping) for given in kwargs):
+        return None
+    return json.dumps({key: field[key] for key in ("prompt", "instruction_id_list", "kwargs")}, ensure_ascii=False)
+
+
+def require_sentences() -> None:
+    """Raises CollmError without the data by which the checker tells sentences: it would fetch them otherwise."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise CollmError(
+            "task 'ifeval' needs NLTK's punkt_tab, by which sentences are told: python -m nltk.downloader punkt_tab. "
+            "Without a network: set NLTK_DATA to a folder with tokenizers/punkt_tab in it; the wheel of "
+            "llama-index-core has one, _static/nltk_cache"
+        ) from error
+
+
+@cache
+def _checker() -> ModuleType:
+    require_sentences()
+    from langdetect import DetectorFactory
+    from lm_eval.tasks.ifeval import utils
+
+    DetectorFactory.seed = 0  # or a text's language could be another one at the next look
+    return utils  # type: ignore[no-any-return]
+
+
+@cache
+def _known() -> frozenset[str]:
+    _checker()
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    return frozenset(INSTRUCTION_DICT)
+
+
+def followed(answer: str | None, gold: str) -> dict[str, list[bool]]:
+    """For each instruction whether it is followed, strictly and loosely, by the metric of whole prompts.
+
+    Raises:
+        CollmError: an instruction that the checker does not know; its data are missing.
+    """
+    told = json.loads(gold)
+    names = told["instruction_id_list"]
+    if answer is None:
+        return {metric: [False] * len(names) for metric in PROMPT_METRICS}
+    unknown = sorted(set(names) - _known())
+    if unknown:
+        raise CollmError(f"IFEval has no instruction {unknown[0]!r}; there are: {', '.join(sorted(_known()))}")
+    checker = _checker()
+    asked = checker.InputExample(key=0, instruction_id_list=names, prompt=told["prompt"], kwargs=told["kwargs"])
+    strict = checker.test_instruction_following_strict(asked, answer)
+    loose = checker.test_instruction_following_loose(asked, answer)
+    return {STRICT: list(strict.follow_instruction_list), LOOSE: list(loose.follow_instruction_list)}
+
+
+def judge_prompt(answer: str | None, gold: str) -> Mapping[str, float]:
+    return {metric: float(all(each)) for metric, each in followed(answer, gold).items()}
+
+
+def _of_instructions(
+    metric: str, answers: Sequence[str | None], golds: Sequence[str], groups: Sequence[str] | None
+) -> tuple[float, tuple[float, float]]:
+    """The share of all instructions that are followed, with its interval: prompts, or groups, are resampled whole."""
+    import numpy as np
+
+    each = [followed(answer, gold)[metric] for answer, gold in zip(answers, golds, strict=True)]
+    units = range(len(each)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    counts = np.zeros((int(max(units)) + 1, 2))
+    for unit, found in zip(units, each, strict=True):
+        counts[unit] += sum(found), len(found)
+    draws = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=10_000)
+    right, asked = (draws @ counts).T
+    low, high = np.quantile(right / asked, [0.025, 0.975])
+    total = counts.sum(0)
+    return float(total[0] / total[1]), (float(low), float(high))
+
+
+def strict_instructions(
+    answers: Sequence[str | None], golds: Sequence[str], groups: Sequence[str] | None = None
+) -> tuple[float, tuple[float, float]]:
+    return _of_instructions(STRICT, answers, golds, groups)
+
+
+def loose_instructions(
+    answers: Sequence[str | None], golds: Sequence[str], groups: Sequence[str] | None = None
+) -> tuple[float, tuple[float, float]]:
+    return _of_instructions(LOOSE, answers, golds, groups)
