@@ -59,8 +59,8 @@ class Task:
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
     `lists`: the field `answer` may be a list or a mapping. `of_all`: further metrics, of all answers together.
     `shots`: solved examples that go before each question; the prompt is a plain text then. `package`: what `judge`
-    imports, of the extra `eval`; `needs` raises CollmError where something else is missing. `unsandboxed`: where `judge`
-    runs what a model wrote in a sandbox, the same without one.
+    imports, of the extra `eval`; `needs` raises CollmError where something else is missing. `unsandboxed`: where
+    `judge` runs what a model wrote in a sandbox, the same without one.
     """
 
     name: str
