@@ -281,6 +281,16 @@ def test_a_validation_part_from_the_test_part_is_refused(files: dict[str, Path],
     prepare("gsm8k", files["gsm8k"], tmp_path / "d", {"test": 1})  # the same part may be made anew
 
 
+def test_a_line_ends_at_its_end_alone(tmp_path: Path) -> None:
+    """Published questions hold other characters that end lines of text, such as U+2028."""
+    first, second = ({"question": f"{word}\u2028pens?", "answer": "#### 7"} for word in ("Ida's", "Ada's"))
+    assert collm("prepare", "gsm8k", lines(tmp_path / "1.jsonl", [first]), "--out", tmp_path / "o").exit_code == 0
+    more = ["prepare", "gsm8k", lines(tmp_path / "2.jsonl", [second]), "--out", tmp_path / "o", "--parts"]
+    assert collm(*more, "train").exit_code == 0
+    result = collm("prepare", "gsm8k", tmp_path / "1.jsonl", "--out", tmp_path / "o", "--parts", "calibration")
+    assert result.exit_code == 1 and "stands in" in result.stderr
+
+
 def test_the_official_test_part_is_kept_apart(files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "test_ground_truth.json").write_text(json.dumps({"101": "no", "103": "yes"}))
     arguments = ["prepare", "pubmedqa", files["pubmedqa"], "--out", tmp_path / "d"]

@@ -197,6 +197,8 @@ def test_short_answers_of_any_kind() -> None:
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("text", ["", " \n", "####", "#### ", "unknown", "\\boxed{}", "?"])
 def test_an_empty_or_missing_answer_is_wrong_in_every_task(task: Task, text: str) -> None:
+    if task.name == "ifeval" and text.strip():
+        pytest.skip("any text is an answer")
     assert set(task.judge(task.extract(text), gold_of(task)).values()) == {0.0}
     assert task.extract("") is None
 

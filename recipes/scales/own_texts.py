@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from collm.data.records import records
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.report.trace import Trace, stream_traces
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the questions, with gold answers")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    gold = [json.loads(line) for line in args.data.read_text().splitlines()]
+    gold = [row for _, row in records(args.data)]
     rows = with_own_texts(gold, right_answers([trace for path in args.traces for trace in stream_traces(path)]))
     write_text(args.out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{args.out}: {len(gold)} gold texts and {len(rows) - len(gold)} of its own")

@@ -5,7 +5,10 @@ python recipes/word_problems/instruct.py QUESTIONS.jsonl --style few_shot --exam
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
+
+from collm.data.records import records
 
 INSTRUCTION = "\nSolve this with one calculation, and give the number after ####."
 SHOTS = 4
@@ -22,10 +25,9 @@ def main() -> None:
     if args.style == "few_shot":
         if args.examples is None:
             parser.error("--style few_shot needs --examples")
-        shots = [m for line in args.examples.read_text().splitlines()[:SHOTS] for m in json.loads(line)["messages"]]
+        shots = [turn for _, row in islice(records(args.examples), SHOTS) for turn in row["messages"]]
     out = []
-    for line in args.questions.read_text().splitlines():
-        row = json.loads(line)
+    for _, row in records(args.questions):
         question, answer = row["messages"]
         if args.style == "instruction":
             question = {**question, "content": question["content"] + INSTRUCTION}

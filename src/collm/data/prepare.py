@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from collm.data.records import records
 from collm.data.sources import FORMATS, Row, read_source
 from collm.errors import CollmError
 from collm.files import replacing
@@ -116,8 +117,7 @@ def _questions_there(out: Path, names: list[str]) -> dict[str, Path]:
     """Questions of the parts in `out` that are not about to be written anew, and where each stands."""
 
     def rows(path: Path) -> Iterator[Row]:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for _, row in records(path):
             if isinstance(row, dict) and "messages" in row:
                 yield row
 
