@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from collm import gate
 from collm.models.head import DeferralHead
+from collm.training.hidden import part_rows
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,18 @@ class Standardiser:
 
     @classmethod
     def of(cls, hidden: Tensor) -> Standardiser:
-        """From `[N, H]` hidden states. Constant features keep their scale."""
-        hidden = hidden.float()
-        std = hidden.std(dim=0, correction=0)
-        return cls(hidden.mean(dim=0), torch.where(std > 1e-6, std, 1.0))
+        """From `[N, H]` hidden states, on the CPU and read by parts. Constant features keep their scale."""
+        parts = hidden.split(part_rows(hidden.shape[1]))
+        if len(parts) == 1:
+            mean, std = hidden.float().mean(dim=0), hidden.float().std(dim=0, correction=0)
+        else:  # twice through: a sum of squares less a square would lose what the mean outweighs
+            mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(hidden)
+            squares = torch.stack([(part.double() - mean).square_().sum(0) for part in parts]).sum(0)
+            mean, std = mean.float(), (squares / len(hidden)).sqrt().float()
+        return cls(mean, torch.where(std > 1e-6, std, 1.0))
+
+    def to(self, device: torch.device) -> Standardiser:
+        return Standardiser(self.mean.to(device), self.std.to(device))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return (hidden.float() - self.mean) / self.std
@@ -129,7 +138,7 @@ def report(
         hidden, labels, assistant_top1: `[N, H]`, `[N]` and `[N, K]` of held-out tokens.
         train_labels: pseudo-labels that the gate was fitted to.
     """
-    log_gate = gate.log_gate(head(hidden))
+    log_gate = gate.log_gate(torch.cat([head(part) for part in hidden.split(part_rows(hidden.shape[1]))]))
     chosen = torch.where(log_gate[:, 0].exp() < 0.5, log_gate[:, 1:].argmax(-1) + 1, 0)
     deferred, positive = chosen > 0, labels > 0
     hits = deferred & positive

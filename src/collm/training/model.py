@@ -23,10 +23,22 @@ Objective = Literal["marginal", "weak_supervision", "sft"]
 class LossConfig:
     objective: Objective = "marginal"
     deferral_cost: float = 0.0
+    target_rate: float | None = None
+    """The price of a deferred token is then found during training, instead of `deferral_cost`."""
 
 
-def objective_loss(log_gate: Tensor, log_probs: Tensor, pseudo_labels: Tensor | None, config: LossConfig) -> Tensor:
-    """The loss per labelled token, `[N]`, of `[N, 1+K]` log-gates and gold-token log-probabilities."""
+def objective_loss(
+    log_gate: Tensor,
+    log_probs: Tensor,
+    pseudo_labels: Tensor | None,
+    config: LossConfig,
+    price: Tensor | None = None,
+) -> Tensor:
+    """The loss per labelled token, `[N]`, of `[N, 1+K]` log-gates and gold-token log-probabilities.
+
+    Args:
+        price: nats a deferred token, instead of `config.deferral_cost`.
+    """
     if config.objective == "sft":
         return -log_probs[:, 0]
     if config.objective == "weak_supervision":
@@ -34,9 +46,9 @@ def objective_loss(log_gate: Tensor, log_probs: Tensor, pseudo_labels: Tensor | 
         loss = gate.weak_supervision_loss(log_gate, log_probs[:, 0], pseudo_labels)
     else:
         loss = gate.token_nll(log_gate, log_probs)
-    if config.deferral_cost:
+    if price is not None or config.deferral_cost:
         # expm1 keeps small probabilities of deferring exact.
-        loss = loss - config.deferral_cost * torch.expm1(log_gate[:, 0])
+        loss = loss - (config.deferral_cost if price is None else price) * torch.expm1(log_gate[:, 0])
     return loss
 
 
@@ -55,6 +67,8 @@ class BaseWithGate(nn.Module):
         self.model = model
         self.head = head
         self.loss_config = config
+        self.price: Tensor | None = None
+        """What the loss charges for a deferred token now, where it follows a target rate."""
 
     @property
     def config(self) -> Any:
@@ -118,7 +132,7 @@ class BaseWithGate(nn.Module):
             log_gate = gate.log_gate(self.head(at_gold))
             log_probs = torch.cat([base_log_probs[:, None], assistant_log_probs[:, 1:][mask].float()], dim=-1)
         weak = None if pseudo_labels is None else pseudo_labels[:, 1:][mask]
-        losses = objective_loss(log_gate, log_probs, weak, self.loss_config)
+        losses = objective_loss(log_gate, log_probs, weak, self.loss_config, self.price)
         count = losses.new_tensor(max(1, len(gold)))
         with torch.no_grad():
             sums = {

@@ -20,7 +20,7 @@ from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
 from collm.training.dataset import ScoredSet, assemble, best_device, load_split
-from collm.training.hidden import all_hidden, collect_hidden
+from collm.training.hidden import all_hidden, collect_hidden, sample
 from collm.training.recipe import Recipe
 from collm.training.writers import SPLITS, assistant_info, make_writer, scores_of
 
@@ -106,7 +106,8 @@ def _initial_head(
 
     def hidden_of(scored: ScoredSet, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         if recipe.tune == "gate":  # all of them will be wanted
-            return all_hidden(model, scored, recipe.cache_folder, split, progress=progress), torch.arange(scored.count)
+            hidden = all_hidden(model, scored, recipe.cache_folder, split, progress=progress)
+            return sample(hidden, recipe.training.seed)
         return collect_hidden(model, scored, limit=recipe.init.max_tokens, seed=recipe.training.seed, progress=progress)
 
     hidden, indices = hidden_of(train, "train")

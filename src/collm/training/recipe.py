@@ -112,6 +112,8 @@ class Recipe(_Section):
     lora: LoraSection = LoraSection()
     deferral_cost: float = Field(0.0, ge=0)
     """Price in nats of one deferred token; its expectation, the mean of 1 - gate_0, is added to the loss."""
+    target_rate: float | None = Field(None, gt=0, lt=1)
+    """The mean of 1 - gate_0 to train for; the price is found during training."""
     training: TrainingSection = TrainingSection()
     trainer: dict[str, Any] = {}
     """More of transformers' `TrainingArguments`, passed on as they are (report_to, deepspeed, fsdp, ...)."""
@@ -134,6 +136,10 @@ class Recipe(_Section):
                 "gap between two numbers: take base.dtype float32 with training.bf16: true, which computes in "
                 "bfloat16, or tune: lora"
             )
+        if self.target_rate is not None and self.deferral_cost:
+            raise ValueError("target_rate finds the price, and deferral_cost gives it: leave out one of them")
+        if self.target_rate is not None and self.objective != "marginal":
+            raise ValueError(f"target_rate goes with objective marginal, not {self.objective}")
         if self.objective == "weak_supervision" and self.tune == "gate" and self.init.method == "none":
             raise ValueError("weak supervision of the gate alone is its initialisation, which needs init.method a or b")
         if self.data.validation is None and any(m.validation_scores for m in (self.base, *self.assistants)):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, set_seed
 
 from collm.data.collate import Collator
+from collm.files import write_text
 from collm.models.backbone import rope_switches
 from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
@@ -86,7 +87,7 @@ def _run(recipe: Recipe, state: PartialState, progress: bool) -> Path:
 
 
 def _loss_config(recipe: Recipe) -> LossConfig:
-    return LossConfig(recipe.objective, recipe.deferral_cost)
+    return LossConfig(recipe.objective, recipe.deferral_cost, recipe.target_rate)
 
 
 def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[DeferralHead, dict[str, Any]]:
@@ -100,7 +101,7 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[DeferralHead, 
     validation = gate_data(prepared.validation, "validation")
     if recipe.objective == "weak_supervision":
         # With the base frozen, its objective is what the initialisation has minimised.
-        head = prepared.head.cpu()
+        head = prepared.head
         return head, gate_figures(head, validation, LossConfig(), prepared.info)
     train = gate_data(prepared.train, "train")
     log_path = recipe.out / "log.jsonl"
@@ -116,7 +117,7 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[DeferralHead, 
 
     tokens_per_example = prepared.train.count / len(prepared.train.items)
     head = train_gate(
-        prepared.head.cpu(),
+        prepared.head,
         train,
         validation,
         _loss_config(recipe),
@@ -165,7 +166,11 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
     checkpoint = last_checkpoint(Path(str(arguments.output_dir)))
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
-    start = trainer.evaluate() if checkpoint is None else {}
+    if recipe.target_rate is not None:
+        info = load_info(checkpoint) if checkpoint else None
+        num_steps = math.ceil(len(rows) / rows_per_step(recipe) * recipe.training.epochs)
+        trainer.follow(recipe.target_rate, num_steps, info.training.get("price") if info else None)
+    start = _before(trainer, recipe, resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.remove_callback(ProgressLines)  # of the best checkpoint, which is told in the summary
     end = trainer.evaluate()
@@ -179,6 +184,18 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
         "best_step": trainer.state.best_global_step,
     }
     trainer.save_model(str(recipe.out))
+
+
+def _before(trainer: CollmTrainer, recipe: Recipe, *, resumed: bool) -> dict[str, float]:
+    """Held-out figures before the first step, which a run that is resumed finds in its folder."""
+    path = recipe.out / "init" / "before.json"
+    if resumed:
+        found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
+    figures = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        write_text(path, json.dumps(figures))
+    return figures
 
 
 def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:

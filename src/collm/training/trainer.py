@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from collm.errors import CollmError
 from collm.models.attaching import insert
@@ -25,8 +26,17 @@ from collm.models.loading import named_fingerprint
 from collm.models.network import load_network
 from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
+from collm.training.price import Price, held_out_loss
 from collm.training.resuming import last_checkpoint
 from collm.training.sharding import gathered_weights, shard_gate
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.act()
 
 
 class CollmTrainer(Trainer):
@@ -42,6 +52,29 @@ class CollmTrainer(Trainer):
         self.tokenizer = tokenizer
         self.gate_learning_rate = gate_learning_rate
         self._sums: dict[str, Tensor] = {}
+        self.price: Price | None = None
+        """Set by `follow`, where a target rate is asked for."""
+        self._step_sums: list[Tensor] = []
+
+    def follow(self, target: float, num_steps: int, state: dict[str, float] | None) -> None:
+        """Find the price of a deferred token during training (`collm.training.price`).
+
+        Args:
+            state: where an interrupted run has left the price.
+        """
+        self.price = Price(target, num_steps, self.args.device)
+        if state is not None:
+            self.price.load(state)
+        self._module.price = self.price.value
+        self.add_callback(_AfterStep(self._step_price))
+
+    def _step_price(self) -> None:
+        assert self.price is not None
+        # Without waiting for the device: the sums stay there, and so does the price.
+        deferred, count = self.accelerator.reduce(torch.stack(self._step_sums).sum(0), reduction="sum")
+        self._step_sums = []
+        self.price.step(deferred / count.clamp(min=1))
+        self._module.price = self.price.value
 
     @property
     def _module(self) -> BaseWithGate:
@@ -62,6 +95,9 @@ class CollmTrainer(Trainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs["loss"]
         if model.training:
+            if self.price is not None:
+                count = outputs["count"].detach().float()
+                self._step_sums.append(torch.stack([count - outputs["gate"].detach()[0], count]))
             for name, value in outputs.items():
                 if name != "loss":
                     self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
@@ -103,6 +139,8 @@ class CollmTrainer(Trainer):
             # With several processes the Trainer's own figure is scaled for gradient averaging; this one is exact.
             logs["loss"] = figures.pop("objective")
             logs.update(figures)
+            if self.price is not None:
+                logs["price"] = float(self.price.value)
             self._sums = {}
         super().log(logs, start_time)
 
@@ -131,7 +169,11 @@ class CollmTrainer(Trainer):
                 if name != "loss":
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value
         figures = self._figures(sums)
-        metrics = {f"{metric_key_prefix}_loss": figures.pop("objective")}
+        loss = figures.pop("objective")
+        if self.price is not None:
+            deferred = sum(value for name, value in figures.items() if name.startswith("gate/"))
+            loss = held_out_loss(figures["nll"], deferred, self.price.target)
+        metrics = {f"{metric_key_prefix}_loss": loss}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -186,6 +228,8 @@ class CollmTrainer(Trainer):
             return
         module, info = self._module, self.info
         head = module.head
+        if self.price is not None:
+            info.training["price"] = self.price.state()
         if state_dict is not None:
             if head is not None:
                 gathered = {k.removeprefix("head."): v for k, v in state_dict.items() if k.startswith("head.")}
