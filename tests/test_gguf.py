@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from collm.cli import main
 from collm.errors import CollmError
-from collm.models.gguf import cache, conversion, read_header
+from collm.models.gguf import cache, conversion
+from collm.models.gguf.header import read_header
 from collm.models.gguf.splitting import SPLITS, split_as
 from collm.models.loading import load_context_length, load_model, load_tokenizer
 from collm.models.tokenizers import PROBES

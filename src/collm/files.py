@@ -71,6 +71,27 @@ def refuse_full(folder: Path) -> None:
         raise CollmError(f"{folder} is not empty; choose another folder")
 
 
+def require_place(path: Path, *, folder: bool | None = None) -> None:
+    """Can this be written, so far as the folders above it tell? Asked before hours of work.
+
+    Args:
+        folder: whether a folder is to lie there, or a file; None: either.
+
+    Raises:
+        CollmError: a file lies where a folder must, or the other way round, or the place is read-only.
+    """
+    if folder is not None and path.exists() and path.is_dir() != folder:
+        is_there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise CollmError(f"{path} is a {is_there}, where a {wanted} is wanted")
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if there != path and not there.is_dir():
+        raise CollmError(f"{path} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise CollmError(f"{path} cannot be written: {there} is read-only")
+
+
 def cache_folder() -> Path:
     """What can be made again lies here: `$COLLM_CACHE`, else `collm` in the user's folder for caches."""
     given = os.environ.get("COLLM_CACHE")

@@ -11,9 +11,10 @@ from click.core import ParameterSource
 from collm.cli.console import ResumableCommand
 from collm.cli.options import (
     EXISTING,
-    OUTPUT,
+    OUTPUT_FILE,
     alone_option,
     batch_size_option,
+    check_llm,
     decoding_options,
     identity,
     load_llm,
@@ -29,7 +30,7 @@ from collm.files import claimed
     "--format", "judge", required=True, type=click.Choice(["alpaca_eval", "mt_bench"]), help="Whose questions they are."
 )
 @click.option("--data", required=True, type=EXISTING, metavar="FILE", help="alpaca_eval.json, or question.jsonl.")
-@click.option("--out", required=True, type=OUTPUT, metavar="FILE", help="For the judge; traces go beside it.")
+@click.option("--out", required=True, type=OUTPUT_FILE, metavar="FILE", help="For the judge; traces go beside it.")
 @click.option("--generator", metavar="NAME", help="What the judge calls the system.  [default: CHECKPOINT's last part]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N questions.")
 @alone_option
@@ -50,6 +51,7 @@ def answer(
     Where --max-tokens is not given, it is 512 for AlpacaEval and 1024 for MT-bench; where --temperature is not given,
     MT-bench has one for each category, as in FastChat. The judge itself is run with its own package.
     """
+    from collm.data.sources import read_source
     from collm.evaluation.answering import answer as run
     from collm.evaluation.answering import require_free, traces_path
     from collm.evaluation.judges import JUDGES
@@ -60,6 +62,8 @@ def answer(
         options["max_tokens"] = JUDGES[judge].max_tokens
     params = sampling_params(options)
     require_free(out, [data])
+    JUDGES[judge].dialogues(list(read_source(judge, data)))  # bad data shows before the models are loaded
+    check_llm(checkpoint, options, params)
     with claimed(traces_path(out)):
         count = run(
             load_llm(checkpoint, options),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from collm.cli.console import ResumableCommand
-from collm.cli.options import OUTPUT, F, machine_options
+from collm.cli.console import ResumableCommand, waiting
+from collm.cli.options import OUTPUT_FILE, OUTPUT_FOLDER, F, machine_options
 
 if TYPE_CHECKING:
     from collm.bench.pairs import Pair
@@ -66,9 +66,9 @@ def _list(name: str, kind: click.IntRange | click.FloatRange, default: str, help
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Written in each text.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each prompt.")
 @click.option("--quick", is_flag=True, help="Small defaults: one pair of tiny models, few rounds; under a minute.")
-@click.option("--out", type=OUTPUT, metavar="DIR", help="Keeps every cell as it comes; a stopped run resumes.")
-@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="All figures, raw ones included.")
-@click.option("--plot", type=OUTPUT, metavar="FILE", help="A picture (.png, .svg, .pdf).")
+@click.option("--out", type=OUTPUT_FOLDER, metavar="DIR", help="Keeps every cell as it comes; a stopped run resumes.")
+@click.option("--json", "json_file", type=OUTPUT_FILE, metavar="FILE", help="All figures, raw ones included.")
+@click.option("--plot", type=OUTPUT_FILE, metavar="FILE", help="A picture (.png, .svg, .pdf).")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: torch's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
 @machine_options
@@ -145,7 +145,15 @@ def _pairs(options: dict[str, Any]) -> dict[str, Callable[[], Pair]]:
     if kind != "models" and assistant is not None:
         raise click.UsageError(f"--pair {kind} takes no --assistant")
 
-    from collm.bench import pairs
+    from collm.models.info import base_spec, load_info
+    from collm.models.specs import is_tool, require_model
+
+    for spec in (base, assistant):
+        # `tiny` is a random model.
+        if spec is not None and not (spec is assistant and (is_tool(spec) or spec == "tiny")):
+            require_model(base_spec(spec, load_info(spec)))
+    with waiting(f"measuring {kind} pairs"):
+        from collm.bench import pairs
 
     where = {"dtype": options["dtype"], "device": options["device"]}
     if kind == "truncated":

@@ -11,10 +11,11 @@ import click
 
 from collm.cli.console import ResumableCommand
 from collm.cli.options import (
-    OUTPUT,
+    OUTPUT_FOLDER,
     Named,
     askable,
     batch_size_option,
+    check_llm,
     data_options,
     identity,
     load_llm,
@@ -63,7 +64,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
 @click.option(
     "--out",
-    type=OUTPUT,
+    type=OUTPUT_FOLDER,
     metavar="DIR",
     help="Where the curve (CSV, SVG, PNG) goes, and every text written on the way, so that a stopped run "
     "resumes.  [default: the curve alone, to CHECKPOINT]",
@@ -85,25 +86,28 @@ def calibrate(
 def _calibrate(
     checkpoint: Path, task: str, data: str, rates: tuple[float, ...], out: Path | None, options: Mapping[str, Any]
 ) -> None:
-    from collm.calibration import calibrate as run
-    from collm.calibration import store_table, write_curve
     from collm.evaluation.task import get_task
-    from collm.llm.deferral import policy_at
 
     asked = get_task(task, sandboxed=not options["unsandboxed"])
     asked.require()
-    llm = load_llm(str(checkpoint), options)
-    if len(llm.model_names) == 1:
+    examples = read_examples(data, options)
+    system = check_llm(str(checkpoint), options)
+    if len(system.model_names) == 1:
         raise CollmError(f"{checkpoint} has no assistant to defer to: give one (--assistant)")
-    if policy_at(options["signal"], 0.0, 1).needs_gate and not llm.has_gate:
+    if options["signal"] in ("gate", "expected_gain") and not system.has_gate:
         raise CollmError(
             f"--signal {options['signal']} needs a gate, and {checkpoint} has none: train one (collm train), or take "
             "--signal entropy, top_probability or random"
         )
+    llm = load_llm(str(checkpoint), options)
+
+    from collm.calibration import calibrate as run
+    from collm.calibration import store_table, write_curve
+
     table = run(
         llm,
         asked,
-        askable(llm, read_examples(data, options), options, asked),
+        askable(llm, examples, options, asked),
         signal=options["signal"],
         target_rates=rates,
         seed=options["seed"],

@@ -60,6 +60,20 @@ def speaking(verbose: bool) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A sign, at once, that a command is at work: libraries and weights take seconds. In a pipe it is a line."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        click.echo(what, err=True)
+        yield
+        return
+    with console.status(what):
+        yield
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"warning: {message}", err=True)
 

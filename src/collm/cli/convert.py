@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import DTYPES, OUTPUT
+from collm.cli.options import DTYPES, OUTPUT_FOLDER
 from collm.errors import CollmError
 
 
 @click.command(cls=Command, short_help="Turn a GGUF file into a Hugging Face folder.")
 @click.argument("gguf_file", metavar="GGUF")
-@click.argument("folder", metavar="[DIR]", required=False, type=OUTPUT)
+@click.argument("folder", metavar="[DIR]", required=False, type=OUTPUT_FOLDER)
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the weights that are written."
 )
@@ -35,7 +35,7 @@ def convert(gguf_file: str, folder: Path | None, dtype: str) -> None:
     read_header(path)
     click.echo(f"converting {path.name}", err=True)
 
-    from collm.models import gguf
+    from collm.models.gguf import conversion as gguf
     from collm.models.loading import DTYPES
     from collm.models.quiet import quiet
 

@@ -18,6 +18,7 @@ from collm.cli.options import (
     alone_option,
     askable,
     batch_size_option,
+    check_llm,
     data_options,
     decoding_options,
     identity,
@@ -99,7 +100,6 @@ def evaluate(
         missing = "--task" if task is None else "--data"
         raise click.UsageError(f"give --task and --data, or --tasks for the harness's own; {missing} is missing")
 
-    from collm.evaluation.evaluate import evaluate as run
     from collm.evaluation.runs import require_free
     from collm.evaluation.task import get_task
 
@@ -108,8 +108,12 @@ def evaluate(
         require_free(out, [data])
     asked, examples = get_task(task, sandboxed=not options["unsandboxed"]), read_examples(data, options)
     asked.require()
+    check_llm(checkpoint, options, params)
     with nullcontext() if out is None else claimed(out):
         llm = load_llm(checkpoint, options)
+
+        from collm.evaluation.evaluate import evaluate as run
+
         result = run(
             llm,
             asked,
@@ -143,15 +147,17 @@ def _harness(
     as_json: bool,
     options: Mapping[str, Any],
 ) -> None:
-    from collm.evaluation.harness import CollaborativeHarnessLM, run_tasks
-
     generation: dict[str, Any] = {theirs: options[ours] for ours, theirs in OF_TASKS.items() if ours in given}
     if "temperature" in given:
         generation["do_sample"] = options["temperature"] > 0
     if "stop" in given:
         generation["until"] = list(options["stop"])
+    check_llm(checkpoint, options, params)
     with nullcontext() if out is None else claimed(out, folder=True):
         llm = load_llm(checkpoint, options)
+
+        from collm.evaluation.harness import CollaborativeHarnessLM, run_tasks
+
         lm = CollaborativeHarnessLM(llm, params, alone=options["alone"], batch_size=options["batch_size"], out=out)
         results = run_tasks(
             lm,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import OUTPUT, machine_options
+from collm.cli.options import OUTPUT_FOLDER, machine_options
 
 COARSE = 0.05
 """A gate that is further off than this, in nats, defers at other places than the one that was calibrated."""
@@ -15,7 +15,7 @@ COARSE = 0.05
 
 @click.command(cls=Command, short_help="Write a checkpoint that vLLM and transformers load, gate included.")
 @click.argument("checkpoint")
-@click.argument("folder", type=OUTPUT, metavar="DIR")
+@click.argument("folder", type=OUTPUT_FOLDER, metavar="DIR")
 @click.option(
     "--base", metavar="SPEC", help="Where the base model lies, for a checkpoint that holds an adapter or a gate."
 )

@@ -10,8 +10,9 @@ import click
 
 from collm.cli.console import Command
 from collm.cli.options import (
-    OUTPUT,
+    OUTPUT_FILE,
     alone_option,
+    check_llm,
     decoding_options,
     load_llm,
     model_options,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 @click.option("--stream", is_flag=True, help="Show tokens as they are written.")
 @click.option("--plain", is_flag=True, help="The text alone, without colours, legend and figures.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, authors, gates, deferral rate.")
-@click.option("--svg", type=OUTPUT, metavar="FILE", help="Also draw the coloured text into a file.")
-@click.option("--trace", type=OUTPUT, metavar="FILE", help="Also append it to a trace file, for `collm trace`.")
+@click.option("--svg", type=OUTPUT_FILE, metavar="FILE", help="Also draw the coloured text into a file.")
+@click.option("--trace", type=OUTPUT_FILE, metavar="FILE", help="Also append it to a trace file, for `collm trace`.")
 @alone_option
 @decoding_options
 @model_options
@@ -56,6 +57,12 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     messages: list[Message] = [*before, {"role": "user", "content": question}]
     request = question if raw else messages
 
+    outline = check_llm(checkpoint, options, params)
+    if outline.has_chat_template is False and not raw:
+        raise CollmError(
+            f"{outline.base} has no chat template, which a question needs: with --raw the models continue PROMPT as it "
+            "stands"
+        )
     llm = load_llm(checkpoint, options)
     if options["stream"]:
         generation = _show_stream(llm.stream(request, params, alone=options["alone"]), options["plain"])

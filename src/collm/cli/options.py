@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from collm.errors import nearest
+from collm.cli.console import waiting
+from collm.errors import CollmError, nearest
 from collm.evaluation.task import TASKS
+from collm.files import require_place
 from collm.sampling_params import Deferral, OnAssistantError, SamplingParams
 
 if TYPE_CHECKING:
@@ -20,11 +22,30 @@ if TYPE_CHECKING:
     from collm.data.formatting import PromptFormat
     from collm.evaluation.task import Task
     from collm.llm import CollaborativeLM
+    from collm.llm.checking import Outline
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16")
 EXISTING = click.Path(exists=True, path_type=Path)
-OUTPUT = click.Path(path_type=Path)
+
+
+class Output(click.Path):
+    """A place for what is written; one that cannot be written is a usage error at once."""
+
+    def __init__(self, folder: bool | None = None) -> None:
+        super().__init__(path_type=Path)
+        self.folder = folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        try:
+            require_place(path, folder=self.folder)
+        except CollmError as error:
+            self.fail(str(error), param, ctx)
+        return path
+
+
+OUTPUT, OUTPUT_FILE, OUTPUT_FOLDER = Output(), Output(folder=False), Output(folder=True)
 
 
 class JsonObject(click.ParamType):  # type: ignore[type-arg]
@@ -232,15 +253,33 @@ def _as_options(message: str) -> str:
     """A message about `SamplingParams` in the words of the command line."""
     message = re.sub(r"\bdeferral=['\"]?(\w+)['\"]?", r"--deferral \1", message)
     message = re.sub(r"\bdeferral_rate\b", "--deferral-rate", message)
+    message = message.replace("defer to; give one, or", "defer to; give one with --assistant, or")
+    message = re.sub(r"\bgive it as assistant (\S+=SPEC)", r"give --assistant \1", message)
+    message = re.sub(r"\bname them as NAME=SPEC", "name them: --assistant NAME=SPEC", message)
     message = re.sub(r"^task\b", "--calibration-task", message)
     return re.sub(r"(?<!--deferral )\bthreshold\b", "--threshold", message)
 
 
-def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
-    """The system of the command line. A terminal shows that it is coming: libraries and weights take seconds."""
-    from rich.console import Console
+def check_llm(checkpoint: str, options: Mapping[str, Any], params: SamplingParams | None = None) -> Outline:
+    """What can be found wrong with the system of the command line, and with what is asked of it, without loading it.
 
-    with Console(stderr=True).status(f"loading {checkpoint}"):
+    Raises:
+        CollmError: in the words of the command line.
+    """
+    from collm.llm.checking import check_request, outline
+
+    try:
+        found = outline(checkpoint, list(options["assistants"]), base=options["base"], dtype=options["dtype"])
+        if params is not None:
+            check_request(found, params, options.get("alone"))
+    except CollmError as error:
+        raise CollmError(_as_options(str(error))) from error
+    return found
+
+
+def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
+    """The system of the command line."""
+    with waiting(f"loading {checkpoint}"):
         from collm.llm import CollaborativeLM
 
         llm = CollaborativeLM.from_pretrained(

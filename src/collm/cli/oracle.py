@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from collm.cli.calibrate import parse_rates
-from collm.cli.console import ResumableCommand
-from collm.cli.options import OUTPUT, data_options, identity, load_llm, model_options, read_examples
+from collm.cli.console import ResumableCommand, waiting
+from collm.cli.options import OUTPUT_FILE, check_llm, data_options, identity, load_llm, model_options, read_examples
 from collm.files import beside, claimed, require_apart, require_own
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 )
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Longer is cut off.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap.")
-@click.option("--out", type=OUTPUT, metavar="FILE", help="Keeps what was read (.jsonl), so that a stopped run resumes.")
+@click.option(
+    "--out", type=OUTPUT_FILE, metavar="FILE", help="Keeps what was read (.jsonl), so that a stopped run resumes."
+)
 @click.option("--json", "as_json", is_flag=True, help="The figures as one JSON object.")
 @data_options
 @model_options
@@ -39,23 +41,25 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
     Nothing is written: each token is predicted after the gold tokens before it. CHECKPOINT may be a plain model with
     assistants, too; it has no gate, and its rivals are then compared at the oracle's own rate.
     """
-    from collm.data.encoding import usable
-    from collm.evaluation.oracle import is_report, report
-    from collm.evaluation.reading import read
-
+    examples = read_examples(data, options)
+    if len(check_llm(checkpoint, options).model_names) == 1:
+        raise click.UsageError("there is no assistant to be compared with: give one with --assistant")
     figures = None if out is None else beside(out, ".json")
     with nullcontext() if out is None else claimed(out):
+        with waiting(f"reading with {checkpoint}"):
+            from collm.data.encoding import usable
+            from collm.evaluation.oracle import is_report, report
+            from collm.evaluation.reading import read
+
         if out is not None and figures is not None:
             for path in (out, figures):
                 require_apart(path, [data])
             require_own(figures, is_report, "collm oracle")
         llm = load_llm(checkpoint, options)
-        if len(llm.models) == 1:
-            raise click.UsageError("there is no assistant to be compared with: give one with --assistant")
         reading = read(
             llm.models,
             llm.formatters,
-            usable(read_examples(data, options), llm.formatters, skip_bad=options["skip_bad"]),
+            usable(examples, llm.formatters, skip_bad=options["skip_bad"]),
             max_length=options["max_length"],
             out=out,
             identity=identity(checkpoint, options),

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import EXISTING, OUTPUT
+from collm.cli.options import EXISTING, OUTPUT_FOLDER
 from collm.data.sources import FORMATS
 
 
@@ -28,7 +28,7 @@ def _parts(ctx: click.Context, param: click.Parameter, value: str | None) -> dic
 @click.command(cls=Command, short_help="Turn published data into files for the other commands.")
 @click.argument("format", type=click.Choice(list(FORMATS)))
 @click.argument("source", type=EXISTING)
-@click.option("--out", required=True, type=OUTPUT, metavar="DIR", help="Where PART.jsonl goes.")
+@click.option("--out", required=True, type=OUTPUT_FOLDER, metavar="DIR", help="Where PART.jsonl goes.")
 @click.option(
     "--parts",
     callback=_parts,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import EXISTING, OUTPUT
+from collm.cli.options import EXISTING, OUTPUT_FILE
 
 
 def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -27,7 +27,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 
 @click.command(cls=Command, short_help="Put evaluations on one page, with curves and samples.")
 @click.argument("results", nargs=-1, required=True, type=EXISTING)
-@click.option("--out", required=True, type=OUTPUT, metavar="FILE", help="The page, an .html file.")
+@click.option("--out", required=True, type=OUTPUT_FILE, metavar="FILE", help="The page, an .html file.")
 @click.option("--title", metavar="TEXT", help="Of the page.  [default: the name of the task]")
 @click.option("--against", metavar="NAME", help="The system that the others are tested against.  [default: the first]")
 @click.option(

@@ -8,15 +8,22 @@ from typing import Any
 
 import click
 
-from collm.cli.console import ResumableCommand
-from collm.cli.options import OUTPUT, data_options, format_options, machine_options, prompt_format, read_examples
+from collm.cli.console import ResumableCommand, waiting
+from collm.cli.options import (
+    OUTPUT_FOLDER,
+    data_options,
+    format_options,
+    machine_options,
+    prompt_format,
+    read_examples,
+)
 from collm.files import claimed
 
 
 @click.command(cls=ResumableCommand, short_help="Score gold tokens under one model (once per model).")
 @click.argument("data")
 @click.option("--model", required=True, metavar="SPEC", help="The model that is asked: base or assistant.")
-@click.option("--out", required=True, type=OUTPUT, metavar="DIR", help="Where the scores go.")
+@click.option("--out", required=True, type=OUTPUT_FOLDER, metavar="DIR", help="Where the scores go.")
 @click.option(
     "--base",
     metavar="SPEC",
@@ -36,20 +43,25 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
     A stopped run resumes.
     """
-    from collm.data.encoding import usable
-    from collm.data.formatting import Formatter, PromptFormat
-    from collm.data.scores import load_info
-    from collm.data.scoring import score as score_model
-    from collm.data.scoring import score_tool
-    from collm.models.loading import load_context_length, load_tokenizer
-    from collm.models.specs import is_tool
-    from collm.models.tokenizers import require_same_tokenizer
-    from collm.models.tools import make_tool
+    from collm.models.specs import is_tool, require_model
 
     tool = is_tool(model)
     if tool and base is None:
         raise click.UsageError(f"{model} is a tool without a tokenizer of its own: give the base model with --base")
+    for spec in (base, None if tool else model):
+        if spec is not None:
+            require_model(spec)
     examples = read_examples(data, options)
+    with waiting(f"scoring {data} with {model}"):
+        from collm.data.encoding import usable
+        from collm.data.formatting import Formatter, PromptFormat
+        from collm.data.scores import load_info
+        from collm.data.scoring import score as score_model
+        from collm.data.scoring import score_tool
+        from collm.models.loading import load_context_length, load_tokenizer
+        from collm.models.tokenizers import require_same_tokenizer
+        from collm.models.tools import make_tool
+
     format = prompt_format(options)
     base_tokenizer = None if base is None else load_tokenizer(base)
     tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(model)

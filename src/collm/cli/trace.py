@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import OUTPUT
+from collm.cli.options import OUTPUT_FILE
 from collm.errors import CollmError
 from collm.files import beside, require_apart
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, short_help="Show who wrote which token.")
 @click.argument("trace_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--html", type=OUTPUT, metavar="FILE", help="Write a page: authors in colour, the gate on hover.")
+@click.option("--html", type=OUTPUT_FILE, metavar="FILE", help="Write a page: authors in colour, the gate on hover.")
 @click.option("--classes", is_flag=True, help="Count instead: deferred names, numbers, function words, ...")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N texts.")
 def trace(trace_file: Path, html: Path | None, classes: bool, limit: int | None) -> None:

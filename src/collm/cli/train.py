@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from collm.cli.console import ResumableCommand
+from collm.cli.console import ResumableCommand, waiting
 
 
 @click.command(cls=ResumableCommand, short_help="Train a base with its gate, as a recipe says.")
@@ -17,11 +17,16 @@ def train(recipe: Path, restart: bool) -> None:
 
     Pseudo-labels, the gate's initialisation, then marginal likelihood. A stopped run resumes.
     """
+    from collm.training.checking import check_recipe
     from collm.training.recipe import load_recipe
-    from collm.training.summary import summary
-    from collm.training.train import train as run
 
-    lines = summary(run(load_recipe(recipe), restart=restart))
+    read = load_recipe(recipe)
+    check_recipe(read)
+    with waiting(f"training {read.out} as {recipe} says"):
+        from collm.training.summary import summary
+        from collm.training.train import train as run
+
+    lines = summary(run(read, restart=restart))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         click.echo(f"{name:<{width}}  {value}")

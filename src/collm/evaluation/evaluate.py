@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,10 +17,12 @@ from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, result_path, summarise
 from collm.evaluation.runs import kept, require_free
 from collm.evaluation.task import Task, get_task
-from collm.llm.methods import Method
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
 from collm.types import Generation, Message
+
+if TYPE_CHECKING:
+    from collm.llm.methods import Method
 
 GREEDY = SamplingParams()
 

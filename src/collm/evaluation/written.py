@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from collm.decoding.policies import to_log_odds
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.result import EvalResult, trace_path
 from collm.report.tokens import TokenFigures, token_figures
@@ -38,7 +38,7 @@ class Written:
         eta = settings.get("params.threshold")
         if eta is None:
             eta = None if settings.get("params.deferral_rate") is not None else 0.5
-        return None if eta is None or not 0 < eta < 1 else to_log_odds(eta)
+        return None if eta is None or not 0 < eta < 1 else math.log(eta) - math.log1p(-eta)
 
 
 def read_written(path: Path, result: EvalResult, *, samples: int = 6, seed: int = 0) -> Written:

@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collm.llm.assistants import AssistantSource
     from collm.llm.model import Chunk, CollaborativeLM, GenerationFailed
     from collm.llm.prompt import Prompt, TokenPrompt
+    from collm.llm.sources import AssistantSource
 
 __all__ = ["AssistantSource", "Chunk", "CollaborativeLM", "GenerationFailed", "Prompt", "TokenPrompt"]
 
-_HOME = {"AssistantSource": "assistants", "Prompt": "prompt", "TokenPrompt": "prompt"}
+_HOME = {"AssistantSource": "sources", "Prompt": "prompt", "TokenPrompt": "prompt"}
 """Where a name lives; the others are in `model`."""
 
 

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from collm.errors import CollmError
 from collm.models.attaching import attach
 from collm.models.backbone import causal_lm
-from collm.models.head import FILE as GATE_FILE
 from collm.models.head import DeferralHead
-from collm.models.info import FILE, CheckpointInfo, load_info, save_info
+from collm.models.info import FILE, GATE_FILE, CheckpointInfo, base_spec, load_info, save_info
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
 
 
@@ -84,18 +83,9 @@ def load_base(
         UserWarning: the base's weights are not those the checkpoint was trained on.
     """
     info = load_info(path)
+    spec = base_spec(path, info, base)
     if info is None:
-        if Path(path).is_dir() and (Path(path) / GATE_FILE).is_file():
-            raise CollmError(f"{path} has a {GATE_FILE} but no {FILE}: it was only partly written")
-        return load_model(str(path), dtype=dtype, device=device), None, load_tokenizer(str(path)), CheckpointInfo()
-    if info.kind == "export":
-        raise CollmError(
-            f"{path} was written by collm export, for servers (collm vllm-serve {path}); here, give the checkpoint it "
-            "was made from"
-        )
-    spec = str(path) if info.kind == "full" else base or info.base_model
-    if spec is None:
-        raise CollmError(f"{path} does not name its base model; give it with --base")
+        return load_model(spec, dtype=dtype, device=device), None, load_tokenizer(spec), CheckpointInfo()
     model = load_model(spec, dtype=dtype, device=device)
     tokenizer = load_tokenizer(spec)
     warn_of_other_weights(
@@ -119,6 +109,4 @@ def load_base(
                 f"{Path(path) / GATE_FILE} is for hidden states of width {head.weight.shape[1]}, "
                 f"but {spec} has {width}: give the base model it was trained on"
             )
-    elif info.assistants:
-        raise CollmError(f"{path} has no {GATE_FILE}: it was only partly written")
     return model, head, tokenizer, info

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from collm.errors import CollmError
 from collm.files import replacing
 from collm.models.guard import guarded
+from collm.models.info import GATE_FILE
 from collm.models.whole import require_whole
-
-FILE = "gate.safetensors"
 
 
 class DeferralHead(nn.Module):
@@ -38,7 +37,7 @@ class DeferralHead(nn.Module):
             return F.linear(hidden.float(), self.weight.float(), self.bias.float())
 
     def save(self, folder: Path) -> None:
-        with replacing(folder / FILE) as temporary:
+        with replacing(folder / GATE_FILE) as temporary:
             save_file({"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}, temporary)
 
     @classmethod
@@ -48,9 +47,9 @@ class DeferralHead(nn.Module):
         Raises:
             CollmError: it is missing or damaged, or the file holds something else.
         """
-        path = folder / FILE
+        path = folder / GATE_FILE
         if not path.is_file():
-            raise CollmError(f"{folder} has no {FILE}: it is not a collm checkpoint, or it was only partly written")
+            raise CollmError(f"{folder} has no {GATE_FILE}: it is no collm checkpoint, or it was only partly written")
         require_whole(path)
         with guarded(str(path)):
             tensors = load_file(path)

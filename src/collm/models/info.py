@@ -14,6 +14,7 @@ from collm.sampling_params import Signal
 
 FORMAT_VERSION = 1
 FILE = "collm.json"
+GATE_FILE = "gate.safetensors"
 Kind = Literal["full", "lora", "gate", "export"]
 
 
@@ -103,3 +104,30 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
 def save_info(folder: str | Path, info: CheckpointInfo) -> None:
     # JSON has no infinity; pydantic writes it as a string that it reads back as a float.
     write_text(Path(folder) / FILE, info.model_dump_json(indent=2) + "\n")
+
+
+def base_spec(path: str | Path, info: CheckpointInfo | None, base: str | None = None) -> str:
+    """Whose weights and tokenizer the base of a checkpoint, or of a plain model, has.
+
+    Args:
+        base: another place where the base of a `lora` or `gate` checkpoint lies.
+
+    Raises:
+        CollmError: a checkpoint that was only partly written, one for servers, or one that names no base.
+    """
+    gate = Path(path) / GATE_FILE
+    if info is None:
+        if gate.is_file():
+            raise CollmError(f"{path} has a {GATE_FILE} but no {FILE}: it was only partly written")
+        return str(path)
+    if info.kind == "export":
+        raise CollmError(
+            f"{path} was written by collm export, for servers (collm vllm-serve {path}); here, give the checkpoint it "
+            "was made from"
+        )
+    if info.assistants and not gate.is_file():
+        raise CollmError(f"{path} has no {GATE_FILE}: it was only partly written")
+    spec = str(path) if info.kind == "full" else base or info.base_model
+    if spec is None:
+        raise CollmError(f"{path} does not name its base model; give it with --base")
+    return spec

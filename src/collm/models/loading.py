@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
-from collm.models import gguf
 from collm.models.attaching import attach
+from collm.models.gguf import conversion as gguf
 from collm.models.guard import guarded
 from collm.models.network import load_network, not_found
 from collm.models.quiet import quiet

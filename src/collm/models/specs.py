@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.models.whole import read_object
+from collm.models.whole import read_object, require_whole_folder
 
 TOOLS = ("calculator",)
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+"""Where a folder may keep its chat templates, if not in the tokenizer's settings."""
 
 
 def is_tool(spec: str) -> bool:
@@ -52,6 +55,38 @@ def locate(spec: str) -> str | Path:
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or ("/" in spec and Path(spec).parent.is_dir()):
         raise CollmError(f"{spec}: there is no such folder; a model is a Hugging Face folder, a hub id or a .gguf file")
     return spec
+
+
+def require_model(spec: str) -> None:
+    """Whatever can be told of a model without reading it: is it there, whole as far as its head says, no pickle?
+
+    Raises:
+        CollmError: no.
+    """
+    place = locate(spec)
+    if isinstance(place, Path):
+        from collm.models.gguf.header import read_header
+
+        read_header(place)
+        return
+    folder = Path(place)
+    require_whole_folder(folder)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
+        raise CollmError(f"{spec} is a folder without a model: it has neither {CONFIG} nor {ADAPTER}")
+
+
+def has_chat_template(spec: str) -> bool | None:
+    """Whether a model's tokenizer brings a chat template; None where that is not known before it is loaded."""
+    place = locate(spec)
+    if isinstance(place, Path):
+        from collm.models.gguf.header import read_header
+
+        return "tokenizer.chat_template" in read_header(place).metadata
+    folder = Path(place)
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    return bool(read_object(settings).get("chat_template")) or any((folder / name).exists() for name in TEMPLATES)
 
 
 def adapter_config(spec: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
 from collm.models.specs import is_tool
 from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint
 from collm.models.tools import make_tool
+from collm.training.checking import not_at_hand
 from collm.training.dataset import best_device, digest
 from collm.training.recipe import ModelSection
 from collm.types import LanguageModel
@@ -73,10 +74,7 @@ def make_writer(name: str, section: ModelSection, base: Writer | None, *, one_fi
         if base is None:
             raise
         lacking = [key for split, key in SPLITS.items() if split not in given and not (one_file and split != "train")]
-        raise CollmError(
-            f"assistant {name!r}: {error}. To train without it at hand, score the data where it lies (collm score) and "
-            f"give the scores as {' and '.join(lacking) or 'now (these are of an older collm, and tell too little)'}"
-        ) from error
+        raise not_at_hand(name, error, lacking) from error
     if base is not None:
         require_same_tokenizer(base.open_formatter.tokenizer, tokenizer, ("the base", f"assistant {name!r}"))
     return Writer(name, section, Formatter(tokenizer, PromptFormat(**section.format.to_dict())), None, given)

@@ -1,0 +1,108 @@
+"""What can be found wrong with a recipe before torch is imported or a weight is read."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from collm.data.examples import JSON_SUFFIXES, load_examples
+from collm.errors import CollmError, nearest
+from collm.files import require_place
+from collm.models.specs import adapter_config, is_tool, require_model
+from collm.training.recipe import ModelSection, Recipe
+
+LOGGERS = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub", "mlflow"),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard",),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""What `report_to` may name, and the packages that it needs."""
+OTHERWISE = {"tensorboard": "tensorboardX"}
+"""A package that does instead."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Are the models, data, scores, packages and output places of a recipe there?
+
+    Raises:
+        CollmError: the first that is not, by its key in the recipe.
+    """
+    for package in ("accelerate", *(["peft"] if recipe.tune == "lora" else [])):
+        if find_spec(package) is None:
+            raise CollmError(f"training needs the package {package}; pip install 'collm[train]'")
+    _check_loggers(recipe.trainer.get("report_to"))
+    one_file = recipe.data.validation is None
+    _check_scores("base", recipe.base)
+    try:
+        _check_model(recipe.base)
+    except CollmError as error:
+        raise CollmError(f"base: {error}") from error
+    for assistant in recipe.assistants:
+        keys = ("scores",) if one_file else ("scores", "validation_scores")
+        lacking = [key for key in keys if getattr(assistant, key) is None]
+        _check_scores(f"assistant {assistant.name!r}", assistant)
+        if not lacking:
+            continue  # it is not opened, and may lie on another machine
+        try:
+            _check_model(assistant)
+        except CollmError as error:
+            raise not_at_hand(assistant.name, error, lacking) from error
+    for key in ("train", "validation"):
+        source = getattr(recipe.data, key)
+        if source is not None and Path(source).suffix in JSON_SUFFIXES:
+            try:
+                load_examples(source, skip_bad=recipe.data.skip_bad)
+            except CollmError as error:
+                raise CollmError(f"data.{key}: {error}") from error
+    require_place(recipe.out, folder=True)
+    require_place(recipe.cache_folder, folder=True)
+
+
+def not_at_hand(name: str, error: CollmError, lacking: list[str]) -> CollmError:
+    """An assistant that cannot be opened need not be: `lacking` are the keys of the scores that would do instead."""
+    return CollmError(
+        f"assistant {name!r}: {error}. To train without it at hand, score the data where it lies (collm score) and "
+        f"give the scores as {' and '.join(lacking) or 'now (these are of an older collm, and tell too little)'}"
+    )
+
+
+def _check_scores(whose: str, section: ModelSection) -> None:
+    for name in ("scores", "validation_scores"):
+        path = getattr(section, name)
+        if path is not None and not path.is_dir():
+            raise CollmError(f"{whose}: {name}: there is no folder {path}; collm score makes it")
+
+
+def _check_model(section: ModelSection) -> None:
+    if is_tool(section.model):
+        return
+    adapter = adapter_config(section.model)
+    require_model(section.model)
+    if adapter is not None:
+        require_model(adapter["base_model_name_or_path"])
+
+
+def _check_loggers(asked: object) -> None:
+    """transformers finds out after everything has been loaded and scored, with a traceback."""
+    names = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in LOGGERS:
+            hint = nearest(str(name), LOGGERS, f"there are none, all, {', '.join(LOGGERS)}")
+            raise CollmError(f"trainer.report_to: transformers reports to no {name!r}; {hint}")
+        missing = [package for package in LOGGERS[name] if find_spec(package) is None]
+        instead = OTHERWISE.get(name)
+        if missing and (instead is None or find_spec(instead) is None):
+            raise CollmError(f"trainer.report_to: {name} needs the package {missing[0]}; pip install {missing[0]}")
