@@ -21,6 +21,7 @@ ORDER = [
     "gate",
     "decoding",
     "models",
+    "identity",
     "data",
     "training",
     "llm",

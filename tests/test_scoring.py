@@ -29,8 +29,8 @@ from collm.data.resumable import plan_batches
 from collm.data.scores import load_info, partial_path
 from collm.data.scoring import load_scores, score, score_batch, score_tool, scores_fingerprint
 from collm.errors import CollmError
+from collm.identity import local_identity
 from collm.models import backbone
-from collm.models.loading import weights_fingerprint
 from collm.types import Answer, Prediction, Query
 
 EXAMPLES = [
@@ -257,7 +257,7 @@ def test_finished_scores_are_left_alone_and_stale_ones_refused(
     other_tokenizer = Formatter(make_tokenizer(vocab_size=300))
     for message, arguments in {
         "the model's weights": (EXAMPLES, make_model(seed=1), formatter, out),
-        "the chat template, system prompt or BOS": (EXAMPLES, model, other_format, out),
+        "the chat template, what it renders, the system prompt or BOS": (EXAMPLES, model, other_format, out),
         "the examples": (EXAMPLES[:-1], model, formatter, out),
         "the tokenizer": (EXAMPLES, model, other_tokenizer, out),
     }.items():
@@ -273,11 +273,11 @@ def test_finished_scores_are_left_alone_and_stale_ones_refused(
 def test_what_training_expects(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model, formatter = make_model(), Formatter(tiny_tokenizer)
     out = score(EXAMPLES, model, formatter, tmp_path / "s", progress=False)
-    expect = scores_fingerprint(EXAMPLES, weights_fingerprint(model), formatter)
+    expect = scores_fingerprint(EXAMPLES, local_identity(model), formatter)
     assert len(load_scores(out, expect=expect)) == 12
     assert len(load_scores(out, expect={"data": expect["data"]})) == 12
     with pytest.raises(CollmError, match="stale.*weights .*max_length"):
-        load_scores(out, expect={**expect, "model": "another", "max_length": 7})
+        load_scores(out, expect={**expect, "model": {**expect["model"], "weights": "others"}, "max_length": 7})
 
 
 def test_the_base_s_system_prompt_does_not_make_its_completions_others(
@@ -287,10 +287,11 @@ def test_the_base_s_system_prompt_does_not_make_its_completions_others(
     base = Formatter(tiny_tokenizer, PromptFormat(system_prompt="Add."))
     plain = Formatter(tiny_tokenizer)
     other = Formatter(tiny_tokenizer, PromptFormat(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"))
-    fingerprint = scores_fingerprint(EXAMPLES, "tool", base)
-    assert fingerprint == scores_fingerprint(EXAMPLES, "tool", base, completions_from=plain)
-    assert fingerprint != scores_fingerprint(EXAMPLES, "tool", base, completions_from=other)
-    assert fingerprint != scores_fingerprint(EXAMPLES, "tool", plain, completions_from=base)
+    tool = {"kind": "tool"}
+    fingerprint = scores_fingerprint(EXAMPLES, tool, base)
+    assert fingerprint == scores_fingerprint(EXAMPLES, tool, base, completions_from=plain)
+    assert fingerprint != scores_fingerprint(EXAMPLES, tool, base, completions_from=other)
+    assert fingerprint != scores_fingerprint(EXAMPLES, tool, plain, completions_from=base)
 
 
 def test_partial_scores_of_something_else_are_not_gone_on_with(
@@ -303,7 +304,7 @@ def test_partial_scores_of_something_else_are_not_gone_on_with(
     with pytest.raises(CollmError, match=r"s\.partial is stale.*the model's weights"):
         score(EXAMPLES, make_model(seed=1), formatter, out, progress=False)
     score(EXAMPLES, make_model(seed=1), formatter, out, resume=False, progress=False)
-    expect = scores_fingerprint(EXAMPLES, weights_fingerprint(make_model(seed=1)), formatter)
+    expect = scores_fingerprint(EXAMPLES, local_identity(make_model(seed=1)), formatter)
     assert len(load_scores(out, expect=expect)) == 12
 
 
@@ -388,7 +389,7 @@ def test_tool(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         assert row["log_prob"] == [0.0 if right else -np.inf for right in expected]
         assert any(expected) and not all(expected)
     info = load_info(tmp_path / "s")
-    assert info["fingerprint"]["model"] == "tool parrot" and info["mean_log_prob"] is None
+    assert info["fingerprint"]["model"]["kind"] == "own" and info["mean_log_prob"] is None
     with pytest.raises(CollmError, match="the model's weights"):
         score(examples, make_model(), formatter, tmp_path / "s", progress=False)
 

@@ -27,6 +27,7 @@ from collm.decoding.policies import by_gate, log_odds, log_share
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
+from collm.evaluation.system import identity_of
 from collm.evaluation.task import Task, get_task
 from collm.files import claimed
 from collm.llm.deferral import policy_at, to_threshold
@@ -184,7 +185,7 @@ def calibrate(
             params or SamplingParams(max_tokens=max_tokens, seed=seed),
             out=out,
             batch_size=batch_size,
-            identity=identity,
+            identity=identity_of(llm, identity),  # read once, for all thresholds
             progress=progress,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -296,18 +295,11 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
 
 
 def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one system from another in a file that a stopped run goes on from: names, and fingerprints of
-    what was trained."""
-    from collm.models.info import load_info
+    """Names of a system, for people: what decides its answers is read from the models."""
+    from collm.identity import NAMED
 
-    info = load_info(checkpoint)
-    trained = [Path(checkpoint) / name for name in ("gate.safetensors", "adapter_model.safetensors")]
     return {
-        "checkpoint": checkpoint,
-        "assistants": list(options["assistants"]),
-        "base": options["base"],
-        "base_weights": None if info is None else info.base_fingerprint,
-        "trained": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in trained if path.is_file()],
+        NAMED: {"checkpoint": checkpoint, "assistants": list(options["assistants"]), "base": options["base"]},
     }
 
 

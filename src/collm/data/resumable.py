@@ -23,6 +23,7 @@ from collm.data.scores import (
     load_info,
     load_scores,
     partial_path,
+    require_current,
     require_match,
     save_scores,
 )
@@ -57,10 +58,11 @@ def already_scored(out: Path, fingerprint: Fingerprint, resume: bool) -> bool:
     """Are these very scores there already? Anything but scores at `out` is refused, whether we resume or not."""
     if not out.exists():
         return False
-    found: Fingerprint = load_info(out)["fingerprint"]
+    info = load_info(out)
     if not resume:
         return False
-    require_match(found, fingerprint, str(out))
+    require_current(out, info)
+    require_match(info["fingerprint"], fingerprint, str(out))
     load_scores(out)
     partial_path(out).unlink(missing_ok=True)
     logger.info("%s: scored already", out)

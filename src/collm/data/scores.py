@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,34 @@ from numpy.typing import NDArray
 from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
+from collm.identity import RULES, Identity, differing, prompts_identity
 from collm.models.tokenizers import tokenizer_fingerprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: fingerprints tell dtype, prompts as they are rendered and versions of the rules, and all of the weights."""
 INFO = "scores.json"
 
-Fingerprint = dict[str, str | int | None]
+Fingerprint = dict[str, Any]
 TokenScores = tuple[NDArray[np.float32], NDArray[np.bool_]]
 """`log_prob` and `top1` of one example's labelled tokens, `[N]` each."""
 
 MEANINGS = {
-    "model": "the model's weights",
+    "model": "the model",
+    "model.kind": "the kind of model",
+    "model.weights": "the model's weights",
+    "model.dtype": "the model's dtype",
+    "model.probe": "the served model's log-probabilities of a fixed text",
     "tokenizer": "the tokenizer",
-    "format": "the chat template, system prompt or BOS",
+    "format": "the chat template, what it renders, the system prompt or BOS",
     "data": "the examples",
-    "max_length": "max_length",
+    "rules.prompts": "the rules by which text becomes tokens",
+    "rules.scores": "the rules of scoring",
 }
 
 
 def scores_fingerprint(
     examples: Iterable[Example],
-    model: str,
+    model: Identity,
     formatter: Formatter,
     *,
     completions_from: Formatter | None = None,
@@ -50,18 +57,19 @@ def scores_fingerprint(
     """What scores depend on: what `load_scores` is to `expect`.
 
     Args:
-        model: `weights_fingerprint` of the model, or `tool_fingerprint` of a tool.
+        model: `local_identity` of the model, or `writer_identity` of a tool.
     """
-    format = formatter.fingerprint()
+    format = prompts_identity(formatter)
     shared = (completions_from or formatter).completions_fingerprint()
     if shared != formatter.completions_fingerprint():
         format += f"+{shared}"
     return {
-        "model": model,
+        "model": dict(model),
         "tokenizer": tokenizer_fingerprint(formatter.tokenizer),
         "format": format,
         "data": examples_fingerprint(examples),
         "max_length": max_length,
+        "rules": {name: RULES[name] for name in ("prompts", "scores")},
     }
 
 
@@ -80,14 +88,11 @@ def require_match(found: Fingerprint, expect: Fingerprint, what: str) -> None:
     Raises:
         CollmError: naming all that differs.
     """
-    differing = [
-        f"{MEANINGS.get(key, key)} ({found.get(key)} there, {value} here)"
-        for key, value in expect.items()
-        if found.get(key) != value
-    ]
-    if differing:
+    compared = {key: found.get(key) for key in expect}
+    told = [f"{MEANINGS.get(key, key)} ({a} there, {b} here)" for key, (a, b) in differing(compared, expect).items()]
+    if told:
         raise CollmError(
-            f"{what} is stale: it was made with something else in {', '.join(differing)}; "
+            f"{what} is stale: it was made with something else in {', '.join(told)}; "
             "score again to another folder, or with --restart to replace it"
         )
 
@@ -118,6 +123,19 @@ def load_info(path: str | Path) -> dict[str, Any]:
     return info
 
 
+def require_current(path: Path, info: Mapping[str, Any]) -> None:
+    """Refuse scores of an older collm where it matters what they were made from.
+
+    Raises:
+        CollmError: with the command that makes them anew.
+    """
+    if info.get("format_version", 0) < FORMAT_VERSION:
+        raise CollmError(
+            f"{path} was scored by an older collm, which noted too little of what scores depend on (no dtype, for "
+            f"one): make it anew with `collm score DATA --model M --out {path} --restart`"
+        )
+
+
 def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datasets.Dataset:
     """Scores: `id`, `log_prob` and `top1` (lists over labelled tokens), a row for each example, in order; `example`
     is `examples_fingerprint` of the one example, for those who match rows by id.
@@ -130,6 +148,7 @@ def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datas
     path = Path(path)
     info = load_info(path)
     if expect is not None:
+        require_current(path, info)
         require_match(info["fingerprint"], expect, str(path))
     try:
         data = datasets.load_from_disk(str(path))

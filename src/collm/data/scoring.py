@@ -20,6 +20,7 @@ from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
 from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fingerprint
 from collm.errors import CollmError
+from collm.identity import local_identity, writer_identity
 from collm.models.backbone import check_project, hidden_states, logits_rows, project, rope_switches
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
@@ -31,7 +32,6 @@ __all__ = [
     "score_batch",
     "score_tool",
     "scores_fingerprint",
-    "tool_fingerprint",
 ]
 
 BATCH_TOKENS = 4096
@@ -68,7 +68,7 @@ def score(
     """
     lm = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
     fingerprint = scores_fingerprint(
-        examples, weights_fingerprint(lm), formatter, completions_from=completions_from, max_length=max_length
+        examples, local_identity(lm), formatter, completions_from=completions_from, max_length=max_length
     )
     if already_scored(Path(out), fingerprint, resume):
         return Path(out)
@@ -93,13 +93,10 @@ def score(
                 "fewer batch_tokens"
             ) from error
 
-    notes = prompt_notes(formatter, completions_from)
+    # What a checkpoint keeps of an assistant: it agrees across dtypes.
+    notes = {**prompt_notes(formatter, completions_from), "weights_fingerprint": weights_fingerprint(lm)}
     switches = rope_switches(lm)
     return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, switches, wait)
-
-
-def tool_fingerprint(tool: LanguageModel) -> str:
-    return f"tool {tool.name}"
 
 
 def score_tool(
@@ -118,7 +115,7 @@ def score_tool(
     """`score` for anything that answers queries. Where it abstains, log-probability -inf and not top-1: a token that
     cannot be deferred to it, which is a lower bound of decoding, where the base then writes the token."""
     fingerprint = scores_fingerprint(
-        examples, tool_fingerprint(tool), formatter, completions_from=completions_from, max_length=max_length
+        examples, writer_identity(tool), formatter, completions_from=completions_from, max_length=max_length
     )
     if already_scored(Path(out), fingerprint, resume):
         return Path(out)

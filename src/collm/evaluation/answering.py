@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, example_seed
 from collm.evaluation.judges import JUDGES, Dialogue
 from collm.evaluation.runs import kept
+from collm.evaluation.system import settings_of
 from collm.files import beside, require_apart, write_text
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
@@ -71,11 +72,8 @@ def answer(
     settings = {
         "judge": judge,
         "questions": hashlib.sha256(json.dumps([[d.id, d.turns] for d in dialogues]).encode()).hexdigest()[:16],
-        "models": list(llm.model_names),
-        "identity": dict(identity or {}),
-        "alone": alone,
         "temperatures": [dialogue.temperature for dialogue in dialogues],
-        **{f"params.{key}": value for key, value in asdict(params).items()},
+        **settings_of(llm, params, None, alone, identity),
     }
     settings["params.stop"] = list(params.stop)
     require_free(out, [data])

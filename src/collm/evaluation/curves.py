@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collm.evaluation.result import EvalResult
+from collm.identity import NAMED
 from collm.report.chart import Point, Series
 
 _NUMBER = re.compile(r"-?\b(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|inf)\b")
-_AT_A_RATE = ("params.threshold", "params.deferral_rate", "policy")
+_AT_A_RATE = ("params.threshold", "params.deferral_rate", "policy", "decides")
 
 
 def family(result: EvalResult) -> str:
@@ -55,7 +56,8 @@ def _point(result: EvalResult, x: float) -> Point:
 
 def _curve_name(results: Sequence[EvalResult]) -> str:
     """What the names have in common, else the checkpoint's name."""
-    checkpoint = str(results[0].settings.get("identity", {}).get("checkpoint", ""))
+    identity = results[0].settings.get("identity", {})
+    checkpoint = str(identity.get(NAMED, identity).get("checkpoint", ""))
     return common_name([result.name for result in results]) or Path(checkpoint).name or results[0].name
 
 

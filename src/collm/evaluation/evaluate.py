@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, result_path, summarise
 from collm.evaluation.runs import kept, require_free
+from collm.evaluation.system import settings_of
 from collm.evaluation.task import Task, get_task
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
@@ -103,8 +104,9 @@ def evaluate_with_traces(
         out: a `.jsonl` file for the traces, each written as soon as its text is finished; a run that finds its own
             traces there goes on after them. The result is written as `.json` beside it.
         name: how the system is called in tables.
-        identity: what else tells this system from others (checkpoint, fingerprint of weights); a file that was
-            written under another identity or other settings is refused.
+        identity: what else tells this system from others (its checkpoint's name), beside what is read from the
+            models themselves (`settings_of`); a file that was written by another system or under other settings is
+            refused.
         progress: a progress bar on stderr.
 
     Raises:
@@ -123,11 +125,7 @@ def evaluate_with_traces(
     settings = {
         "task": f"{task.name} v{task.version}",
         "examples": examples_fingerprint(examples),
-        "models": list(llm.model_names),
-        "identity": dict(identity or {}),
-        "policy": None if policy is None else repr(policy),
-        "alone": alone,
-        **{f"params.{key}": value for key, value in asdict(params).items()},
+        **settings_of(llm, params, policy, alone, identity),
     }
     settings["params.stop"] = list(params.stop)
     path = Path(out) if out is not None else None

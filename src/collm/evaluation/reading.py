@@ -22,8 +22,11 @@ from collm.data.resumable import progress_bar
 from collm.decoding.policies import entropy, top_log_prob
 from collm.errors import CollmError
 from collm.files import claimed
+from collm.identity import differences, system_identity
 from collm.types import BASE, Answer, Fault, LanguageModel, Prediction, Query
 
+READING_VERSION = 2
+"""2: the header tells all that decides what is read."""
 LAWS = 256
 """Tokens whose laws over the vocabulary exist at a time."""
 
@@ -67,11 +70,11 @@ def read(
         CollmError: no gold tokens, a model cannot answer, or an `out` of something else.
     """
     header = {
-        "reading": 1,
+        "reading": READING_VERSION,
         "examples": examples_fingerprint(examples),
         "models": [model.name for model in models],
         "max_length": max_length,
-        "identity": dict(identity or {}),
+        "identity": {**(identity or {}), **system_identity(models, formatters)},
     }
     lengths = [len(formatters[BASE].encode(example, max_length)) for example in examples]
     rows: list[dict[str, Any]] = []
@@ -102,11 +105,10 @@ def _checked(path: Path) -> Path:
 
 
 def _require_same(journal: Journal, header: Mapping[str, Any]) -> None:
-    differing = sorted(key for key in {**header, **journal.found} if journal.found.get(key) != header.get(key))
-    if differing:
+    what = differences(journal.found, header)
+    if what:
         raise CollmError(
-            f"{journal.path} was read by another system or from another text (other {', '.join(differing)}): give "
-            "another file, or delete it"
+            f"{journal.path} was read by another system or from another text ({what}): give another file, or delete it"
         )
 
 

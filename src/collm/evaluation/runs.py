@@ -11,6 +11,7 @@ from typing import Any
 from collm.errors import CollmError
 from collm.evaluation.result import is_result, result_path
 from collm.files import claimed, require_apart, require_own, write_text
+from collm.identity import differences
 from collm.report.trace import (
     HEADER_KEY,
     Trace,
@@ -22,7 +23,8 @@ from collm.report.trace import (
     trace_to_dict,
 )
 
-HEADER_VERSION = 1
+HEADER_VERSION = 2
+"""2: the settings tell all that decides an answer."""
 Keep = Callable[[Trace], None]
 
 
@@ -80,8 +82,14 @@ def _begin(path: Path, settings: Mapping[str, Any]) -> dict[str, Trace]:
         if not what and found[HEADER_KEY] == HEADER_VERSION:
             return {trace.id: trace for trace in read_traces(path)}
         if next(stream_traces(path), None) is not None:
+            if found[HEADER_KEY] != HEADER_VERSION:
+                raise CollmError(
+                    f"{path} was begun by {'an older' if found[HEADER_KEY] == 1 else 'a newer'} collm, which noted "
+                    "otherwise what decides an answer, so that nobody can say whether this is the same system: run the "
+                    "same command with another output file, or delete this one to answer anew"
+                )
             raise CollmError(
-                f"{path} holds a run with other settings ({what or 'another format'}): "
+                f"{path} holds a run with other settings ({what}): "
                 "give another output file, or delete it to start afresh"
             )
         # Else it failed before its first answer, at a setting that has been put right since.
@@ -108,9 +116,3 @@ def _is_begun(path: Path) -> bool:
     except OSError:
         return False
     return not line.endswith(b"\n") and begin.startswith(line[: len(begin)])
-
-
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, where the settings of an earlier run differ from those of this one; empty if nowhere."""
-    differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-    return "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.result import EvalResult, trace_path
+from collm.identity import differences
 from collm.report.tokens import TokenFigures, token_figures
 from collm.report.trace import HEADER_KEY, Trace, read_rows, stream_traces
 
@@ -55,7 +56,7 @@ def read_written(path: Path, result: EvalResult, *, samples: int = 6, seed: int 
     if not file.is_file():
         return Written(result, missing=f"There are no traces beside {path.name}: {file.name} is missing.")
     _, header = next(read_rows(file), (0, {}))
-    if HEADER_KEY in header and header.get("settings") != result.settings:
+    if HEADER_KEY in header and differences(header.get("settings", {}), result.settings):
         return Written(result, missing=f"The traces in {file.name} are of a run with other settings than {path.name}.")
     chosen = choose(result, samples, seed)
     kept: dict[str, Trace] = {}

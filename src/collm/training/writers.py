@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 from collm.data.examples import Example
 from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scores import Fingerprint, load_info, load_scores, scores_fingerprint
-from collm.data.scoring import score, score_tool, tool_fingerprint
+from collm.data.scoring import score, score_tool
 from collm.errors import CollmError
+from collm.identity import local_identity, writer_identity
 from collm.models.info import AssistantInfo
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
 from collm.models.specs import is_tool
@@ -23,6 +25,8 @@ from collm.training.checking import not_at_hand
 from collm.training.dataset import best_device, digest
 from collm.training.recipe import ModelSection
 from collm.types import LanguageModel
+
+logger = logging.getLogger(__name__)
 
 SPLITS = {"train": "scores", "validation": "validation_scores"}
 """The splits, and the recipe's key for scores of each."""
@@ -106,13 +110,13 @@ def scores_of(
     made: dict[str, Any] = {"progress": progress, "wait": True}  # recipes share a cache
     if tool is None and model is None:
         model = load_model(writer.section.model, dtype=writer.section.dtype, device=best_device())
+    who = local_identity(_known(model)) if tool is None else writer_identity(tool)
+    weights = weights_fingerprint(_known(model)) if tool is None else None
     paths: dict[str, Path] = {}
     for split, examples in splits.items():
-        name = tool_fingerprint(tool) if tool is not None else weights_fingerprint(_known(model))
-        fingerprint = scores_fingerprint(examples, name, formatter, **options)
+        fingerprint = scores_fingerprint(examples, who, formatter, **options)
         if split in writer.given:
-            # Some of the scored file may have been held out since, so data are matched by id, by `assemble`.
-            load_scores(writer.given[split], expect={k: v for k, v in fingerprint.items() if k != "data"})
+            _check_given(writer.given[split], fingerprint, writer.name, weights)
             paths[split] = writer.given[split]
             continue
         # Named by what it depends on, so that recipes can share a folder.
@@ -127,6 +131,18 @@ def scores_of(
 def _known(model: PreTrainedModel | None) -> PreTrainedModel:
     assert model is not None
     return model
+
+
+def _check_given(path: Path, fingerprint: Fingerprint, name: str, weights: str | None) -> None:
+    """Do scores that the user made fit? Some of the scored file may have been held out since, so data are matched by
+    id, by `assemble`; and scoring in another dtype is the user's choice, which is told."""
+    info = load_info(path)
+    expect = {key: value for key, value in fingerprint.items() if key != "data"}
+    there, here = info["fingerprint"]["model"], fingerprint["model"]
+    if weights is not None and info.get("weights_fingerprint") == weights and there["dtype"] != here["dtype"]:
+        logger.warning("%s was scored in %s, and the recipe has %s in %s", path, there["dtype"], name, here["dtype"])
+        del expect["model"]
+    load_scores(path, expect=expect)
 
 
 def _check_unopened(writer: Writer, base: Formatter, max_length: int) -> None:
@@ -160,6 +176,6 @@ def assistant_info(writer: Writer, scores: Path) -> AssistantInfo:
         name=writer.name,
         spec=writer.section.model,
         tokenizer_fingerprint=None if writer.tool else info["fingerprint"]["tokenizer"],
-        weights_fingerprint=None if writer.tool else info["fingerprint"]["model"],
+        weights_fingerprint=info.get("weights_fingerprint"),
         format={} if writer.tool else format,
     )

@@ -20,7 +20,7 @@ from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.harness.arguments import from_arguments
-from collm.evaluation.harness.identity import law_of, settings_of
+from collm.evaluation.harness.identity import harness_settings, law_of
 from collm.evaluation.harness.progress import counting
 from collm.evaluation.harness.prompts import ChatPrompt, cut_to, pair_ids, prompt_ids, sampling_params, windows
 from collm.evaluation.harness.records import Records, fingerprint
@@ -79,7 +79,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         self.llm, self.params, self.policy, self.alone = llm, params, policy, alone
         self.batch_size, self.progress = batch_size, progress
         self._contexts = [model.context_length if isinstance(model, LocalModel) else None for model in llm.models]
-        self._records = Records(None if out is None else Path(out), settings_of(llm, params, policy, alone))
+        self._records = Records(None if out is None else Path(out), harness_settings(llm, params, policy, alone))
         self._asked: dict[str, dict[str, None]] = defaultdict(dict)
         self._cut: Counter[str] = Counter()
 

@@ -14,8 +14,9 @@ from typing import Any
 from collm.data.journal import Journal
 from collm.errors import CollmError
 from collm.evaluation.likelihood import Likelihood
-from collm.evaluation.runs import differences
+from collm.evaluation.runs import HEADER_VERSION
 from collm.files import claimed
+from collm.identity import differences
 from collm.report.trace import HEADER_KEY, Trace, trace_from_dict, trace_to_dict
 
 TRACES = "traces.jsonl"
@@ -83,9 +84,17 @@ class Records:
         path = self.folder / name
         # JSON has no tuples: what is compared has been through it, too.
         settings = json.loads(json.dumps(self.settings))
-        with claimed(self.folder, folder=True), Journal(path, {HEADER_KEY: 1, "settings": settings}) as journal:
+        with (
+            claimed(self.folder, folder=True),
+            Journal(path, {HEADER_KEY: HEADER_VERSION, "settings": settings}) as journal,
+        ):
             there = journal.found.get("settings")
             what = differences(there if isinstance(there, dict) else {}, settings)
+            if what and journal.found[HEADER_KEY] != HEADER_VERSION:
+                raise CollmError(
+                    f"{path} was begun by another version of collm, which noted otherwise what decides an answer: give "
+                    "another --out folder, or delete this one to answer anew"
+                )
             if what:
                 raise CollmError(f"{path} holds a run with other settings ({what}); give another --out folder")
             yield journal.records, journal.append

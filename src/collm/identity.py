@@ -1,0 +1,215 @@
+"""What decides an answer, as plain values: what a run that goes on, a cache and a comparison must agree in.
+
+Everything that keeps answers (scores, answers, readings, training runs) writes what these functions give and compares
+it by `differences`. Weights are hashed to the last bit, as they are in memory: xxh3 reads some 7 GB/s, which beside
+loading them is nothing. (`weights_fingerprint` in checkpoints is another matter: it looks at samples, rounded, so that
+it agrees across dtypes, and only warns.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from collm.models.head import DeferralHead
+from collm.models.local import LocalModel
+from collm.models.tokenizers import PROBES, tokenizer_fingerprint
+from collm.models.tools import Calculator
+from collm.types import Message
+
+RULES: Mapping[str, int] = MappingProxyType({"prompts": 2, "scores": 2, "decoding": 1, "tools": 1})
+"""Versions of the rules that lead from weights to answers. One rises when the same models answer otherwise after a
+change: how texts become tokens, how gold tokens are scored, who writes and what is drawn, what tools say."""
+PROBE = "\n".join(PROBES)
+"""The text whose log-probabilities tell remote models apart."""
+PROBE_TOLERANCE = 0.2
+"""Nats by which a server may differ from itself at a token of the probe: in 16 bits, batches change last digits."""
+NAMED = "named"
+"""Of an identity, what tells people which system it is: where a model lies decides nothing, and is not compared."""
+CHUNK = 1 << 28
+"""Bytes that are copied from a device at a time."""
+_CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
+    ({"role": "user", "content": "What is 7 * 8?"},),
+    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "  What is 7 * 8?\n"}),
+    (
+        {"role": "user", "content": "What is 7 * 8?"},
+        {"role": "assistant", "content": "7 * 8 = 56"},
+        {"role": "user", "content": "And 8 * 8?"},
+    ),
+)
+
+Identity = Mapping[str, Any]
+"""JSON values. Of one model: `kind` is "local" (`weights`, `dtype`), "tool" (`tool`), "remote" (`remote_identity`) or
+"own", a class of the user's, known by its name alone. So what is local never equals what is remote."""
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A model that says itself what decides its answers (with a `kind`, see `Identity`)."""
+
+    def identity(self) -> Identity: ...
+
+
+class Shown(Protocol):
+    """What is asked of a formatter."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def fingerprint(self) -> str: ...
+
+    def prompt(self, question: Sequence[Message] | str) -> Sequence[int]: ...
+
+
+def digest(*values: Any) -> str:
+    """16 hex digits of JSON values."""
+    return xxhash.xxh3_64_hexdigest(
+        json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
+
+
+def weights_identity(model: nn.Module) -> str:
+    """A hash of every bit of a model's parameters and kept buffers, on whatever device they lie."""
+    total = xxhash.xxh3_128()
+    for name, tensor in _tensors(model):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for part in flat.split(CHUNK):
+            total.update(part.cpu().numpy())
+    return total.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each storage once: tied weights have several names."""
+    seen: set[tuple[int, int, torch.device]] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        place = (tensor.data_ptr(), tensor.numel(), tensor.device)
+        if tensor.numel() and place not in seen:
+            seen.add(place)
+            yield name, tensor
+
+
+def dtype_name(model: nn.Module) -> str:
+    """Of the model's weights; of a quantised one, what it computes in."""
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+def local_identity(model: nn.Module) -> Identity:
+    """Of a model in this process."""
+    return {"kind": "local", "weights": weights_identity(model), "dtype": dtype_name(model)}
+
+
+def remote_identity(name: str, version: str, tokenizer: PreTrainedTokenizerBase, probe: Sequence[float]) -> Identity:
+    """Of a model on a server, whose weights nobody here can read.
+
+    Args:
+        name, version: as the server tells them.
+        tokenizer: that the server uses.
+        probe: its log-probabilities of the tokens of `PROBE`, the first left out.
+    """
+    told = {"name": name, "version": version, "vocabulary": tokenizer_fingerprint(tokenizer)}
+    return {"kind": "remote", **told, "probe": [round(value, 4) for value in probe]}
+
+
+def writer_identity(model: object) -> Identity:
+    """Of anything that answers queries: a transformers model, a tool, a server, a class of the user's own."""
+    if isinstance(model, Identified):
+        return dict(model.identity())
+    if isinstance(model, LocalModel):
+        return local_identity(model.model)
+    if isinstance(model, Calculator):
+        return {"kind": "tool", "tool": "calculator", "version": RULES["tools"]}
+    kind = type(model)
+    return {"kind": "own", "class": f"{kind.__module__}.{kind.__qualname__}", "name": getattr(model, "name", None)}
+
+
+def prompts_identity(formatter: Shown) -> str:
+    """A hash of how a model is shown its prompts: the settings, and the tokens of a few conversations and texts."""
+
+    def shown(question: Sequence[Message] | str) -> list[int] | str:
+        try:
+            return list(formatter.prompt(question))
+        except ValueError as error:  # a refusal is a rule as well
+            return str(error)
+
+    return digest(formatter.fingerprint(), *map(shown, _CONVERSATIONS), *map(shown, PROBES))
+
+
+def gate_identity(head: DeferralHead) -> str:
+    """A hash of the gate's parameters."""
+    return weights_identity(head)
+
+
+def system_identity(models: Sequence[Any], formatters: Sequence[Shown]) -> dict[str, Any]:
+    """Of models that write together, base first: each with its prompts, the gate, and the versions of the rules.
+
+    Args:
+        models: with a `name` each.
+    """
+    told = {
+        model.name: {
+            **writer_identity(model),
+            "tokenizer": tokenizer_fingerprint(formatter.tokenizer),
+            "prompts": prompts_identity(formatter),
+        }
+        for model, formatter in zip(models, formatters, strict=True)
+    }
+    head = next((model.head for model in models if isinstance(model, LocalModel) and model.head is not None), None)
+    return {"models": told, "gate": None if head is None else gate_identity(head), "rules": dict(RULES)}
+
+
+def differing(there: Identity, now: Identity) -> dict[str, tuple[Any, Any]]:
+    """Where two identities (or settings with an `identity`) differ: what stands there and what now, by key."""
+    a, b = dict(_leaves(_plain(there))), dict(_leaves(_plain(now)))
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if not _same(key, a.get(key), b.get(key))}
+
+
+def differences(there: Identity, now: Identity) -> str:
+    """`differing` in words; empty if they agree."""
+    found = differing(there, now)
+    return "; ".join(f"{key}: {_told(a)} there, {_told(b)} now" for key, (a, b) in found.items())
+
+
+def without_addresses(text: str) -> str:
+    """The text of a Python object without what changes from start to start."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON: with lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if path + key in (NAMED, f"identity.{NAMED}"):
+            continue
+        if isinstance(inner, dict) and inner:
+            yield from _leaves(inner, f"{path}{key}.")
+        else:
+            yield path + key, inner
+
+
+def _same(key: str, a: Any, b: Any) -> bool:
+    if key.rpartition(".")[2] != "probe" or not isinstance(a, list) or not isinstance(b, list):
+        return bool(a == b)
+    # NaN is equal to nothing.
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=0, abs_tol=PROBE_TOLERANCE) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _told(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
