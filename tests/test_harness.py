@@ -353,7 +353,7 @@ def test_the_harness_knows_pairs_by_name(world: Path) -> None:
     )
     settings = found["config"]["collm"]
     assert settings["models"] == ["base", "expert", "calculator"] and settings["params.threshold"] == 0.4
-    assert settings["params.seed"] == 3 and len(settings["weights"]) == 2
+    assert settings["params.seed"] == 3 and settings["identity"]["models"]["expert"]["weights"]
     assert set(found["results"]) == {"sums", "picks"}
     for arguments, words in (
         ({"pretraned": "x"}, "did you mean 'pretrained'"),

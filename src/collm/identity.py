@@ -49,7 +49,14 @@ _CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
 
 Identity = Mapping[str, Any]
 """JSON values. Of one model: `kind` is "local" (`weights`, `dtype`), "tool" (`tool`), "remote" (`remote_identity`) or
-"own", a class of the user's, known by its name alone. So what is local never equals what is remote."""
+"own", an object of the user's, known by its name alone (unless it is `Identified`). So what is local never equals what is remote."""
+
+
+class Named(Protocol):
+    """Whatever writes."""
+
+    @property
+    def name(self) -> str: ...
 
 
 @runtime_checkable
@@ -122,7 +129,7 @@ def remote_identity(name: str, version: str, tokenizer: PreTrainedTokenizerBase,
     return {"kind": "remote", **told, "probe": [round(value, 4) for value in probe]}
 
 
-def writer_identity(model: object) -> Identity:
+def writer_identity(model: Named) -> Identity:
     """Of anything that answers queries: a transformers model, a tool, a server, a class of the user's own."""
     if isinstance(model, Identified):
         return dict(model.identity())
@@ -130,8 +137,7 @@ def writer_identity(model: object) -> Identity:
         return local_identity(model.model)
     if isinstance(model, Calculator):
         return {"kind": "tool", "tool": "calculator", "version": RULES["tools"]}
-    kind = type(model)
-    return {"kind": "own", "class": f"{kind.__module__}.{kind.__qualname__}", "name": getattr(model, "name", None)}
+    return {"kind": "own", "name": model.name}
 
 
 def prompts_identity(formatter: Shown) -> str:
@@ -151,12 +157,8 @@ def gate_identity(head: DeferralHead) -> str:
     return weights_identity(head)
 
 
-def system_identity(models: Sequence[Any], formatters: Sequence[Shown]) -> dict[str, Any]:
-    """Of models that write together, base first: each with its prompts, the gate, and the versions of the rules.
-
-    Args:
-        models: with a `name` each.
-    """
+def system_identity(models: Sequence[Named], formatters: Sequence[Shown]) -> dict[str, Any]:
+    """Of models that write together, base first: each with its prompts, the gate, and the versions of the rules."""
     told = {
         model.name: {
             **writer_identity(model),

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from collm.errors import CollmError
 from collm.identity import system_identity, without_addresses
 from collm.llm import CollaborativeLM
 from collm.llm.methods import Method, make_method
@@ -27,9 +28,6 @@ def settings_of(
         llm: a `CollaborativeLM`, or another writer, of which only names are known (and what `identity` tells).
         identity: see `identity_of`.
         leave_out: of `SamplingParams`, what each request says for itself.
-
-    Raises:
-        CollmError: `params` ask for something that this system cannot do.
     """
     own = isinstance(llm, CollaborativeLM)
     return {
@@ -54,7 +52,10 @@ def identity_of(llm: Any, identity: Mapping[str, Any] | None = None) -> dict[str
     return told
 
 
-def _resolved(llm: CollaborativeLM, params: SamplingParams) -> str:
+def _resolved(llm: CollaborativeLM, params: SamplingParams) -> str | None:
     """Who writes, with the threshold that a rate came to: a new calibration may give another one."""
-    found = make_method(params, llm.models, llm.tokenizer, llm.has_gate, llm.info.calibration)
+    try:
+        found = make_method(params, llm.models, llm.tokenizer, llm.has_gate, llm.info.calibration)
+    except CollmError:  # told when a text is asked for; whoever asks for likelihoods alone need not know
+        return None
     return without_addresses(repr(found))
