@@ -49,7 +49,7 @@ _CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
 
 Identity = Mapping[str, Any]
 """JSON values. Of one model: `kind` is "local" (`weights`, `dtype`), "tool" (`tool`), "remote" (`remote_identity`) or
-"own", an object of the user's, known by its name alone (unless it is `Identified`). So what is local never equals what is remote."""
+"own", an object of the user's that is not `Identified`, known by its name alone. So local never equals remote."""
 
 
 class Named(Protocol):
