@@ -116,7 +116,7 @@ def test_a_failed_download_says_why_and_what_to_do(
 
 
 def test_the_makefile_trains_what_the_recipes_say(tmp_path: Path) -> None:
-    """For GSM8K the recipes as they are; for MBPP with other paths and nothing else."""
+    """For GSM8K the recipes as they are; for the others with other paths and nothing else."""
     vary = runpy.run_path(str(STUDY.parent / "word_problems" / "vary.py"))["vary"]
     nothing = ["DATA=data/none", "RUNS=runs/none"]
     command = ["make", "-n", "-f", str(STUDY / "study.mk"), "train", "PYTHON=python", *nothing]
@@ -131,4 +131,5 @@ def test_the_makefile_trains_what_the_recipes_say(tmp_path: Path) -> None:
         here = varied.replace("data/none", "data/qwen").replace("runs/none", "runs/qwen")
         assert json.loads(here.replace(task, "gsm8k")) == json.loads(told)
         seen.add((task, name))
-    assert seen == {(task, name) for task in ("gsm8k", "mbpp") for name in ("sft", "gate", "pair")}
+    models = {"gsm8k": ("sft", "gate", "pair"), "mbpp": ("sft", "gate", "pair"), "ifeval": ("sft", "pair")}
+    assert seen == {(task, name) for task, names in models.items() for name in names}

@@ -201,6 +201,11 @@ def test_own_texts_are_the_right_answers_that_are_not_gold() -> None:
     rows = own.with_own_texts(gold, own.right_answers(traces))
     assert [row["messages"][-1]["content"] for row in rows] == ["2", "It is 2"]
     assert rows[1]["id"] != "a" and rows[1]["messages"][0] == asked and rows[1]["group"] == "g"
+    # A question alone, and one that nobody answered: nothing to learn from but its own answers.
+    alone = [{"id": "a", "messages": [asked]}, {"id": "b", "messages": [asked]}]
+    kept = own.with_own_texts(alone, own.right_answers(traces))
+    assert [row["messages"][-1]["content"] for row in kept] == ["2", "It is 2"]
+    assert all(row["messages"][:-1] == [asked] for row in kept)
 
 
 def says(probabilities: list[float], gate: float | None = None) -> Prediction:

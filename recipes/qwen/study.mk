@@ -1,12 +1,13 @@
 # Two models of one family that people know, Qwen2.5-Coder-Instruct of 0.5B and 1.5B (Q4_K_M): what does the small one gain
-# by asking the large one, at which rate, on GSM8K and MBPP? Qwen may have seen both: the gains are relative.
+# by asking the large one, at which rate, on GSM8K, MBPP and IFEval? Qwen may have seen them: the gains are relative.
 #
-#     make study-qwen GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
+#     make study-qwen GSM8K=train.jsonl MBPP=mbpp.jsonl IFEVAL=ifeval.jsonl        # from the repository's root
 #
 # Days on two cores, in steps; each may be stopped at any time, also by `timeout 30m`, and goes on where it was. Everything
 # is chosen on the calibration parts; the test parts are opened once for all systems (`make ... test`).
 include recipes/common.mk
 MBPP ?= mbpp.jsonl
+IFEVAL ?= ifeval.jsonl
 # Where the models' folders lie; HUB=1 (with HF_HUB_OFFLINE=0) takes the hub's own instead, not tried so far.
 HUB ?=
 WEIGHTS ?= $(if $(HUB),Qwen,weights)
@@ -26,11 +27,18 @@ FOLDERS := $(BASE)/config.json $(LARGE)/config.json
 HAVE := $(if $(HUB),,$(FOLDERS))
 ASSISTANT := --assistant large=$(LARGE)
 
-TASKS := gsm8k mbpp
+# On the first two: every system. IFEval has no training text: answers of the large model's own to prompts of a generator's
+# (recipes/instructions), kept if the checker accepts them; the pair is asked at one rate.
+FULL := gsm8k mbpp
+TASKS := $(FULL) ifeval
 # What an answer is worth: neither model was taught GSM8K's mark, and any number counts that they mean.
 RULE_gsm8k := gsm8k_flexible
 RULE_mbpp := mbpp
-WRITE = --task $(RULE_$(1)) --max-tokens 400 --batch-size 16 --dtype $(DTYPE) --device $(DEVICE)
+RULE_ifeval := ifeval
+LONG_gsm8k := 400
+LONG_mbpp := 400
+LONG_ifeval := 1280
+WRITE = --task $(RULE_$(1)) --max-tokens $(LONG_$(1)) --batch-size 16 --dtype $(DTYPE) --device $(DEVICE)
 MACHINE := --dtype $(DTYPE) --device $(DEVICE)
 
 # Fine-tuned alone; the gate alone beside the untouched base; LoRA and gate together.
@@ -43,7 +51,7 @@ SIGNALS := gate expected_gain entropy
 all: oracle calibrate test
 
 help:
-	@echo "make -f recipes/qwen/study.mk [data|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/qwen/study.mk [data|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 # -- weights and data --------------------------------------------------------------------------------------------------
 
@@ -71,6 +79,22 @@ $(DATA)/mbpp/train.jsonl:
 	cp $(DATA)/mbpp-all/validation.jsonl $(DATA)/mbpp/calibration.jsonl
 	cp $(DATA)/mbpp-all/test.jsonl $(DATA)/mbpp-all/train.jsonl $(DATA)/mbpp
 
+# Texts to learn instructions from, and those that training is watched by: what the large model wrote, if it is right.
+PROMPTS := $(DATA)/instructions
+PARTS := train calibration
+$(PROMPTS)/held_out.jsonl:
+	$(call want,IFEVAL)
+	$(PYTHON) recipes/instructions/prompts.py --apart-from $(IFEVAL) --out $(PROMPTS)
+
+$(PARTS:%=$(RUNS)/ifeval/own/%.json): $(RUNS)/ifeval/own/%.json: | $(PROMPTS)/held_out.jsonl $(HAVE)
+	$(COLLM) eval $(LARGE) $(call WRITE,ifeval) --data $(PROMPTS)/$*.jsonl --temperature 0.8 --top-p 0.95 --seed 1 \
+	    --name own --out $(RUNS)/ifeval/own/$*.jsonl
+$(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json)
+	$(call want,IFEVAL)
+	$(COLLM) prepare ifeval $(IFEVAL) --out $(DATA)/ifeval --parts test
+	$(foreach part,calibration train,$(PYTHON) recipes/scales/own_texts.py $(RUNS)/ifeval/own/$(part).jsonl \
+	    --data $(PROMPTS)/$(part).jsonl --out $(DATA)/ifeval/$(part).jsonl &&) true
+
 # -- scores and models -------------------------------------------------------------------------------------------------
 
 SPEC_base := $(BASE)
@@ -87,7 +111,7 @@ $(foreach task,$(TASKS),$(foreach part,train calibration,$(foreach model,large b
     $(eval $(call scored,$(task),$(model),$(part))))))
 
 comma := ,
-# The recipes are for GSM8K; those for MBPP differ in their paths. $(1): a task, $(2): a model
+# The recipes are for GSM8K; those for the others differ in their paths. $(1): a task, $(2): a model
 CHANGES = out=$(RUNS)/$(1)/$(2) base.model=$(BASE) data.train=$(DATA)/$(1)/train.jsonl \
     data.validation=$(DATA)/$(1)/calibration.jsonl
 SCORES = $(foreach split,train calibration,base.$(if $(filter train,$(split)),,validation_)scores=$(RUNS)/scores/$(1)/base-$(split)) \
@@ -101,7 +125,10 @@ $(RUNS)/$(1)/$(2).yaml:
 $(RUNS)/$(1)/$(2)/collm.json: | $(RUNS)/$(1)/$(2).yaml $(DATA)/$(1)/train.jsonl $(HAVE)
 	$(COLLM) train $(RUNS)/$(1)/$(2).yaml
 endef
-$(foreach task,$(TASKS),$(foreach name,$(MODELS),$(eval $(call model,$(task),$(name)))))
+MODELS_gsm8k := $(MODELS)
+MODELS_mbpp := $(MODELS)
+MODELS_ifeval := sft pair
+$(foreach task,$(TASKS),$(foreach name,$(MODELS_$(task)),$(eval $(call model,$(task),$(name)))))
 
 # What deferring could gain at best, on gold text: whether a pair is worth its calibration.
 # $(1): a task, $(2): a pair
@@ -111,19 +138,22 @@ $(RUNS)/$(1)/oracle/$(2).json: | $(RUNS)/$(1)/$(2)/collm.json $(HAVE)
 	$(COLLM) oracle $(RUNS)/$(1)/$(2) --data $(DATA)/$(1)/calibration.jsonl --limit $(TRIED) $(MACHINE) \
 	    --out $(RUNS)/$(1)/oracle/$(2).jsonl
 endef
-$(foreach task,$(TASKS),$(foreach pair,gate pair,$(eval $(call oracle_of,$(task),$(pair)))))
+$(foreach task,$(FULL),$(foreach pair,gate pair,$(eval $(call oracle_of,$(task),$(pair)))))
 
 # -- thresholds for fixed rates; nothing is chosen by quality ----------------------------------------------------------
 
-# $(1): a task, $(2): a pair, $(3): a signal
+TRIES = $(if $(filter ifeval,$(1)),$(PROMPTS)/held_out.jsonl,$(DATA)/$(1)/calibration.jsonl)
+# $(1): a task, $(2): a pair, $(3): a signal, $(4): rates
 define calibration
 calibrate: $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv
 $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv: | $(RUNS)/$(1)/$(2)/collm.json $(HAVE)
-	$(COLLM) calibrate $(RUNS)/$(1)/$(2) $(call WRITE,$(1)) --data $(DATA)/$(1)/calibration.jsonl --limit $(TRIED) \
-	    --signal $(3) --rates 0.1,0.2,0.4 --rounds 3 --out $(RUNS)/$(1)/thresholds/$(2)-$(3)
+	$(COLLM) calibrate $(RUNS)/$(1)/$(2) $(call WRITE,$(1)) --data $(TRIES) --limit $(TRIED) \
+	    --signal $(3) --rates $(4) --rounds 3 --out $(RUNS)/$(1)/thresholds/$(2)-$(3)
 endef
-$(foreach task,$(TASKS),$(eval $(call calibration,$(task),gate,gate))\
-    $(foreach signal,$(SIGNALS),$(eval $(call calibration,$(task),pair,$(signal)))))
+EACH := 0.1$(comma)0.2$(comma)0.4
+$(foreach task,$(FULL),$(eval $(call calibration,$(task),gate,gate,$(EACH)))\
+    $(foreach signal,$(SIGNALS),$(eval $(call calibration,$(task),pair,$(signal),$(EACH)))))
+$(foreach signal,gate entropy,$(eval $(call calibration,ifeval,pair,$(signal),0.2)))
 
 # -- the one look at the test parts ------------------------------------------------------------------------------------
 
@@ -141,12 +171,15 @@ define alone
 $(call system,$(1),small,$(HAVE),$(BASE))
 $(call system,$(1),large,$(HAVE),$(LARGE))
 $(call system,$(1),sft,$(RUNS)/$(1)/sft/collm.json,$(RUNS)/$(1)/sft)
+endef
+define mixed
 $(call system,$(1),proxy_tuning,$(RUNS)/$(1)/sft/collm.json $(HAVE),$(RUNS)/$(1)/sft $(ASSISTANT) --assistant untuned=$(BASE) --method proxy_tuning)
 $(call system,$(1),nudging,$(RUNS)/$(1)/sft/collm.json $(HAVE),$(RUNS)/$(1)/sft $(ASSISTANT) --method nudging)
 $(foreach method,confident mixture,
 $(call system,$(1),$(method),$(RUNS)/$(1)/pair/collm.json $(HAVE),$(RUNS)/$(1)/pair --method $(method)))
 endef
 $(foreach task,$(TASKS),$(eval $(call alone,$(task))))
+$(foreach task,$(FULL),$(eval $(call mixed,$(task))))
 
 METHOD_gate := threshold
 METHOD_expected_gain := expected_gain
@@ -158,9 +191,11 @@ endef
 define at_random
 $(call system,$(1),pair-random_$(2),$(RUNS)/$(1)/pair/collm.json $(HAVE),$(RUNS)/$(1)/pair --method random --deferral-rate 0.$(2))
 endef
-$(foreach task,$(TASKS),$(foreach rate,$(RATES),\
+$(foreach task,$(FULL),$(foreach rate,$(RATES),\
     $(eval $(call at_rate,$(task),gate,gate,$(rate)))$(eval $(call at_random,$(task),$(rate)))\
     $(foreach signal,$(SIGNALS),$(eval $(call at_rate,$(task),pair,$(signal),$(rate))))))
+
+$(foreach signal,gate entropy,$(eval $(call at_rate,ifeval,pair,$(signal),20)))
 
 # Paired exact tests, Holm over each table.
 define compared

@@ -32,12 +32,16 @@ def right_answers(traces: Sequence[Trace]) -> dict[str, list[str]]:
 
 
 def with_own_texts(gold: Sequence[dict[str, Any]], own: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """All gold rows, then the same questions with answers of one's own that are none of the gold ones."""
-    rows = list(gold)
+    """All gold rows, then the same questions with answers of one's own that are none of the gold ones.
+
+    A question without a gold answer is left with its own alone.
+    """
+    rows = [row for row in gold if row["messages"][-1]["role"] == "assistant"]
     for row in gold:
-        *asked, answer = row["messages"]
+        turns = row["messages"]
+        asked, told = (turns[:-1], turns[-1]["content"]) if turns[-1]["role"] == "assistant" else (turns, None)
         for number, text in enumerate(own.get(row["id"], [])):
-            if text != answer["content"]:
+            if text != told:
                 said = {"role": "assistant", "content": text}
                 rows.append({**row, "id": f"{row['id']}-own-{number}", "messages": [*asked, said]})
     return rows
@@ -52,7 +56,8 @@ def main() -> None:
     gold = [row for _, row in records(args.data)]
     rows = with_own_texts(gold, right_answers([trace for path in args.traces for trace in stream_traces(path)]))
     write_text(args.out, "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{args.out}: {len(gold)} gold texts and {len(rows) - len(gold)} of its own")
+    own = sum("-own-" in row["id"] for row in rows)
+    print(f"{args.out}: {len(rows) - own} gold texts and {own} of its own")
 
 
 if __name__ == "__main__":
