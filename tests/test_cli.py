@@ -623,7 +623,7 @@ def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
     )
     shown = collm("compare", *files, tmp_path / "lax.json")
     assert shown.exit_code == 0 and "joint against alone" in shown.stdout and "laxer_rule against" not in shown.stdout
-    assert "not tested" in shown.stdout and "laxer_rule (task word_problems_flexible v2)" in shown.stdout
+    assert "not tested" in shown.stdout and "laxer_rule (task word_problems_flexible v3)" in shown.stdout
     assert "│ read_by_a_laxer_rule │" in shown.stdout  # to a pipe, nothing is cut off
     refused(collm("compare", files[0], tmp_path / "lax.json"), "different tasks")
     other = collm("eval", pair, *TASK, "--limit", "5", *TOGETHER, "--name", "few", "--out", tmp_path / "few.jsonl")

@@ -210,9 +210,12 @@ def test_a_fake_pair_needs_no_transformer(tiny_tokenizer: PreTrainedTokenizerFas
 # -- deferral
 
 
-def table(task: str = "t", rows: Sequence[tuple[float, float]] = ()) -> CalibrationTable:
+def table(
+    task: str = "t", rows: Sequence[tuple[float, float]] = (), achieved: Sequence[float] | None = None
+) -> CalibrationTable:
     made = [
-        CalibrationRow(target_rate=r, achieved_rate=r, threshold=0.5, log_odds=x, metric_value=0.0) for r, x in rows
+        CalibrationRow(target_rate=r, achieved_rate=a, threshold=0.5, log_odds=x, metric_value=0.0)
+        for (r, x), a in zip(rows, achieved or [r for r, _ in rows], strict=True)
     ]
     return CalibrationTable(task=task, metric="m", seed=0, num_prompts=1, rows=made)
 
@@ -226,6 +229,22 @@ TABLE = table(rows=[(0.0, math.inf), (0.1, 2.0), (0.2, 1.0), (0.5, -2.0), (1.0, 
 )
 def test_rates_become_thresholds(rate: float, expected: float) -> None:
     assert cut_for_rate([TABLE], rate) == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rates_that_were_missed_are_not_handed_out_silently() -> None:
+    """What counts is what a cut achieved, not what calibration was after."""
+    rows = [(0.0, math.inf), (0.1, 3.0), (0.3, 1.0), (0.4, 1.0), (0.5, 1.0), (0.6, -1.0), (1.0, -math.inf)]
+    missed = table(rows=rows, achieved=[0.0, 0.11, 0.21, 0.21, 0.21, 0.61, 0.97])
+    assert cut_for_rate([missed], 0.1) == 3.0 and cut_for_rate([missed], 0.6) == -1.0
+    assert cut_for_rate([missed], 0.2) == pytest.approx(1.2)
+    for rate, cut in ((0.3, 0.55), (0.4, 0.05), (0.5, -0.45)):
+        with pytest.warns(UserWarning, match=rf"deferral_rate {rate} was not measured: .* achieved is 0\.\d+\. For"):
+            assert cut_for_rate([missed], rate) == pytest.approx(cut)
+    # Nothing lies above: as near as calibration came, and said.
+    short = table(rows=rows[:5], achieved=[0.0, 0.11, 0.21, 0.21, 0.21])
+    with pytest.warns(UserWarning, match=r"deferral_rate 0\.5 was not measured: the nearest .* is 0\.21"):
+        assert cut_for_rate([short], 0.5) == 1.0
 
 
 def test_rates_that_calibration_does_not_know() -> None:

@@ -358,14 +358,14 @@ def test_systems_scored_by_another_rule_are_shown_but_not_tested(files: list[Pat
     flexible = replace(page.written[2].result, task="word_problems_flexible")
     text = overview_html(replace(page, written=(*page.written[:2], replace(page.written[2], result=flexible))))
     assert len(Tables(text).of("tests")) == 1 and len(Tables(text).of("systems")) == 3
-    assert "another rule says what is right: pair, 0.5." in text and "task word_problems_flexible v2" in text
+    assert "another rule says what is right: pair, 0.5." in text and "task word_problems_flexible v3" in text
 
 
 def test_groups_of_near_duplicates_are_told(tmp_path: Path) -> None:
     grouped = [replace(e, fields={**e.fields, "group": str(i // 4)}) for i, e in enumerate(QUESTIONS)]
     found = [system(tmp_path, name, examples=grouped, needed=needed) for name, needed in (("a", 3), ("b", 8))]
     shown = " ".join("".join(PageReader(overview_html(overview(found))).text).split())
-    assert "24 questions of word_problems (version 2) in 6 groups of near-duplicates" in shown
+    assert "24 questions of word_problems (version 3) in 6 groups of near-duplicates" in shown
     assert "a bootstrap over groups" in shown and "test keep groups of near-duplicates whole" in shown
 
 

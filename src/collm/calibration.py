@@ -30,7 +30,7 @@ from collm.evaluation.result import EvalResult
 from collm.evaluation.system import identity_of
 from collm.evaluation.task import Task, get_task
 from collm.files import claimed
-from collm.llm.deferral import policy_at, to_threshold
+from collm.llm.deferral import far, policy_at, to_threshold
 from collm.models.hub import write_card
 from collm.models.info import CalibrationRow, CalibrationTable, load_info, save_info
 from collm.report.plots import save_curve
@@ -39,8 +39,6 @@ from collm.sampling_params import SamplingParams, Signal
 from collm.types import BASE
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-FAR = 0.02
-"""An achieved rate that lies further from its target than this, or than a tenth of it, has missed it."""
 NEVER, ALWAYS = math.inf, -math.inf
 EVEN = 0.0
 """Log-odds of eta = 0.5: defer where the gate finds it likelier than not."""
@@ -255,7 +253,7 @@ def _calibrate(
 
 def missed(table: CalibrationTable) -> list[CalibrationRow]:
     """Rows whose achieved rate is far from the wanted one."""
-    return [row for row in table.rows if abs(row.achieved_rate - row.target_rate) > max(FAR, row.target_rate / 10)]
+    return [row for row in table.rows if far(row.achieved_rate, row.target_rate)]
 
 
 def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:

@@ -155,7 +155,7 @@ class Task:
 def _labels(name: str, labels: tuple[str, ...]) -> Task:
     return Task(
         name,
-        2,
+        3,
         label_in(labels),
         label_field(labels),
         metrics=("accuracy",),
@@ -172,14 +172,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         task.name: task
         for task in (
             Task("exact_match", 2, marked_text, normalised, marked=True),
-            Task("gsm8k", 2, marked_number, first_number, marked=True, arithmetic=True),
-            Task("gsm8k_flexible", 2, any_number, first_number, arithmetic=True),
-            Task("gsm8k_8shot", 2, any_number, first_number, arithmetic=True, shots=CHAIN_OF_THOUGHT),
-            Task("word_problems", 2, marked_number, first_number, marked=True, arithmetic=True),
-            Task("word_problems_flexible", 2, any_number, first_number, arithmetic=True),
+            Task("gsm8k", 3, marked_number, first_number, marked=True, arithmetic=True),
+            Task("gsm8k_flexible", 3, any_number, first_number, arithmetic=True),
+            Task("gsm8k_8shot", 3, any_number, first_number, arithmetic=True, shots=CHAIN_OF_THOUGHT),
+            Task("word_problems", 3, marked_number, first_number, marked=True, arithmetic=True),
+            Task("word_problems_flexible", 3, any_number, first_number, arithmetic=True),
             Task(
                 "math",
-                2,
+                3,
                 mathematical_answer,
                 mathematical_gold,
                 metrics=("accuracy",),

@@ -7,7 +7,9 @@ always.
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from collections.abc import Sequence
 
 from collm.decoding.policies import (
@@ -30,6 +32,8 @@ from collm.sampling_params import Deferral, SamplingParams, Signal
 
 NEAR = 0.03
 """Rates closer than this to one another are not worth a refusal."""
+FAR = 0.02
+"""An achieved rate that lies further from its target than this, or than a tenth of it, has missed it."""
 READ_SIGNALS: dict[Deferral, Signal] = {
     "threshold": "gate",
     "expected_gain": "expected_gain",
@@ -161,38 +165,66 @@ def require_gate(params: SamplingParams, has_gate: bool) -> None:
 def cut_for_rate(
     calibration: Sequence[CalibrationTable], rate: float, task: str | None = None, signal: Signal = "gate"
 ) -> float:
-    """The calibrated cut for a deferral rate; between two calibrated rates, their cuts interpolated.
+    """The calibrated cut for a deferral rate; between two rates that calibration achieved, their cuts interpolated.
+
+    What counts is the rate that a cut achieved, not the one that calibration was after.
 
     Raises:
         CollmError: no calibration, several and no `task`, or a rate with no finite threshold on one of its sides.
+
+    Warns:
+        UserWarning: the nearest rate that was achieved is further than `FAR` from the one asked for.
     """
     if rate in (0, 1):
         return -to_log_odds(rate)  # never, always
     rows = sorted(_table(calibration, task, signal).rows, key=lambda row: row.target_rate)
     exact = [row for row in rows if math.isclose(row.target_rate, rate)]
-    if exact:
+    if exact and not far(exact[0].achieved_rate, rate):
         return exact[0].log_odds
-    finite = [row for row in rows if math.isfinite(row.log_odds)]
-    below = [row for row in finite if row.target_rate < rate]
-    above = [row for row in finite if row.target_rate > rate]
-    always = [row for row in rows if row.log_odds == -math.inf]
-    if below and not above and always and always[-1].achieved_rate <= max(rate, below[-1].achieved_rate + NEAR):
-        # A tool that abstains at most places: no threshold gives more than asking it everywhere does.
-        return -math.inf
-    if not below or not above:
+    cut = _between(rows, rate)
+    if cut is None and exact:
+        cut = exact[0].log_odds  # as near as calibration came
+    if cut is None:
         raise CollmError(
             f"deferral_rate {rate:g} lies between calibrated rates of which one has no finite threshold (never or "
             f"always deferring), so nothing can be interpolated. Rates that work: {_known_rates(rows)}. For {rate:g}, "
             f"run {_calibrate(signal)} with --rates {_with(rows, rate)}"
         )
-    low, high = below[-1], above[0]
-    share = (rate - low.target_rate) / (high.target_rate - low.target_rate)
-    return low.log_odds + share * (high.log_odds - low.log_odds)
+    nearest = min((row.achieved_rate for row in rows), key=lambda achieved: abs(achieved - rate))
+    if far(nearest, rate):
+        warnings.warn(
+            f"deferral_rate {rate:g} was not measured: the nearest that calibration achieved is {nearest:.3g}. "
+            f"For {rate:g}, run {_calibrate(signal)} with --rates {_with(rows, rate)}",
+            stacklevel=2,
+        )
+    return cut
+
+
+def _between(rows: Sequence[CalibrationRow], rate: float) -> float | None:
+    """The cut between the two measured ones around `rate`; None where one side has no finite one."""
+    # From never to always: a lower cut defers more.
+    finite = sorted((row for row in rows if math.isfinite(row.log_odds)), key=lambda row: -row.log_odds)
+    for low, high in itertools.pairwise(finite):
+        if low.achieved_rate <= rate <= high.achieved_rate:
+            share = (rate - low.achieved_rate) / ((high.achieved_rate - low.achieved_rate) or 1)
+            return low.log_odds + share * (high.log_odds - low.log_odds)
+    always = [row.achieved_rate for row in rows if row.log_odds == -math.inf]
+    most = max((row.achieved_rate for row in finite if row.achieved_rate <= rate), default=None)
+    above = any(row.achieved_rate > rate for row in finite)
+    if most is not None and not above and always and always[-1] <= max(rate, most + NEAR):
+        # A tool that abstains at most places: no threshold gives more than asking it everywhere does.
+        return -math.inf
+    return None
+
+
+def far(achieved: float, target: float) -> bool:
+    """Has an achieved rate missed its target?"""
+    return abs(achieved - target) > max(FAR, target / 10)
 
 
 def _known_rates(rows: Sequence[CalibrationRow]) -> str:
     """In words: single rates, and the range in which any rate can be interpolated."""
-    finite = [row.target_rate for row in rows if math.isfinite(row.log_odds)]
+    finite = sorted(row.achieved_rate for row in rows if math.isfinite(row.log_odds))
     low, high = (finite[0], finite[-1]) if finite else (math.inf, math.inf)
     singles = {0.0, 1.0, *(row.target_rate for row in rows)}
     between = [f"any from {low:g} to {high:g}"] if low < high else [f"{low:g}"] if finite else []

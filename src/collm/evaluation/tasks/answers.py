@@ -10,13 +10,16 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
+from collm.evaluation.tasks.boxes import boxed
+
 MARK = "####"
 
 _CURRENCY = "[$£€¥]"
-# "7" in "7:30", "7²" or "7^2" is no number by itself.
-_BEFORE = r"(?<![\d^])(?<!\d:)"
-_BEHIND = r"(?!\d|:\d|\^|[²³¹⁰⁴-⁹])"
+# "7" in "7:30", "7²" or "7^2" is no number by itself, nor is "50" in "1.234,50" or in "1'50".
+_BEFORE = r"(?<![\d^])(?<!\d[:.,'’\u00a0\u2009\u202f])(?<!\d\{,\})(?<!\d\\,)"
 _THOUSANDS = r"(?:,|\{,\}|\\,|[\u00a0\u2009\u202f])"
+_POINTS = rf"(?:{_THOUSANDS}|[.'’])"
+_BEHIND = rf"(?!\d|:\d|{_POINTS}\d|\^|[²³¹⁰⁴-⁹])"
 # A number with its sign, currency, exponent and denominator. A sign stands right before its number and not right behind
 # a digit, a letter or ")": there "-" is an operator, and before a space a dash or a bullet.
 NUMBER = re.compile(
@@ -25,10 +28,13 @@ NUMBER = re.compile(
     rf"(?P<digits>(?:\d{{1,3}}(?:{_THOUSANDS}\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     rf"(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\w))?(?:/(?P<over>0*[1-9]\d*)(?![\d/]))?{_BEHIND}"
 )
+# Digits in groups that have no one meaning: "1,23,456", "1.234,50", "1'000", or within a sentence "1 000".
+_FIGURE = re.compile(
+    rf"{_BEFORE}(?P<spaced>\d{{1,3}}(?: \d{{3}})+)(?![\d/])|{NUMBER.pattern}|{_BEFORE}(?P<grouped>\d+(?:{_POINTS}\d+)+)"
+)
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))")
 _SIGN_APART = re.compile(rf"\s*[-−–]\s+(?={_CURRENCY}?\s?\.?\d)")
 _SPACED_THOUSANDS = re.compile(rf"\s*(?:[-−–]\s?)?{_CURRENCY}?\s?\d{{1,3}}(?: \d{{3}})+(?:\.\d+)?\s*\.?\s*")
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SAYS = re.compile(
     r"\banswers?\s*(?:to\s+(?:the|this|your)\s+(?:question|problem)\s*)?(?:is|are|:|=)\s*:?", re.IGNORECASE
 )
@@ -78,8 +84,14 @@ def first_number(text: str) -> str | None:
     """The first number in `text` in one spelling: `$1,000.50` is `1000.5`, `5.0` is `5`, `−3` is `-3`; None if none.
 
     Of an equation, the number after its last "=" is meant: `3 * 4 = 12` is `12`. A sign that opens the place may stand
-    apart: `- 3`.
+    apart: `- 3`. A number whose digits are grouped in no way that has one meaning (`1,23,456`, `1.234,50`) is none, and
+    no other number stands for it.
     """
+    match = _first_figure(text)
+    return _spelled(match) if match else None
+
+
+def _first_figure(text: str) -> re.Match[str] | None:
     text = _plain(text)
     result = text.rpartition("=")[2]
     if _SPACED_THOUSANDS.fullmatch(result):
@@ -87,14 +99,17 @@ def first_number(text: str) -> str | None:
     apart = _SIGN_APART.match(result)
     if apart:
         result = "-" + result[apart.end() :]
-    match = NUMBER.search(result) or NUMBER.search(text)
-    return canonical(match) if match else None
+    return _FIGURE.search(result) or _FIGURE.search(text)
+
+
+def _spelled(figure: re.Match[str]) -> str | None:
+    return None if figure["grouped"] or figure["spaced"] else canonical(figure)
 
 
 def last_number(text: str) -> str | None:
     """The last number in `text`, spelled as in `first_number`."""
-    matches = list(NUMBER.finditer(_plain(text)))
-    return canonical(matches[-1]) if matches else None
+    matches = list(_FIGURE.finditer(_plain(text)))
+    return _spelled(matches[-1]) if matches else None
 
 
 def marked(text: str) -> str | None:
@@ -118,15 +133,19 @@ def marked_number(text: str) -> str | None:
 def any_number(text: str) -> str | None:
     """The number a text means, marked or not, for models that were not taught the mark.
 
-    The first of: `#### 12`; the last non-empty `\\boxed{12}`; the last "the answer is 12"; the last number.
+    The first of: `#### 12`; the last `\\boxed{12}` with a number; the last "the answer is 12"; the last number. None
+    where the last box never closes.
     """
     if MARK in text:
         return marked_number(text)
-    boxed = [number for content in _BOXED.findall(text) if (number := first_number(content)) is not None]
-    if boxed:
-        return boxed[-1]
-    told = [number for rest in said(text) if (number := first_number(rest)) is not None]
-    return told[-1] if told else last_number(text)
+    boxes = boxed(text)
+    if boxes is None:
+        return None
+    for places in (boxes, said(text)):
+        figures = [figure for place in places if (figure := _first_figure(place)) is not None]
+        if figures:
+            return _spelled(figures[-1])
+    return last_number(text)
 
 
 def normalised(text: str) -> str | None:

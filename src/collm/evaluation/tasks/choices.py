@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from collm.evaluation.tasks.answers import MARK, marked, said
-from collm.evaluation.tasks.latex import boxed
+from collm.evaluation.tasks.boxes import boxed
 
 YES_NO = ("yes", "no")
 YES_NO_MAYBE = ("yes", "no", "maybe")
@@ -19,7 +19,8 @@ _AFTER_NO = rf"(?=[^\S\n]*(?:[^\w\s]|\n|$|(?:{_CLAUSE})\b))"
 def label_in(labels: Sequence[str]) -> Callable[[str], str | None]:
     """A rule that finds one of `labels` in a text.
 
-    The first of: what `####` marks; the last `\\boxed{...}` that opens with one; what follows the last "answer is"; the
+    The first of: what `####` marks; the last `\\boxed{...}` that opens with one
+    (none where the last box never closes); what follows the last "answer is"; the
     text's first words; its last line, if it says nothing else. Labels are whole words ("unknown" is no "no"), open the
     place where they stand ("not yes" is no "yes") and stand alone there ("yes or no" is neither). None where there is
     none.
@@ -39,7 +40,10 @@ def label_in(labels: Sequence[str]) -> Callable[[str], str | None]:
 
     def label(text: str) -> str | None:
         place = marked(text) or "" if MARK in text else text
-        boxes = [match for content in boxed(place) if (match := given.match(re.sub(r"\\text\b", "", content)))]
+        contents = boxed(place)
+        if contents is None:
+            return None
+        boxes = [match for content in contents if (match := given.match(re.sub(r"\\text\b", "", content)))]
         if boxes:
             found: re.Match[str] | None = boxes[-1]
         elif MARK in text:

@@ -10,36 +10,27 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 
 from collm.evaluation.tasks.answers import MARK, marked, said
+from collm.evaluation.tasks.boxes import BOX, boxed
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
 _SCIENTIFIC = re.compile(r"(?P<digits>[-+]?\d+(?:\.\d+)?)[eE](?P<exponent>[-+]?\d{1,2})")
 _OUTER = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 SECONDS = 5
 """After which a comparison counts as unequal: models write expressions that no simplification ends on."""
 
 
-def boxed(text: str) -> Iterator[str]:
-    r"""The contents of every `\boxed{...}`, braces balanced; `\boxed 5` boxes one word."""
-    for match in _BOX.finditer(text):
-        rest = text[match.end() :]
-        if not match["brace"]:
-            yield re.split(r"[\s$]", rest, maxsplit=1)[0]
-            continue
-        depth = 1
-        for position, letter in enumerate(rest):
-            depth += {"{": 1, "}": -1}.get(letter, 0)
-            if depth == 0:
-                yield rest[:position]
-                break
-
-
 def mathematical_answer(text: str) -> str | None:
-    r"""The first of: the last non-empty `\boxed{...}`; what `####` marks; what follows the last "answer is"."""
-    boxes = [found for content in boxed(text) if (found := cleaned(content)) is not None]
+    r"""The first of: the last non-empty `\boxed{...}`; what `####` marks; what follows the last "answer is".
+
+    None where the last box never closes.
+    """
+    contents = boxed(text)
+    if contents is None:
+        return None
+    boxes = [found for content in contents if (found := cleaned(content)) is not None]
     if boxes:
         return boxes[-1]
     if MARK in text:
@@ -51,7 +42,7 @@ def mathematical_answer(text: str) -> str | None:
 def mathematical_gold(field: object) -> str | None:
     r"""The gold answer of an example: the last `\boxed{...}` of a worked solution, or the whole field."""
     text = str(field)
-    return mathematical_answer(text) if _BOX.search(text) or MARK in text else cleaned(text)
+    return mathematical_answer(text) if BOX.search(text) or MARK in text else cleaned(text)
 
 
 def _expression(sentence: str) -> str:
