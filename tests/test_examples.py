@@ -64,8 +64,48 @@ def test_bad_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str, m
 def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(CollmError, match="line 1: not JSON .*utf-8"):
+    with pytest.raises(CollmError, match="line 1: not JSON, which is UTF-8 .*byte 0xff at position 12"):
         load_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "say \\ud83d now", "completion": "ok"}', r"line 2: prompt: character 4 is half a surrogate pair"),
+        ('{"prompt": "a", "completion": "\\udc80"}', r"line 2: completion: character 0"),
+        ('{"prompt": "a", "answer": ["\\udc80"]}', r"line 2: character 0"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"line 2: message 1: character 0"),
+        ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: not readable: .*nested too deep"),
+        ('{"prompt": "a", "x": ' + "9" * 5000 + "}", r"line 2: not JSON \(Exceeds the limit"),
+        ('[{"prompt": "a"},', "line 2: not JSON .*is read from a .json file"),
+    ],
+)
+def test_what_is_no_text_or_too_much_of_it(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", CHAT, line, PLAIN)
+    with pytest.raises(CollmError, match=f"a.jsonl, {message}"):
+        load_examples(path)
+    assert [example.id for example in load_examples(path, skip_bad=True)] == ["1", "7"]
+
+
+def test_a_json_file_may_be_one_list_over_several_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, CHAT]
+    path = tmp_path / "rows.json"
+    for text in (json.dumps(rows), json.dumps(rows, indent=2)):
+        path.write_text("\ufeff" + text, encoding="utf-8")
+        assert [example.reference for example in load_examples(path)] == ["b", "4"]
+    path.write_text(json.dumps(rows[0], indent=2))
+    assert [example.reference for example in load_examples(path)] == ["b"]
+    write(path, *rows)
+    assert [example.id for example in load_examples(path)] == ["1", "2"]
+    path.write_text("[1, 2")
+    with pytest.raises(CollmError, match="line 1: not JSON"):
+        load_examples(path)
+
+
+def test_line_ends_of_other_alphabets_and_byte_order_marks(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"prompt": "One\u2028line\u0085"}\r\n\r\n{"prompt": "b"}'.encode())
+    assert [example.prompt for example in load_examples(path)] == ["One\u2028line\u0085", "b"]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -375,3 +375,48 @@ def test_repeated_ids_are_refused(files: dict[str, Path], tmp_path: Path) -> Non
     rows = [{"id": "x", **row} for row in GSM8K]
     with pytest.raises(CollmError, match="'x'; ids must be unique"):
         prepare("gsm8k", lines(tmp_path / "x.jsonl", rows), tmp_path / "out", {"all": 1})
+
+
+def gsm8k_line(question: str, number: int = 1) -> str:
+    return json.dumps({"question": question, "answer": f"#### {number}"}, ensure_ascii=False) + "\n"
+
+
+def test_line_ends_of_other_alphabets_are_no_ends_of_rows(tmp_path: Path) -> None:
+    for part, question in (("train", "One\u2028line\u0085"), ("test", "Two")):
+        source = tmp_path / f"{part}.jsonl"
+        source.write_text("\ufeff" + gsm8k_line(question), encoding="utf-8")
+        prepare("gsm8k", source, tmp_path / "out", {part: 1.0})
+    [row] = load_examples(tmp_path / "out" / "train.jsonl")
+    assert isinstance(row.question, list) and row.question[0]["content"] == "One\u2028line\u0085".strip()
+    same = tmp_path / "same.jsonl"
+    same.write_text(gsm8k_line("One\u2028line\u0085"), encoding="utf-8")
+    with pytest.raises(CollmError, match="stands in .*train.jsonl as well"):
+        prepare("gsm8k", same, tmp_path / "out", {"validation": 1.0})
+
+
+@pytest.mark.parametrize("lying", [b"no JSON\n", b"\xff\n", b"[" * 10_000, b'{"messages": [{}]}\n'])
+def test_a_file_in_the_way_that_is_not_ours_is_named(tmp_path: Path, lying: bytes) -> None:
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text(gsm8k_line("One"), encoding="utf-8")
+    out.mkdir()
+    (out / "other.jsonl").write_bytes(lying)
+    with pytest.raises(CollmError, match=r"other\.jsonl, line 1.*looked into.*give another --out"):
+        prepare("gsm8k", source, out, {"train": 1.0})
+    (out / "other.jsonl").write_text('{"messages": null}\n[]\n{"collm_run": {}}\n')  # there are no questions in it
+    assert prepare("gsm8k", source, out, {"train": 1.0})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"question": ' + "[" * 100_000,
+        '{"question": ' + "9" * 5000 + "}",
+        '{"question": "\\ud83d", "answer": "#### 1"}',
+    ],
+)
+def test_records_that_python_cannot_read_are_named(tmp_path: Path, line: str) -> None:
+    for name in ("a.jsonl", "a.json"):
+        source = tmp_path / name
+        source.write_text(line + "\n", encoding="utf-8")
+        with pytest.raises(CollmError, match=r"a\.json"):
+            prepare("gsm8k", source, tmp_path / "out", {"train": 1.0})

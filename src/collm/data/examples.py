@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from collm.data.messages import EXPECTED, Conversation, read_messages, read_tools
+from collm.data.messages import EXPECTED, Conversation, read_messages, read_tools, require_texts
+from collm.data.records import rows
 from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
@@ -76,7 +77,8 @@ def parse_example(row: object, where: str, default_id: str, *, last_turn: bool =
     # Arrow tables have every column in every row: None is a column that this row does not use.
     messages, prompt, completion = (row.get(key) for key in ("messages", "prompt", "completion"))
     number = row.get("id")
-    name = default_id if number is None else require_text(str(number), f"{where}: id")
+    name = default_id if number is None else str(number)
+    require_texts([name, rest], where)  # what is read is written again: into traces, results, prepared files
     if messages is not None:
         if prompt is not None or completion is not None:
             raise CollmError(f"{where}: a row has either messages or prompt and completion, not both; {EXPECTED}")
@@ -109,16 +111,16 @@ def load_examples(
     """
     path = Path(source)
     if path.suffix in JSON_SUFFIXES:
-        rows: Iterable[tuple[str, object]] = _json_rows(path)
+        found: Iterable[tuple[str, object]] = rows(path)
     else:
-        rows = _dataset_rows(str(source), split)
+        found = _dataset_rows(str(source), split)
     examples: list[Example] = []
     first_seen: dict[str, str] = {}
     bad = 0
-    for where, row in rows:
+    for where, row in found:
         try:
             if isinstance(row, CollmError):
-                raise row
+                raise CollmError(f"{row}; {EXPECTED} on a line of its own") from row
             example = parse_example(row, where, default_id=where.rpartition(" ")[2], last_turn=last_turn)
             if example.id in first_seen:
                 raise CollmError(
@@ -137,23 +139,6 @@ def load_examples(
     if not examples:
         raise CollmError(f"{source}: there are no {'good ' if bad else ''}rows; {EXPECTED}, one a line")
     return examples
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, row) for each line; a line that is no JSON yields the error to raise, so that it can be skipped."""
-    try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError
-                yield where, CollmError(f"{where}: not JSON ({error}); {EXPECTED} on a line of its own")
 
 
 def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
@@ -175,12 +160,13 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
             raise CollmError(f"{source}: there is no such file or folder")
         else:
             data = datasets.load_dataset(source, split=split)
-    except (OSError, ValueError) as error:
+        for number, row in enumerate(data):
+            yield f"{source}, row {number}", row
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, CollmError):
             raise
-        raise CollmError(f"{source}: could not be loaded as a dataset (is the path right?): {error}") from error
-    for number, row in enumerate(data):
-        yield f"{source}, row {number}", row
+        said = " ".join(str(error).split())
+        raise CollmError(f"{source}: could not be loaded as a dataset (is the path right?): {said}") from error
 
 
 def examples_fingerprint(examples: Iterable[Example]) -> str:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from collm.data.records import records
-from collm.data.sources import FORMATS, Row, read_source
+from collm.data.examples import Example, parse_example
+from collm.data.records import json_lines
+from collm.data.sources import FORMATS, read_source
 from collm.errors import CollmError
 from collm.files import replacing
 
@@ -79,7 +80,7 @@ def prepare(
     with ExitStack() as stack:
         files: dict[Path, TextIO] = {}
         for row in read_source(name, source, **options):
-            question = _question(row)
+            question = _question(parse_example(row, str(source), row["id"]))
             id = row["id"].removeprefix(f"{name}-")
             if row["id"] in ids:
                 raise CollmError(f"{source}: two records have the id {id!r}; ids must be unique")
@@ -108,18 +109,31 @@ def _writing(path: Path, stack: ExitStack) -> TextIO:
     return stack.enter_context(replacing(path)).open("w", encoding="utf-8")
 
 
-def _question(row: Row) -> str:
-    turns: list[dict[str, str]] = row["messages"]
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+def _question(example: Example) -> str:
+    if example.messages is None:
+        return example.prompt or ""
+    return next((str(message["content"]) for message in example.messages if message["role"] == "user"), "")
 
 
 def _questions_there(out: Path, names: list[str]) -> dict[str, Path]:
-    """Questions of the parts in `out` that are not about to be written anew, and where each stands."""
+    """Questions of the parts in `out` that are not about to be written anew, and where each stands.
 
-    def rows(path: Path) -> Iterator[Row]:
-        for _, row in records(path):
-            if isinstance(row, dict) and "messages" in row:
-                yield row
-
-    others = [path for path in sorted(out.glob("*.jsonl")) if path.stem not in names]
-    return {_question(row): path for path in others for row in rows(path)}
+    Raises:
+        CollmError: a file there cannot be read, so that it cannot be told whether it shares questions.
+    """
+    there: dict[str, Path] = {}
+    for path in sorted(out.glob("*.jsonl")):
+        if path.stem in names:
+            continue
+        for where, row in json_lines(path):
+            try:
+                if isinstance(row, CollmError):
+                    raise row
+                if isinstance(row, dict) and row.get("messages") is not None:
+                    there[_question(parse_example(row, where, where))] = path
+            except CollmError as error:
+                raise CollmError(
+                    f"{error} (looked into because parts in one folder must not share questions): give another --out, "
+                    "or move the file away"
+                ) from error
+    return there

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
+from collm.text import decoded
+
+LISTS = (".json",)
+"""Files that may be one list, of rows or records, over any number of lines."""
 
 
 def records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -22,28 +26,84 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         if path.is_dir():
             for file in sorted(path.rglob("*.json")):
                 name = file.relative_to(path).with_suffix("").as_posix()
-                yield str(file), {"id": name, **_json(file.read_text(encoding="utf-8"), str(file))}
+                yield str(file), {"id": name, **parsed(file.read_bytes(), str(file))}
         elif path.suffix == ".parquet":
             yield from _parquet(path)
-        elif path.suffix == ".json" and (whole := _whole(path)) is not None:
+        elif path.suffix in LISTS and (whole := _whole(path)) is not None:
             entries = whole.get("questions") if isinstance(whole, dict) else whole
             if entries is None:
                 entries = [{"id": key, **value} for key, value in whole.items()]
             for number, record in enumerate(entries):
                 yield f"{path}, entry {number}", record
         else:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError, TypeError) as error:
+            for where, record in json_lines(path):
+                if isinstance(record, CollmError):
+                    raise record
+                yield where, record
+    except (OSError, TypeError) as error:
         raise CollmError(f"{path} cannot be read: {error}") from error
 
 
-def _json(text: str, where: str) -> Any:
+def rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of JSON lines, or of a `.json` file that is one list of rows or a single row, over several lines.
+
+    A line that is no JSON yields the error to raise in its row's place, so that it can be skipped.
+
+    Raises:
+        CollmError: the file cannot be read.
+    """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        whole = _whole(path) if path.suffix in LISTS else None
+    except CollmError:
+        whole = None  # told line by line
+    except OSError as error:
+        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
+    if isinstance(whole, list):
+        for number, row in enumerate(whole):
+            yield f"{path}, entry {number}", row
+    elif whole is not None:
+        yield f"{path}, line 1", whole
+    else:
+        yield from json_lines(path)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) for each line that is not blank; of one that is no JSON, the error. Lines end at "\\n" alone: JSON
+    leaves U+2028 and its like as they are.
+
+    Raises:
+        CollmError: the file cannot be read.
+    """
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
+    with lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                yield where, parsed(line, where)
+            except CollmError as error:
+                hint = "; one list of rows over several lines is read from a .json file" if line[:1] == b"[" else ""
+                yield where, CollmError(f"{error}{hint}")
+
+
+def parsed(data: bytes, where: str) -> Any:
+    """A JSON value of UTF-8 bytes, with or without a byte order mark.
+
+    Raises:
+        CollmError: naming `where`: no UTF-8, no JSON, or JSON that Python does not read (numbers of thousands of
+            digits, values nested thousands deep).
+    """
+    try:
+        return json.loads(decoded(data, where))
+    except CollmError as error:
+        raise CollmError(f"{where}: not JSON, which is UTF-8 ({str(error).removeprefix(f'{where}: ')})") from error
+    except RecursionError as error:
+        raise CollmError(f"{where}: not readable: values are nested too deep") from error
+    except ValueError as error:
         raise CollmError(f"{where}: not JSON ({error})") from error
 
 
@@ -54,16 +114,17 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         batches = parquet.ParquetFile(path).iter_batches()
     except ArrowInvalid as error:
         raise CollmError(f"{path}: no parquet file ({error})") from error
-    rows = (record for batch in batches for record in batch.to_pylist())
-    for number, record in enumerate(rows):
+    found = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(found):
         yield f"{path}, row {number}", record
 
 
 def _whole(path: Path) -> Any:
     """The file as one JSON value; None if it holds several, one a line."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        return parsed(path.read_bytes(), str(path))
+    except CollmError as error:
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
             return None
-        raise CollmError(f"{path}: not JSON ({error})") from error
+        raise
