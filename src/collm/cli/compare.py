@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from collm.cli.console import Command
+from collm.cli.console import Command, echo_json
 from collm.cli.options import EXISTING
 
 
@@ -40,7 +39,7 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     # Where nothing can be tested, the error says why.
     comparisons = compare_all(rival, tested or untested, seed=seed)
     if as_json:
-        click.echo(json.dumps([asdict(comparison) for comparison in comparisons], ensure_ascii=False))
+        echo_json([asdict(comparison) for comparison in comparisons])
         return
     title = f"{rival.num_examples} questions of {rival.task}"
     if rival.num_groups is not None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from collm.errors import CollmError
+from collm.text import decoded
 
 EXTRAS = {
     "accelerate": "train",
@@ -78,6 +81,31 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"warning: {message}", err=True)
 
 
+def echo_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """One JSON value on stdout; escaped where the output cannot show all characters (Windows, redirected)."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    whole = encoding.lower().startswith("utf")
+    click.echo(json.dumps(value, ensure_ascii=not whole, default=default))
+
+
+def read_stdin() -> str:
+    """All of standard input as UTF-8 text, whatever the locale, with line ends as in text files.
+
+    Raises:
+        CollmError: it is not UTF-8.
+    """
+    text = decoded(sys.stdin.buffer.read(), "standard input")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _forgiving_output() -> None:
+    """What an output's encoding lacks is shown as "?": better than to lose the text that was written."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if getattr(stream, "errors", None) == "strict" and reconfigure is not None:
+            reconfigure(errors="replace")
+
+
 class Command(click.Command):
     """A command whose errors become exit codes.
 
@@ -96,6 +124,7 @@ class Command(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
+        _forgiving_output()
         verbose, debug = ctx.params.pop("verbose"), ctx.params.pop("debug")
         try:
             with speaking(verbose):

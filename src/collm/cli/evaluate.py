@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from collm.cli.console import ResumableCommand
+from collm.cli.console import ResumableCommand, echo_json
 from collm.cli.options import (
     OUTPUT,
     alone_option,
@@ -126,7 +125,7 @@ def evaluate(
             identity=identity(checkpoint, options),
         )
     if as_json:
-        click.echo(json.dumps(asdict(result), ensure_ascii=False))
+        echo_json(asdict(result))
     else:
         _show(result)
 
@@ -169,7 +168,7 @@ def _harness(
             **{name: options[name] for name in HARNESS},
         )
     if as_json:
-        click.echo(json.dumps(results, ensure_ascii=False, default=str))
+        echo_json(results, default=str)
     else:
         _show_harness(results)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from collm.cli.console import Command
+from collm.cli.console import Command, echo_json, read_stdin
 from collm.cli.options import (
     OUTPUT_FILE,
     alone_option,
@@ -19,6 +17,7 @@ from collm.cli.options import (
     sampling_params,
 )
 from collm.errors import CollmError
+from collm.text import require_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,9 +49,11 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     if raw and system is not None:
         raise click.UsageError("--system needs a chat template; it cannot go with --raw")
     params = sampling_params(options)
-    question = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    question = read_stdin().rstrip("\n") if prompt == "-" else prompt
     if not question:
         raise click.UsageError("the prompt is empty")
+    require_text(question, "the prompt")
+    require_text(system or "", "the system prompt")
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages: list[Message] = [*before, {"role": "user", "content": question}]
     request = question if raw else messages
@@ -103,7 +104,7 @@ def _show(generation: Generation, options: dict[str, Any]) -> None:
 
     if options["as_json"]:
         figures = {"deferral_rate": generation.deferral_rate}
-        click.echo(json.dumps({**generation_to_dict(generation), **figures}, ensure_ascii=False))
+        echo_json({**generation_to_dict(generation), **figures})
     elif options["plain"]:
         if not options["stream"]:
             click.echo(generation.text)

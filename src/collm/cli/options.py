@@ -15,6 +15,7 @@ from collm.errors import CollmError, nearest
 from collm.evaluation.task import TASKS
 from collm.files import require_place
 from collm.sampling_params import Deferral, OnAssistantError, SamplingParams
+from collm.text import require_text
 
 if TYPE_CHECKING:
     from collm.data.examples import Example
@@ -221,6 +222,8 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
             f"--alone lets one model write all of it: leave out {_option(who[0] if who else 'deferral')}, or --alone"
         )
     try:
+        for stop in options["stop"]:
+            require_text(stop, "--stop")
         params = SamplingParams(
             max_tokens=options["max_tokens"],
             temperature=options["temperature"],

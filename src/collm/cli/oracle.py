@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from collm.cli.calibrate import parse_rates
-from collm.cli.console import ResumableCommand, waiting
+from collm.cli.console import ResumableCommand, echo_json, waiting
 from collm.cli.options import OUTPUT_FILE, check_llm, data_options, identity, load_llm, model_options, read_examples
 from collm.files import beside, claimed, require_apart, require_own
 
@@ -70,7 +69,7 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
         if figures is not None:
             found.save(figures)
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        echo_json(found.to_dict())
     else:
         _show(found)
 
