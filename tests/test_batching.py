@@ -60,6 +60,7 @@ def row(length: int) -> Row:
         input_ids=np.arange(length, dtype=np.int32),
         labels=np.arange(length, dtype=np.int32),
         assistant_log_probs=np.zeros((length, 1), np.float32),
+        assistant_top1=np.zeros((length, 1), np.bool_),
         pseudo_labels=np.zeros(length, np.int32),
     )
 

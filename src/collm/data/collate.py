@@ -16,11 +16,12 @@ IGNORED = -100
 
 
 class Row(TypedDict):
-    """One example: `[T]` token ids and labels, `[T, K]` assistant log-probabilities, `[T]` pseudo-labels."""
+    """One example: `[T]` token ids and labels, `[T, K]` assistant log-probabilities and top-1, `[T]` pseudo-labels."""
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     assistant_log_probs: NDArray[np.float32]
+    assistant_top1: NDArray[np.bool_]
     pseudo_labels: NDArray[np.int32]
 
 
@@ -38,17 +39,20 @@ class Collator:
         labels = torch.full((len(rows), length), IGNORED)
         pseudo_labels = torch.zeros(len(rows), length, dtype=torch.long)
         log_probs = torch.zeros(len(rows), length, num_assistants)
+        top1 = torch.zeros(len(rows), length, num_assistants, dtype=torch.bool)
         for i, row in enumerate(rows):
             n = len(row["input_ids"])
             input_ids[i, :n] = torch.from_numpy(row["input_ids"])
             attention_mask[i, :n] = 1
             labels[i, :n] = torch.from_numpy(row["labels"])
             pseudo_labels[i, :n] = torch.from_numpy(row["pseudo_labels"])
+            top1[i, :n] = torch.from_numpy(row["assistant_top1"])
             log_probs[i, :n] = torch.from_numpy(row["assistant_log_probs"])
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
             "assistant_log_probs": log_probs,
+            "assistant_top1": top1,
             "pseudo_labels": pseudo_labels,
         }

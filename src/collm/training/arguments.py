@@ -14,6 +14,7 @@ from collm.errors import CollmError
 from collm.training.batching import evaluation_steps
 from collm.training.dataset import best_device
 from collm.training.recipe import Recipe
+from collm.training.reporting import reporters
 
 
 def rows_per_step(recipe: Recipe) -> int:
@@ -48,7 +49,7 @@ def training_arguments(recipe: Recipe, num_rows: int) -> TrainingArguments:
         "greater_is_better": False,
         "logging_steps": max(1, every // 10),
         "report_to": "none",
-        "disable_tqdm": True,  # `ProgressLines` says the same and can be read in a file
+        "disable_tqdm": True,  # `Telling` says the same and can be read in a file
         "remove_unused_columns": False,
         "label_names": ["labels"],
         # Examples of like length make a batch: little padding.
@@ -62,6 +63,8 @@ def training_arguments(recipe: Recipe, num_rows: int) -> TrainingArguments:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise CollmError(f"trainer.{key} is not one of transformers' TrainingArguments{hint}")
     try:
-        return TrainingArguments(**{**values, **recipe.trainer})
+        arguments = TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, TypeError) as error:
         raise CollmError(f"the recipe's training settings do not work: {error}") from error
+    reporters(arguments)  # a package that is missing should show now
+    return arguments

@@ -61,6 +61,8 @@ class ScoredSet:
             ids, mask = np.array(item.token_ids, np.int32), np.array(item.labelled)
             log_probs = np.zeros((len(ids), num_assistants), np.float32)
             log_probs[mask] = self.log_probs[span].numpy()
+            top1 = np.zeros((len(ids), num_assistants), np.bool_)
+            top1[mask] = self.top1[span].numpy()
             weak = np.zeros(len(ids), np.int32)
             weak[mask] = labels[span].numpy()
             rows.append(
@@ -68,6 +70,7 @@ class ScoredSet:
                     input_ids=ids,
                     labels=np.where(mask, ids, IGNORED).astype(np.int32),
                     assistant_log_probs=log_probs,
+                    assistant_top1=top1,
                     pseudo_labels=weak,
                 )
             )

@@ -67,6 +67,8 @@ class BaseWithGate(nn.Module):
         self.model = model
         self.head = head
         self.loss_config = config
+        self.detailed = False
+        """Whether the outputs have `tokens`, for `rates.TokenTable`."""
         self.price: Tensor | None = None
         """What the loss charges for a deferred token now, where it follows a target rate."""
 
@@ -84,8 +86,9 @@ class BaseWithGate(nn.Module):
         lm: PreTrainedModel = causal_lm(self.model)
         lm.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def _log_probs(self, hidden: Tensor, gold: Tensor) -> Tensor:
-        """`[N]` float32 log-probabilities of `[N]` gold tokens at hidden states `[N, H]`.
+    def _of_base(self, hidden: Tensor, gold: Tensor) -> Tensor:
+        """`[2, N]` float32 at hidden states `[N, H]`: log-probabilities of gold tokens; 1 where one is the first choice
+        (0 in training mode).
 
         Logits exist for `logits_rows` positions at a time. Where there are more, the backward pass computes them again:
         8,192 positions of a vocabulary of 128k would keep 12 GiB of them otherwise.
@@ -93,14 +96,17 @@ class BaseWithGate(nn.Module):
 
         def part(states: Tensor, ids: Tensor) -> Tensor:
             logits = project(self.model, states)[:, : self.vocab_size].float()
-            return -F.cross_entropy(logits, ids, reduction="none")
+            log_probs = -F.cross_entropy(logits, ids, reduction="none")
+            right = torch.zeros_like(log_probs) if self.training else (logits.argmax(-1) == ids).float()
+            return torch.stack([log_probs, right])
 
         rows = logits_rows(self.model)
         if len(gold) <= rows:
             return part(hidden, gold)
         chunks = zip(hidden.split(rows), gold.split(rows), strict=True)
         # Nothing random lies behind the hidden states, so no generator's state has to be kept.
-        return torch.cat([checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+        parts = [checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return torch.cat(parts, dim=1)
 
     def forward(
         self,
@@ -108,6 +114,7 @@ class BaseWithGate(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         assistant_log_probs: Tensor | None = None,
+        assistant_top1: Tensor | None = None,
         pseudo_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
@@ -117,6 +124,7 @@ class BaseWithGate(nn.Module):
             input_ids, attention_mask: `[B, T]`.
             labels: `[B, T]`, the token id where it is to be predicted, else `IGNORED`; not shifted.
             assistant_log_probs: `[B, T, K]` float32, log-probability of token t under each assistant.
+            assistant_top1: `[B, T, K]` bool, only read for `tokens`.
             pseudo_labels: `[B, T]`, for weak supervision.
             num_items_in_batch: labelled tokens of the whole step (all accumulated batches, all processes); the loss
                 is the sum over this batch divided by it. Without it, by the batch's own count.
@@ -125,7 +133,7 @@ class BaseWithGate(nn.Module):
         mask = labels[:, 1:] != IGNORED  # [B, T-1]; token t+1 is predicted at position t
         gold = labels[:, 1:][mask]  # [N]
         at_gold = hidden[:, :-1][mask]  # [N, H]
-        base_log_probs = self._log_probs(at_gold, gold)
+        base_log_probs, base_right = self._of_base(at_gold, gold)
         if self.head is None or assistant_log_probs is None:
             log_gate, log_probs = base_log_probs.new_zeros(len(gold), 1), base_log_probs[:, None]
         else:
@@ -140,7 +148,13 @@ class BaseWithGate(nn.Module):
                 "objective": losses.sum(),
                 "nll": gate.token_nll(log_gate, log_probs).sum(),
                 "base_nll": -base_log_probs.sum(),
+                "base_right": base_right.sum(),
                 "gate": log_gate.exp().sum(0),  # [1+K]
                 "posterior": gate.log_posterior(log_gate, log_probs).exp().sum(0),  # [1+K]
             }
+            if self.detailed and assistant_top1 is not None:
+                base = torch.stack([base_log_probs, base_right], dim=1)
+                sums["tokens"] = torch.cat(
+                    [base, log_gate, log_probs[:, 1:], assistant_top1[:, 1:][mask].float()], dim=1
+                )
         return {"loss": losses.sum() / (count if num_items_in_batch is None else num_items_in_batch), **sums}

@@ -28,6 +28,7 @@ def summary(folder: Path) -> list[tuple[str, str]]:
         lines.append(("held-out nll per token", _nll(before, after, "eval_nll")))
     if info.assistants and "eval_base_nll" in after:
         lines.append(("of the base alone", _nll(before, after, "eval_base_nll")))
+    lines += _table(before, after, figures.get("rates", []))
     gates = [(a.name, after.get(f"eval_gate/{a.name}")) for a in info.assistants]
     if info.assistants and all(gate is not None for _, gate in gates):
         lines.append(("mean gate, held out", ", ".join(f"{name} {_number(gate):.3f}" for name, gate in gates)))
@@ -55,6 +56,23 @@ def _initial_gate(info: CheckpointInfo) -> list[tuple[str, str]]:
     ]
     fitted = f"precision {_number(found['precision']):.2f}, recall {_number(found['recall']):.2f}"
     return [("labelled to be deferred", ", ".join(shares)), ("initial gate, held out", fitted)]
+
+
+def _table(before: dict[str, Any], after: dict[str, Any], rates: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Held-out text: the base before and after, and the pair at a few rates."""
+
+    def row(accuracy: Any, nll: Any) -> str:
+        return f"{_number(accuracy):6.1%} of the tokens right, {_number(nll):.4f} nats a token"
+
+    lines = []
+    if "eval_base_accuracy" in before:
+        lines.append(("base before training", row(before["eval_base_accuracy"], before["eval_base_nll"])))
+    if "eval_base_accuracy" in after:
+        name = "base after, alone" if lines else "base alone"
+        lines.append((name, row(after["eval_base_accuracy"], after["eval_base_nll"])))
+    for found in rates:
+        lines.append((f"pair, {_number(found['rate']):.0%} deferred", row(found["accuracy"], found["nll"])))
+    return lines
 
 
 def _nll(before: dict[str, Any], after: dict[str, Any], key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from collm.data.collate import Collator
 from collm.files import write_text
+from collm.gate import log_gate
 from collm.models.backbone import rope_switches
 from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead
@@ -33,10 +35,13 @@ from collm.training.hidden import all_hidden
 from collm.training.launching import require_launcher
 from collm.training.model import BaseWithGate, LossConfig
 from collm.training.preparation import Prepared, prepare
-from collm.training.progress import ProgressLines, say
+from collm.training.progress import Teller, Telling
+from collm.training.rates import TokenTable, at_rates
 from collm.training.recipe import Recipe
+from collm.training.reporting import Reports, keep_logs
 from collm.training.resuming import SaveByTime, last_checkpoint
 from collm.training.trainer import CollmTrainer
+from collm.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +74,7 @@ def _run(recipe: Recipe, state: PartialState, progress: bool) -> Path:
         return out
     if recipe.tune != "gate":
         require_launcher(state)
-        training_arguments(recipe, 1)  # a fault in them should not show only after scoring
+    training_arguments(recipe, 1)  # a fault in them should not show only after scoring
     set_seed(recipe.training.seed)
     prepared = prepare(recipe, state, progress)
     if recipe.tune != "gate":
@@ -102,33 +107,57 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[DeferralHead, 
     if recipe.objective == "weak_supervision":
         # With the base frozen, its objective is what the initialisation has minimised.
         head = prepared.head
-        return head, gate_figures(head, validation, LossConfig(), prepared.info)
+        figures = gate_figures(head, validation, LossConfig(), prepared.info)
+        return head, {**figures, **_at_rates(prepared, head, validation)}
     train = gate_data(prepared.train, "train")
     log_path = recipe.out / "log.jsonl"
     log_path.unlink(missing_ok=True)
 
     epochs = math.ceil(options.epochs)
+    watch = Watch(None, _label_share(prepared), recipe.target_rate)
+    reports = Reports(training_arguments(recipe, len(prepared.train.items)), recipe.out, prepared.head)
 
     def log(record: dict[str, float]) -> None:
         with log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if progress and (record["epoch"] % max(1, epochs // 10) == 0 or record["epoch"] == 1):
-            say(f"epoch {record['epoch']} of {epochs}: loss {record['loss']:.4f}, held out {record['eval_loss']:.4f}")
+        reports.log(int(record["epoch"]), record)
+        told = f"loss {record['loss']:.4f}, held out {record['eval_loss']:.4f}, mean gate {record['eval_deferred']:.3f}"
+        teller.step(record["epoch"], told + (f", price {record['price']:.3f}" if "price" in record else ""))
 
     tokens_per_example = prepared.train.count / len(prepared.train.items)
-    head = train_gate(
-        prepared.head,
-        train,
-        validation,
-        _loss_config(recipe),
-        learning_rate=options.gate_learning_rate,
-        epochs=options.epochs,
-        batch_tokens=max(1, round(options.batch_size * options.gradient_accumulation * tokens_per_example)),
-        patience=options.patience or epochs,
-        seed=options.seed,
-        log=log,
-    )
-    return head, gate_figures(head, validation, _loss_config(recipe), prepared.info)
+    with Teller("epoch", enabled=progress) as teller:
+        teller.begin(epochs)
+        head = train_gate(
+            prepared.head,
+            train,
+            validation,
+            _loss_config(recipe),
+            learning_rate=options.gate_learning_rate,
+            epochs=options.epochs,
+            batch_tokens=max(1, round(options.batch_size * options.gradient_accumulation * tokens_per_example)),
+            patience=options.patience or epochs,
+            seed=options.seed,
+            log=log,
+        )
+    reports.end()
+    figures = gate_figures(head, validation, _loss_config(recipe), prepared.info)
+    watch.look(sum(value for key, value in figures.items() if key.startswith("eval_gate/")), None)
+    return head, {**figures, **_at_rates(prepared, head, validation)}
+
+
+def _label_share(prepared: Prepared) -> float | None:
+    shares = prepared.info.training["initialisation"].get("label_share")
+    return None if shares is None else sum(shares[1:])
+
+
+@torch.inference_mode()
+def _at_rates(prepared: Prepared, head: DeferralHead, data: GateData) -> dict[str, Any]:
+    """As `CollmTrainer.evaluate_rates`, for a base that is as it was."""
+    scored = prepared.validation
+    gates = torch.cat([log_gate(head(part.hidden)).cpu() for part in data.parts(head.weight.device)])
+    found = at_rates(TokenTable(scored.base_log_probs, scored.base_top1, gates, scored.log_probs, scored.top1))
+    accuracy = float(scored.base_top1.float().mean())
+    return {"eval_base_accuracy": accuracy, "rates": [dataclasses.asdict(rate) for rate in found]}
 
 
 def _train_model(prepared: Prepared, progress: bool) -> None:
@@ -159,8 +188,7 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(SaveByTime(recipe.training.save_minutes * 60))
-    if progress:
-        trainer.add_callback(ProgressLines())
+    keep_logs(trainer.callback_handler.callbacks, recipe.out)
     if recipe.training.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.patience))
     checkpoint = last_checkpoint(Path(str(arguments.output_dir)))
@@ -170,10 +198,15 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
         info = load_info(checkpoint) if checkpoint else None
         num_steps = math.ceil(len(rows) / rows_per_step(recipe) * recipe.training.epochs)
         trainer.follow(recipe.target_rate, num_steps, info.training.get("price") if info else None)
-    start = _before(trainer, recipe, resumed=checkpoint is not None)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.remove_callback(ProgressLines)  # of the best checkpoint, which is told in the summary
-    end = trainer.evaluate()
+    with Teller("step", enabled=progress and trainer.is_world_process_zero()) as teller:
+        watch = Watch(None, _label_share(prepared), recipe.target_rate)
+        telling = Telling(teller, watch)
+        trainer.add_callback(telling)
+        start = _before(trainer, recipe, resumed=checkpoint is not None)
+        watch.base_nll = start.get("eval_base_nll")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.remove_callback(telling)  # the best checkpoint is told of in the summary
+    end, rates = trainer.evaluate_rates()
     if trainer.is_world_process_zero():
         lines = [json.dumps(record) + "\n" for record in trainer.state.log_history]
         (recipe.out / "log.jsonl").write_text("".join(lines))
@@ -182,6 +215,7 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
         "after": end,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
+        "rates": [dataclasses.asdict(rate) for rate in rates],
     }
     trainer.save_model(str(recipe.out))
 

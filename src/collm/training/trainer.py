@@ -27,6 +27,7 @@ from collm.models.network import load_network
 from collm.training.batching import EpochSampler, evened
 from collm.training.model import BaseWithGate
 from collm.training.price import Price, held_out_loss
+from collm.training.rates import AtRate, TokenTable, at_rates
 from collm.training.resuming import last_checkpoint
 from collm.training.sharding import gathered_weights, shard_gate
 
@@ -52,6 +53,7 @@ class CollmTrainer(Trainer):
         self.tokenizer = tokenizer
         self.gate_learning_rate = gate_learning_rate
         self._sums: dict[str, Tensor] = {}
+        self._tokens: list[Tensor] = []
         self.price: Price | None = None
         """Set by `follow`, where a target rate is asked for."""
         self._step_sums: list[Tensor] = []
@@ -127,6 +129,8 @@ class CollmTrainer(Trainer):
         sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(sums.items())}
         count = max(1.0, float(sums["count"]))
         figures = {name: float(sums[name]) / count for name in ("objective", "nll", "base_nll")}
+        if not self._module.training:
+            figures["base_accuracy"] = float(sums["base_right"]) / count
         for k, assistant in enumerate(self.info.assistants, start=1):
             figures[f"gate/{assistant.name}"] = float(sums["gate"][k]) / count
             figures[f"posterior/{assistant.name}"] = float(sums["posterior"][k]) / count
@@ -165,8 +169,10 @@ class CollmTrainer(Trainer):
         for inputs in self.get_eval_dataloader(rows):
             with self.compute_loss_context_manager():
                 outputs = model(**self._prepare_inputs(inputs))
+            if "tokens" in outputs:
+                self._tokens.append(self._of_all_processes(outputs["tokens"]))
             for name, value in outputs.items():
-                if name != "loss":
+                if name not in ("loss", "tokens"):
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value
         figures = self._figures(sums)
         loss = figures.pop("objective")
@@ -178,6 +184,26 @@ class CollmTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluate_rates(self) -> tuple[dict[str, float], list[AtRate]]:
+        """`evaluate`, and what the pair would make of the held-out text at a few rates (none without assistants)."""
+        module, self._tokens = self._module, []
+        module.detailed = module.head is not None
+        figures = self.evaluate()
+        module.detailed = False
+        if not self._tokens:
+            return figures, []
+        tokens, k = torch.cat(self._tokens), len(self.info.assistants)
+        base, log_gate, log_probs, right = tokens.split([2, 1 + k, k, k], dim=1)
+        return figures, at_rates(TokenTable(base[:, 0], base[:, 1] > 0, log_gate, log_probs, right > 0))
+
+    def _of_all_processes(self, tokens: Tensor) -> Tensor:
+        """`[N, C]` on the CPU; no row begins with NaN, so what evens out the processes can be told."""
+        if self.accelerator.num_processes > 1:
+            padded = self.accelerator.pad_across_processes(tokens, dim=0, pad_index=torch.nan)
+            gathered: Tensor = self.accelerator.gather(padded)
+            tokens = gathered[~gathered[:, 0].isnan()]
+        return tokens.cpu()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         strategy = self.args.train_sampling_strategy
