@@ -106,8 +106,8 @@ def test_scores_and_hidden_states_are_those_of_each_text_alone(
     for left, right in zip(together, alone, strict=True):
         assert left == pytest.approx(right, abs=1e-4)
     items = assemble(examples, formatter, 256, [tmp_path / "together"])
-    hidden, _ = collect_hidden(longrope, items, batch_tokens=10_000, progress=False)
-    single, _ = collect_hidden(longrope, items, batch_tokens=1, progress=False)
+    hidden, _ = collect_hidden(longrope, items, limit=10**9, batch_tokens=10_000, progress=False)
+    single, _ = collect_hidden(longrope, items, limit=10**9, batch_tokens=1, progress=False)
     torch.testing.assert_close(hidden, single, atol=1e-4, rtol=1e-4)
 
 
