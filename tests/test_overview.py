@@ -25,8 +25,9 @@ from collm.evaluation.evaluate import evaluate
 from collm.evaluation.overview import Overview, common_settings, overview_html, read_results, system_row, write_overview
 from collm.evaluation.result import EvalResult, trace_path
 from collm.evaluation.written import Written, choose, read_written
-from collm.report.chart import Point, Series, line_chart, look
+from collm.report.chart import Chart, Point, Series, chart_svg, look
 from collm.report.histogram import histogram
+from collm.report.plots import curve_chart
 from collm.report.tokens import token_figures
 from collm.report.trace import Trace, append_trace, read_traces
 from collm.sampling_params import SamplingParams
@@ -98,9 +99,15 @@ def test_all_that_was_asked_for_is_on_the_page(files: list[Path]) -> None:
     for what in ("Holm-corrected", "Calibration on word_problems", "Kinds of tokens", "Tokens most often deferred"):
         assert what in shown
     curves = [tag for tag, attrs in page.tags if attrs.get("class") == "curve"]
-    assert len(curves) == 3 + 4  # two of the systems, one calibration; a gate's histogram for all but "no gate" ...
+    # Each is there twice, for wide screens and for phones.
+    assert len(curves) == 2 * (
+        3 + 4
+    )  # two of the systems, one calibration; a gate's histogram for all but "no gate" ...
     assert shown.count("The gate") == 4  # ... and but the base alone, which deferred nothing
-    assert [tag for tag, _ in page.tags].count("polyline") == 3  # the pair's by rate and by cost, the calibration's
+    assert [tag for tag, _ in page.tags].count("polyline") == 2 * 3  # the pair's by rate and by cost, the calibration's
+    # The base alone is a line in both curves of the systems, and the calibration has its two ends.
+    levels = [attrs for _, attrs in page.tags if attrs.get("class") == "level"]
+    assert len(levels) == 2 * (2 + len(curve_chart(table()).levels)) and "alone: " in shown
     assert [tag for tag, _ in page.tags].count("article") == 6 * len(files)
     assert "6 of 24 texts, drawn by seed 0" in shown and text.count('<span class="back">') == 1
     assert "transformers" in shown and '"word_problems' not in shown
@@ -194,7 +201,7 @@ def test_two_assistants_have_two_colours() -> None:
     bars = [
         attrs["fill"] or "" for tag, attrs in page.tags if tag == "rect" and "height" in attrs and "rx" not in attrs
     ]
-    assert len(bars) == 3 and len(set(bars)) == 3
+    assert len(bars) == 2 * 3 and len(set(bars)) == 3  # for wide screens and for phones
     assert "not known" in "".join(page.text) and "Paired tests" not in "".join(page.text)
 
 
@@ -318,13 +325,13 @@ def test_cost_weighs_passes_by_model(files: list[Path]) -> None:
 
 def test_charts_keep_inside_their_frame_and_marks_differ() -> None:
     lines = [Series(str(i), (Point(i / 10, 0.5 + i / 100, (0.4, 0.7), "told"),), i) for i in range(9)]
-    svg = line_chart(lines, title="t", x_label="x", y_label="y")
+    svg = chart_svg(Chart(tuple(lines), "t", "x", "y"))
     places = [
         tuple(map(float, pair)) for pair in re.findall(r'(?:cx|translate\()="?([\d.]+)[" ]+(?:cy=")?([\d.]+)', svg)
     ]
     assert all(0 < x <= 720 and 0 < y < 340 for x, y in places)
     assert len({look(number) for number in range(40)}) == 40
-    flat = line_chart([Series("a", (Point(0.0, 0.0),))], title="t", x_label="x", y_label="y")
+    flat = chart_svg(Chart((Series("a", (Point(0.0, 0.0),)),), "t", "x", "y"))
     assert "nan" not in flat
     empty = histogram([[0, 0, 0]], ["a"], ["red"], bin_names=["1", "2"], title="t", x_label="x", y_label="y")
     assert "<rect" not in empty

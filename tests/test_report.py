@@ -17,8 +17,10 @@ from rich.console import Console
 from test_trace import sample
 
 from collm.models.info import CalibrationRow, CalibrationTable
+from collm.report.chart import Chart, Level, Point, Series, bounds
 from collm.report.html import Page, html_report, write_html
-from collm.report.plots import curve_csv, curve_svg, save_curve
+from collm.report.pages import source
+from collm.report.plots import curve_chart, curve_csv, curve_svg, save_curve
 from collm.report.systems import SystemRow, systems_table
 from collm.report.terminal import coloured, legend, plain, print_generation, print_traces, summary
 from collm.report.trace import Trace
@@ -123,7 +125,7 @@ def test_the_page_has_table_curve_and_a_limit() -> None:
     page = PageReader(text)
     tags = [tag for tag, _ in page.tags]
     assert tags.count("article") == 1 and "first 1 of 2" in text
-    assert tags.count("polyline") == 1
+    assert tags.count("polyline") == 2  # for wide screens and for phones
     assert "prefers-color-scheme: dark" in text
     [best] = re.findall(r'<tr class="best">(.*?)</tr>', text, re.DOTALL)
     assert "pair" in best and "30.0% to 50.0%" in re.sub("<[^>]*>", "", best)
@@ -232,3 +234,37 @@ def test_curve_files_are_written(tmp_path: Path) -> None:
     assert written[2].read_bytes().startswith(b"\x89PNG")
     ElementTree.parse(written[1])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_coloured_text_and_its_panel_stand_alone() -> None:
+    """Other pages take these two files as they are: every colour they use is theirs, every element they make."""
+    style, script = source("tokens.css"), source("tokens.js")
+    used, set_here = (set(re.findall(pattern, style)) for pattern in (r"var\((--[\w-]+)", r"(--[\w-]+):"))
+    assert used - set_here <= {"--g"}  # a token's own, set on its element
+    assert "getElementById" not in script and "collmTokens" in script
+    assert 'id="tip"' not in html_report([sample()])
+
+
+def test_stacked_tables_name_their_cells() -> None:
+    rows = (SystemRow("alone", 0.2, (0.1, 0.3), "single", 0.0), SystemRow("pair", 0.4, (0.3, 0.5), "joint", 0.1, 0.05))
+    page = PageReader(html_report([sample()], Page(systems=rows, curve=table())))
+    cells = [attrs for tag, attrs in page.tags if tag == "td" and attrs.get("class") == "num"]
+    assert cells and all(attrs.get("data-label") for attrs in cells)
+
+
+def test_a_curve_has_its_ends_as_lines_in_every_picture(tmp_path: Path) -> None:
+    rows = [
+        CalibrationRow(target_rate=0, achieved_rate=0, threshold=1, log_odds=math.inf, metric_value=0.2),
+        CalibrationRow(target_rate=0.1, achieved_rate=0.1, threshold=0.5, log_odds=0.0, metric_value=0.5),
+        CalibrationRow(target_rate=1, achieved_rate=0.3, threshold=0, log_odds=-math.inf, metric_value=0.4),
+    ]
+    made = CalibrationTable(task="t", metric="exact_match", seed=0, num_prompts=9, rows=rows)
+    assert {(level.name, level.y) for level in curve_chart(made).levels} == {
+        ("base alone", 0.2),
+        ("always asking", 0.4),
+    }
+    svg = curve_svg(made)
+    assert svg.count('class="level"') == 2 and "base alone: 20.0%" in svg
+    # A level above all points is inside the picture.
+    high = Chart((Series("a", (Point(0.1, 0.2),)),), "t", "x", "y", levels=(Level("b", 0.9),))
+    assert bounds(high.series, levels=high.levels)[1][-1] >= 0.9

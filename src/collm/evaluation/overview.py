@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from collm.evaluation.written import Written
 from collm.files import write_text
 from collm.models.info import CalibrationTable
 from collm.report.axes import MUTED
-from collm.report.chart import Series, line_chart
+from collm.report.chart import Chart, Level, Series, chart_svg, for_page
 from collm.report.histogram import histogram
 from collm.report.pages import render
-from collm.report.plots import curve_svg
+from collm.report.plots import curve_chart
 from collm.report.samples import NUM_COLOURS
 from collm.report.systems import SystemRow
 from collm.report.tokens import EDGES
 
 LEARNT = ("threshold", "sampled", "compose", "expected_gain")
 """Ways of decoding that go by what the base has learnt; all others are there for comparison."""
+RATE, COST = "tokens written by an assistant", "forward passes per token"
+"""What stands on the x axes."""
 MOST_DEFERRED = 15
 """How many tokens the table of deferred ones shows."""
 
@@ -121,6 +124,7 @@ def overview_html(overview: Overview) -> str:
     comparisons, untested = overview.comparisons()
     rows = [system_row(r, f"task {r.task} v{r.task_version}" if r in untested else "") for r in results]
     metric = rival.metric.replace("_", " ")
+    levels = _alone(rows, [result not in untested for result in results])
     return render(
         "overview.html",
         title=overview.title,
@@ -131,11 +135,11 @@ def overview_html(overview: Overview) -> str:
         comparisons=comparisons,
         untested=[result.name for result in untested],
         by_rate=by_rate,
-        rate_chart=_chart(by_rate, f"{metric} against deferral rate", "tokens written by an assistant", metric, True),
+        rate_chart=_chart(by_rate, levels, f"{metric} against deferral rate", RATE, metric),
         by_cost=by_cost,
-        cost_chart=_chart(by_cost, f"{metric} against cost", "forward passes per token", metric, False),
+        cost_chart=_chart(by_cost, levels, f"{metric} against cost", COST, metric),
         weights=overview.weights,
-        calibrations=[(table, Markup(curve_svg(table))) for table in overview.calibrations],
+        calibrations=[(table, for_page(partial(chart_svg, curve_chart(table)))) for table in overview.calibrations],
         written=overview.written,
         deferring=[w for w in overview.written if w.figures is not None and w.result.deferral_rate > 0],
         gate_histograms={w.result.name: _gates(w) for w in overview.written if w.gated},
@@ -151,28 +155,36 @@ def write_overview(overview: Overview, path: str | Path) -> None:
     write_text(Path(path), overview_html(overview))
 
 
-def _chart(lines: Sequence[Series], title: str, x_label: str, metric: str, shares: bool) -> Markup | None:
+def _alone(rows: Sequence[SystemRow], tested: Sequence[bool]) -> tuple[Level, ...]:
+    """Systems that are one model alone: lines in every curve, so that a pair is seen beside its parts."""
+    return tuple(
+        Level(row.name, row.value) for row, fit in zip(rows, tested, strict=True) if fit and row.kind == "single"
+    )
+
+
+def _chart(lines: Sequence[Series], levels: tuple[Level, ...], title: str, x_label: str, metric: str) -> Markup | None:
     if not lines:
         return None
-    return Markup(line_chart(lines, title=title, x_label=x_label, y_label=metric, x_percent=shares))
+    chart = Chart(tuple(lines), title, x_label, metric, x_percent=x_label == RATE, levels=levels)
+    return for_page(partial(chart_svg, chart))
 
 
 def _gates(written: Written) -> Markup:
     figures, threshold = written.figures, written.threshold
     assert figures is not None
     inside = threshold is not None and EDGES[0] <= threshold <= EDGES[-1]
-    return Markup(
-        histogram(
-            figures.gates,
-            figures.models,
-            [MUTED, *(f"var(--a{(author - 1) % NUM_COLOURS + 1},#e69f00)" for author in range(1, len(figures.models)))],
-            bin_names=[_probability(edge) if edge % 2 == 0 else "" for edge in EDGES],
-            title=f"{written.result.name}: tokens by the gate's chance of deferring",
-            x_label="the gate's chance of deferring (log-odds scale)",
-            y_label="tokens",
-            mark=1 + threshold - EDGES[0] if inside and threshold is not None else None,
-        )
+    draw = partial(
+        histogram,
+        figures.gates,
+        figures.models,
+        [MUTED, *(f"var(--a{(author - 1) % NUM_COLOURS + 1},#e69f00)" for author in range(1, len(figures.models)))],
+        bin_names=[_probability(edge) if edge % 2 == 0 else "" for edge in EDGES],
+        title=f"{written.result.name}: tokens by the gate's chance of deferring",
+        x_label="the gate's chance of deferring (log-odds scale)",
+        y_label="tokens",
+        mark=1 + threshold - EDGES[0] if inside and threshold is not None else None,
     )
+    return for_page(lambda width, height: draw(width=width, height=height), 280)
 
 
 def _probability(log_odds: float) -> str:

@@ -5,10 +5,12 @@ What a reader may want to know of a point is its `<title>`, which browsers show 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from collm.report.axes import INK, LEFT, MUTED, SURFACE, TOP, Frame, ticks
+from markupsafe import Markup
+
+from collm.report.axes import INK, LEFT, MUTED, RIGHT, SURFACE, TOP, Frame, ticks
 from collm.report.samples import text
 
 COLOURS = (
@@ -44,10 +46,33 @@ class Series:
     look: int = 0
 
 
-def bounds(series: Sequence[Series], x_start: float | None = 0.0) -> tuple[list[float], list[float]]:
-    """Ticks of both axes that cover all points and their intervals; the x axis begins at `x_start`, if given."""
+@dataclass(frozen=True)
+class Level:
+    """What a system reaches that has no rate of its own, one model alone for instance: a dashed line."""
+
+    name: str
+    y: float
+    look: int = len(COLOURS) - 1
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A curve, whatever draws it: values of a metric (a share) against `x` (a share, or a number from 0)."""
+
+    series: tuple[Series, ...]
+    title: str
+    x_label: str
+    y_label: str
+    x_percent: bool = True
+    levels: tuple[Level, ...] = ()
+
+
+def bounds(
+    series: Sequence[Series], x_start: float | None = 0.0, levels: Sequence[Level] = ()
+) -> tuple[list[float], list[float]]:
+    """Ticks of both axes that cover all points, intervals and levels; the x axis begins at `x_start`, if given."""
     points = [point for one in series for point in one.points]
-    values = [value for point in points for value in (point.y, *(point.ci95 or ()))]
+    values = [value for point in points for value in (point.y, *(point.ci95 or ()))] + [level.y for level in levels]
     high, low = max(values), max(0.0, min(values))
     if high - low < 0.05:  # a flat curve still needs a scale
         low = max(0.0, high - 0.05)
@@ -57,25 +82,18 @@ def bounds(series: Sequence[Series], x_start: float | None = 0.0) -> tuple[list[
     return ticks(start, max([start + 0.01, *places])), ticks(low, high)
 
 
-def line_chart(
-    series: Sequence[Series],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    x_percent: bool = True,
-    width: int = 720,
-    height: int = 340,
-) -> str:
-    """Values of a metric (a share) against `x` (a share, or a number from 0). One series gets a band for its intervals,
-    several get bars, which may lie over one another."""
-    x_ticks, y_ticks = bounds(series)
+def chart_svg(chart: Chart, width: int = 720, height: int = 340) -> str:
+    """The curve as an SVG element. One series gets a band for its intervals, several get bars, which may lie over one
+    another."""
+    x_ticks, y_ticks = bounds(chart.series, levels=chart.levels)
     frame = Frame(x_ticks, y_ticks, width, height)
-    x_names = [f"{100 * tick:.6g} %" if x_percent else f"{tick:.6g}" for tick in x_ticks]
-    parts = frame.axes(title, x_names, [f"{100 * tick:.6g} %" for tick in y_ticks], x_label, y_label)
-    drawn = [(look(one.look), one.points) for one in series]
+    x_names = [f"{100 * tick:.6g} %" if chart.x_percent else f"{tick:.6g}" for tick in x_ticks]
+    y_names = [f"{100 * tick:.6g} %" for tick in y_ticks]
+    parts = frame.axes(chart.title, x_names, y_names, chart.x_label, chart.y_label)
+    parts += _levels(frame, chart.levels)
+    drawn = [(look(one.look), one.points) for one in chart.series]
     for (colour, _), points in drawn:
-        parts += _band(frame, colour, points) if len(series) == 1 else _bars(frame, colour, points)
+        parts += _band(frame, colour, points) if len(drawn) == 1 else _bars(frame, colour, points)
     for (colour, _), points in drawn:
         if len(points) > 1:
             path = " ".join(f"{frame.x(point.x)},{frame.y(point.y)}" for point in points)
@@ -87,6 +105,16 @@ def line_chart(
             if point.note:
                 parts.append(_note(frame, colour, point))
     return "".join(parts) + "</svg>"
+
+
+def for_page(draw: Callable[[int, int], str], height: int = 340) -> Markup:
+    """A picture for wide screens and one for phones, whose letters would be too small in the other; CSS shows one.
+
+    Args:
+        draw: makes an SVG element of a width and a height.
+    """
+    wide, narrow = draw(720, height), draw(360, min(height, 300))
+    return Markup(f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>')
 
 
 def look(number: int) -> tuple[str, str]:
@@ -111,6 +139,24 @@ def _mark(x: float, y: float, colour: str, shape: str, told: str) -> str:
         "cross": "M-1.8-5.4H1.8V-1.8H5.4V1.8H1.8V5.4H-1.8V1.8H-5.4V-1.8H-1.8Z",
     }
     return f'<path d="{paths[shape]}" transform="translate({x} {y})" {paint}>{title}</path>'
+
+
+def _levels(frame: Frame, levels: Sequence[Level]) -> list[str]:
+    """Dashed lines, each with its name at the right end; of two that lie close, the lower one has it below."""
+    parts: list[str] = []
+    above: float | None = None
+    for level in sorted(levels, key=lambda level: -level.y):
+        y, colour, end = frame.y(level.y), look(level.look)[0], frame.width - RIGHT
+        below = above is not None and y - above < 16
+        told = f"{text(level.name)}: {level.y:.1%}"
+        parts.append(
+            f'<path class="level" d="M{LEFT} {y}H{end}" stroke="{colour}" stroke-width="1.5" stroke-dasharray="6 4">'
+            f"<title>{told}</title></path>"
+            f'<text x="{end}" y="{y + 13 if below else y - 5}" text-anchor="end" font-size="11" fill="{MUTED}" '
+            f'stroke="{SURFACE}" stroke-width="3" paint-order="stroke">{told}</text>'
+        )
+        above = y + (13 if below else 0)
+    return parts
 
 
 def _note(frame: Frame, colour: str, point: Point) -> str:

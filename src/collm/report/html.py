@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from markupsafe import Markup
 
 from collm.files import write_text
 from collm.models.info import CalibrationTable
+from collm.report.chart import chart_svg, for_page
 from collm.report.pages import render
-from collm.report.plots import curve_svg
+from collm.report.plots import curve_chart
 from collm.report.systems import SystemRow
 from collm.report.trace import Trace
 
@@ -45,7 +45,7 @@ def html_report(traces: Sequence[Trace], page: Page | None = None) -> str:
         tiles=_tiles(traces) if traces else [],
         systems=page.systems,
         metric=page.metric,
-        curve=None if page.curve is None else Markup(curve_svg(page.curve)),
+        curve=None if page.curve is None else for_page(partial(chart_svg, curve_chart(page.curve))),
         table=page.curve,
         traces=traces,
         max_samples=page.max_samples,

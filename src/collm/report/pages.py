@@ -16,6 +16,9 @@ from collm.report.samples import author_class, tokens_html
 from collm.report.systems import SystemRow, further_metrics, percent
 from collm.report.terminal import printable
 
+SCRIPTS, STYLES = ("tokens.js", "page.js"), ("page.css", "tokens.css")
+"""What a page is given. `tokens.js` and `tokens.css` are the coloured text and its panel; they stand alone."""
+
 
 def render(template: str, **context: Any) -> str:
     """The page that a template of this package makes of `context`.
@@ -23,6 +26,11 @@ def render(template: str, **context: Any) -> str:
     Values are escaped, with control characters shown, unless they are `Markup`; an unknown name is an error.
     """
     return _environment().get_template(template).render(context)
+
+
+def source(name: str) -> str:
+    """A file of `templates/`, for pages that are made elsewhere."""
+    return files("collm.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def visible(piece: str) -> str:
@@ -43,7 +51,7 @@ def reach(rows: Sequence[SystemRow]) -> float:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=FunctionLoader(_source),
+        loader=FunctionLoader(source),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -59,8 +67,8 @@ def _environment() -> Environment:
         "compact": lambda value: json.dumps([printable(item) for item in value]),
     }
     environment.globals |= {
-        "css": Markup(_source("page.css")),
-        "script": Markup(_source("page.js")),
+        "css": Markup("\n".join(map(source, STYLES))),
+        "script": Markup("\n".join(map(source, SCRIPTS))),
         "author_class": author_class,
         "tokens_html": tokens_html,
         "further_metrics": further_metrics,
@@ -68,10 +76,6 @@ def _environment() -> Environment:
         "key_svg": lambda number: Markup(key_svg(number)),
     }
     return environment
-
-
-def _source(name: str) -> str:
-    return files("collm.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _shown(value: Any) -> Any:

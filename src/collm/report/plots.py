@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from pathlib import Path
 
 from collm.files import replacing, write_text
 from collm.models.info import CalibrationRow, CalibrationTable
-from collm.report.chart import Point, Series, bounds, line_chart
+from collm.report.chart import Chart, Level, Point, Series, bounds, chart_svg, look
 
+HEX = re.compile(r"(?:var\(.*,)?(#\w+)\)?")
+"""A colour of the page, with the value that it has elsewhere."""
 COLUMNS = (
     "target_rate",
     "achieved_rate",
@@ -57,15 +61,23 @@ def curve_series(table: CalibrationTable, name: str = "") -> Series:
     return Series(name or table.task, tuple(points))
 
 
-def curve_svg(table: CalibrationTable) -> str:
-    """The curve as an SVG element to stand in a page, with its intervals."""
+def curve_chart(table: CalibrationTable) -> Chart:
+    """The curve, with the base alone and the assistants wherever they have something to say as lines."""
     metric = table.metric.replace("_", " ")
-    return line_chart(
-        [curve_series(table)],
+    ends = {-math.inf: "always asking", math.inf: "base alone"}
+    levels = {ends[row.log_odds]: row.metric_value for row in table.rows if row.log_odds in ends}
+    return Chart(
+        (curve_series(table),),
         title=f"{metric} against the share of tokens written by assistants, task {table.task}",
         x_label="tokens written by an assistant",
         y_label=metric,
+        levels=tuple(Level(name, value) for name, value in levels.items()),
     )
+
+
+def curve_svg(table: CalibrationTable) -> str:
+    """The curve as an SVG element, with its intervals."""
+    return chart_svg(curve_chart(table))
 
 
 def save_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:
@@ -89,35 +101,50 @@ def save_curve_png(table: CalibrationTable, path: str | Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         CollmError: the file cannot be written.
     """
+    save_png(curve_chart(table), path, title=f"{table.task}: {table.num_prompts} prompts")
+
+
+def save_png(chart: Chart, path: str | Path, title: str = "") -> None:
+    """A chart as `chart_svg` has it, drawn with matplotlib.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+        CollmError: the file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = _points(table)
-    x = [100 * row.achieved_rate for row, _ in points]
+    scale = 100 if chart.x_percent else 1
     figure = Figure(figsize=(7.2, 3.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    with_interval = [row for row, _ in points if row.ci95 is not None]
-    axes.fill_between(
-        [100 * row.achieved_rate for row in with_interval],
-        [100 * row.ci95[0] for row in with_interval if row.ci95],
-        [100 * row.ci95[1] for row in with_interval if row.ci95],
-        alpha=0.15,
-        color="#0072b2",
-        linewidth=0,
-        label="95 % interval",
-    )
-    axes.plot(x, [100 * row.metric_value for row, _ in points], "o-", color="#0072b2", markersize=5)
-    for row, best in points:
-        if best:
-            at = (100 * row.achieved_rate, 100 * row.metric_value)
-            axes.plot(*at, "o", markersize=13, fillstyle="none", color="#d55e00", label=f"best: {at[1]:.1f} %")
-    x_ticks, y_ticks = bounds([curve_series(table)])
-    axes.set_xlim(-0.01 * 100 * x_ticks[-1], 100 * x_ticks[-1])
+    for one in chart.series:
+        colour = HEX.fullmatch(look(one.look)[0])
+        assert colour is not None
+        known = [(scale * point.x, *point.ci95) for point in one.points if point.ci95 is not None]
+        axes.fill_between(
+            [x for x, _, _ in known],
+            [100 * low for _, low, _ in known],
+            [100 * high for _, _, high in known],
+            alpha=0.15,
+            color=colour[1],
+            linewidth=0,
+            label="95 % interval" if len(chart.series) == 1 else None,
+        )
+        x, y = [scale * point.x for point in one.points], [100 * point.y for point in one.points]
+        axes.plot(x, y, "o-", color=colour[1], markersize=5, label=one.name if len(chart.series) > 1 else None)
+        for point in one.points:
+            if point.note:
+                at = (scale * point.x, 100 * point.y)
+                axes.plot(*at, "o", markersize=13, fillstyle="none", color="#d55e00", label=point.note)
+    for level, style in zip(chart.levels, ("--", ":", "-.") * len(chart.levels), strict=False):
+        axes.axhline(100 * level.y, color="#5d6573", linewidth=1, linestyle=style, label=f"{level.name}: {level.y:.1%}")
+    x_ticks, y_ticks = bounds(chart.series, levels=chart.levels)
+    axes.set_xlim(-0.01 * scale * x_ticks[-1], scale * x_ticks[-1])
     axes.set_ylim(100 * y_ticks[0], 100 * y_ticks[-1])
-    axes.set_xlabel("tokens written by an assistant (%)")
-    axes.set_ylabel(f"{table.metric.replace('_', ' ')} (%)")
-    axes.set_title(f"{table.task}: {table.num_prompts} prompts", fontsize=10)
+    axes.set_xlabel(f"{chart.x_label} (%)" if chart.x_percent else chart.x_label)
+    axes.set_ylabel(f"{chart.y_label} (%)")
+    axes.set_title(title or chart.title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
