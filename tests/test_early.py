@@ -20,6 +20,7 @@ import collm
 from collm.cli import main
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, CheckpointInfo, save_info
+from collm.signs import sign
 from collm.training.checking import check_recipe
 from collm.training.recipe import parse_recipe
 
@@ -187,3 +188,13 @@ def test_a_right_recipe_passes_and_an_assistant_that_is_not_opened_may_be_elsewh
 def test_a_pipe_gets_a_sign(place: Path) -> None:
     done = CliRunner().invoke(main, ["generate", str(place / "base"), "x", "--alone", "base", "--max-tokens", "1"])
     assert done.exit_code == 0 and done.stderr.startswith(f"loading {place / 'base'}")
+
+
+def test_a_notebook_gets_a_sign_and_a_script_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sign("it begins")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    sign("it begins")
+    assert capsys.readouterr().err == "it begins\n"

@@ -16,6 +16,7 @@ ORDER = [
     "types",
     "sampling_params",
     "errors",
+    "signs",
     "files",
     "text",
     "gate",

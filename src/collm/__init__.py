@@ -6,6 +6,7 @@ What most users need stands here. The names are imported when they are first use
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,18 @@ _HOME = {
     "SamplingParams": "collm.sampling_params",
 }
 """Where a name lives; the others in `__all__` are in `collm.types`."""
+_HEAVY = ("collm.llm", "collm.gate")
 
 
 def __getattr__(name: str) -> object:
     if name.startswith("_") or name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(_HOME.get(name, "collm.types")), name)
+    home = _HOME.get(name, "collm.types")
+    if home in _HEAVY and "torch" not in sys.modules:
+        from collm.signs import sign
+
+        sign("importing torch and transformers takes some seconds")
+    value: object = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

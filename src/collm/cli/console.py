@@ -70,7 +70,11 @@ def waiting(what: str) -> Iterator[None]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        click.echo(what, err=True)
+        context = click.get_current_context(silent=True)
+        told = set() if context is None else context.meta.setdefault("collm.told", set())
+        if what not in told:
+            told.add(what)
+            click.echo(what, err=True)
         yield
         return
     with console.status(what):

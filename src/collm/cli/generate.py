@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from collm.llm import Chunk
+    from collm.llm.checking import Outline
     from collm.types import Generation, Message
 
 
@@ -59,12 +60,11 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     request = question if raw else messages
 
     outline = check_llm(checkpoint, options, params)
-    if outline.has_chat_template is False and not raw:
-        raise CollmError(
-            f"{outline.base} has no chat template, which a question needs: with --raw the models continue PROMPT as it "
-            "stands"
-        )
+    if not raw:
+        _require_template(outline, outline.has_chat_template)
     llm = load_llm(checkpoint, options)
+    if not raw and outline.has_chat_template is None:  # of a hub id, say, it is known only now
+        _require_template(outline, bool(llm.tokenizer.chat_template))
     if options["stream"]:
         generation = _show_stream(llm.stream(request, params, alone=options["alone"]), options["plain"])
     else:
@@ -73,6 +73,14 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     _keep(generation, request, question, options)
     if generation.error is not None:
         raise CollmError(generation.error)
+
+
+def _require_template(outline: Outline, there: bool | None) -> None:
+    if there is False:
+        raise CollmError(
+            f"{outline.base} has no chat template, which a question needs: with --raw the models continue PROMPT as it "
+            "stands"
+        )
 
 
 def _show_stream(chunks: Iterable[Chunk], plain: bool) -> Generation:

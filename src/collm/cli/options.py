@@ -272,8 +272,11 @@ def check_llm(checkpoint: str, options: Mapping[str, Any], params: SamplingParam
 
     try:
         found = outline(checkpoint, list(options["assistants"]), base=options["base"], dtype=options["dtype"])
-        if params is not None:
-            check_request(found, params, options.get("alone"))
+        if params is not None and options.get("alone") is not None:
+            check_request(found, params, options["alone"])
+        elif params is not None:
+            with waiting(f"loading {checkpoint}"):
+                check_request(found, params)
     except CollmError as error:
         raise CollmError(_as_options(str(error))) from error
     return found

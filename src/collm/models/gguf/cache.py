@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from collm.errors import CollmError
 from collm.files import cache_folder, write_text
 from collm.models.gguf.header import Header
+from collm.signs import sign
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class _locked:
         try:
             self.lock.acquire(timeout=1)
         except Timeout:
-            logger.info("%s: another process is converting it; waiting", self.header.path.name)
+            sign(f"{self.header.path.name}: another process is converting it; waiting")
             self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,6 @@ cache, by the hash of the file, with its tokenizer and configuration: the same v
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +20,11 @@ from collm.models.gguf.header import Header, read_header
 from collm.models.gguf.splitting import ADDS_BOS, SPLITS, split_as
 from collm.models.guard import require_every_tensor
 from collm.models.network import load_network, loading
+from collm.signs import sign
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 TEXT = "text"
 """The part of a conversion that is no weights: configuration and tokenizer."""
@@ -43,7 +41,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     size = header.num_values * dtype.itemsize
 
     def write(folder: Path) -> None:
-        logger.info("%s: converting it once for later starts", path.name)
+        sign(f"{path.name}: converting it once for later starts")
         _save(_dequantised(header, dtype), folder)
 
     folder = kept(header, "float32") if name != "float32" else None
