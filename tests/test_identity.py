@@ -20,15 +20,8 @@ from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.evaluation.reading import read
 from collm.evaluation.system import settings_of
-from collm.identity import (
-    differences,
-    differing,
-    local_identity,
-    remote_identity,
-    system_identity,
-    weights_identity,
-    writer_identity,
-)
+from collm.identity.comparing import differences, differing
+from collm.identity.finding import local_identity, remote_identity, system_identity, weights_identity, writer_identity
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import save_checkpoint
 from collm.models.head import DeferralHead

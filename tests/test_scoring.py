@@ -29,7 +29,7 @@ from collm.data.resumable import plan_batches
 from collm.data.scores import load_info, partial_path
 from collm.data.scoring import load_scores, score, score_batch, score_tool, scores_fingerprint
 from collm.errors import CollmError
-from collm.identity import local_identity
+from collm.identity.finding import local_identity
 from collm.models import backbone
 from collm.types import Answer, Prediction, Query
 

@@ -23,7 +23,7 @@ from collm.bench.result import BenchResult, Cell, Kind, cell_key
 from collm.bench.systems import Effort
 from collm.errors import CollmError
 from collm.evaluation.result import commit, versions
-from collm.identity import differences
+from collm.identity.comparing import differences
 
 FILE = "bench.json"
 KINDS: tuple[Kind, ...] = get_args(Kind)

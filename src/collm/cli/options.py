@@ -302,7 +302,7 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
 
 def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Names of a system, for people: what decides its answers is read from the models."""
-    from collm.identity import NAMED
+    from collm.identity.comparing import NAMED
 
     return {
         NAMED: {"checkpoint": checkpoint, "assistants": list(options["assistants"]), "base": options["base"]},

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
-from collm.identity import RULES, Identity, differing, prompts_identity
+from collm.identity.comparing import Identity, differing
+from collm.identity.finding import RULES, prompts_identity
 from collm.models.tokenizers import tokenizer_fingerprint
 
 FORMAT_VERSION = 2

@@ -20,7 +20,7 @@ from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
 from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fingerprint
 from collm.errors import CollmError
-from collm.identity import local_identity, writer_identity
+from collm.identity.finding import local_identity, writer_identity
 from collm.models.backbone import check_project, hidden_states, logits_rows, project, rope_switches
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size

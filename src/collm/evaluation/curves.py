@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collm.evaluation.result import EvalResult
-from collm.identity import NAMED
+from collm.identity.comparing import NAMED
 from collm.report.chart import Point, Series
 
 _NUMBER = re.compile(r"-?\b(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|inf)\b")

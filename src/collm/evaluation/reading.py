@@ -22,7 +22,8 @@ from collm.data.resumable import progress_bar
 from collm.decoding.policies import entropy, top_log_prob
 from collm.errors import CollmError
 from collm.files import claimed
-from collm.identity import differences, system_identity
+from collm.identity.comparing import differences
+from collm.identity.finding import system_identity
 from collm.types import BASE, Answer, Fault, LanguageModel, Prediction, Query
 
 READING_VERSION = 2

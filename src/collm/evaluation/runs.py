@@ -11,7 +11,7 @@ from typing import Any
 from collm.errors import CollmError
 from collm.evaluation.result import is_result, result_path
 from collm.files import claimed, require_apart, require_own, write_text
-from collm.identity import differences
+from collm.identity.comparing import differences
 from collm.report.trace import (
     HEADER_KEY,
     Trace,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from collm.errors import CollmError
-from collm.identity import system_identity, without_addresses
+from collm.identity.finding import system_identity, without_addresses
 from collm.llm import CollaborativeLM
 from collm.llm.methods import Method, make_method
 from collm.sampling_params import SamplingParams

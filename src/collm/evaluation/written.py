@@ -9,7 +9,7 @@ from pathlib import Path
 
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.result import EvalResult, trace_path
-from collm.identity import differences
+from collm.identity.comparing import differences
 from collm.report.tokens import TokenFigures, token_figures
 from collm.report.trace import HEADER_KEY, Trace, read_rows, stream_traces
 

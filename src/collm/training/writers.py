@@ -15,7 +15,7 @@ from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scores import Fingerprint, load_info, load_scores, scores_fingerprint
 from collm.data.scoring import score, score_tool
 from collm.errors import CollmError
-from collm.identity import local_identity, writer_identity
+from collm.identity.finding import local_identity, writer_identity
 from collm.models.info import AssistantInfo
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
 from collm.models.specs import is_tool

@@ -16,7 +16,7 @@ from collm.errors import CollmError
 from collm.evaluation.likelihood import Likelihood
 from collm.evaluation.runs import HEADER_VERSION
 from collm.files import claimed
-from collm.identity import differences
+from collm.identity.comparing import differences
 from collm.report.trace import HEADER_KEY, Trace, trace_from_dict, trace_to_dict
 
 TRACES = "traces.jsonl"
