@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from pydantic import ValidationError
 from collm import files
 from collm.errors import CollmError
 from collm.files import write_text
+from collm.models.info import load_info
+from collm.training.made_from import DAY, FILES, MADE_FROM, RUN, begun, confirm_finished, first_day, load_run
 from collm.training.recipe import Recipe
 
-RUN = "run.json"
-"""The recipe that the folder belongs to, so that another recipe does not go on from its checkpoints."""
+OURS = (MADE_FROM, FILES, DAY)
 LOCK = ".lock"
 
 
@@ -38,22 +40,28 @@ def claimed(recipe: Recipe, restart: bool) -> Iterator[None]:
 
 def _claim(recipe: Recipe, restart: bool) -> None:
     out, path = recipe.out, recipe.out / RUN
-    wanted = _identity(recipe)
+    wanted: dict[str, Any] = _identity(recipe)
     if restart:
         for name in ("checkpoints", "init"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("collm.json", RUN, "log.jsonl"):
             (out / name).unlink(missing_ok=True)
-    if path.is_file():
-        found = _with_defaults(json.loads(path.read_text()), out)
+    kept: dict[str, Any] = {DAY: first_day(out)}
+    if path.is_file() and begun(out):
+        run = load_run(out)
+        found = _with_defaults({key: value for key, value in run.items() if key not in OURS}, out)
         differing = sorted(key for key in wanted if found.get(key) != wanted[key])
-        begun = any((out / name).exists() for name in ("collm.json", "checkpoints", "init"))
-        if differing and begun:
+        if differing:
             raise CollmError(
                 f"{out} holds a run of another recipe (it differs in {', '.join(differing)}): "
                 "choose another out, or pass --restart to train it anew"
             )
-    write_text(path, json.dumps(wanted, indent=2))
+        kept |= {key: run[key] for key in OURS if key in run}
+        if load_info(out) is not None:
+            confirm_finished(recipe)
+    else:
+        kept[DAY] = date.today().isoformat()
+    write_text(path, json.dumps({**wanted, **kept}, indent=2))
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

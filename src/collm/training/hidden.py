@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from collm.data.resumable import plan_batches, progress_bar
 from collm.errors import CollmError
 from collm.files import claimed, write_text
+from collm.identity.finding import local_identity
 from collm.models.backbone import causal_lm, hidden_states, rope_switches
-from collm.models.loading import weights_fingerprint
 from collm.training.dataset import ScoredSet, digest
 
 PART_BYTES = 2**30
@@ -46,7 +46,7 @@ def all_hidden(model: nn.Module, data: ScoredSet, folder: Path, split: str, *, p
     Raises:
         CollmError: no room on the disk.
     """
-    key = [weights_fingerprint(model), [item.token_ids for item in data.items], [item.labelled for item in data.items]]
+    key = [dict(local_identity(model)), [item.token_ids for item in data.items], [item.labelled for item in data.items]]
     path = folder / f"hidden-{split}-{digest(key)}.safetensors"
     with claimed(path, wait=True):
         if not path.is_file():

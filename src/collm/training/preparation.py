@@ -12,7 +12,9 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.data.encoding import usable
+from collm.data.scores import load_info as load_scores_info
 from collm.files import write_text
+from collm.identity.finding import local_identity
 from collm.models.backbone import check_project
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
@@ -21,6 +23,7 @@ from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
 from collm.training.dataset import ScoredSet, assemble, best_device, load_split
 from collm.training.hidden import all_hidden, collect_hidden, sample
+from collm.training.made_from import confirm, first_day
 from collm.training.recipe import Recipe
 from collm.training.writers import SPLITS, assistant_info, make_writer, scores_of
 
@@ -43,8 +46,9 @@ class Prepared:
 
 def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     one_file = recipe.data.validation is None
-    base = make_writer("base", recipe.base, None, one_file=one_file)
-    assistants = [make_writer(section.name, section, base, one_file=one_file) for section in recipe.assistants]
+    told: dict[str, Any] = {"one_file": one_file, "day": first_day(recipe.out)}
+    base = make_writer("base", recipe.base, None, **told)
+    assistants = [make_writer(section.name, section, base, **told) for section in recipe.assistants]
     shown = [base.open_formatter, *(w.formatter for w in assistants if w.formatter is not None and w.tool is None)]
     splits = {
         split: usable(examples, shown, skip_bad=recipe.data.skip_bad)
@@ -69,6 +73,12 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             )
             for writer in ([base, *assistants] if assistants else [])
         ]
+        fingerprints = {
+            writer.name: {split: load_scores_info(path)["fingerprint"] for split, path in paths.items()}
+            for writer, paths in zip([base, *assistants], scores, strict=False)
+        }
+        formatter = base.open_formatter
+        confirm(recipe, splits, local_identity(model), formatter, fingerprints, write=state.is_main_process)
         sets = {
             split: assemble(examples, base.open_formatter, max_length, [paths[split] for paths in scores])
             for split, examples in splits.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,15 @@ class Writer:
         return self.formatter
 
 
-def make_writer(name: str, section: ModelSection, base: Writer | None, *, one_file: bool) -> Writer:
+def make_writer(
+    name: str, section: ModelSection, base: Writer | None, *, one_file: bool, day: str | None = None
+) -> Writer:
     """One model's tokenizer and format; an assistant's must fit the base's.
 
     Args:
         base: None for the base itself.
         one_file: both splits were cut from one file, so its scores cover both.
+        day: told by templates that ask for it, if the recipe gives none.
 
     Raises:
         CollmError: an assistant that has to be opened is not there, or has another tokenizer.
@@ -81,7 +84,10 @@ def make_writer(name: str, section: ModelSection, base: Writer | None, *, one_fi
         raise not_at_hand(name, error, lacking) from error
     if base is not None:
         require_same_tokenizer(base.open_formatter.tokenizer, tokenizer, ("the base", f"assistant {name!r}"))
-    return Writer(name, section, Formatter(tokenizer, PromptFormat(**section.format.to_dict())), None, given)
+    formatter = Formatter(tokenizer, PromptFormat(**section.format.to_dict()))
+    if formatter.format.date is not None and section.format.date is None:
+        formatter = Formatter(tokenizer, replace(formatter.format, date=day))
+    return Writer(name, section, formatter, None, given)
 
 
 def scores_of(
