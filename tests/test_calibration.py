@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from collm.calibration import (
     missed,
     signals,
     store_table,
+    trained_state,
     write_curve,
 )
 from collm.data.formatting import Formatter
@@ -34,6 +36,7 @@ from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
 from collm.models.fake import FakeModel
+from collm.models.head import DeferralHead
 from collm.models.info import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.report.trace import Trace
 from collm.sampling_params import Deferral, SamplingParams, Signal
@@ -211,3 +214,26 @@ def test_the_table_survives_the_checkpoint(tmp_path: Path) -> None:
 def test_a_plain_model_has_no_place_for_a_table(tmp_path: Path) -> None:
     with pytest.raises(CollmError, match=r"no collm\.json"):
         store_table(tmp_path, run(rounds=1, count=2))
+
+
+def test_tables_of_two_processes_are_both_stored(tmp_path: Path) -> None:
+    """Reading, changing and writing at once would lose one."""
+    save_info(tmp_path, CheckpointInfo())
+    table = run(rounds=1, count=3)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: store_table(tmp_path, table.model_copy(update={"task": f"t{n}"})), range(8)))
+    info = load_info(tmp_path)
+    assert info is not None and {each.task for each in info.calibration} == {f"t{n}" for n in range(8)}
+
+
+def test_thresholds_of_a_gate_that_was_replaced_meanwhile_are_not_stored(tmp_path: Path) -> None:
+    save_info(tmp_path, CheckpointInfo())
+    DeferralHead(4, 1).save(tmp_path)
+    trained, table = trained_state(tmp_path), run(rounds=1, count=3)
+    store_table(tmp_path, table, trained=trained)
+    assert trained_state(tmp_path) == trained  # a table changes nothing
+    head = DeferralHead(4, 1)
+    head.bias.data += 1
+    head.save(tmp_path)
+    with pytest.raises(CollmError, match="trained anew while it was calibrated"):
+        store_table(tmp_path, table, trained=trained)

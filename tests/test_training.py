@@ -542,7 +542,7 @@ def test_scores_of_one_file_cover_its_held_out_share(workplace: Path, tmp_path: 
     values["base"]["scores"] = str(tmp_path / "base")
     values["assistants"] = [{"name": "other", "model": str(workplace / "assistant"), "scores": str(tmp_path / "other")}]
     train(parse_recipe(values), progress=False)
-    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir()} == {"hidden"}
+    assert {path.name.partition("-")[0] for path in (tmp_path / "cache").glob("[!.]*")} == {"hidden"}
 
 
 def test_a_start_that_failed_does_not_claim_its_folder(workplace: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_hexdigest
 
 from collm.data.examples import Example
 from collm.decoding.policies import by_gate, log_odds, log_share
@@ -30,9 +31,10 @@ from collm.evaluation.result import EvalResult
 from collm.evaluation.system import identity_of
 from collm.evaluation.task import Task, get_task
 from collm.files import claimed
+from collm.identity.finding import digest
 from collm.llm.deferral import far, policy_at, to_threshold
 from collm.models.hub import write_card
-from collm.models.info import CalibrationRow, CalibrationTable, load_info, save_info
+from collm.models.info import FORMAT_VERSION, CalibrationRow, CalibrationTable, load_info, save_info
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
 from collm.sampling_params import SamplingParams, Signal
@@ -274,11 +276,25 @@ def _row(target: float, found: Measurement, signal: Signal) -> CalibrationRow:
     )
 
 
-def store_table(checkpoint: str | Path, table: CalibrationTable) -> CalibrationTable | None:
+def trained_state(checkpoint: str | Path) -> str:
+    """A hash of what training left in a checkpoint: all but its calibration, and (of a whole model) the weights, of
+    which its description tells."""
+    info = load_info(checkpoint)
+    told = {} if info is None else info.model_dump(mode="json", exclude={"calibration", "format_version"})
+    files = [Path(checkpoint) / name for name in ("gate.safetensors", "adapter_model.safetensors")]
+    return digest(told, [xxh3_64_hexdigest(path.read_bytes()) for path in files if path.is_file()])
+
+
+def store_table(
+    checkpoint: str | Path, table: CalibrationTable, *, trained: str | None = None
+) -> CalibrationTable | None:
     """Put `table` into a checkpoint, in the place of an older one of the same task and signal, which is returned.
 
+    Args:
+        trained: its `trained_state` when it was loaded.
+
     Raises:
-        CollmError: the folder is not one of our checkpoints.
+        CollmError: the folder is not one of our checkpoints, or was trained anew since.
     """
     # Two that read, change and write at once would lose a table.
     with claimed(checkpoint, folder=True, wait=True):
@@ -287,9 +303,15 @@ def store_table(checkpoint: str | Path, table: CalibrationTable) -> CalibrationT
             raise CollmError(
                 f"{checkpoint} has no collm.json to store a calibration in: it is a plain model without a gate"
             )
+        if trained is not None and trained_state(checkpoint) != trained:
+            raise CollmError(
+                f"{checkpoint} was trained anew while it was calibrated: these thresholds are another gate's; run "
+                "collm calibrate again"
+            )
         older = [other for other in info.calibration if (other.task, other.signal) == (table.task, table.signal)]
         others = [other for other in info.calibration if other not in older]
-        save_info(checkpoint, info.model_copy(update={"calibration": [*others, table]}))
+        renewed = {"calibration": [*others, table], "format_version": FORMAT_VERSION}
+        save_info(checkpoint, info.model_copy(update=renewed))
         write_card(checkpoint)
     return older[-1] if older else None
 

@@ -99,10 +99,11 @@ def _calibrate(
             f"--signal {options['signal']} needs a gate, and {checkpoint} has none: train one (collm train), or take "
             "--signal entropy, top_probability or random"
         )
-    llm = load_llm(str(checkpoint), options)
-
     from collm.calibration import calibrate as run
-    from collm.calibration import store_table, write_curve
+    from collm.calibration import store_table, trained_state, write_curve
+
+    trained = trained_state(checkpoint)
+    llm = load_llm(str(checkpoint), options)
 
     table = run(
         llm,
@@ -117,7 +118,7 @@ def _calibrate(
         out=out,
         identity=identity(str(checkpoint), options),
     )
-    before = store_table(checkpoint, table)
+    before = store_table(checkpoint, table, trained=trained)
     # In a checkpoint, the curves of all signals find room; a folder that is given holds one.
     files = write_curve(table, out or (checkpoint if table.signal == "gate" else checkpoint / table.signal))
     _show(table)

@@ -12,7 +12,8 @@ from collm.errors import CollmError
 from collm.files import write_text
 from collm.sampling_params import Signal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: formats may hold a date and variables of templates."""
 FILE = "collm.json"
 GATE_FILE = "gate.safetensors"
 Kind = Literal["full", "lora", "gate", "export"]
