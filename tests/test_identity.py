@@ -61,6 +61,14 @@ def test_tied_weights_and_other_dtypes(tiny_model: Callable[..., PreTrainedModel
     assert (full["dtype"], half["dtype"]) == ("float32", "bfloat16") and full["weights"] != half["weights"]
 
 
+def test_offloaded_weights_are_fetched(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    from accelerate import cpu_offload
+
+    here, away = tiny_model(), cpu_offload(tiny_model())
+    assert any(parameter.is_meta for parameter in away.parameters())
+    assert weights_identity(away) == weights_identity(here) != weights_identity(cpu_offload(tiny_model(seed=1)))
+
+
 # ---- comparing
 
 

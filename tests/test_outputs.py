@@ -15,6 +15,7 @@ import pytest
 from writers import PairWriter, questions
 
 from collm.data.journal import Journal
+from collm.data.prepare import prepare
 from collm.errors import CollmError
 from collm.evaluation.answering import traces_path
 from collm.evaluation.evaluate import evaluate
@@ -213,3 +214,13 @@ def test_two_evaluations_at_once_write_no_answer_twice(tmp_path: Path) -> None:
         results = list(pool.map(one, range(4)))
     assert any(results)
     assert sorted(trace.id for trace in read_traces(out)) == sorted(q.id for q in questions(20))
+
+
+def test_prepared_parts_do_not_replace_what_they_are_made_of(tmp_path: Path) -> None:
+    source = tmp_path / "train.jsonl"
+    source.write_text(json.dumps({"question": "One?", "answer": "#### 1"}) + "\n")
+    before = source.read_bytes()
+    with pytest.raises(CollmError, match=r"train\.jsonl is read by this command"):
+        prepare("gsm8k", source, tmp_path, {"train": 1.0})
+    assert source.read_bytes() == before and list(tmp_path.iterdir()) == [source]
+    assert prepare("gsm8k", source, tmp_path / "out", {"train": 1.0}) == {tmp_path / "out" / "train.jsonl": 1}

@@ -23,6 +23,7 @@ from collm.bench.result import BenchResult, Cell, Kind, cell_key
 from collm.bench.systems import Effort
 from collm.errors import CollmError
 from collm.evaluation.result import commit, versions
+from collm.files import claimed
 from collm.identity.comparing import differences
 
 FILE = "bench.json"
@@ -105,7 +106,13 @@ def bench(plan: Plan, out: Path | None = None, *, progress: bool = True) -> Benc
     Raises:
         CollmError: the folder holds another benchmark.
     """
-    path = None if out is None else out / FILE
+    if out is None:
+        return _bench(plan, None, progress)
+    with claimed(out, folder=True):
+        return _bench(plan, out / FILE, progress)
+
+
+def _bench(plan: Plan, path: Path | None, progress: bool) -> BenchResult:
     result = _begun(path, plan)
     done = {cell.key for cell in result.cells}
     planned = {name: list(plan.cells(name)) for name in plan.pairs}

@@ -15,7 +15,7 @@ from collm.data.examples import Example, parse_example
 from collm.data.records import json_lines
 from collm.data.sources import FORMATS, read_source
 from collm.errors import CollmError
-from collm.files import replacing
+from collm.files import replacing, require_apart
 
 TEST = "test"
 """The part that `test_ids` go to."""
@@ -96,6 +96,7 @@ def prepare(
                 )
             for path in [out / f"{part}.jsonl", *([out / row["type"] / f"{part}.jsonl"] if "type" in row else [])]:
                 if path not in files:
+                    require_apart(path, [source])
                     files[path] = stack.enter_context(_writing(path, stack))
                 files[path].write(json.dumps(row, ensure_ascii=False) + "\n")
                 counts[path] += 1

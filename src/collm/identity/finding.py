@@ -93,10 +93,24 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):
             continue
+        if tensor.is_meta:  # it lies on the disk or in another memory, from where accelerate fetches it
+            yield name, _fetched(model, name)
+            continue
         place = (tensor.data_ptr(), tensor.numel(), tensor.device)
         if tensor.numel() and place not in seen:
             seen.add(place)
             yield name, tensor
+
+
+def _fetched(model: nn.Module, name: str) -> Tensor:
+    from accelerate.utils import align_module_device
+
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module, torch.device("cpu")):
+        tensor = getattr(module, own)
+        assert isinstance(tensor, Tensor)
+        return tensor.detach().clone()
 
 
 def dtype_name(model: nn.Module) -> str:
@@ -151,10 +165,12 @@ def gate_identity(head: DeferralHead) -> str:
 
 def system_identity(models: Sequence[Named], formatters: Sequence[Shown]) -> dict[str, Any]:
     """Of models that write together, base first: each with its prompts, the gate, and the versions of the rules."""
+    vocabularies = {id(formatter.tokenizer): formatter.tokenizer for formatter in formatters}
+    tokenizers = {key: tokenizer_fingerprint(tokenizer) for key, tokenizer in vocabularies.items()}
     told = {
         model.name: {
             **writer_identity(model),
-            "tokenizer": tokenizer_fingerprint(formatter.tokenizer),
+            "tokenizer": tokenizers[id(formatter.tokenizer)],
             "prompts": prompts_identity(formatter),
         }
         for model, formatter in zip(models, formatters, strict=True)
