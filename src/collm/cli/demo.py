@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from collm.cli.console import ResumableCommand
+from collm.cli.console import ResumableCommand, waiting
+from collm.cli.options import OUTPUT_FOLDER
 
 
 @click.command(cls=ResumableCommand, short_help="The whole method in minutes, without downloads.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OUTPUT_FOLDER,
     default="collm-demo",
     show_default=True,
     metavar="DIR",
@@ -24,6 +25,10 @@ def demo(out: Path, seed: int) -> None:
 
     About four minutes on two CPU cores. Writes DIR/results.json and DIR/report.html.
     """
-    from collm.demo import run_demo
+    from collm.training.checking import require_packages
+
+    require_packages(("accelerate",))
+    with waiting(f"the demo goes to {out}"):
+        from collm.demo import run_demo
 
     run_demo(out, seed=seed)

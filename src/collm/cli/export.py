@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from collm.cli.console import Command
+from collm.cli.console import Command, waiting
 from collm.cli.options import OUTPUT_FOLDER, machine_options
 
 COARSE = 0.05
@@ -26,7 +26,14 @@ def export(checkpoint: str, folder: Path, base: str | None, dtype: str, device: 
     Each assistant becomes one more token, <|defer|>, whose logit is the gate's score; an adapter is merged into the
     base. Stock transformers and vLLM load it; `collm vllm-serve DIR` starts it so that the base stops where it defers.
     """
-    from collm.models.export import export as write
+    from collm.files import refuse_full
+    from collm.models.info import base_spec, load_info
+    from collm.models.specs import require_model
+
+    refuse_full(folder)
+    require_model(base_spec(checkpoint, load_info(checkpoint), base))
+    with waiting(f"exporting {checkpoint}"):
+        from collm.models.export import export as write
 
     done = write(checkpoint, folder, base=base, dtype=dtype, device=device)
     names = ", ".join(

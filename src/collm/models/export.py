@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
-from collm.files import write_text
+from collm.files import refuse_full, write_text
 from collm.gate import log_gate
 from collm.models.backbone import check_project, hidden_states
 from collm.models.checkpoint import load_base
@@ -74,8 +74,7 @@ def export(
     if info is None:
         raise CollmError(f"{checkpoint} is not a collm checkpoint; it has no collm.json, and servers load it as it is")
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CollmError(f"{target} is not empty; choose another folder")
+    refuse_full(target)
     # An adapter is added in full precision and rounded once.
     loaded = "float32" if info.kind == "lora" and dtype in DTYPES else dtype
     model, head, tokenizer, info = load_base(checkpoint, base=base, dtype=loaded, device=device)

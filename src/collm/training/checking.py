@@ -38,9 +38,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         CollmError: the first that is not, by its key in the recipe.
     """
-    for package in ("accelerate", *(["peft"] if recipe.tune == "lora" else [])):
-        if find_spec(package) is None:
-            raise CollmError(f"training needs the package {package}; pip install 'collm[train]'")
+    require_packages(("accelerate", "peft") if recipe.tune == "lora" else ("accelerate",))
     _check_loggers(recipe.trainer.get("report_to"))
     one_file = recipe.data.validation is None
     _check_scores("base", recipe.base)
@@ -67,6 +65,15 @@ def check_recipe(recipe: Recipe) -> None:
                 raise CollmError(f"data.{key}: {error}") from error
     require_place(recipe.out, folder=True)
     require_place(recipe.cache_folder, folder=True)
+
+
+def require_packages(packages: tuple[str, ...]) -> None:
+    """Raises:
+    CollmError: one of them is not installed.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise CollmError(f"training needs the package {package}; pip install 'collm[train]'")
 
 
 def not_at_hand(name: str, error: CollmError, lacking: list[str]) -> CollmError:
