@@ -22,7 +22,6 @@ from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, example_seed
 from collm.evaluation.judges import JUDGES, Dialogue
 from collm.evaluation.runs import kept
-from collm.evaluation.system import settings_of
 from collm.files import beside, require_apart, write_text
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
@@ -69,6 +68,8 @@ def answer(
         if fixed:
             raise CollmError(f"{data} requires a temperature for {fixed[0]}: leave out the one for all questions")
         dialogues = [replace(dialogue, temperature=temperature) for dialogue in dialogues]
+    from collm.evaluation.system import settings_of  # it knows the models, and so torch
+
     settings = {
         "judge": judge,
         "questions": hashlib.sha256(json.dumps([[d.id, d.turns] for d in dialogues]).encode()).hexdigest()[:16],

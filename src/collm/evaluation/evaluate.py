@@ -16,7 +16,6 @@ from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, result_path, summarise
 from collm.evaluation.runs import kept, require_free
-from collm.evaluation.system import settings_of
 from collm.evaluation.task import Task, get_task
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
@@ -122,6 +121,8 @@ def evaluate_with_traces(
     golds = [task.gold(example) for example in examples]
     params = replace(params, stop=(*params.stop, *task.stop))
     groups = near_duplicates(examples)
+    from collm.evaluation.system import settings_of  # it knows the models, and so torch
+
     settings = {
         "task": f"{task.name} v{task.version}",
         "examples": examples_fingerprint(examples),
