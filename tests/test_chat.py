@@ -277,6 +277,12 @@ def test_an_end_within_what_was_said_before_may_be_gone_on_from() -> None:
     assert formatter.prompt([user("a"), said("b<|im_end|>c"), user("d")])
 
 
+def test_an_end_within_a_question_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        Formatter(make_tokenizer()).encode(row(user("a<|im_end|>b"), said("1")))
+    assert "line 3: message 1 (user) holds '<|im_end|>', which models read as an end" in caplog.text
+
+
 def test_last_turns_alone_where_one_model_rewrites() -> None:
     base, other = Formatter(tokenizer_for(QWEN), PromptFormat(chat_template=CHATML)), formatter_for(QWEN)
     example = row(*TWO_TURNS)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -19,13 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from collm.data.examples import Example
 from collm.data.messages import Conversation, read_conversation, require_texts
-from collm.data.templates import ChatTemplate, Shown, TemplateError
-from collm.data.turns import Turn, turn_of
+from collm.data.shown import Shown, telling, text_of
+from collm.data.templates import ChatTemplate
+from collm.data.tokens import TokenIds, Tokens
+from collm.data.turns import Turns, cut_up
 from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
 
-TokenIds = tuple[int, ...]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,26 +78,13 @@ class Encoded:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """A conversation cut up: `contexts[i]` is what stands before `completions[i]`. `rewritten`: assistant turns that
-    are part of the first context, because the template rewrites them."""
-
-    contexts: tuple[TokenIds, ...]
-    completions: tuple[TokenIds, ...]
-    rewritten: int = 0
-
-
 class Formatter:
     """Rows to token ids for one model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, format: PromptFormat | None = None) -> None:
         self.tokenizer = tokenizer
         self.format = format or PromptFormat()
-        if tokenizer.eos_token_id is None:
-            raise CollmError("the tokenizer has no EOS token, so that no text could ever end; set tokenizer.eos_token")
-        if self.format.add_bos and tokenizer.bos_token_id is None:
-            raise CollmError("add_bos is set, but the tokenizer has no BOS token")
+        self._tokens = Tokens(tokenizer, self.format.add_bos)
         require_text(self.format.system_prompt or "", "the system prompt")
         require_texts(self.format.template_kwargs, "template_kwargs")
         self._today = _day(self.format.date)
@@ -160,27 +149,29 @@ class Formatter:
                 template refuses it.
         """
         if isinstance(question, str):
-            return self._plain_prompt(require_text(question, "the prompt"))
+            return self._tokens.plain_prompt(require_text(question, "the prompt"))
         where = "the conversation"
         conversation = _read(question)
+        if not conversation:
+            raise CollmError("the conversation has no messages before the assistant's turn, so that nothing is asked")
         if conversation[-1]["role"] == "assistant":
             raise CollmError("the conversation ends with an assistant turn: there is nothing to answer; leave it out")
         whole = self.rendered(conversation)
         try:
-            turns, done = self._conversation(*self._shown(conversation, where), where)
+            turns, done = cut_up(*self._shown(conversation, where), self._tokens, where)
         except CollmError:
             # Something that was said before could not be learnt as it is; it can be gone on from.
-            return self._never_empty(self._encode(whole))
+            return self._tokens.never_empty(self._tokens.encode(whole))
         if turns.rewritten or not turns.completions or not whole.startswith(done):
-            return self._never_empty(self._encode(whole))
+            return self._tokens.never_empty(self._tokens.encode(whole))
         before = [t for pair in zip(turns.contexts, turns.completions, strict=True) for part in pair for t in part]
-        return (*before, *self._after_turn(whole[len(done) :]))
+        return (*before, *self._tokens.after_turn(whole[len(done) :]))
 
     def continuation(self, question: Sequence[Message] | str, text: str) -> TokenIds:
         """Token ids of `text` as the beginning of an answer behind `prompt(question)`, as in training."""
         if isinstance(question, str):
-            return self._continue(question, text)
-        return self._continue(self.rendered(question), text)
+            return self._tokens.behind(question, text)
+        return self._tokens.behind(self.rendered(question), text)
 
     def rendered(self, messages: Sequence[Message]) -> str:
         """The text of the conversation through the template, up to where the next answer begins.
@@ -189,18 +180,20 @@ class Formatter:
             CollmError: the template refuses it, or shows nothing of a message.
         """
         template, shown = self._shown(_read(messages), "the conversation")
-        with _telling("the conversation"):
+        with telling("the conversation"):
             template.require_all(shown)
+            self._warn_of_ends(shown, "the conversation")
             return template.render(shown, ask=True)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a text: EOS, and where there is a chat template what ends an assistant's turn or
         its calling of tools there. They differ where a chat model's EOS in the tokenizer is its pretraining's."""
-        ends = {str(self.tokenizer.eos_token)}
-        for template in self._templates:
-            ends |= template.ends
-        return frozenset(map(self._token_id, ends))
+        return frozenset(map(self._tokens.token_id, self._ends))
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset({self._tokens.eos}).union(*(template.ends for template in self._templates))
 
     def reads(self, name: str) -> bool:
         """Does the chat template read this variable?"""
@@ -214,7 +207,7 @@ class Formatter:
     def fingerprint(self) -> str:
         """A hash of all that decides how prompts look, apart from the vocabulary."""
         tokenizer, format = self.tokenizer, self.format
-        parts: list[Any] = [format.system_prompt, self._source, self._adds_bos]
+        parts: list[Any] = [format.system_prompt, self._source, self._tokens.adds_bos]
         parts += [tokenizer.bos_token, tokenizer.eos_token]
         # What is not set leaves the hash as it was before it could be set.
         parts += [{k: v} for k in ("template_kwargs", "date") if (v := format.to_dict().get(k)) is not None]
@@ -256,47 +249,31 @@ class Formatter:
         # What is given with a conversation is for all models, and each template takes what it reads (`require_read`).
         own = {name: value for name, value in conversation.template_kwargs.items() if template.reads(name)}
         kwargs = {**self.format.template_kwargs, **own}
-        with _telling(where):
+        with telling(where):
             return template, template.shown(conversation, conversation.tools, kwargs, self.format.system_prompt)
 
-    def _conversation(self, template: ChatTemplate, shown: Shown, where: str) -> tuple[_Turns, str]:
-        """The assistant's turns, and the text up to the end of the last one."""
-        turns: list[Turn] = []
-        for i, message in enumerate(shown.messages):
-            if message["role"] == "assistant":
-                with _telling(f"{where}, up to {shown.name(i)}"):
-                    turns.append(turn_of(template, shown, i))
-        rewritten = 0
-        if any(not later.before.startswith(earlier.text) for earlier, later in zip(turns, turns[1:], strict=False)):
-            # Only before the last turn does it show what decoding will see there.
-            rewritten = len(turns) - 1
-        contexts: list[TokenIds] = []
-        completions: list[TokenIds] = []
-        done = ""
-        for turn in turns[rewritten:]:
-            context = turn.before[len(done) :]
-            before = self._after_turn(context) if contexts else self._never_empty(self._encode(context))
-            contexts.append(before + self._continue(context, turn.lead))
-            completion = self._continue(context + turn.lead, turn.body)
-            completions.append((*completion, self._token_id(turn.end or str(self.tokenizer.eos_token))))
-            done = turn.text
-        return _Turns(tuple(contexts), tuple(completions), rewritten), done
+    def _warn_of_ends(self, shown: Shown, where: str) -> None:
+        """Say where somebody's words would be read as the end of a turn. (In what is learnt they are refused.)"""
+        for number, message in enumerate(shown.messages):
+            if message["role"] != "assistant" and (end := next((e for e in self._ends if e in text_of(message)), None)):
+                logger.warning("%s: %s holds %r, which models read as an end", where, shown.name(number), end)
 
-    def _turns(self, example: Example) -> _Turns:
+    def _turns(self, example: Example) -> Turns:
         label = example.label
         if example.messages is not None:
             template, shown = self._shown(Conversation(example.messages, example.tools), label)
-            with _telling(label):
+            with telling(label):
                 template.require_all(shown)
-            turns, _ = self._conversation(template, shown, label)
+            self._warn_of_ends(shown, label)
+            turns, _ = cut_up(template, shown, self._tokens, label)
             if not turns.completions:
                 raise CollmError(f"{label}: there is no assistant turn, so nothing to learn from or to score")
         elif example.completion is None:
             raise CollmError(f"{label}: there is no completion, so nothing to learn from or to score")
         else:
             text = example.prompt or ""
-            completion = (*self._continue(text, example.completion), self._token_id(str(self.tokenizer.eos_token)))
-            turns = _Turns((self._plain_prompt(text),), (completion,))
+            completion = (*self._tokens.behind(text, example.completion), self._tokens.token_id(self._tokens.eos))
+            turns = Turns((self._tokens.plain_prompt(text),), (completion,))
         learnt = turns.completions[-1:] if example.last_turn else turns.completions
         inside = next((t for completion in learnt for t in completion[:-1] if t in self.end_ids), None)
         if inside is not None:
@@ -306,47 +283,6 @@ class Formatter:
                 "leave out the row"
             )
         return turns
-
-    # -- tokens
-
-    def _encode(self, text: str) -> TokenIds:
-        # verbose=False: no warning about lengths, which are the models' affair.
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
-
-    def _token_id(self, token: str) -> int:
-        number = self.tokenizer.convert_tokens_to_ids(token)
-        assert isinstance(number, int)
-        return number
-
-    def _continue(self, before: str, text: str) -> TokenIds:
-        """Tokens of `text` that may stand behind the tokens of `before`.
-
-        Tokenised together where that leaves `before` as it is (SentencePiece would else put a space at the joint),
-        and on its own where a token would straddle the joint, which a model writing after a prompt cannot do either.
-        """
-        head, both = self._encode(before), self._encode(before + text)
-        return both[len(head) :] if both[: len(head)] == head else self._encode(text)
-
-    def _after_turn(self, text: str) -> TokenIds:
-        return self._continue(str(self.tokenizer.eos_token), text)
-
-    @cached_property
-    def _adds_bos(self) -> bool:
-        if self.format.add_bos is not None:
-            return self.format.add_bos
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and list(self.tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
-
-    def _plain_prompt(self, text: str) -> TokenIds:
-        bos = (int(self.tokenizer.bos_token_id),) if self._adds_bos else ()
-        return self._never_empty(bos + self._encode(text))
-
-    def _never_empty(self, token_ids: TokenIds) -> TokenIds:
-        """A model predicts after at least one token: an empty prompt is BOS, or EOS for want of it."""
-        if token_ids:
-            return token_ids
-        bos = self.tokenizer.bos_token_id
-        return (int(bos if bos is not None else self.tokenizer.eos_token_id),)
 
 
 def require_read(formatters: Sequence[Formatter], template_kwargs: Mapping[str, Any]) -> None:
@@ -371,12 +307,3 @@ def _read(question: Sequence[Message]) -> Conversation:
     if isinstance(question, Conversation):
         return question
     return read_conversation(question)
-
-
-@contextmanager
-def _telling(where: str) -> Iterator[None]:
-    """What a template has against a conversation is told with its place."""
-    try:
-        yield
-    except TemplateError as error:
-        raise CollmError(f"{where}: {error}") from error

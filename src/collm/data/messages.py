@@ -193,11 +193,12 @@ def _plain(value: Any, where: str) -> Any:
 
 def require_texts(value: Any, where: str) -> None:
     """`require_text` for every text in a JSON value."""
-    for text in _texts(value):
+    for text in texts_in(value):
         require_text(text, where)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
     # Not by recursion: what a parser could read may be nested deeper than Python's stack.
     todo = [value]
     while todo:

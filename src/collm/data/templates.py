@@ -5,10 +5,9 @@ Templates are programs. Whatever one raises is told as its refusal; what it woul
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -18,37 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from collm.data.messages import REASONING
+from collm.data.shown import ABSENT, SENTINEL, Shown, TemplateError, call_of, named, said, text_of, with_arguments
 from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
 
-SENTINEL = "zqsentinelqz"
-"""A text that no template contains, to see what a template makes of a text."""
 OWN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
 """Variables that template_kwargs may not set."""
 _USER: Message = {"role": "user", "content": "a"}
-_ABSENT = object()
-
-
-class TemplateError(CollmError):
-    """What a template says against a conversation, or what it would drop from it."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A conversation in the form a template wants, ready to be rendered.
-
-    `added`: how many messages at the beginning are not the conversation's own, but the system prompt's.
-    """
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    added: int = 0
-
-    def name(self, number: int) -> str:
-        """How errors name a message, counted from 0 here and from 1 for people."""
-        return named(self.messages[number], number - self.added)
 
 
 class ChatTemplate:
@@ -69,7 +45,7 @@ class ChatTemplate:
         try:
             return _compile_jinja_template(require_text(self.source, "the chat template"))
         except Exception as error:
-            raise TemplateError(f"the chat template is no valid template: {_said(error)}") from error
+            raise TemplateError(f"the chat template is no valid template: {said(error)}") from error
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -111,10 +87,10 @@ class ChatTemplate:
         }
         try:
             return require_text(str(self._compiled.render(**given)), "the chat template's text")
-        except CollmError:
-            raise
+        except CollmError as error:
+            raise TemplateError(str(error)) from error
         except Exception as error:
-            raise TemplateError(f"the chat template refuses this conversation: {_said(error)}") from error
+            raise TemplateError(f"the chat template refuses this conversation: {said(error)}") from error
 
     # -- what it knows
 
@@ -159,10 +135,10 @@ class ChatTemplate:
             if self._call_form is None:
                 raise TemplateError(f"{which} calls tools, which the chat template never shows")
             as_text, blank = self._call_form
-            own["tool_calls"] = [_with_arguments(call, as_text, which) for call in own["tool_calls"]]
+            own["tool_calls"] = [with_arguments(call, as_text, which) for call in own["tool_calls"]]
             if not own["content"]:
                 own = {**own, "content": blank}
-                if blank is _ABSENT:
+                if blank is ABSENT:
                     del own["content"]
         if isinstance(own.get("content"), str) and self._as_parts:
             own["content"] = [{"type": "text", "text": own["content"]}]
@@ -193,8 +169,11 @@ class ChatTemplate:
     @cached_property
     def ends(self) -> frozenset[str]:
         """Texts of the tokens that end an assistant's turn and its calling of tools."""
-        answer = self._try([_USER, self.with_content({"role": "assistant"}, SENTINEL)])
-        call = "" if self._call_form is None else self._try([_USER, _call(*self._call_form)])
+        try:
+            answer = self._try([_USER, self.with_content({"role": "assistant"}, SENTINEL)])
+        except TemplateError:
+            return frozenset()  # told where the template is used
+        call = "" if self._call_form is None else self._try([_USER, call_of(*self._call_form)])
         found = (self.end_in(answer.rpartition(SENTINEL)[2]), self.end_in(call.rpartition(SENTINEL)[2], last=True))
         return frozenset(end[1] for end in found if end is not None)
 
@@ -246,8 +225,8 @@ class ChatTemplate:
     def _call_form(self) -> tuple[bool, Any] | None:
         """How it takes tool calls: are arguments a text (not an object), and what stands for no content? None: not."""
         for as_text in (False, True):
-            for blank in (_ABSENT, None, ""):
-                text = self._try([_USER, _call(as_text, blank)])
+            for blank in (ABSENT, None, ""):
+                text = self._try([_USER, call_of(as_text, blank)])
                 # An object that is printed as Python prints it, or a text that is quoted once more, is the wrong form.
                 if SENTINEL in text and '"zqkey"' in text:
                     return as_text, blank
@@ -294,44 +273,3 @@ class ChatTemplate:
             text = self.render(shown, ask=False)
             told = {i: text_of(shown.messages[i]).strip() for i in told}
         return next((i for i, mark in told.items() if mark not in text), None)
-
-
-def named(message: Message, number: int) -> str:
-    return "the system prompt" if number < 0 else f"message {number + 1} ({message['role']})"
-
-
-def _call(as_text: bool, blank: Any) -> Message:
-    """A turn that calls a function."""
-    arguments: Any = {"zqkey": "b"}
-    function = {"name": SENTINEL, "arguments": json.dumps(arguments) if as_text else arguments}
-    turn: Message = {
-        "role": "assistant",
-        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
-    }
-    return turn if blank is _ABSENT else {**turn, "content": blank}
-
-
-def text_of(message: Message) -> str:
-    """The text of a message in a template's form."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _with_arguments(call: Mapping[str, Any], as_text: bool, which: str) -> dict[str, Any]:
-    arguments = call["function"]["arguments"]
-    if as_text and not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    elif not as_text and isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise TemplateError(
-                f"{which}: the arguments of {call['function']['name']} are no JSON, which this chat template needs"
-            ) from error
-    return {**call, "function": {**call["function"], "arguments": arguments}}
-
-
-def _said(error: Exception) -> str:
-    """An exception in one line."""
-    said = " ".join(str(error).split())
-    return said if type(error).__module__.startswith("jinja2") and said else f"{type(error).__name__}: {said}"

@@ -1,18 +1,31 @@
-"""One assistant turn, cut out of what a chat template renders: what stands before it, its text, and its end."""
+"""A conversation cut up at its assistant turns: what a template puts before each, its text, and its end."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from dataclasses import dataclass, replace
 
-from collm.data.messages import REASONING
-from collm.data.templates import SENTINEL, ChatTemplate, Shown, TemplateError, text_of
+from collm.data.messages import REASONING, texts_in
+from collm.data.shown import SENTINEL, Shown, TemplateError, telling, text_of
+from collm.data.templates import ChatTemplate
+from collm.data.tokens import TokenIds, Tokens
 from collm.types import Message
 
 _EMPTY = re.compile(r"\s*(?:<([^<>/]+)>\s*</\1>|\[([^\[\]/]+)\]\s*\[/\2\])\s*")
 """Thoughts that nobody had, as templates put them before an answer without thoughts."""
 _OPENED = re.compile(r"\s*(?:<([^<>/]+)>|\[([^\[\]/]+)\])\s*")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A conversation cut up: `contexts[i]` is what stands before `completions[i]`. `rewritten`: assistant turns that
+    are part of the first context, because the template rewrites them."""
+
+    contexts: tuple[TokenIds, ...]
+    completions: tuple[TokenIds, ...]
+    rewritten: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,34 @@ class Turn:
     @property
     def text(self) -> str:
         return self.before + self.lead + self.body + (self.end or "")
+
+
+def cut_up(template: ChatTemplate, shown: Shown, tokens: Tokens, where: str) -> tuple[Turns, str]:
+    """The assistant's turns as tokens, and the text up to the end of the last one.
+
+    Raises:
+        CollmError: the template does not show what a turn says.
+    """
+    turns: list[Turn] = []
+    for i, message in enumerate(shown.messages):
+        if message["role"] == "assistant":
+            with telling(f"{where}, up to {shown.name(i)}"):
+                turns.append(turn_of(template, shown, i))
+    rewritten = 0
+    if any(not later.before.startswith(earlier.text) for earlier, later in itertools.pairwise(turns)):
+        # Only before the last turn does it show what decoding will see there.
+        rewritten = len(turns) - 1
+    contexts: list[TokenIds] = []
+    completions: list[TokenIds] = []
+    done = ""
+    for turn in turns[rewritten:]:
+        context = turn.before[len(done) :]
+        before = tokens.after_turn(context) if contexts else tokens.never_empty(tokens.encode(context))
+        contexts.append(before + tokens.behind(context, turn.lead))
+        completion = tokens.behind(context + turn.lead, turn.body)
+        completions.append((*completion, tokens.token_id(turn.end or tokens.eos)))
+        done = turn.text
+    return Turns(tuple(contexts), tuple(completions), rewritten), done
 
 
 def turn_of(template: ChatTemplate, shown: Shown, number: int) -> Turn:
@@ -95,11 +136,14 @@ def _calling(template: ChatTemplate, message: Message, before: str, whole: str, 
     lead = "" if not opened else f"</{opened[1]}>\n\n" if opened[1] else f"[/{opened[2]}]\n\n"
     rest = whole[shared:]
     end = template.end_in(rest, last=True)
+    body = rest if end is None else rest[: end[0]]
+    if end is not None and any(end[1] in text for text in texts_in({**message, "role": ""})):
+        raise TemplateError(f"{end[1]!r}, which ends the turn, stands within {which}: leave the row out")
     names = [call["function"]["name"] for call in message["tool_calls"]]
     texts = [text_of(message), message.get(REASONING[0], ""), *names]
-    if not all(_squeezed(text) in _squeezed(rest) for text in texts):
+    if not all(_squeezed(text) in _squeezed(body) for text in texts):
         raise _changed(which)
-    return Turn(before, lead, rest if end is None else rest[: end[0]], None if end is None else end[1])
+    return Turn(before, lead, body, None if end is None else end[1])
 
 
 def _squeezed(text: str) -> str:

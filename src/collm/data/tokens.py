@@ -1,0 +1,73 @@
+"""Texts to tokens, in pieces that may stand behind one another."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.errors import CollmError
+
+TokenIds = tuple[int, ...]
+
+
+class Tokens:
+    """A tokenizer as prompts and completions need it.
+
+    Args:
+        add_bos: whether plain prompts begin with the BOS token; None: as the tokenizer does.
+
+    Raises:
+        CollmError: the tokenizer lacks a token that is needed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> None:
+        if tokenizer.eos_token_id is None:
+            raise CollmError("the tokenizer has no EOS token, so that no text could ever end; set tokenizer.eos_token")
+        if add_bos and tokenizer.bos_token_id is None:
+            raise CollmError("add_bos is set, but the tokenizer has no BOS token")
+        self._tokenizer = tokenizer
+        self._add_bos = add_bos
+
+    @property
+    def eos(self) -> str:
+        return str(self._tokenizer.eos_token)
+
+    def encode(self, text: str) -> TokenIds:
+        # verbose=False: no warning about lengths, which are the models' affair.
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
+
+    def token_id(self, token: str) -> int:
+        number = self._tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(number, int)
+        return number
+
+    def behind(self, before: str, text: str) -> TokenIds:
+        """Tokens of `text` that may stand behind the tokens of `before`.
+
+        Tokenised together where that leaves `before` as it is (SentencePiece would else put a space at the joint),
+        and on its own where a token would straddle the joint, which a model writing after a prompt cannot do either.
+        """
+        head, both = self.encode(before), self.encode(before + text)
+        return both[len(head) :] if both[: len(head)] == head else self.encode(text)
+
+    def after_turn(self, text: str) -> TokenIds:
+        return self.behind(self.eos, text)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        if self._add_bos is not None:
+            return self._add_bos
+        bos = self._tokenizer.bos_token_id
+        return bos is not None and list(self._tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
+
+    def plain_prompt(self, text: str) -> TokenIds:
+        bos = (int(self._tokenizer.bos_token_id),) if self.adds_bos else ()
+        return self.never_empty(bos + self.encode(text))
+
+    def never_empty(self, token_ids: TokenIds) -> TokenIds:
+        """A model predicts after at least one token: an empty prompt is BOS, or EOS for want of it."""
+        if token_ids:
+            return token_ids
+        bos = self._tokenizer.bos_token_id
+        return (int(bos if bos is not None else self._tokenizer.eos_token_id),)
