@@ -11,12 +11,16 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from collm.cli import main
 from collm.errors import CollmError
 
 STUDY = Path(__file__).parent.parent / "recipes" / "qwen"
@@ -133,3 +137,63 @@ def test_the_makefile_trains_what_the_recipes_say(tmp_path: Path) -> None:
         seen.add((task, name))
     models = {"gsm8k": ("sft", "gate", "pair"), "mbpp": ("sft", "gate", "pair"), "ifeval": ("sft", "pair")}
     assert seen == {(task, name) for task, names in models.items() for name in names}
+
+
+def test_the_study_runs_on_stand_ins(
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """GSM8K's part of it, to the report: every command with the options it is given, a few of a kind."""
+    for seed, name in enumerate(("Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct")):
+        tiny_model(seed=seed).save_pretrained(tmp_path / "weights" / name)
+        tiny_tokenizer.save_pretrained(tmp_path / "weights" / name)
+    data = tmp_path / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    for part, first, count in (("train", 0, 12), ("calibration", 12, 4), ("test", 16, 4)):
+        rows = [
+            {
+                "id": f"{part}-{n}",
+                "messages": [
+                    {"role": "user", "content": f"Anna has {n} apples and buys 3."},
+                    {"role": "assistant", "content": f"{n} + 3 = {n + 3}\n#### {n + 3}"},
+                ],
+                "answer": str(n + 3),
+            }
+            for n in range(first, first + count)
+        ]
+        (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = tmp_path / "runs"
+    given = [f"WEIGHTS={tmp_path / 'weights'}", f"DATA={tmp_path / 'data'}", f"RUNS={runs}", "PYTHON=python"]
+    given += ["LONG_gsm8k=4", "TESTED=3", "TRIED=2", "RATES=20", "DTYPE=float32"]
+    root = STUDY.parent.parent
+    monkeypatch.chdir(root)
+
+    def commands() -> list[list[str]]:
+        target = str(runs / "gsm8k" / "test" / "report.html")
+        make = ["make", "-n", "-f", "recipes/qwen/study.mk", target, *given]
+        done = subprocess.run(make, capture_output=True, text=True, timeout=60, check=True)
+        lines = done.stdout.replace("\\\n", " ").splitlines()
+        return [shlex.split(line) for line in lines if line.startswith("python ")]
+
+    for words in commands():
+        if words[1] == "-m":
+            result = CliRunner().invoke(main, words[3:], catch_exceptions=False)
+            assert result.exit_code == 0, (words, result.output)
+            continue
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(words[1], run_name="__main__")
+        if words[1].endswith("vary.py"):  # the recipe as it is, but for the time it takes
+            recipe = yaml.safe_load(Path(words[-1]).read_text())
+            recipe["training"] |= {"epochs": 1, "evaluations": 1}
+            Path(words[-1]).write_text(yaml.safe_dump(recipe))
+    found = {path.stem: json.loads(path.read_text()) for path in (runs / "gsm8k" / "test").glob("*.json")}
+    assert {name for name in found if "-" in name} == {
+        "gate-gate_20",
+        *(f"pair-{signal}_20" for signal in ("gate", "expected_gain", "entropy", "random")),
+    }
+    assert {result["num_examples"] for result in found.values()} == {3}
+    assert set(found["proxy_tuning"]["forward_passes"]) == {"base", "large", "untuned"}
+    assert (runs / "gsm8k" / "test" / "report.html").stat().st_size > 0
+    assert commands() == []
