@@ -199,6 +199,20 @@ def test_the_figures_are_those_of_the_texts(tmp_path: Path) -> None:
     assert [trace.id for trace in traces] == [f"q{i}" for i in range(30)]
 
 
+def test_seconds_are_those_of_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging takes a second a text, by a clock of our own; writing none."""
+    clock = [0.0]
+    monkeypatch.setattr("collm.evaluation.evaluate.time.perf_counter", lambda: clock[0])
+
+    def slowly(answer: str | None, gold: str) -> dict[str, float]:
+        clock[0] += 1
+        return {"exact_match": float(answer == gold)}
+
+    task = replace(get_task("gsm8k"), judge=slowly)
+    result = evaluate(PairWriter(), task, questions(4), HALF, progress=False)
+    assert clock[0] >= 4 and result.seconds == 0
+
+
 def test_a_model_alone_and_a_policy_can_be_evaluated(tmp_path: Path) -> None:
     assert run(alone="helper").deferral_rate == 1.0
     assert run(alone=0, out=tmp_path / "base.jsonl").deferral_rate == 0.0

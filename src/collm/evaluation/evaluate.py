@@ -186,7 +186,7 @@ def _answers(
     policy: Method | None,
     alone: int | str | None,
 ) -> Iterator[Trace]:
-    """Scored texts in the order in which they are finished; their seconds add up to the time it took."""
+    """Scored texts in the order in which they are finished; their seconds add up to the time that writing took."""
     prompts = [task.question(example) for example, _ in rows]
     own = [replace(params, seed=example_seed(params.seed, example.id)) for example, _ in rows]
     begin = time.perf_counter()
@@ -205,7 +205,7 @@ def _answers(
             gold=gold,
             seconds=now - begin,
         )
-        begin = now
+        begin = time.perf_counter()  # judging a program takes seconds, too
 
 
 def example_seed(seed: int, example_id: str) -> int:
