@@ -19,8 +19,9 @@ from collm.llm import CollaborativeLM
 from collm.models import adapters
 from collm.models.adapters import ModelStore, Variant
 from collm.models.contents import contents
-from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
+from collm.models.loading import load_context_length, load_model, load_tokenizer, place_model, weights_fingerprint
 from collm.models.local import LocalModel
+from collm.models.placement import Placement
 from collm.sampling_params import SamplingParams
 from collm.types import Query
 
@@ -102,11 +103,11 @@ def test_a_model_in_two_places_is_loaded_once(
 ) -> None:
     loaded: list[str] = []
 
-    def load(spec: str, **settings: Any) -> PreTrainedModel:
-        loaded.append(spec)
-        return load_model(spec, **settings)
+    def load(name: str, placement: Placement) -> PreTrainedModel:
+        loaded.append(name)
+        return place_model(name, placement)
 
-    monkeypatch.setattr(adapters, "load_model", load)
+    monkeypatch.setattr(adapters, "place_model", load)
     copy = str(Path(specs["base"]).with_name("copy"))
     store = ModelStore()
     assert store.load(specs["base"]).model is store.load(copy).model is store.load(specs["elsewhere"]).model

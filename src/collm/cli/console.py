@@ -19,6 +19,7 @@ from collm.text import decoded
 
 EXTRAS = {
     "accelerate": "train",
+    "bitsandbytes": "quantized",
     "gguf": "gguf",
     "httpx": "remote",
     "lm_eval": "eval",

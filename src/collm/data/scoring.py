@@ -22,6 +22,7 @@ from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fin
 from collm.errors import CollmError
 from collm.identity.finding import local_identity, writer_identity
 from collm.models.backbone import check_project, hidden_states, logits_rows, project, rope_switches
+from collm.models.devices import input_device, output_device
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.types import Fault, LanguageModel, Query
@@ -146,9 +147,10 @@ def score_batch(model: PreTrainedModel, batch: Sequence[Encoded], vocab_size: in
     for row, item in enumerate(batch):
         n = len(item) - 1
         inputs[row, :n], gold[row, :n], labelled[row, :n] = item.token_ids[:-1], item.token_ids[1:], item.labelled[1:]
-    mask = torch.from_numpy(labelled).to(model.device)
-    hidden = hidden_states(model, torch.from_numpy(inputs).to(model.device), use_cache=False)[mask]
-    gold_ids = torch.from_numpy(gold).to(model.device)[mask]
+    mask, gold_ids = torch.from_numpy(labelled), torch.from_numpy(gold)[torch.from_numpy(labelled)]
+    hidden = hidden_states(model, torch.from_numpy(inputs).to(input_device(model)), use_cache=False)
+    # The parts of a model may lie on several devices.
+    hidden, gold_ids = hidden[mask.to(hidden.device)], gold_ids.to(output_device(model))
     parts, rows = [], logits_rows(model)
     for states, ids in zip(hidden.split(rows), gold_ids.split(rows), strict=True):
         logits = project(model, states)[:, :vocab_size].float()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from collm.data.formatting import Formatter, PromptFormat
-from collm.llm.sources import AssistantSource, Placement, matched
+from collm.llm.sources import AssistantSource, matched
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import warn_of_other_weights
+from collm.models.devices import may_cache
 from collm.models.info import AssistantInfo
 from collm.models.loading import load_tokenizer
 from collm.models.local import LocalModel
-from collm.models.specs import is_tool
+from collm.models.specs import is_tool, split_spec
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.types import LanguageModel
@@ -33,7 +35,7 @@ def load_assistants(
     """The assistants in the order of the gate, each with its prompt format.
 
     Args:
-        given: specs; `SPEC?dtype=bfloat16&device=cuda:1` loads one otherwise than the rest.
+        given: specs; `SPEC?dtype=bfloat16&device=cuda:1` loads one otherwise than the rest (`models.placement`).
         trained: those of the checkpoint; none for a plain model, which takes whatever is given.
         base: the base's formatter; tools and models of one's own see the prompt as the base does.
         store: what is in memory already; adapters of one model share its weights.
@@ -45,21 +47,29 @@ def load_assistants(
         UserWarning: an assistant has other weights than the one of training.
     """
     infos, sources = matched(given, trained)
-    placement, store = Placement(dtype, device, cache, max_cache_tokens), store or ModelStore()
-    return [_load(s, info, base, placement, store) for s, info in zip(sources, infos, strict=True)]
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, "store": store or ModelStore()}
+    cached: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
+    return [_load(source, info, base, **placed, **cached) for source, info in zip(sources, infos, strict=True)]
 
 
 def _load(
-    source: AssistantSource, info: AssistantInfo, base: Formatter, placement: Placement, store: ModelStore
+    source: AssistantSource,
+    info: AssistantInfo,
+    base: Formatter,
+    *,
+    dtype: str,
+    device: str,
+    store: ModelStore,
+    cache: bool,
+    max_cache_tokens: int | None,
 ) -> tuple[LanguageModel, Formatter]:
     if not isinstance(source, str):
         return source, base
-    source, placed = placement.of(source)
-    if is_tool(source):
-        return make_tool(source, base.tokenizer, info.name), base
+    if is_tool(split_spec(source)[0]):
+        return make_tool(split_spec(source)[0], base.tokenizer, info.name), base
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
-    variant = store.load(source, dtype=placed.dtype, device=placed.device)
+    variant = store.load(source, dtype=dtype, device=device)
     warn_of_other_weights(
         variant.fingerprint,
         info.weights_fingerprint,
@@ -70,8 +80,8 @@ def _load(
         tokenizer,
         name=info.name,
         vocab_size=shared_vocab_size(base.tokenizer),
-        cache=placed.cache,
-        max_cache_tokens=placed.max_cache_tokens,
+        cache=may_cache(variant.model, info.name, cache),
+        max_cache_tokens=max_cache_tokens,
         activate=variant.activate,
     )
     return model, Formatter(tokenizer, PromptFormat(**info.format))

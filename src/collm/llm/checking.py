@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collm.errors import CollmError, nearest
-from collm.llm.sources import AssistantSource, Placement, matched
+from collm.llm.sources import AssistantSource, matched
 from collm.models.info import GATE_FILE, CheckpointInfo, base_spec, load_info
+from collm.models.placement import Placement
 from collm.models.specs import adapter_config, has_chat_template, is_tool, require_model
 from collm.sampling_params import SamplingParams
 
@@ -37,14 +38,17 @@ def outline(
     Raises:
         CollmError: a model is not where it should be, an assistant is missing or one too many, or a file is damaged.
     """
+    placement = Placement(dtype)
+    path, _ = placement.of(str(path))
     info = load_info(path)
     spec = base_spec(path, info, base)
+    placement.of(spec)
     _require(spec)
     infos, sources = matched(assistants, [] if info is None else info.assistants)
     tools = []
     for about, source in zip(infos, sources, strict=True):
         if isinstance(source, str):
-            own, _ = Placement(dtype).of(source)
+            own, _ = placement.of(source)
             if is_tool(own):
                 tools.append(about.name)
             else:

@@ -20,9 +20,11 @@ from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import load_base
+from collm.models.devices import may_cache
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
+from collm.models.placement import Placement
 from collm.models.specs import adapter_config
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation, LanguageModel, Step
@@ -99,6 +101,8 @@ class CollaborativeLM:
 
         Args:
             path: a checkpoint, or a plain model, which has no gate and can only defer never, always or at random.
+                It, `base` and the assistants may say how they are loaded: `SPEC?device_map=auto&quantization=nf4`
+                (`models.placement`).
             assistants: in the order of training, or by name as `"NAME=SPEC"`; a spec, or a `LanguageModel` of one's
                 own. Tools that the checkpoint was trained with need not be given.
             base: where the base model lies, for a checkpoint that holds an adapter or a gate alone.
@@ -112,20 +116,27 @@ class CollaborativeLM:
         model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
         formatter = Formatter(tokenizer, PromptFormat(**info.base_format))
         own: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
+        folder, placement = Placement(dtype, device).of(str(path))
         store = ModelStore()
         # What the base was before training, if it still is that: assistants that are adapters of it share its weights.
-        untrained = {"gate": base or info.base_model, "full": None if head else str(path)}.get(info.kind)
+        untrained = {"gate": base or info.base_model, "full": None if head else folder}.get(info.kind)
         shared = None
         if untrained is not None and adapter_config(untrained) is None:
-            shared = store.put(untrained, model, dtype=dtype, device=device)
+            shared = store.put(untrained, model, placement)
         found = load_assistants(assistants, info.assistants, formatter, store=store, dtype=dtype, device=device, **own)
         if head is not None and head.num_assistants != len(found):
             raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
         local = LocalModel(
-            model, tokenizer, head, name="base", activate=None if shared is None else shared.activate, **own
+            model,
+            tokenizer,
+            head,
+            name="base",
+            cache=may_cache(model, "base", cache),
+            max_cache_tokens=max_cache_tokens,
+            activate=None if shared is None else shared.activate,
         )
         models, formatters = [m for m, _ in found], [f for _, f in found]
-        return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None, path=Path(path))
+        return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None, path=Path(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the checkpoint it was loaded from, calibration included; assistants keep their own places."""

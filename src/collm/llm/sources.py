@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, load_info
-from collm.models.specs import is_tool
+from collm.models.specs import is_tool, split_spec
 from collm.types import LanguageModel
 
 AssistantSource = str | LanguageModel
@@ -29,27 +27,6 @@ def matched(
     if len(set(names)) < len(names):
         raise CollmError(f"two assistants have one name ({', '.join(names)}); name them as NAME=SPEC")
     return infos, sources
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """How and where a model is loaded."""
-
-    dtype: str = "float32"
-    device: str = "cpu"
-    cache: bool = True
-    max_cache_tokens: int | None = None
-
-    def of(self, source: str) -> tuple[str, Placement]:
-        """The spec without its `?dtype=...&device=...`, and the placement that this asks for."""
-        spec, mark, asked = source.rpartition("?")
-        if not mark or Path(source).exists():
-            return source, self
-        settings = dict(parse_qsl(asked, keep_blank_values=True))
-        unknown = sorted(set(settings) - {"dtype", "device"})
-        if unknown or not settings:
-            raise CollmError(f"{source}: after the ? stands dtype=... or device=... (joined by &), not {asked!r}")
-        return spec, replace(self, **settings)  # type: ignore[arg-type]
 
 
 def _matched(
@@ -74,7 +51,7 @@ def _matched(
             sources.append(unnamed.pop(unnamed.index(info.spec)))
         elif unnamed and not (is_tool(info.spec) and len(unnamed) < _wanting(trained, by_name, sources)):
             sources.append(unnamed.pop(0))
-        elif is_tool(info.spec) or Path(info.spec).exists():
+        elif is_tool(info.spec) or Path(split_spec(info.spec)[0]).exists():
             sources.append(info.spec)
         else:
             raise CollmError(
@@ -94,7 +71,7 @@ def _matched(
 
 def _untrained(name: str | None, source: AssistantSource) -> AssistantInfo:
     """No gate was trained with it. One that is a checkpoint itself is shown its prompts as in its own training."""
-    own = load_info(source.partition("?")[0]) if isinstance(source, str) else None
+    own = load_info(split_spec(source)[0]) if isinstance(source, str) else None
     return AssistantInfo(name=name or _default_name(source), spec="", format={} if own is None else own.base_format)
 
 
@@ -113,4 +90,4 @@ def _named(source: AssistantSource, known: Sequence[str]) -> tuple[str | None, A
 
 
 def _default_name(source: AssistantSource) -> str:
-    return Path(source).name if isinstance(source, str) else source.name
+    return Path(split_spec(source)[0]).name if isinstance(source, str) else source.name

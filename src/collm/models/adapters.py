@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,7 +16,9 @@ from transformers import PreTrainedModel
 
 from collm.models.attaching import attach, insert
 from collm.models.contents import contents, same_configuration
-from collm.models.loading import load_model, named_fingerprint, weights_fingerprint
+from collm.models.devices import parameters
+from collm.models.loading import named_fingerprint, place_model, weights_fingerprint
+from collm.models.placement import DEFAULT, Placement
 from collm.models.specs import adapter_config
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Variant:
 
     def _own_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters under the names that PEFT gives them where there is this adapter alone."""
-        named = [(name.split("."), tensor) for name, tensor in self.model.named_parameters()]
+        named = [(name.split("."), tensor) for name, tensor in parameters(self.model)]
         wrapped = {tuple(parts[: parts.index(self.adapter) - 1]) for parts, _ in named if self.adapter in parts}
         for parts, tensor in named:
             if self.adapter in parts:
@@ -113,39 +114,42 @@ class ModelStore:
     """
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[str, str, str], Weights] = {}
-        self._variants: dict[tuple[str, str, str], Variant] = {}
+        self._loaded: dict[tuple[str, Placement], Weights] = {}
+        self._variants: dict[tuple[str, Placement], Variant] = {}
 
-    def put(self, spec: str, model: PreTrainedModel, *, dtype: str = "float32", device: str = "cpu") -> Variant:
-        """A model that has been loaded already; adapters are put into it."""
-        self._loaded[spec, dtype, device] = Weights(model, contents(spec))
-        return Variant(self._loaded[spec, dtype, device])
+    def put(self, spec: str, model: PreTrainedModel, placement: Placement = DEFAULT) -> Variant:
+        """A model that has been loaded already, with this placement; adapters are put into it."""
+        name, placement = placement.of(spec)
+        self._loaded[name, placement] = Weights(model, contents(name))
+        return Variant(self._loaded[name, placement])
 
     def load(self, spec: str, *, dtype: str = "float32", device: str = "cpu") -> Variant:
         """The model of a spec; as `load_model`, but for what is in memory already."""
-        key = (spec, dtype, device)
-        if key not in self._variants:
-            config = adapter_config(spec)
-            if config is None or not _is_pure(config):
-                self._variants[key] = Variant(self._weights(spec, dtype, device))
-            else:
-                weights = self._weights(str(config["base_model_name_or_path"]), dtype, device)
-                self._variants[key] = Variant(weights, weights.add(str(Path(spec))))
-        return self._variants[key]
+        return self._variant(*Placement(dtype, device).of(spec))
 
-    def _weights(self, spec: str, dtype: str, device: str) -> Weights:
+    def _variant(self, name: str, placement: Placement) -> Variant:
+        if (name, placement) not in self._variants:
+            config = adapter_config(name)
+            if config is None or not _is_pure(config):
+                found = Variant(self._weights(name, placement))
+            else:
+                weights = self._weights(*placement.of(str(config["base_model_name_or_path"])))
+                found = Variant(weights, weights.add(name))
+            self._variants[name, placement] = found
+        return self._variants[name, placement]
+
+    def _weights(self, name: str, placement: Placement) -> Weights:
         """By name, else by what it holds: one model may lie in two places."""
-        key = (spec, dtype, device)
-        if key not in self._loaded:
-            there = [weights for (_, *placed), weights in self._loaded.items() if placed == [dtype, device]]
-            files = contents(spec)
+        if (name, placement) not in self._loaded:
+            there = [weights for (_, placed), weights in self._loaded.items() if placed == placement]
+            files = contents(name)
             # By the files, so that there never is a second copy; else by the weights, however they are kept.
             same = [weights for weights in there if files is not None and weights.contents == files]
             if not same:
-                found = Weights(load_model(spec, dtype=dtype, device=device), files)
+                found = Weights(place_model(name, placement), files)
                 same = [weights for weights in there if weights.equals(found)] or [found]
-            self._loaded[key] = same[0]
-        return self._loaded[key]
+            self._loaded[name, placement] = same[0]
+        return self._loaded[name, placement]
 
 
 def _is_pure(config: dict[str, object]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from collm.errors import CollmError
+from collm.models.devices import is_offloaded
 from collm.models.guard import guarded
 from collm.models.quiet import quiet
 from collm.models.whole import read_object, refuse_pickle, require_whole, some
@@ -34,6 +35,11 @@ def attach(model: PreTrainedModel, folder: str, name: str = "default", *, upcast
     from peft import PeftConfig, get_peft_model
 
     _require_files(folder)
+    if is_offloaded(model):
+        raise CollmError(
+            f"{folder}: an adapter needs its base in memory, and parts of that were left on the disk for want of room; "
+            "take more devices, or a quantised base (quantization=nf4)"
+        )
     with quiet(), guarded(f"the adapter {folder}"), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         config = PeftConfig.from_pretrained(folder)

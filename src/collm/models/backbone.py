@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from collm.errors import CollmError
+from collm.models.devices import input_device
 
 LOGITS_AT_ONCE = 2**26
 """Logits that exist at a time in training and scoring: 256 MiB in float32, whatever the vocabulary."""
@@ -74,7 +75,7 @@ def check_project(model: nn.Module) -> None:
         CollmError: naming the architecture.
     """
     lm = causal_lm(model)
-    ids = torch.arange(1, 5, device=lm.device)[None]
+    ids = torch.arange(1, 5, device=input_device(lm))[None]
     training = lm.training
     lm.eval()
     expected = lm(input_ids=ids, use_cache=False).logits[0].float()

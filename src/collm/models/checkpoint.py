@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from collm.errors import CollmError
 from collm.models.attaching import attach
 from collm.models.backbone import causal_lm
+from collm.models.devices import is_quantized, output_device
 from collm.models.head import DeferralHead
 from collm.models.info import FILE, GATE_FILE, CheckpointInfo, base_spec, load_info, save_info
-from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
+from collm.models.loading import load_tokenizer, place_model, weights_fingerprint
+from collm.models.placement import Placement
 
 
 def warn_of_other_weights(found: Callable[[], str], trained: str | None, what: str) -> None:
@@ -82,11 +84,12 @@ def load_base(
     Warns:
         UserWarning: the base's weights are not those the checkpoint was trained on.
     """
+    path, placement = Placement(dtype, device).of(str(path))
     info = load_info(path)
     spec = base_spec(path, info, base)
     if info is None:
-        return load_model(spec, dtype=dtype, device=device), None, load_tokenizer(spec), CheckpointInfo()
-    model = load_model(spec, dtype=dtype, device=device)
+        return place_model(spec, placement), None, load_tokenizer(spec), CheckpointInfo()
+    model = place_model(spec, placement)
     tokenizer = load_tokenizer(spec)
     warn_of_other_weights(
         partial(weights_fingerprint, model),
@@ -94,10 +97,12 @@ def load_base(
         f"{spec} does not hold the weights that {path} was trained with",
     )
     if info.kind == "lora":
-        model = attach(model, str(path), upcast=True).merge_and_unload().eval()
+        adapted = attach(model, path, upcast=True)
+        # Merged into quantised weights it would be rounded away.
+        model = causal_lm(adapted) if is_quantized(model) else adapted.merge_and_unload().eval()
     head = None
     if (Path(path) / GATE_FILE).is_file():
-        head = DeferralHead.load(Path(path)).to(device)
+        head = DeferralHead.load(Path(path)).to(output_device(causal_lm(model)))
         if info.assistants and head.num_assistants != len(info.assistants):
             raise CollmError(
                 f"{Path(path) / GATE_FILE} is for {head.num_assistants} assistants, but {FILE} names "

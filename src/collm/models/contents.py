@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from collm.models.specs import adapter_config, is_tool, locate
+from collm.models.specs import adapter_config, is_tool, locate, split_spec
 from collm.models.whole import read_object, weight_files
 
 BLOCKS, BLOCK = 1024, 64
@@ -34,6 +34,7 @@ def contents(spec: str) -> str | None:
     """
     if is_tool(spec):
         return None
+    spec, _ = split_spec(spec)
     adapter = adapter_config(spec)
     if adapter is not None:
         base = contents(str(adapter["base_model_name_or_path"]))

@@ -32,7 +32,8 @@ class DeferralHead(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Scores `[..., K]` float32 of hidden states `[..., H]` of any dtype."""
+        """Scores `[..., K]` float32 of hidden states `[..., H]` of any dtype and device, on the gate's own."""
+        hidden = hidden.to(self.weight.device)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float(), self.bias.float())
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
+from collm.models import devices
 from collm.models.attaching import attach
 from collm.models.gguf import conversion as gguf
 from collm.models.guard import guarded
 from collm.models.network import load_network, not_found
+from collm.models.placement import Placement
 from collm.models.quiet import quiet
-from collm.models.specs import adapter_config, locate
+from collm.models.specs import adapter_config, locate, split_spec
 from collm.models.whole import require_tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,42 +27,51 @@ SAMPLED_VALUES = 256
 """Values of each weight tensor that enter its fingerprint."""
 
 
-def _load_adapter(spec: str, base: str, dtype: str, device: str) -> PreTrainedModel:
-    """A base model with one adapter in its layers, not merged."""
-    model = load_model(base, dtype=dtype, device=device)
-    attach(model, spec)
-    return model
-
-
 def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """The causal language model of a spec, in evaluation mode.
+
+    Args:
+        dtype, device: unless the spec itself says otherwise (`SPEC?device_map=auto&quantization=nf4`).
 
     Raises:
         CollmError: no such model, unknown dtype, pickled or damaged weights, or weights that do not fit the model.
     """
-    if dtype not in DTYPES:
-        raise CollmError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
-    _check_device(device)
-    place = locate(spec)
-    if isinstance(place, Path):
-        with quiet():
-            model = gguf.load_model(place, DTYPES[dtype])
-        model.config._name_or_path = spec
-        return model.to(device).eval()  # type: ignore[arg-type,no-any-return]
-    adapter = adapter_config(spec)
+    name, placement = Placement(dtype, device).of(spec)
+    return place_model(name, placement)
+
+
+def place_model(name: str, placement: Placement) -> PreTrainedModel:
+    """`load_model` for a spec without settings, or with ones that count before those of the placement."""
+    name, placement = placement.of(name)
+    adapter = adapter_config(name)
     if adapter is not None:
-        return _load_adapter(spec, adapter["base_model_name_or_path"], dtype, device)
-    model = load_network(place, dtype=DTYPES[dtype])
-    return model.to(device).eval()  # type: ignore[arg-type,no-any-return]
+        return _with_adapter(place_model(str(adapter["base_model_name_or_path"]), placement), name)
+    place = locate(name)
+    if isinstance(place, Path):
+        if placement.device_map is not None or placement.quantization is not None:
+            raise CollmError(
+                f"{name}: a GGUF file goes to one device, and brings its own quantisation; "
+                "collm convert makes a folder of it, for device_map and quantization"
+            )
+        with quiet():
+            model = gguf.load_model(place, placement.torch_dtype)
+        model.config._name_or_path = name
+    else:
+        model = load_network(place, **placement.arguments())
+    if placement.device_map is None and placement.quantization is None:
+        model = model.to(placement.device)  # type: ignore[arg-type]
+    model.eval()
+    if placement.quantization is not None:
+        with torch.inference_mode():
+            # bitsandbytes repacks its weights at their first use on a CPU: done now, they are the same ever after.
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=devices.input_device(model)), use_cache=False)
+    return model
 
 
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise CollmError(f"there is no kind of device {device!r}; use cpu, cuda, cuda:1, mps, ...") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CollmError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or a CUDA build")
+def _with_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """A base model with one adapter in its layers, not merged."""
+    attach(model, folder)
+    return model
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -70,7 +81,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         CollmError: no such tokenizer.
     """
     adapter = adapter_config(spec)
-    if adapter is not None and not (Path(spec) / "tokenizer_config.json").is_file():
+    if adapter is not None and not (Path(split_spec(spec)[0]) / "tokenizer_config.json").is_file():
         return load_tokenizer(adapter["base_model_name_or_path"])
     place = locate(spec)
     if isinstance(place, Path):
@@ -115,7 +126,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     Values are rounded to bfloat16, so that the same weights held in float32 or bfloat16 agree.
     """
-    return named_fingerprint(model.named_parameters())
+    return named_fingerprint(devices.parameters(model))
 
 
 def named_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

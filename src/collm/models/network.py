@@ -21,11 +21,12 @@ loading = threading.RLock()
 got a model without its tied head."""
 
 
-def load_network(name: str, *, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model in a folder or of a hub id, on the host, in evaluation mode.
+def load_network(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """The causal language model in a folder or of a hub id, in evaluation mode.
 
     Args:
         dtype: `"auto"` takes that of the files.
+        options: further ones of `from_pretrained` (`Placement.arguments`); without a `device_map` it is on the host.
 
     Raises:
         CollmError: naming the file and some of the tensors.
@@ -48,6 +49,7 @@ def load_network(name: str, *, dtype: torch.dtype | str) -> PreTrainedModel:
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **options,
             )
         except OSError as error:
             raise not_found(name, error) from error

@@ -7,6 +7,8 @@ A *spec* is a string:
 - `FILE.gguf`, dequantised on loading (its metadata bring the tokenizer);
 - `pkg:PACKAGE/FILE.gguf`, a file inside an installed Python package (found, not imported);
 - the name of a tool: `calculator`.
+
+Behind a `?` a spec may say how it is loaded: `SPEC?dtype=bfloat16&device_map=auto` (`models.placement`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from collm.errors import CollmError
 from collm.models.whole import read_object, require_whole_folder
@@ -22,10 +25,27 @@ TOOLS = ("calculator",)
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 """Where a folder may keep its chat templates, if not in the tokenizer's settings."""
+SETTINGS = ("dtype", "device", "device_map", "quantization")
 
 
 def is_tool(spec: str) -> bool:
     return spec in TOOLS
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """A spec's name, and the settings behind its `?`.
+
+    Raises:
+        CollmError: a setting is unknown.
+    """
+    name, mark, asked = spec.rpartition("?")
+    if not mark or "://" in spec or Path(spec).exists():
+        return spec, {}
+    settings = dict(parse_qsl(asked, keep_blank_values=True))
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown or not settings:
+        raise CollmError(f"{spec}: after the ? stand {', '.join(f'{key}=...' for key in SETTINGS)} (joined by &)")
+    return name, settings
 
 
 def locate(spec: str) -> str | Path:
@@ -34,6 +54,7 @@ def locate(spec: str) -> str | Path:
     Raises:
         CollmError: there is no such package, file or folder, or it is a tool.
     """
+    spec, _ = split_spec(spec)
     if spec.startswith("pkg:"):
         package, _, inner = spec.removeprefix("pkg:").partition("/")
         found = importlib.util.find_spec(package)
@@ -95,6 +116,7 @@ def adapter_config(spec: str) -> dict[str, Any] | None:
     Raises:
         CollmError: it is damaged, or does not name its base model.
     """
+    spec, _ = split_spec(spec)
     path = Path(spec) / "adapter_config.json"
     if is_tool(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
         return None

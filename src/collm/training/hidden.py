@@ -21,6 +21,7 @@ from collm.errors import CollmError
 from collm.files import claimed, write_text
 from collm.identity.finding import local_identity
 from collm.models.backbone import causal_lm, hidden_states, rope_switches
+from collm.models.devices import input_device
 from collm.training.dataset import ScoredSet, digest
 
 PART_BYTES = 2**30
@@ -177,7 +178,7 @@ def _hidden_of(
     model: nn.Module, data: ScoredSet, batches: Sequence[Sequence[int]], progress: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A batch's `[M, H]` float32 on the CPU, and their flat indices `[M]`."""
-    device = next(model.parameters()).device
+    device = input_device(causal_lm(model))
     starts = data.ends - [item.num_labelled for item in data.items]
     with progress_bar(
         sum(len(data.items[i]) for batch in batches for i in batch), progress, "hidden states"
@@ -193,5 +194,5 @@ def _hidden_of(
             with torch.inference_mode():
                 # Right padding and causal attention: no mask is needed.
                 hidden = hidden_states(model, torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)
-                yield hidden[torch.from_numpy(mask[:, 1:]).to(device)].float().cpu(), torch.cat(where)
+                yield hidden[torch.from_numpy(mask[:, 1:]).to(hidden.device)].float().cpu(), torch.cat(where)
             advance(sum(len(data.items[i]) for i in batch))

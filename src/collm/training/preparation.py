@@ -16,6 +16,7 @@ from collm.data.scores import load_info as load_scores_info
 from collm.files import write_text
 from collm.identity.finding import local_identity
 from collm.models.backbone import check_project
+from collm.models.devices import output_device
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
 from collm.models.loading import load_model, weights_fingerprint
@@ -109,7 +110,7 @@ def _initial_head(
     if num_assistants == 0:
         return None, 1.0, {}
     folder = recipe.out / "init"
-    device = next(model.parameters()).device
+    device = output_device(model)
     if (folder / "figures.json").is_file():
         figures = json.loads((folder / "figures.json").read_text())
         return DeferralHead.load(folder).to(device), figures["hidden_scale"], figures

@@ -1,0 +1,79 @@
+"""Where the parts of a model lie, which may be several devices, and memory that is none (accelerate's offloading)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+META = torch.device("meta")
+"""Where weights are said to lie that are fetched when they are needed."""
+
+
+def computes_on(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights lie, or are brought to."""
+    for hook in _hooks(module):
+        if getattr(hook, "execution_device", None) is not None:
+            place = hook.execution_device
+            return torch.device(f"cuda:{place}") if isinstance(place, int) else torch.device(place)
+    return next((tensor.device for tensor in module.parameters() if tensor.device != META), torch.device("cpu"))
+
+
+def input_device(lm: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    return computes_on(lm.get_input_embeddings())
+
+
+def output_device(lm: PreTrainedModel) -> torch.device:
+    """Where logits come out, and so where the gate lies."""
+    head: Any = lm.get_output_embeddings()
+    return computes_on(head)
+
+
+def is_spread(lm: nn.Module) -> bool:
+    """Does it lie on several devices, or partly on none?"""
+    return len({tensor.device for tensor in lm.parameters()}) > 1 or is_offloaded(lm)
+
+
+def may_cache(lm: nn.Module, name: str, asked: bool = True) -> bool:
+    """May the keys and values of a model be kept? Not yet those of one that is spread, of which it warns."""
+    if asked and is_spread(lm):
+        warnings.warn(
+            f"{name}: its parts lie on several devices, where its KV cache is not kept; every token is recomputed from "
+            "the start, which is right but slow",
+            stacklevel=3,
+        )
+    return asked and not is_spread(lm)
+
+
+def is_offloaded(lm: nn.Module) -> bool:
+    """Are there weights that lie in a file, or in the host's memory, until they are needed?"""
+    return any(tensor.device == META for tensor in lm.parameters())
+
+
+def is_quantized(lm: nn.Module) -> bool:
+    return any(not tensor.is_floating_point() for tensor in lm.parameters())
+
+
+def parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters by name, each once, those that are offloaded fetched one by one."""
+    for name, tensor in model.named_parameters():
+        if tensor.device != META:
+            yield name, tensor
+            continue
+        owner, _, own = name.rpartition(".")
+        stored = [hook.weights_map[own] for hook in _hooks(model.get_submodule(owner)) if hook.weights_map is not None]
+        assert stored, f"{name} lies nowhere"
+        yield name, stored[0]
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return []
+    return [each for each in getattr(hook, "hooks", [hook]) if hasattr(each, "weights_map")]
