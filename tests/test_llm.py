@@ -429,7 +429,7 @@ def test_each_assistant_has_its_own_place(tmp_path: Path, tiny_tokenizer: PreTra
     assert (model.name, model.model.dtype, other.model.dtype) == ("one", torch.bfloat16, torch.float32)
     [(unnamed, _)] = load_assistants([f"{spec}?dtype=bfloat16"], [], formatter)
     assert isinstance(unnamed, LocalModel) and unnamed.model.dtype == torch.bfloat16
-    for bad, told in (("colour=red", "dtype=... or device=..."), ("dtype=float8", "dtype is one of")):
+    for bad, told in (("colour=red", "dtype=..., device=..."), ("dtype=float8", "dtype is one of")):
         with pytest.raises(CollmError, match=told):
             load_assistants([f"{spec}?{bad}"], [], formatter)
 

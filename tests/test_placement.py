@@ -27,10 +27,14 @@ from collm.models.contents import contents
 from collm.models.devices import input_device, is_offloaded, is_quantized, is_spread, output_device, parameters
 from collm.models.head import DeferralHead
 from collm.models.info import AssistantInfo, CheckpointInfo, save_info
+from collm.models.info import load_info as load_checkpoint
 from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
 from collm.models.placement import Placement
-from collm.models.specs import split_spec
+from collm.models.specs import portable, split_spec
 from collm.sampling_params import SamplingParams
+from collm.training.checking import check_recipe
+from collm.training.recipe import Recipe, parse_recipe
+from collm.training.train import train
 
 IDS = torch.arange(3, 40)[None]
 
@@ -161,6 +165,38 @@ def test_a_split_system_writes_what_the_whole_one_does(base: Path, split: str, t
     plain = CollaborativeLM.from_pretrained(tmp_path / "other", [str(base)])
     params = SamplingParams(max_tokens=8, deferral="random", deferral_rate=0.5)
     assert helped.generate("3 + ", params).token_ids == plain.generate("3 + ", params).token_ids
+
+
+def recipe(out: Path, rows: Path, base: str, assistant: str, tune: str) -> Recipe:
+    values: dict[str, Any] = {
+        "out": str(out),
+        "base": {"model": base},
+        "assistants": [{"name": "helper", "model": assistant}],
+        "data": {"train": str(rows), "validation_share": 0.25, "max_length": 64},
+        "tune": tune,
+        "training": {"epochs": 2, "batch_size": 4, "evaluations": 1},
+    }
+    return parse_recipe(values)
+
+
+def test_a_gate_of_a_split_base(base: Path, split: str, rows: Path, tmp_path: Path) -> None:
+    whole = train(recipe(tmp_path / "whole", rows, str(base), str(base), "gate"), progress=False)
+    parts = train(recipe(tmp_path / "parts", rows, split, split, "gate"), progress=False)
+    gates = [DeferralHead.load(folder).state_dict() for folder in (whole, parts)]
+    torch.testing.assert_close(gates[0], gates[1])
+    info = load_checkpoint(parts)
+    assert info is not None
+    # Another machine has other devices.
+    assert (info.base_model, info.assistants[0].spec) == (str(base), str(base))
+    assert portable(f"{base}?device_map=auto&quantization=nf4&dtype=bfloat16") == f"{base}?quantization=nf4"
+
+
+def test_a_base_that_is_trained_has_no_map(base: Path, split: str, rows: Path, tmp_path: Path) -> None:
+    for spec in (split, f"{base}?quantization=nf4"):
+        with pytest.raises(CollmError, match=r"base\.model: (device_map|quantization) is for models that stay"):
+            check_recipe(recipe(tmp_path, rows, spec, str(base), "full"))
+    with pytest.raises(CollmError, match="base: .*after the . stand dtype"):
+        check_recipe(recipe(tmp_path, rows, f"{base}?devicemap=auto", str(base), "gate"))
 
 
 def test_an_adapter_wants_its_base_in_memory(base: Path, split: str, tmp_path: Path) -> None:

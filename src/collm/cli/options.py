@@ -114,7 +114,8 @@ model_options = _together(
         multiple=True,
         metavar="[NAME=]SPEC",
         help="An assistant: folder, hub id, .gguf file, pkg:PACKAGE/FILE.gguf, or calculator. Repeat it for several, "
-        "in the order of training or by NAME. SPEC?dtype=bfloat16&device=cuda:1 places one by itself.",
+        "in the order of training or by NAME. SPEC?dtype=bfloat16&device=cuda:1 places one by itself, "
+        "SPEC?device_map=auto lays it over several devices, SPEC?quantization=nf4 (or int8) packs it.",
     ),
     click.option(
         "--base", metavar="SPEC", help="Where the base model lies, for a checkpoint that holds an adapter or a gate."

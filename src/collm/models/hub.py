@@ -9,6 +9,7 @@ from typing import Any
 from collm.errors import CollmError
 from collm.files import refuse_full, write_text
 from collm.models.info import CheckpointInfo, load_info
+from collm.models.specs import split_spec
 
 CARD = "README.md"
 LEFTOVERS = ("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock")
@@ -21,9 +22,9 @@ def model_card(info: CheckpointInfo) -> str:
     weights = {a.name: f" (weights {a.weights_fingerprint})" if a.weights_fingerprint else "" for a in info.assistants}
     names = ", ".join(name + of for name, of in weights.items()) or "none"
     lines = ["---", "library_name: collm", "pipeline_tag: text-generation"]
-    hub_id = info.base_model is not None and info.base_model.count("/") == 1 and ":" not in info.base_model
-    if hub_id and not Path(str(info.base_model)).exists():
-        lines += [f"base_model: {info.base_model}"]
+    name, _ = split_spec(info.base_model or "")
+    if name.count("/") == 1 and ":" not in name and not Path(name).exists():
+        lines += [f"base_model: {name}"]
     lines += ["tags: [collm, collaborative-decoding]", "---", "", "# A base that writes together with assistants", ""]
     lines += [
         "Trained with collm by maximising the marginal likelihood over who writes each token (Shen et al., ACL 2024, "

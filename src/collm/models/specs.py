@@ -48,6 +48,14 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     return name, settings
 
 
+def portable(spec: str) -> str:
+    """A spec as other machines may read it: without precision and devices, which are theirs; quantisation stays, for
+    that makes another model."""
+    name, settings = split_spec(spec)
+    kept = settings.get("quantization")
+    return name if kept is None else f"{name}?quantization={kept}"
+
+
 def locate(spec: str) -> str | Path:
     """Where a spec's model lies: a folder's name or a hub id for transformers, or the path of a GGUF file.
 

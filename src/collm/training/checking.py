@@ -8,7 +8,8 @@ from pathlib import Path
 from collm.data.examples import JSON_SUFFIXES, load_examples
 from collm.errors import CollmError, nearest
 from collm.files import require_place
-from collm.models.specs import adapter_config, is_tool, require_model
+from collm.models.placement import Placement
+from collm.models.specs import adapter_config, is_tool, require_model, split_spec
 from collm.training.recipe import ModelSection, Recipe
 
 LOGGERS = {
@@ -46,6 +47,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_model(recipe.base)
     except CollmError as error:
         raise CollmError(f"base: {error}") from error
+    _check_placement(recipe)
     for assistant in recipe.assistants:
         keys = ("scores",) if one_file else ("scores", "validation_scores")
         lacking = [key for key in keys if getattr(assistant, key) is None]
@@ -95,9 +97,21 @@ def _check_model(section: ModelSection) -> None:
     if is_tool(section.model):
         return
     adapter = adapter_config(section.model)
+    Placement(section.dtype).of(section.model)
     require_model(section.model)
     if adapter is not None:
         require_model(adapter["base_model_name_or_path"])
+
+
+def _check_placement(recipe: Recipe) -> None:
+    """A base that is trained is laid over devices by its launcher, and needs weights that can move."""
+    _, settings = split_spec(recipe.base.model)
+    for name in ("device_map", "quantization"):
+        if recipe.tune != "gate" and name in settings:
+            raise CollmError(
+                f"base.model: {name} is for models that stay as they are (assistants, and the base of tune: gate); to "
+                "train a large base, spread it by accelerate launch with FSDP or DeepSpeed"
+            )
 
 
 def _check_loggers(asked: object) -> None:

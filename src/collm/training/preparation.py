@@ -20,6 +20,7 @@ from collm.models.devices import output_device
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
 from collm.models.loading import load_model, weights_fingerprint
+from collm.models.specs import portable
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
 from collm.training.dataset import ScoredSet, assemble, best_device, load_split
@@ -87,7 +88,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], progress)
     info = CheckpointInfo(
         kind=recipe.tune,
-        base_model=recipe.base.model,
+        base_model=portable(recipe.base.model),
         base_fingerprint=weights_fingerprint(model),
         tokenizer_fingerprint=tokenizer_fingerprint(base.open_formatter.tokenizer),
         base_format=base.open_formatter.format.to_dict(),

@@ -18,7 +18,7 @@ from collm.errors import CollmError
 from collm.identity.finding import local_identity, writer_identity
 from collm.models.info import AssistantInfo
 from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
-from collm.models.specs import is_tool
+from collm.models.specs import is_tool, portable
 from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint
 from collm.models.tools import make_tool
 from collm.training.checking import not_at_hand
@@ -180,7 +180,7 @@ def assistant_info(writer: Writer, scores: Path) -> AssistantInfo:
     format = info["prompt_format"] if writer.formatter is None else writer.formatter.format.to_dict()
     return AssistantInfo(
         name=writer.name,
-        spec=writer.section.model,
+        spec=portable(writer.section.model),
         tokenizer_fingerprint=None if writer.tool else info["fingerprint"]["tokenizer"],
         weights_fingerprint=info.get("weights_fingerprint"),
         format={} if writer.tool else format,
