@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from collm.identity.comparing import Identity
+from collm.models.devices import stored
 from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
 from collm.models.tokenizers import PROBES, tokenizer_fingerprint
@@ -90,27 +91,14 @@ def weights_identity(model: nn.Module) -> str:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each storage once: tied weights have several names."""
     seen: set[tuple[int, int, torch.device]] = set()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.is_meta:  # it lies on the disk or in another memory, from where accelerate fetches it
-            yield name, _fetched(model, name)
-            continue
-        place = (tensor.data_ptr(), tensor.numel(), tensor.device)
+        # An offloaded tensor has no storage, and is told by itself.
+        place = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.numel(), tensor.device)
         if tensor.numel() and place not in seen:
             seen.add(place)
-            yield name, tensor
-
-
-def _fetched(model: nn.Module, name: str) -> Tensor:
-    from accelerate.utils import align_module_device
-
-    owner, _, own = name.rpartition(".")
-    module = model.get_submodule(owner)
-    with align_module_device(module, torch.device("cpu")):
-        tensor = getattr(module, own)
-        assert isinstance(tensor, Tensor)
-        return tensor.detach().clone()
+            yield name, stored(model, name, tensor)
 
 
 def dtype_name(model: nn.Module) -> str:

@@ -62,13 +62,18 @@ def is_quantized(lm: nn.Module) -> bool:
 def parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters by name, each once, those that are offloaded fetched one by one."""
     for name, tensor in model.named_parameters():
-        if tensor.device != META:
-            yield name, tensor
-            continue
-        owner, _, own = name.rpartition(".")
-        stored = [hook.weights_map[own] for hook in _hooks(model.get_submodule(owner)) if hook.weights_map is not None]
-        assert stored, f"{name} lies nowhere"
-        yield name, stored[0]
+        yield name, stored(model, name, tensor)
+
+
+def stored(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The values of a model's parameter or buffer: itself, or what it is an offloaded one's stand-in for."""
+    if tensor.device != META:
+        return tensor
+    owner, _, own = name.rpartition(".")
+    found = [hook.weights_map[own] for hook in _hooks(model.get_submodule(owner)) if hook.weights_map is not None]
+    assert found, f"{name} lies nowhere"
+    values: Tensor = found[0]
+    return values
 
 
 def _hooks(module: nn.Module) -> list[Any]:
