@@ -23,6 +23,7 @@ ORDER = [
     "decoding",
     "models",
     "identity",
+    "remote",
     "data",
     "training",
     "llm",

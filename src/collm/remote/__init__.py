@@ -1,0 +1,12 @@
+"""Models behind HTTP: token ids in, token ids and log-probabilities out; vLLM, llama.cpp, and what speaks as vLLM does.
+
+`Client.complete` and `Client.score` are all that is asked of a server; retries, time-outs, replicas and the circuit
+breaker stand between them and the network.
+"""
+
+from collm.remote.address import Address, is_url
+from collm.remote.client import Client
+from collm.remote.faults import ServerFault
+from collm.remote.wire import Completion, End, Given, Sampling, Token
+
+__all__ = ["Address", "Client", "Completion", "End", "Given", "Sampling", "ServerFault", "Token", "is_url"]
