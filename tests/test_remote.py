@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -243,6 +244,21 @@ def test_llama_cpp_ends(block: dict[str, Any], stop_ids: tuple[int, ...], writte
     assert isinstance(end, End) and end.reason == reason
 
 
+def test_llama_cpp_tells_no_log_probability_of_tokens_that_end_inside_a_character() -> None:
+    """As recorded: an emoji is three tokens, and only the one that completes it has an entry."""
+    block = llama_block([227, 10813, 232, 227])
+    block["completion_probabilities"] = [block["completion_probabilities"][i] for i in (0, 3)]
+    *tokens, _ = World(in_turn(httpx.Response(200, json=block))).complete(Completion([1], 4), "llamacpp+http://one")
+    assert [token.token_id for token in tokens if isinstance(token, Token)] == [227, 10813, 232, 227]
+    told = [token.log_prob for token in tokens if isinstance(token, Token)]
+    assert told[0] == told[3] == -22.7 and math.isnan(told[1]) and math.isnan(told[2])
+    # Two tokens of one id and one number: whose is it?
+    block = llama_block([9, 9])
+    del block["completion_probabilities"][0]
+    *tokens, _ = World(in_turn(httpx.Response(200, json=block))).complete(Completion([1], 2), "llamacpp+http://one")
+    assert all(isinstance(token, Token) and math.isnan(token.log_prob) for token in tokens)
+
+
 def test_scores_of_given_tokens() -> None:
     world = World(in_turn(httpx.Response(200, json=SCORED)))
     assert world.run(lambda client: client.score([5, 6, 7])) == [Given(-6.88, False), Given(-0.25, True)]
@@ -396,8 +412,10 @@ def test_nobody_waits_for_ever_for_a_token() -> None:
     world = World(in_turn(*hanging))
     with pytest.raises(ServerFault, match=r"no token within 0\.1 s"):
         world.complete(ASKED, "vllm+http://one?timeout=0.1")
-    slow = stream(0.06, vllm_chunk(1, -1.0), 0.06, vllm_chunk(2, -1.0), 0.06, vllm_chunk(3, -1.0, "stop"))
-    assert len(World(in_turn(slow)).complete(ASKED, "vllm+http://one?timeout=0.1")) == 4
+    # Longer than that for all of its tokens, but not for any of them.
+    slow = [piece for number in range(30) for piece in (0.05, vllm_chunk(number, -1.0))]
+    whole = World(in_turn(stream(*slow, GOOD[1]))).complete(Completion([5], 40), "vllm+http://one?timeout=1")
+    assert len(whole) == 32
 
 
 def test_who_stops_listening_ends_the_request_and_nobody_is_blamed() -> None:

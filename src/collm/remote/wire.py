@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,8 @@ class Sampling:
 class Token(NamedTuple):
     """A written token with its log-probability before temperature and truncation.
 
-    `top`: the most probable tokens, best first. `watched`: the log-probabilities of `Completion.watch`.
+    NaN where the server does not tell it. `top`: the most probable tokens, best first. `watched`: the log-probabilities
+    of `Completion.watch`.
     """
 
     token_id: int
@@ -235,14 +237,15 @@ class LlamaCpp(Dialect):
         if completion.watch or completion.settings:
             raise ServerFault("llama.cpp cannot hold the base of a pair: it tells no score of a gate")
         ids, told = answer["tokens"], answer["completion_probabilities"]
-        if len(ids) != len(told):
-            raise ValueError(f"{len(told)} log-probabilities for {len(ids)} tokens")
-        tokens = []
-        for number, entry in zip(ids, told, strict=True):
-            if entry["id"] != number:
-                raise ValueError(f"the log-probability of token {entry['id']} for token {number}")
-            top = tuple((int(one["id"]), float(one["logprob"])) for one in entry["top_logprobs"])
-            tokens.append(Token(int(number), float(entry["logprob"]), top[: completion.num_top]))
+        entries: dict[int, list[Mapping[str, Any]]] = {}
+        for entry in told:
+            entries.setdefault(int(entry["id"]), []).append(entry)
+        if not set(entries) <= set(ids):
+            raise ValueError(f"log-probabilities of other tokens than {ids}")
+        # It tells none of tokens that end inside a character. Those are other ids than the ones that complete it, but
+        # where they are not, nobody can say whose the number is.
+        known = {number: iter(found) for number, found in entries.items() if len(found) == ids.count(number)}
+        tokens = [_llama_token(int(n), next(known[n]) if n in known else None, completion.num_top) for n in ids]
         for i, token in enumerate(tokens):
             if token.token_id in completion.stop_ids:
                 return tokens[: i + 1], End("stop")
@@ -269,6 +272,13 @@ class LlamaCpp(Dialect):
 
 
 DIALECTS: Mapping[Kind, Dialect] = {"vllm": VLLM(), "llamacpp": LlamaCpp(), "openai": OpenAI()}
+
+
+def _llama_token(number: int, entry: Mapping[str, Any] | None, num_top: int) -> Token:
+    if entry is None:
+        return Token(number, math.nan)
+    top = tuple((int(one["id"]), float(one["logprob"])) for one in entry["top_logprobs"])
+    return Token(number, float(entry["logprob"]), top[:num_top])
 
 
 def _token_id(name: str) -> int:
