@@ -166,7 +166,7 @@ def test_the_study_runs_on_stand_ins(
         (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = tmp_path / "runs"
     given = [f"WEIGHTS={tmp_path / 'weights'}", f"DATA={tmp_path / 'data'}", f"RUNS={runs}", "PYTHON=python"]
-    given += ["LONG_gsm8k=4", "TESTED=3", "TRIED=2", "RATES=20", "DTYPE=float32"]
+    given += ["LONG_gsm8k=4", "TESTED=3", "TRIED=2", "RATES=20", "DTYPE=float32", "KEPT="]
     root = STUDY.parent.parent
     monkeypatch.chdir(root)
 

@@ -19,6 +19,9 @@ TESTED ?= 150
 # Problems that each threshold is tried on.
 TRIED ?= 60
 
+# Scores that were made already, for those who do not want to wait: used if they are of these very weights and data.
+KEPT ?= $(if $(HUB),,recipes/qwen/scores)
+
 DATA := data/qwen
 RUNS := runs/qwen
 BASE := $(WEIGHTS)/Qwen2.5-Coder-0.5B-Instruct
@@ -103,6 +106,7 @@ SPEC_large := $(LARGE)
 define scored
 scores: $(RUNS)/scores/$(1)/$(2)-$(3)/scores.json
 $(RUNS)/scores/$(1)/$(2)-$(3)/scores.json: | $(DATA)/$(1)/train.jsonl $(HAVE)
+	$(if $(and $(KEPT),$(wildcard $(KEPT)/$(1)/$(2)-$(3))),mkdir -p $(RUNS)/scores/$(1) && cp -r $(KEPT)/$(1)/$(2)-$(3) $(RUNS)/scores/$(1)/)
 	$(COLLM) score $(DATA)/$(1)/$(3).jsonl --model $(SPEC_$(2)) --base $(BASE) --max-length 512 $(MACHINE) \
 	    --out $(RUNS)/scores/$(1)/$(2)-$(3)
 $(RUNS)/$(1)/gate/collm.json $(RUNS)/$(1)/pair/collm.json: | $(RUNS)/scores/$(1)/$(2)-$(3)/scores.json
