@@ -22,7 +22,7 @@ from collm.data.messages import Conversation, read_conversation, require_texts
 from collm.data.shown import Shown, telling, text_of
 from collm.data.templates import ChatTemplate
 from collm.data.tokens import TokenIds, Tokens
-from collm.data.turns import Turns, cut_up
+from collm.data.turns import Turns, cut_up, turn_of
 from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
@@ -157,8 +157,12 @@ class Formatter:
         if conversation[-1]["role"] == "assistant":
             raise CollmError("the conversation ends with an assistant turn: there is nothing to answer; leave it out")
         whole = self.rendered(conversation)
+        template, shown = self._shown(conversation, where)
         try:
-            turns, done = cut_up(*self._shown(conversation, where), self._tokens, where)
+            first = next((i for i, message in enumerate(shown.messages) if message["role"] == "assistant"), None)
+            if first is None or not whole.startswith(turn_of(template, shown, first).text):
+                return self._tokens.never_empty(self._tokens.encode(whole))  # the common cases, seen at once
+            turns, done = cut_up(template, shown, self._tokens, where)
         except CollmError:
             # Something that was said before could not be learnt as it is; it can be gone on from.
             return self._tokens.never_empty(self._tokens.encode(whole))
