@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import math
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from conftest import ask, free_port, python_of, running
 
 from collm.models.tokenizers import PROBES
-from collm.remote import Client, Completion, End, ServerFault, Token
+from collm.remote import Address, Client, Completion, End, ServerFault, Token
 
 SERVER = """
 import sys, time
@@ -162,3 +164,44 @@ def test_the_tokenizer_of_the_file_is_the_server_s(spec: str) -> None:
 def test_its_context_is_told(spec: str) -> None:
     card = ask(spec, lambda client: client.card())
     assert card.context_length == 1024
+
+
+# -- what goes wrong, with the real thing; each ends within its time-outs, and says what it was
+
+
+def test_a_replica_that_is_not_there_costs_nothing_but_its_attempts(spec: str) -> None:
+    gone = f"llamacpp+http://127.0.0.1:{free_port()}?replica={spec.removeprefix('llamacpp+')}&model={model_path()}"
+
+    async def main() -> list[tuple[list[Token], End]]:
+        async with Client(Address.parse(gone)) as client:
+            asked = [written(client, Completion(FRANCE[: 2 + i], 4)) for i in range(3)]
+            return await asyncio.gather(*asked)
+
+    assert all(len(tokens) == 4 for tokens, _ in asyncio.run(main()))
+
+
+def test_a_server_that_hangs_and_comes_back_and_one_that_is_killed(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "server.py").write_text(SERVER)
+    command = [str(python_of("llamacpp")), str(tmp_path / "server.py"), str(model_path()), str(port)]
+    spec = f"llamacpp+http://127.0.0.1:{port}"
+    with running(command, tmp_path / "log", "READY") as process:
+        expected, _ = ask(spec, lambda client: written(client, Completion(FRANCE, 8)))
+
+        async def hangs_for_a_while(client: Client) -> list[Token]:
+            """Stopped while it writes, it goes on later: the attempts that came to nothing leave no trace."""
+            process.send_signal(signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(3.0, process.send_signal, signal.SIGCONT)
+            return (await written(client, Completion(FRANCE, 8)))[0]
+
+        found = ask(f"{spec}?timeout=2", hangs_for_a_while)
+        assert [token.token_id for token in found] == [token.token_id for token in expected]
+
+        async def killed(client: Client) -> None:
+            asyncio.get_running_loop().call_later(0.3, process.kill)
+            await written(client, Completion(FRANCE, 400))
+
+        began = time.monotonic()
+        with pytest.raises(ServerFault, match=f"127.0.0.1:{port}: (no connection|the connection broke)"):
+            ask(spec, killed)
+        assert time.monotonic() - began < 30
