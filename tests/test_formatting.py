@@ -219,6 +219,16 @@ def test_templates_that_cannot_be_used(template: str, message: str) -> None:
         formatter.encode(example)
 
 
+def test_a_template_may_say_that_it_hides_a_role() -> None:
+    """As the demo's experts do: they go on with what is written and never see the question."""
+    shows = "{{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}"
+    example = Example("x", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    for roles in ("user", "system, user"):
+        assert Formatter(TOKENIZER, PromptFormat(chat_template=f"{{# collm: hides {roles} #}}{shows}")).encode(example)
+    with pytest.raises(CollmError, match="shows nothing of message 1"):
+        Formatter(TOKENIZER, PromptFormat(chat_template=f"{{# collm: hides system #}}{shows}")).encode(example)
+
+
 def test_nothing_to_learn_from() -> None:
     formatter = Formatter(TOKENIZER)
     with pytest.raises(CollmError, match=r"d\.jsonl, line 4: there is no assistant turn"):

@@ -94,6 +94,12 @@ class ChatTemplate:
 
     # -- what it knows
 
+    @cached_property
+    def _hides(self) -> frozenset[str]:
+        """Roles that it says it leaves out on purpose, in a comment: `{# collm: hides user #}`."""
+        said = re.findall(r"\{#-?\s*collm: hides ([\w, ]+?)\s*-?#\}", self.source)
+        return frozenset(role.strip() for roles in said for role in roles.split(","))
+
     def shown(
         self,
         messages: Sequence[Message],
@@ -263,7 +269,7 @@ class ChatTemplate:
         told = {
             i: f"zq{i}sentinelqz"
             for i, message in enumerate(shown.messages)
-            if message["role"] != "assistant" and text_of(message).strip()
+            if message["role"] not in ("assistant", *self._hides) and text_of(message).strip()
         }
         marked = [self.with_content(m, told[i]) if i in told else m for i, m in enumerate(shown.messages)]
         try:

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 )
 
 ASSISTANT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{# collm: hides user #}{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 """How an expert sees a conversation while it assists: it reads what has been written, not the question. That is how
