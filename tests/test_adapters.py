@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_local import close, tiny
+from test_local import ask, close, tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.errors import CollmError
@@ -23,9 +23,8 @@ from collm.models.loading import load_context_length, load_model, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.placement import Placement
 from collm.sampling_params import SamplingParams
-from collm.types import Query
 
-QUERIES = [Query(0, tuple(range(3, 20)), 2), Query(0, (5, 6, 7))]
+QUERIES = [ask(tuple(range(3, 20)), 2), ask((5, 6, 7))]
 
 
 def save_adapter(base: str, folder: Path, seed: int, **settings: Any) -> str:

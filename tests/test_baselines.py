@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flows import says, writing
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 from writers import questions
@@ -28,8 +29,8 @@ from collm.decoding.baselines import (
     combined,
 )
 from collm.decoding.nudging import Nudging, nudging
-from collm.decoding.policies import ByEntropy, ByTopProbability, Random, entropy
-from collm.decoding.run import Finished, run
+from collm.decoding.policies import ByEntropy, ByTopProbability, Random
+from collm.engine import Finished, run
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
@@ -39,7 +40,8 @@ from collm.models.fake import FakeModel
 from collm.models.info import CalibrationRow, CalibrationTable
 from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams, Signal
-from collm.types import BASE, Answer, Fault, Generation, Prediction, Query, Step
+from collm.types import BASE, Generation, Step
+from collm.values import Answer, Fault, LanguageModel, Query, Replies, Reply
 
 V = 6
 PROMPT = (3, 1, 4)
@@ -54,8 +56,8 @@ def fakes(num_assistants: int, vocab: int = V, **kwargs: Any) -> list[FakeModel]
 def laws_at(models: Sequence[FakeModel], prefix: tuple[int, ...]) -> tuple[Laws, NDArray[np.float64]]:
     """The laws of all models, none of which abstains, and the gate."""
     answers = [model.answer(prefix) for model in models]
-    assert all(isinstance(answer, Prediction) for answer in answers)
-    laws = [answer.log_probs.double().exp().numpy() for answer in answers]  # type: ignore[union-attr]
+    assert all(isinstance(answer, Answer) for answer in answers)
+    laws = [answer.law.double().exp().numpy() for answer in answers]  # type: ignore[union-attr]
     return laws, np.exp(np.array(answers[BASE].log_gate))  # type: ignore[union-attr, arg-type]
 
 
@@ -100,7 +102,7 @@ def written(flow: Any, models: Sequence[Any]) -> tuple[list[Step], Finished]:
 
 
 def start(combination: Combination, models: Sequence[Any], params: SamplingParams) -> Any:
-    return combined([PROMPT] * len(models), params, combination, [frozenset()] * len(models))
+    return writing(combined, [PROMPT] * len(models), params, combination, [frozenset()] * len(models))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -139,7 +141,7 @@ def test_sampled_texts_follow_the_enumerated_law(combination: Combination, num_a
     draws = 500
     params = [SamplingParams(max_tokens=2, temperature=1.0, seed=seed) for seed in range(draws)]
     texts: dict[int, list[int]] = {i: [] for i in range(draws)}
-    for i, event in run((start(combination, models, p) for p in params), models, batch_size=200):
+    for i, event in run((start(combination, models, p) for p in params), models, 200):
         if isinstance(event, Step):
             texts[i].append(event.token_id)
     counts = Counter(tuple(text) for text in texts.values())
@@ -148,57 +150,58 @@ def test_sampled_texts_follow_the_enumerated_law(combination: Combination, num_a
     assert chi_square < 26.2  # the 99.9 % point for 8 degrees of freedom
 
 
-def prediction(*law: float, gate: tuple[float, ...] | None = None) -> Prediction:
-    log_probs = torch.tensor(law).log()
-    return Prediction(log_probs, int(log_probs.argmax()), gate)
+def prediction(*law: float, gate: tuple[float, ...] | None = None) -> Answer:
+    return says(torch.tensor(law).log(), gate)
 
 
 def test_by_hand() -> None:
     base, sure = prediction(0.6, 0.3, 0.1), prediction(0.0, 0.0, 1.0)
     confident = MoreConfident().combine({0: base, 1: prediction(0.3, 0.6, 0.1)})
-    assert confident.author(confident.law.top_token_id) == BASE and confident.law is base  # ties: the base
+    assert confident.author(int(confident.law.argmax())) == BASE and confident.law is base.law  # ties: the base
     assert MoreConfident().combine({0: base, 2: sure}).author(2) == 2
     # Only those that answer count: half of 0.6, 0.3, 0.1 and half of a tool's one token.
     mixed = UniformMixture().combine({0: base, 2: sure})
-    assert mixed.law.log_probs.exp().tolist() == pytest.approx([0.3, 0.15, 0.55])
+    assert mixed.law.exp().tolist() == pytest.approx([0.3, 0.15, 0.55])
     assert [mixed.author(token_id) for token_id in (0, 1, 2)] == [BASE, BASE, 2]
     # p = 0.5 and 0.1 are kept at alpha = 0.2, and 0.09 is not, however little the amateur thinks of it.
     contrasted = Contrastive(alpha=0.2, beta=1.0).combine(
         {0: prediction(0.8, 0.1, 0.05, 0.05), 1: prediction(0.5, 0.31, 0.1, 0.09)}
     )
     scores = np.array([0.25 / 0.8, 0.31**2 / 0.1, 0.01 / 0.05, 0])
-    assert contrasted.law.log_probs.exp().tolist() == pytest.approx(list(scores / scores.sum()), abs=1e-5)
-    assert contrasted.law.top_token_id == 1
+    assert contrasted.law.exp().tolist() == pytest.approx(list(scores / scores.sum()), abs=1e-5)
+    assert int(contrasted.law.argmax()) == 1
 
 
 def test_tokens_that_some_model_does_not_know_stay_finite() -> None:
     """Padded vocabularies: probability 0 under one model, never NaN."""
     base, large, small = prediction(0.5, 0.5, 0.0), prediction(0.2, 0.3, 0.5), prediction(0.5, 0.5, 0.0)
     tuned = ProxyTuning().combine({0: base, 1: large, 2: small})
-    assert tuned.law.log_probs.exp().tolist() == pytest.approx([0.4, 0.6, 0.0])
-    assert bool(torch.isfinite(Contrastive().combine({0: base, 1: large}).law.log_probs).all())
+    assert tuned.law.exp().tolist() == pytest.approx([0.4, 0.6, 0.0])
+    assert bool(torch.isfinite(Contrastive().combine({0: base, 1: large}).law).all())
     with pytest.raises(ValueError, match="alpha"):
         Contrastive(alpha=0)
 
 
-class Scripted:
+class Scripted(LanguageModel):
     """Says at each position a token and how probable it is; `None` abstains."""
 
+    name, eos_token_ids = "", frozenset()  # type: ignore[assignment]
+
     def __init__(self, name: str, script: Sequence[tuple[int, float] | None], eos: int | None = None) -> None:
-        self.name, self.script, self.asked = name, script, []  # type: ignore[var-annotated]
-        self.eos_token_ids = frozenset() if eos is None else frozenset({eos})
+        self.name, self.script, self.asked = name, script, []  # type: ignore[misc, var-annotated]
+        self.eos_token_ids = frozenset() if eos is None else frozenset({eos})  # type: ignore[misc]
 
-    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
-        return [[self._answer(len(query.token_ids) - len(PROMPT))] for query in queries]
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        return [[self._answer(query.length - query.view.prompt_length)] for query in queries]
 
-    def _answer(self, position: int) -> Answer:
+    def _answer(self, position: int) -> Reply:
         self.asked.append(position)
         said = self.script[position]
         if said is None:
             return None
         law = torch.full((20,), (1 - said[1]) / 19)
         law[said[0]] = said[1]
-        return Prediction(law.log(), said[0])
+        return says(law.log())
 
 
 def nudged(
@@ -208,7 +211,7 @@ def nudged(
     models = [Scripted("small", base, 19), Scripted("large", writer, 19)]
     method = Nudging(lambda token_id: token_id >= 10, 0.4)
     own = SamplingParams(**{"max_tokens": len(base), **params})
-    steps, finished = written(nudging([PROMPT] * 2, own, method, [frozenset({19})] * 2), models)
+    steps, finished = written(writing(nudging, [PROMPT] * 2, own, method, [frozenset({19})] * 2), models)
     return steps, finished, [model.asked for model in models]
 
 
@@ -274,7 +277,8 @@ def test_every_name_works_without_a_gate_and_batched_is_single(
     llm = system(tiny_tokenizer, num_assistants, gate=False)
     prompts = [f"What is {n}" for n in range(4)]
     params = [
-        SamplingParams(max_tokens=12, deferral=name, temperature=n % 2, seed=n, **settings)  # type: ignore[arg-type]
+        # How far is drafted depends on what passes have been seen to cost.
+        SamplingParams(12, n % 2, seed=n, deferral=name, speculative=False, **settings)  # type: ignore[arg-type]
         for n in range(4)
     ]
     together = llm.generate_batch(prompts, params, batch_size=4)
@@ -435,8 +439,8 @@ def test_a_failing_assistant_leaves_the_base_writing() -> None:
     models = fakes(1)
 
     class Failing(FakeModel):
-        def answer(self, token_ids: Sequence[int]) -> Any:
-            return Fault("out of ink") if len(token_ids) == 6 else super().answer(token_ids)
+        def answer(self, token_ids: Sequence[int], *how: Any) -> Reply:
+            return Fault("out of ink") if len(token_ids) == 6 else super().answer(token_ids, *how)
 
     broken = [models[0], Failing("a1", V)]
     for combination in (Contrastive(), UniformMixture()):
@@ -453,6 +457,6 @@ def test_the_entropy_of_a_generation_is_that_of_its_base(tiny_tokenizer: PreTrai
     found: Generation = llm.generate("a", SamplingParams(max_tokens=5, deferral="entropy", threshold=100.0))
     prefix = llm.formatters[BASE].prompt("a")
     for step in found.steps:
-        answer = llm.models[BASE].predict([Query(BASE, prefix)])[0][0]
-        assert isinstance(answer, Prediction) and step.signal == entropy(answer)
+        answer = llm.models[BASE].predict([Query.of(prefix)])[0][0]
+        assert isinstance(answer, Answer) and step.signal == answer.entropy
         prefix = (*prefix, step.token_id)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from collm.models.arithmetic import continuation, format_number
 from collm.models.tools import Calculator
-from collm.types import Prediction, Query
+from collm.values import Answer, Query
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,13 @@ def written_by(calculator: Calculator, tokenizer: PreTrainedTokenizerFast, promp
     start = tuple(tokenizer.encode(prompt))
     token_ids = start
     while True:
-        [[answer]] = calculator.predict([Query(1, token_ids)])
+        [[answer]] = calculator.predict([Query.of(token_ids, model=1, law=True)])
         if answer is None:
             return str(tokenizer.decode(token_ids[len(start) :]))
-        assert answer.log_probs.argmax() == answer.top_token_id and answer.log_probs.exp().sum() == 1
-        token_ids = (*token_ids, answer.top_token_id)
+        assert isinstance(answer, Answer) and answer.law is not None
+        assert answer.law.argmax() == answer.token_id == answer.top_token_id and answer.law.exp().sum() == 1
+        assert (answer.log_prob, answer.top_log_prob, answer.entropy) == (0, 0, 0)
+        token_ids = (*token_ids, answer.token_id)
 
 
 def test_single_digit_tokens_leave_the_space_to_the_base() -> None:
@@ -175,11 +177,12 @@ def test_several_prefixes_at_once_are_answered_one_by_one() -> None:
     tokenizer = byte_level()
     token_ids = tuple(tokenizer.encode("So 5 * 2 = 10 and\n6/4 = 1.5."))
     calculator = Calculator(tokenizer)
-    [answers] = calculator.predict([Query(1, token_ids, len(token_ids))])
+    [answers] = calculator.predict([Query.of(token_ids, len(token_ids), model=1, law=True)])
     for i, answer in enumerate(answers):
-        [[alone]] = Calculator(tokenizer).predict([Query(1, token_ids[: i + 1])])
+        [[alone]] = Calculator(tokenizer).predict([Query.of(token_ids[: i + 1], model=1, law=True)])
         assert (answer is None) == (alone is None)
-        if answer is not None and alone is not None:
-            assert torch.equal(answer.log_probs, alone.log_probs)
-    spoken = "".join(str(tokenizer.decode([a.top_token_id])) for a in answers if isinstance(a, Prediction))
+        if isinstance(answer, Answer) and isinstance(alone, Answer):
+            assert answer.law is not None and alone.law is not None and torch.equal(answer.law, alone.law)
+            assert answer._replace(law=None) == alone._replace(law=None)
+    spoken = "".join(str(tokenizer.decode([a.token_id])) for a in answers if isinstance(a, Answer))
     assert spoken == "101.5"

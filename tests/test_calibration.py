@@ -31,6 +31,7 @@ from collm.calibration import (
     write_curve,
 )
 from collm.data.formatting import Formatter
+from collm.decoding.choosing import answer_of
 from collm.decoding.policies import ExpectedGain, to_log_odds, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
@@ -40,7 +41,8 @@ from collm.models.head import DeferralHead
 from collm.models.info import CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.report.trace import Trace
 from collm.sampling_params import Deferral, SamplingParams, Signal
-from collm.types import Generation, Prediction, Step
+from collm.types import Generation, Step
+from collm.values import GREEDY
 
 FLOATS = st.floats(width=32, allow_nan=False)
 
@@ -133,8 +135,8 @@ def test_the_second_choice_has_the_log_odds_at_which_it_is_asked() -> None:
 def test_the_second_choice_has_the_expected_gain_at_which_it_is_asked() -> None:
     """The gates above, and a base that is wrong with probability 0.1."""
     law, wrong = (0.3, 0.2, 0.5), math.log(0.1)
-    base = Prediction(torch.tensor([0.9, 0.1]).log(), 0, tuple(math.log(p) for p in law))
-    signal = ExpectedGain(-9.0).decide(base, 0, 0).signal
+    base = answer_of(torch.tensor([0.9, 0.1]).log(), GREEDY, 0, tuple(math.log(p) for p in law))
+    signal = ExpectedGain(-9.0).decide(base, GREEDY, 0).signal
     steps = tuple(Step(7, author, -0.5, law, 7, author == 0, signal=signal) for author in (0, 1, 2))
     generation = Generation("abc", steps, ("a", "b", "c"), "length", 1, ("base", "x", "y"))
     gains, accepted = signals([Trace(id="q", generation=generation, prompt="")], "expected_gain")

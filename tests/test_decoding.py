@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flows import alone, says, writing
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from collm.decoding.baselines import Mixture, combined
-from collm.decoding.collaborative import Flow, collaborative, single
+from collm.decoding.choosing import choose, race, token_noise, truncated
+from collm.decoding.choosing import draw as draw_rows
+from collm.decoding.collaborative import collaborative
 from collm.decoding.policies import (
     Always,
     ByEntropy,
@@ -29,18 +32,19 @@ from collm.decoding.policies import (
     Sampled,
     Threshold,
     by_gate,
-    entropy,
     log_odds,
     to_log_odds,
     to_nats,
     to_probability,
 )
-from collm.decoding.run import Finished, run
-from collm.decoding.sampling import draw, noise, truncated
-from collm.decoding.text import Detokenizer, TextStream, stopping
+from collm.decoding.text import Detokenizer, TextStream, Transcript, stopping
+from collm.engine import Event, Finished, Twin, run
+from collm.engine.twin import Writing
 from collm.models.fake import FakeModel
+from collm.noise import philox, uniforms
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Answer, Prediction, Query, Step
+from collm.types import BASE, Step
+from collm.values import GREEDY, Answer, Draw, LanguageModel, Query, Replies, Reply
 
 V = 7
 PROMPT = (3, 1, 4)
@@ -49,7 +53,7 @@ PROMPT = (3, 1, 4)
 def authors(policy: Policy, log_gate: Sequence[float] | None, seed: int = 0, position: int = 0) -> tuple[int, ...]:
     """What a policy makes of a gate alone."""
     gate = None if log_gate is None else tuple(log_gate)
-    return policy.decide(Prediction(torch.zeros(2), 0, gate), seed, position).authors
+    return policy.decide(says(torch.zeros(2).log_softmax(0), gate), Draw(seed), position).authors
 
 
 def fakes(num_assistants: int, **kwargs: Any) -> list[FakeModel]:
@@ -61,7 +65,7 @@ def no_eos(models: Sequence[object]) -> list[frozenset[int]]:
     return [frozenset()] * len(models)
 
 
-def written(flow: Flow, models: Sequence[FakeModel]) -> tuple[list[Step], Finished]:
+def written(flow: Writing, models: Sequence[FakeModel]) -> tuple[list[Step], Finished]:
     events = [event for _, event in run([flow], models)]
     assert isinstance(events[-1], Finished)
     steps = [event for event in events if isinstance(event, Step)]
@@ -165,68 +169,92 @@ LAW = (0.5, 0.25, 0.125, 0.125, 0.0)
 
 def test_doubt_is_measured_in_nats_and_thresholds_are_strict() -> None:
     law = torch.tensor(LAW).log()
-    base = Prediction(law, 0)
-    assert entropy(base) == pytest.approx(1.75 * math.log(2), rel=1e-6)
-    for policy, doubt in ((ByEntropy, entropy(base)), (ByTopProbability, -float(law[0]))):
-        assert policy(doubt, 1).decide(base, 0, 0) == ((BASE,), doubt)
-        assert policy(math.nextafter(doubt, 0), 1).decide(base, 0, 0) == ((1, BASE), doubt)
-        assert policy(math.inf, 1).decide(base, 0, 0).authors == (BASE,)
-        assert policy(-math.inf, 1).decide(base, 0, 0).authors == (1, BASE)
-    assert ByTopProbability.of_probability(0.51, 1).decide(base, 0, 0).authors == (1, BASE)
-    assert ByTopProbability.of_probability(0.49, 1).decide(base, 0, 0).authors == (BASE,)
+    base = says(law)
+    assert base.entropy == pytest.approx(1.75 * math.log(2), rel=1e-6)
+    for policy, doubt in ((ByEntropy, base.entropy), (ByTopProbability, -float(law[0]))):
+        assert policy(doubt, 1).decide(base, GREEDY, 0) == ((BASE,), doubt)
+        assert policy(math.nextafter(doubt, 0), 1).decide(base, GREEDY, 0) == ((1, BASE), doubt)
+        assert policy(math.inf, 1).decide(base, GREEDY, 0).authors == (BASE,)
+        assert policy(-math.inf, 1).decide(base, GREEDY, 0).authors == (1, BASE)
+    assert ByTopProbability.of_probability(0.51, 1).decide(base, GREEDY, 0).authors == (1, BASE)
+    assert ByTopProbability.of_probability(0.49, 1).decide(base, GREEDY, 0).authors == (BASE,)
     assert (to_nats(0), to_nats(1)) == (math.inf, 0)
 
 
 @pytest.mark.parametrize("policy", [ByEntropy(0.0, 2), ByTopProbability(0.0, 2)])
 def test_doubt_defers_to_the_largest_gate_and_without_one_to_anybody(policy: Policy) -> None:
     law = torch.tensor(LAW).log()
-    gated = Prediction(law, 0, tuple(math.log(p) for p in (0.9, 0.02, 0.08)))
-    assert policy.decide(gated, 0, 0).authors == (2, 1, BASE)
-    drawn = Counter(policy.decide(Prediction(law, 0), 1, position).authors for position in range(2000))
+    gated = says(law, tuple(math.log(p) for p in (0.9, 0.02, 0.08)))
+    assert policy.decide(gated, GREEDY, 0).authors == (2, 1, BASE)
+    drawn = Counter(policy.decide(says(law), Draw(1), position).authors for position in range(2000))
     assert set(drawn) == {(1, BASE), (2, BASE)} and abs(drawn[1, BASE] - 1000) < 100
 
 
 def test_the_expected_gain_is_the_gate_where_the_base_may_be_wrong() -> None:
     law, gate = torch.tensor(LAW).log(), (0.8, 0.05, 0.15)
-    base = Prediction(law, 0, tuple(math.log(p) for p in gate))
+    base = says(law, tuple(math.log(p) for p in gate))
     gain = math.log(0.2 * 0.5)
-    [signal] = {ExpectedGain(cut).decide(base, 0, 0).signal for cut in (-math.inf, -9.0, gain, 0.0)}
+    [signal] = {ExpectedGain(cut).decide(base, GREEDY, 0).signal for cut in (-math.inf, -9.0, gain, 0.0)}
     assert signal == pytest.approx(gain, rel=1e-6)
-    assert ExpectedGain(signal).decide(base, 0, 0).authors == (BASE,)
+    assert ExpectedGain(signal).decide(base, GREEDY, 0).authors == (BASE,)
     # Where the second assistant abstains, the first is asked for its own share of what is left.
     alone = 0.05 / 0.85 * 0.5
     for threshold, authors in ((0.099, (2, BASE)), (alone + 1e-6, (2, BASE)), (alone - 1e-6, (2, 1, BASE))):
-        assert ExpectedGain.of_probability(threshold).decide(base, 0, 0).authors == authors
-    assert ExpectedGain.of_probability(1).decide(base, 0, 0).authors == (BASE,)
+        assert ExpectedGain.of_probability(threshold).decide(base, GREEDY, 0).authors == authors
+    assert ExpectedGain.of_probability(1).decide(base, GREEDY, 0).authors == (BASE,)
 
 
 def test_where_the_base_is_certain_the_gate_still_orders() -> None:
     certain = torch.tensor([0.0, -math.inf])
-    bases = [Prediction(certain, 0, (math.log1p(-p), math.log(p))) for p in (0.1, 0.9)]
-    signals = [ExpectedGain(-math.inf).decide(base, 0, 0) for base in bases]
+    bases = [says(certain, (math.log1p(-p), math.log(p))) for p in (0.1, 0.9)]
+    signals = [ExpectedGain(-math.inf).decide(base, GREEDY, 0) for base in bases]
     assert [decision.authors for decision in signals] == [(1, BASE)] * 2  # 0 is always
     assert [decision.signal for decision in signals] == pytest.approx([math.log(p * 2**-24) for p in (0.1, 0.9)])
-    never = Prediction(certain, 0, (0.0, -math.inf))
-    assert ExpectedGain(-99.0).decide(never, 0, 0) == ((BASE,), -math.inf)
+    never = says(certain, (0.0, -math.inf))
+    assert ExpectedGain(-99.0).decide(never, GREEDY, 0) == ((BASE,), -math.inf)
 
 
 # -- sampling
 
 
+def cut(law: torch.Tensor, temperature: float, top_p: float = 1, top_k: int = 0) -> list[float]:
+    settings = torch.tensor([temperature]), torch.tensor([top_p]).double(), torch.tensor([top_k])
+    whole = truncated(law.double()[None], *settings)[0]
+    if top_p == 1 and top_k == 0:
+        assert torch.equal(whole, truncated(law.double()[None], settings[0])[0])
+    found: list[float] = whole.tolist()
+    return found
+
+
 def test_truncation_keeps_what_it_says() -> None:
     law = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
-    assert truncated(law, 1, 1, 0).tolist() == pytest.approx([0.1, 0.4, 0.05, 0.3, 0.15])
-    assert truncated(law, 1, 1, 2).tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
-    assert truncated(law, 1, 0.69, 0).tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
-    assert truncated(law, 1, 0.71, 0).tolist() == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85])
-    assert truncated(law, 1, 1e-9, 0).tolist() == [0, 1, 0, 0, 0]
+    assert cut(law, 1) == pytest.approx([0.1, 0.4, 0.05, 0.3, 0.15])
+    assert cut(law, 1, top_k=2) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
+    assert cut(law, 1, 0.69) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0])
+    assert cut(law, 1, 0.71) == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85])
+    assert cut(law, 1, 1e-9) == [0, 1, 0, 0, 0]
     squared = np.array([0.1, 0.4, 0.05, 0.3, 0.15]) ** 2
-    assert truncated(law, 0.5, 1, 0).tolist() == pytest.approx(list(squared / squared.sum()))
-    assert truncated(torch.tensor([0.25] * 4).log(), 1, 1, 2).tolist() == [0.5, 0.5, 0, 0]
+    assert cut(law, 0.5) == pytest.approx(list(squared / squared.sum()))
+    assert cut(torch.tensor([0.25] * 4).log(), 1, top_k=2) == [0.5, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-5])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    law = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
+    assert choose(law[None], [(Draw(1, temperature=temperature), 0)]).tolist() == [1]
+    scaled = truncated(law.double()[None], torch.tensor([temperature], dtype=torch.float64))
+    assert scaled.tolist() == [[0, 1, 0, 0, 0]]
+
+
+def draw(law: torch.Tensor, seed: int, position: int, sample: int = 0) -> int:
+    """A draw from a law of probabilities, through the door that models use."""
+    return int(choose(law.log()[None], [(Draw(seed, sample, 1.0), position)])[0])
 
 
 @given(
-    st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda p: sum(p) > 0), st.integers(), st.integers(0, 99)
+    st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda p: sum(p) > 0),
+    st.integers(-(2**63), 2**64 - 1),
+    st.integers(0, 99),
 )
 def test_a_draw_is_never_impossible(weights: list[float], seed: int, position: int) -> None:
     law = torch.tensor(weights, dtype=torch.float64)
@@ -236,7 +264,9 @@ def test_a_draw_is_never_impossible(weights: list[float], seed: int, position: i
 
 def test_draws_follow_the_law_and_close_laws_draw_alike() -> None:
     one, other = torch.tensor([0.5, 0.3, 0.2, 0.0]).double(), torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
-    pairs = [(draw(one, 0, position), draw(other, 0, position)) for position in range(20_000)]
+    draws = [(Draw(0, temperature=1.0), position) for position in range(20_000)]
+    columns = [choose(law.log().expand(20_000, 4), draws).tolist() for law in (one, other)]
+    pairs = list(zip(*columns, strict=True))
     for drawn, law in ((Counter(a for a, _ in pairs), one), (Counter(b for _, b in pairs), other)):
         chi2 = sum((drawn[i] - 20_000 * p) ** 2 / (20_000 * p) for i, p in enumerate(law.tolist()) if p)
         assert chi2 < 16.3  # 0.999 quantile, 3 degrees of freedom
@@ -244,12 +274,50 @@ def test_draws_follow_the_law_and_close_laws_draw_alike() -> None:
     assert sum(a == b for a, b in pairs) / len(pairs) > (1 - distance) / (1 + distance)
 
 
-def test_noise_is_keyed_by_seed_position_and_purpose() -> None:
+def test_philox_is_that_of_its_authors() -> None:
+    """The known answers of Random123 (kat_vectors), for integers, numpy and torch."""
+    ones = 0xFFFFFFFF
+    pi = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    known = [
+        (((0, 0, 0, 0), (0, 0)), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (((ones,) * 4, (ones, ones)), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]
+    for (counter, key), expected in known:
+        assert philox(counter, key) == expected
+        for make in (np.array, torch.tensor):
+            words = philox(tuple(make([c]) for c in counter), tuple(make([k]) for k in key))  # type: ignore[arg-type]
+            assert [int(word[0]) for word in words] == list(expected)
+
+
+def test_noise_is_keyed_by_seed_sample_position_and_purpose() -> None:
+    seeds = (0, 1, -1, 2**32, 2**63, 2**63 + 1, 2**64 - 2, -(2**63) + 2)
     draws = {
-        noise(s, p, w).random() for s in (0, 1, -1, 2**70) for p in (0, 1) for w in ("author", "token", "deferral")
+        uniforms(seed, sample, position, purpose)
+        for seed, sample, position in itertools.product(seeds, (0, 1), (0, 1))
+        for purpose in ("author", "token", "deferral")
     }
-    assert len(draws) == 4 * 2 * 3
-    assert noise(3, 4, "token").random() == noise(3, 4, "token").random()
+    assert len(draws) == len(seeds) * 2 * 2 * 3
+    assert len(set(uniforms(0, 0, 0, "author", 9))) == 9
+    assert uniforms(-1, 0, 0, "token") == uniforms(2**64 - 1, 0, 0, "token")  # two's complement
+
+
+def test_a_batch_draws_what_each_row_draws_alone_and_the_host_says_so() -> None:
+    rng = np.random.default_rng(0)
+    laws = torch.from_numpy(rng.dirichlet(np.ones(37), size=9)).float().log()
+    draws = [
+        (Draw(seed, n % 3, (0.0, 0.7, 1.0)[n % 3], (1.0, 0.8)[n % 2], (0, 5)[n % 2]), n)
+        for n, seed in enumerate([0, 5, 2**63, 2**64 - 1, -3, 7, 7, 2**40, 1])
+    ]
+    together = choose(laws, draws)
+    assert together.tolist() == [int(choose(laws[n : n + 1], draws[n : n + 1])[0]) for n in range(9)]
+    seed, sample, position = 2**63 + 5, 2, 11
+    words = torch.tensor([seed & 0xFFFFFFFF]), torch.tensor([seed >> 32])
+    noise = race(words, torch.tensor([sample]), torch.tensor([position]), 37, torch.float64)
+    expected = [-math.log(token_noise(Draw(seed, sample), position, token_id)) for token_id in range(37)]
+    assert noise[0].tolist() == pytest.approx(expected, rel=1e-12)
+    law = laws.double().exp()[:1]
+    assert int(draw_rows(law, noise)[0]) == int(np.argmin(np.array(expected) / law[0].numpy()))
 
 
 # -- flows
@@ -273,11 +341,13 @@ def for_models(policy: Policy | None, num_assistants: int) -> Policy | None:
     return replace(policy, num_assistants=num_assistants) if blind else policy
 
 
-def start(mode: str, models: Sequence[FakeModel], params: SamplingParams, prompt: tuple[int, ...] = PROMPT) -> Flow:
+def start(mode: str, models: Sequence[FakeModel], params: SamplingParams, prompt: tuple[int, ...] = PROMPT) -> Writing:
     policy, prompts = MODES[mode], [prompt] * len(models)
     policy = for_models(policy, len(models) - 1)
     eos = [model.eos_token_ids for model in models]
-    return combined(prompts, params, Mixture(), eos) if policy is None else collaborative(prompts, params, policy, eos)
+    if policy is None:
+        return writing(combined, prompts, params, Mixture(), eos)
+    return writing(collaborative, prompts, params, policy, eos)
 
 
 @pytest.mark.parametrize("num_assistants", [1, 2, 3])
@@ -301,18 +371,18 @@ def test_every_mode_writes_what_its_definition_says(mode: str, temperature: floa
         author = answers[step.author]
         assert author is not None
         if mode == "compose":
-            shares = [g + a.log_probs for g, a in zip(log_gate.log_softmax(0), answers, strict=True) if a is not None]
+            shares = [g + a.law for g, a in zip(log_gate.log_softmax(0), answers, strict=True) if a is not None]
             law = torch.stack(shares).logsumexp(0)
         else:
-            law = author.log_probs
+            law = author.law
             policy = for_models(MODES[mode], num_assistants)
             assert policy is not None
-            wanted = policy.decide(base, 3, position).authors
+            wanted = policy.decide(base, Draw(3), position).authors
             assert step.author == next(z for z in wanted if answers[z] is not None)
             assert step.abstained == (step.author == BASE and wanted[0] != BASE)
-            top = float(base.log_probs.max())
+            top = float(base.law.max())
             gain = math.log1p(-math.exp(base.log_gate[BASE])) + math.log1p(-math.exp(top))
-            signals = {"entropy": entropy(base), "top probability": -top, "expected gain": pytest.approx(gain)}
+            signals = {"entropy": base.entropy, "top probability": -top, "expected gain": pytest.approx(gain)}
             assert mode == "random" or step.signal == signals.get(mode)
         assert step.log_prob == pytest.approx(float(law[step.token_id]), abs=1e-5)
         if temperature == 0:
@@ -340,9 +410,9 @@ def exact_law(models: Sequence[FakeModel], length: int, temperature: float) -> d
     return laws
 
 
-def _law(answer: Answer, temperature: float) -> list[float]:
-    assert answer is not None
-    return [float(p) for p in (answer.log_probs.double() / temperature).softmax(0)]
+def _law(answer: Reply, temperature: float) -> list[float]:
+    assert isinstance(answer, Answer) and answer.law is not None
+    return [float(p) for p in (answer.law.double() / temperature).softmax(0)]
 
 
 @pytest.mark.parametrize(
@@ -361,7 +431,7 @@ def test_sampled_texts_follow_the_marginal_law(
     number = 1500
     params = [SamplingParams(max_tokens=2, temperature=temperature, seed=seed) for seed in range(number)]
     texts: dict[int, list[int]] = {i: [] for i in range(number)}
-    for i, event in run((start(mode, models, p) for p in params), models, batch_size=200):
+    for i, event in run((start(mode, models, p) for p in params), models, 200):
         if isinstance(event, Step):
             texts[i].append(event.token_id)
     counts = Counter(tuple(text) for text in texts.values())
@@ -409,22 +479,23 @@ def test_forward_passes_are_counted() -> None:
     assert finished.usage.forward_passes == (20, 20, 20)
 
 
-class Scripted:
+class Scripted(LanguageModel):
     """Writes a fixed text; abstains after it."""
 
+    name, eos_token_ids = "", frozenset()  # type: ignore[assignment]
+
     def __init__(self, name: str, text: Sequence[int], eos: frozenset[int] = frozenset(), gate: float | None = None):
-        self.name, self.text, self.eos_token_ids, self.gate = name, text, eos, gate
+        self.name, self.text, self.eos_token_ids, self.gate = name, text, eos, gate  # type: ignore[misc]
 
-    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
-        return [[self._answer(len(query.token_ids) - len(PROMPT))] for query in queries]
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        return [[self._answer(query.length - query.view.prompt_length)] for query in queries]
 
-    def _answer(self, position: int) -> Answer:
+    def _answer(self, position: int) -> Reply:
         if position >= len(self.text):
             return None
         law = torch.full((400,), -torch.inf)
         law[self.text[position]] = 0
-        gate = None if self.gate is None else (math.log1p(-self.gate), math.log(self.gate))
-        return Prediction(law, self.text[position], gate)
+        return says(law, None if self.gate is None else (math.log1p(-self.gate), math.log(self.gate)))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +513,7 @@ def test_whose_eos_ends_the_text(base_eos: set[int], assistant_eos: set[int], ga
         Scripted("a", [5, 6, 9, 8], frozenset(assistant_eos)),
     ]
     eos = [model.eos_token_ids for model in models]
-    flow = collaborative([PROMPT] * 2, SamplingParams(max_tokens=4), Threshold(0.0), eos)
+    flow = writing(collaborative, [PROMPT] * 2, SamplingParams(max_tokens=4), Threshold(0.0), eos)
     events = [event for _, event in run([flow], models)]
     assert len(events) - 1 == written_tokens
     assert isinstance(events[-1], Finished)
@@ -451,20 +522,20 @@ def test_whose_eos_ends_the_text(base_eos: set[int], assistant_eos: set[int], ga
 
 def test_a_model_alone() -> None:
     models = fakes(1)
-    steps, finished = written(single(1, [(), PROMPT], SamplingParams(max_tokens=6), no_eos(models)), models)
+    steps, finished = written(alone(1, [(), PROMPT], SamplingParams(max_tokens=6), no_eos(models)), models)
     assert finished.usage.forward_passes == (0, 6) and all(step.author == 1 and step.gate == () for step in steps)
     silent = Scripted("a", [5, 6])
-    events = [e for _, e in run([single(1, [(), PROMPT], SamplingParams(), no_eos(models))], [models[0], silent])]
+    events = [e for _, e in run([alone(1, [(), PROMPT], SamplingParams(), no_eos(models))], [models[0], silent])]
     assert isinstance(events[-1], Finished) and events[-1].finish_reason == "abstained" and len(events) == 3
 
 
 def test_every_model_sees_its_own_prompt() -> None:
     params = SamplingParams(max_tokens=12)
-    plain, _ = written(collaborative([PROMPT] * 2, params, Threshold(0.0), no_eos("..")), fakes(1))
+    plain, _ = written(writing(collaborative, [PROMPT] * 2, params, Threshold(0.0), no_eos("..")), fakes(1))
     base, assistant = fakes(1)
     assistant.ignore_prompt = 2
     shifted, _ = written(
-        collaborative([PROMPT, (6, 6, *PROMPT)], params, Threshold(0.0), no_eos("..")), [base, assistant]
+        writing(collaborative, [PROMPT, (6, 6, *PROMPT)], params, Threshold(0.0), no_eos("..")), [base, assistant]
     )
     assert shifted == plain and any(step.deferred for step in plain)
 
@@ -478,15 +549,19 @@ def scripted_text(
     """Text, number of steps and finish reason of a flow that writes `ids` under stop strings; checked as streamed."""
     eos = [frozenset({tokenizer.eos_token_id})]
     params = SamplingParams(max_tokens=len(ids), stop=stop)
-    flow = stopping(single(0, [PROMPT], params, eos), TextStream(tokenizer, PROMPT, stop, eos))
+    flow, text, max_tokens = alone(0, [PROMPT], params, eos)
+    transcript = Transcript(tokenizer, PROMPT, stop, eos)
     stream, deltas, steps = TextStream(tokenizer, PROMPT, stop, eos), [], 0
-    for _, event in run([flow], [Scripted("base", ids, eos[0])]):
+    for _, event in run([(stopping(flow, transcript), text, max_tokens)], [Scripted("base", ids, eos[0])]):
         if isinstance(event, Step):
             steps += 1
             deltas.append(stream.push(event))
         else:
             reason = event.finish_reason
-    return "".join(deltas) + stream.finish(), steps, reason
+    whole = "".join(deltas) + stream.finish()
+    last, told, pieces = transcript.finish()
+    assert told == whole and told.endswith(last.text) and len(pieces) == steps
+    return whole, steps, reason
 
 
 @pytest.mark.parametrize(
@@ -513,6 +588,23 @@ def test_stop_strings(text: str, stop: tuple[str, ...], expected: str, tiny_toke
         # It stops at the token that completes the stop string, not later.
         complete = tiny_tokenizer.decode(ids[: steps - 1])
         assert not any(s in complete for s in stop)
+
+
+def test_a_step_is_told_after_its_text_is_made(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whoever reads it may do so in another thread at that very moment, and must not make it a second time."""
+    ids = tiny_tokenizer.encode("12 + 30 = 42")
+    flow, text, max_tokens = alone(0, [PROMPT], SamplingParams(max_tokens=len(ids)), [frozenset()])
+    transcript = Transcript(tiny_tokenizer, PROMPT, ("zz",), [frozenset()])
+    made: list[int] = []
+    twin = Twin([Scripted("base", ids)])
+
+    def told(event: Event) -> None:
+        made.append(len(transcript._pieces))
+
+    twin.scheduler.submit(0, stopping(flow, transcript), text, max_tokens, told)
+    while twin.num_unfinished:
+        twin.step()
+    assert made == [*range(1, len(ids) + 1), len(ids)]
 
 
 UNICODE = "Straße, 你好, 👋🏽 = 👩‍👩‍👧 — naïve"

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "collm"
 ORDER = [
     "types",
+    "views",
+    "values",
+    "noise",
     "sampling_params",
     "errors",
     "signs",
@@ -24,6 +27,7 @@ ORDER = [
     "models",
     "identity",
     "remote",
+    "engine",
     "data",
     "training",
     "llm",

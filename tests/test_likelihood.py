@@ -22,7 +22,7 @@ from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams
-from collm.types import Answer, Fault, Query
+from collm.values import Answer, Fault, Query, Reply
 
 TOKENIZER = make_tokenizer()
 NETWORKS = [make_model(seed=0), make_model("qwen3", seed=1)]
@@ -60,12 +60,12 @@ def laws(text: GivenText) -> tuple[Tensor, Tensor]:
     hidden = NETWORKS[0].model(ids).last_hidden_state[0, len(text.prompts[0]) - 1 : -1]
     gate, spoken = log_gate(HEAD(hidden)), torch.full_like(found[0], -torch.inf)
     for t in range(len(text.completion)):
-        [[answer]] = CALCULATOR.predict([Query(2, text.prompts[2] + text.completion[:t])])
+        [[answer]] = CALCULATOR.predict([Query.of(text.prompts[2] + text.completion[:t], model=2, law=True)])
         if answer is None:
             gate[t, 2] = -torch.inf
         else:
-            assert not isinstance(answer, Fault)
-            spoken[t] = answer.log_probs
+            assert isinstance(answer, Answer) and answer.law is not None
+            spoken[t] = answer.law
     return gate.log_softmax(-1), torch.stack([*found, spoken], dim=1)
 
 
@@ -139,7 +139,7 @@ def test_a_likelihood_is_a_law() -> None:
 
 def test_a_model_that_fails_says_so() -> None:
     class Broken(FakeModel):
-        def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+        def predict(self, queries: Sequence[Query]) -> list[list[Reply]]:
             return [[Fault("helper: out of order")] * query.num_last for query in queries]
 
     pair = [FakeModel("base", 7, num_assistants=1), Broken("helper", 7)]

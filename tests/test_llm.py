@@ -29,7 +29,8 @@ from collm.models.loading import load_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Answer, Generation, Message, Prediction, Query, Usage
+from collm.types import BASE, Generation, Message, Usage
+from collm.values import GREEDY, Answer, Query, Replies
 
 QUESTIONS: list[Sequence[Message] | str] = [
     [{"role": "user", "content": "Anna has 12 apples and buys 30 more."}],
@@ -120,8 +121,8 @@ def test_speculative_writes_what_plain_writes(
 
 def test_a_model_that_fails_costs_its_own_text_only(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     class Failing(Calculator):
-        def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
-            if any("7 + 7" in self._decode(query.token_ids) for query in queries):
+        def predict(self, queries: Sequence[Query]) -> Replies:
+            if any("7 + 7" in self._decode(query.view.token_ids[: query.length]) for query in queries):
                 raise ConnectionError("gone")
             return super().predict(queries)
 
@@ -276,8 +277,8 @@ def test_policies_that_need_what_is_not_there() -> None:
     with pytest.raises(CollmError, match="no assistant"):
         make_policy(SamplingParams(threshold=0.3), 0, False, [])
     assert make_policy(SamplingParams(), 0, False, []) == Never()
-    unread = Prediction(torch.zeros(2), 0)
-    assert make_policy(SamplingParams(deferral="always"), 1, False, []).decide(unread, 0, 0).authors == (1, BASE)
+    unread = Answer(0, 0.0, 0, 0.0, 0.0)
+    assert make_policy(SamplingParams(deferral="always"), 1, False, []).decide(unread, GREEDY, 0).authors == (1, BASE)
     assert make_policy(SamplingParams(deferral_rate=0.2), 1, True, [TABLE]) == Threshold(1.0)
     assert make_policy(SamplingParams(), 1, True, []) == Threshold(0.0)
 
@@ -461,7 +462,9 @@ def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFa
     held, unbounded = tight.models[0], free.models[0]
     assert isinstance(held, LocalModel) and isinstance(unbounded, LocalModel)
     assert held.cache_bytes < unbounded.cache_bytes
-    with pytest.raises(CollmError, match="max_cache_tokens; raise it to at least 75, or lower max_tokens"):
+    with pytest.raises(
+        CollmError, match="75 tokens .* cache of base: raise max_cache_tokens to at least 75, or lower max_tokens"
+    ):
         tight.generate("a" * 60, params)
 
 

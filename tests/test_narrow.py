@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_local import close, tiny
+from test_local import ask, close, law, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from collm.models import narrow
 from collm.models.local import LocalModel
-from collm.types import Query
 
 
 @pytest.fixture
@@ -59,13 +58,13 @@ def test_weights_of_another_kind_are_left_alone(on_amd: None) -> None:
 
 def test_a_model_answers_alike(on_amd: None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     network = tiny("qwen2")
-    queries = [Query(0, tuple(range(3, 3 + n)), min(n, 2)) for n in (1, 5, 9)]
+    queries = [ask(tuple(range(3, 3 + n)), min(n, 2)) for n in (1, 5, 9)]
     with torch.inference_mode():
-        expected = [network(torch.tensor([query.token_ids])).logits[0, -1, :320] for query in queries]
+        expected = [network(torch.tensor([query.view.token_ids])).logits[0, -1, :320] for query in queries]
     model = LocalModel(network, tiny_tokenizer)
     assert isinstance(network.get_submodule("model.layers.0.mlp.up_proj"), narrow.NarrowLinear)
     plain = LocalModel(network, tiny_tokenizer, cache=False)
     for query, found, logits in zip(queries, model.predict(queries), expected, strict=True):
         [recomputed] = plain.predict([query])
         assert all(close(a, b) for a, b in zip(found, recomputed, strict=True))
-        assert torch.allclose(found[-1].log_probs, logits.log_softmax(dim=-1), atol=2e-4)  # type: ignore[union-attr]
+        assert torch.allclose(law(found[-1]), logits.log_softmax(dim=-1), atol=2e-4)

@@ -18,12 +18,13 @@ from writers import questions
 from collm.cli import main
 from collm.data.examples import load_examples
 from collm.data.formatting import Formatter
-from collm.decoding.policies import ByEntropy, ExpectedGain, Random, Threshold, entropy, log_odds
+from collm.decoding.policies import ByEntropy, ExpectedGain, Random, Threshold, log_odds
 from collm.errors import CollmError
 from collm.evaluation.oracle import OracleReport, Row, report
 from collm.evaluation.reading import Reading, read
 from collm.models.fake import FakeModel
-from collm.types import BASE, Prediction, Query
+from collm.types import BASE
+from collm.values import GREEDY, Answer, Query
 
 
 def row(found: OracleReport, name: str) -> Row:
@@ -120,15 +121,15 @@ def test_reading_is_what_the_policies_would_do_on_gold_text(
         for t in (t for t, labelled in enumerate(item.labelled) if labelled):
             answers = [model.answer(item.token_ids[:t]) for model in models]
             base = answers[BASE]
-            assert isinstance(base, Prediction) and base.log_gate is not None
+            assert isinstance(base, Answer) and base.log_gate is not None
             assert seen.answers[at].tolist() == [answer is not None for answer in answers]
             assert seen.right[at].tolist() == [
-                isinstance(a, Prediction) and a.top_token_id == item.token_ids[t] for a in answers
+                isinstance(a, Answer) and a.top_token_id == item.token_ids[t] for a in answers
             ]
-            assert seen.entropy[at] == entropy(base) and seen.log_gate is not None
+            assert seen.entropy[at] == base.entropy and seen.log_gate is not None
             assert log_odds(seen.log_gate[at].tolist()) == log_odds(base.log_gate) and seen.example[at] == number
             for name, policy in policies.items():
-                asked = policy.decide(base, 0, at).authors
+                asked = policy.decide(base, GREEDY, at).authors
                 wrote[name].append(next(z for z in asked if answers[z] is not None))
             at += 1
     assert at == len(seen.right)

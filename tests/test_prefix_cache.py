@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from test_local import close, reasons, stored_tensors, tiny
+from flows import alone
+from test_local import ask, at_end, close, reasons, rewrite, stored_tensors, tiny
 from transformers import PreTrainedTokenizerFast
 
+from collm.engine import Finished, run
 from collm.models import prefix_cache
 from collm.models.local import LocalModel
-from collm.models.slots import REWIND, SlotTable, common_prefix
-from collm.types import ForwardPass, Query
+from collm.sampling_params import SamplingParams
+from collm.types import ForwardPass
+from collm.values import Query
+from collm.views import Text, View
 
 Ids = tuple[int, ...]
 
@@ -26,13 +31,19 @@ class Watched:
         self.model = LocalModel(network, tokenizer, name="m", on_pass=self.told.append, **settings)
         self.plain = LocalModel(network, tokenizer, cache=False)
 
-    def computed(self, *texts: Ids, num_last: int = 1) -> int:
-        """Tokens that went through the model for these texts; their answers are checked."""
-        queries, before = [Query(0, ids, num_last) for ids in texts], len(self.told)
+    def computed(self, *texts: Text | Ids, num_last: int = 1) -> int:
+        """Tokens that went through the model for these texts; their answers are checked. Ids are those of a new text,
+        all of it prompt."""
+        views = [(text if isinstance(text, Text) else Text([text])).views[0] for text in texts]
+        queries, before = [at_end(view, num_last) for view in views], len(self.told)
         for found, expected in zip(self.model.predict(queries), self.plain.predict(queries), strict=True):
             assert len(found) == len(expected) == num_last
             assert all(close(a, b) for a, b in zip(found, expected, strict=True))
         return sum(done.tokens for done in self.told[before:])
+
+    def end(self, *texts: Text) -> None:
+        for text in texts:
+            self.model.release(text.views[0])
 
 
 @pytest.fixture
@@ -40,25 +51,106 @@ def watched(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Watched]:
     return lambda kind="llama", **settings: Watched(tiny_tokenizer, kind, **settings)
 
 
+def written(text: Text, *token_ids: int) -> Text:
+    """The text with these tokens at its end."""
+    for token_id in token_ids:
+        text.append(token_id)
+    return text
+
+
 PROMPT = tuple(range(3, 43))
 A, B, C = (*PROMPT, 100, 101, 102), (*PROMPT, 110, 111), (*PROMPT, 120)
+
+
+# -- Views
+
+
+def test_a_view_tells_what_is_still_valid() -> None:
+    text = Text([(1, 2), (9,)])
+    view = text.views[0]
+    assert (len(view), view.prompt_length, view.rewinds, view.valid_since(0)) == (2, 2, 0, 2)
+    written(text, 3, 4, 5)
+    assert list(view.token_ids) == [1, 2, 3, 4, 5] and text.views[1].token_ids == [9, 3, 4, 5]
+    before = view.rewinds
+    text.rewind(2)
+    written(text, 6, 7, 8)
+    assert (view.valid_since(before), view.valid_since(view.rewinds)) == (4, 7)
+    between = view.rewinds
+    text.rewind(4)  # further back than it had grown to since, but not as far as before
+    written(text, 1)
+    assert (view.valid_since(before), view.valid_since(between), len(view)) == (4, 6, 7)
+    text.rewind(5)  # nothing is taken back
+    assert view.rewinds == between + 1
+    text.rewind(0)
+    assert (text.length, view.valid_since(before), text.views[1].token_ids) == (0, 2, [9])
+
+
+def test_of_a_text_that_was_rewound_what_is_valid_is_kept(watched: Callable[..., Watched]) -> None:
+    """Rewound and written on, however often, between two passes: tokens behind the shortest length are computed."""
+    it, rng = watched(num_slots=2), random.Random(1)
+    text = Text([PROMPT[:5]])
+    other = Text([PROMPT])
+    it.computed(other)
+    held = 0
+    for _ in range(25):
+        shortest = len(text.views[0])
+        for _ in range(rng.randrange(4)):
+            text.rewind(rng.randrange(text.length + 1))
+            shortest = min(shortest, len(text.views[0]))
+            written(text, *(rng.randrange(320) for _ in range(rng.randrange(12))))
+        valid, length = min(held, shortest), len(text.views[0])
+        assert it.model.missing(Query(0, text.views[0], length)) == max(1, length - valid)
+        assert it.computed(text) == max(1, length - valid)
+        held = length
+    assert it.computed(written(other, 7)) == 1
+
+
+def test_a_draft_is_taken_back_in_its_own_slot(watched: Callable[..., Watched]) -> None:
+    it = watched(num_slots=2)
+    a, b = Text([A]), Text([B])
+    assert it.computed(a, b) == 45
+    # What had been drafted before is replaced; the other text stays where it is.
+    for drafts, computed in (((7, 8, 9), 3), ((7, 5, 6, 4), 4), ((1,), 1)):
+        rewrite(a, (*A, *drafts))
+        assert it.computed(a, num_last=len(drafts)) == computed
+    assert it.computed(written(b, 9)) == 1
+
+
+def test_what_was_asked_before_the_end_keeps_what_stands_behind(watched: Callable[..., Watched]) -> None:
+    """A query about an earlier place of a text takes nothing back."""
+    it = watched()
+    text = Text([A])
+    assert it.computed(text) == 43
+    before = len(it.told)
+    query = Query(0, text.views[0], 30, 2, law=True)
+    [found], [expected] = it.model.predict([query]), it.plain.predict([query])
+    assert all(close(x, y) for x, y in zip(found, expected, strict=True))
+    assert sum(done.tokens for done in it.told[before:]) == 2
+    assert it.computed(written(text, 7)) == 1
+
+
+# -- What texts share
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text"])
 def test_a_shared_prefix_is_computed_once(kind: str, watched: Callable[..., Watched]) -> None:
     """In one call, from a text that goes on in the same call, and from one that was finished long ago."""
     it = watched(kind)
-    assert it.computed(A, B, C) == 43 + 2 + 1
-    assert it.computed((*A, 7), (*PROMPT, 130, 131, 132, 133)) == 1 + 4
+    a, b, c = Text([A]), Text([B]), Text([C])
+    assert it.computed(a, b, c) == 43 + 2 + 1
+    assert it.computed(written(a, 7), (*PROMPT, 130, 131, 132, 133)) == 1 + 4
     assert it.computed((*PROMPT, 140)) == 1
     # Nobody lost what it had.
-    assert it.computed((*A, 7, 8), (*B, 7), (*C, 7)) == 3
+    assert it.computed(written(a, 8), written(b, 7), written(c, 7)) == 3
+    it.end(a, b, c)
+    assert it.computed((*PROMPT, 150)) == 1
 
 
 def test_the_same_prompt_again_costs_one_token(watched: Callable[..., Watched]) -> None:
     it = watched()
-    assert it.computed(PROMPT, PROMPT, PROMPT) == 40 + 1 + 1
-    assert it.computed((*PROMPT, 5), (*PROMPT, 6), (*PROMPT, 7)) == 3
+    texts = [Text([PROMPT]) for _ in range(3)]
+    assert it.computed(*texts) == 40 + 1 + 1
+    assert it.computed(*(written(text, n) for n, text in enumerate(texts))) == 3
     assert it.computed(PROMPT, num_last=3) == 3  # hidden states are not kept: those asked for are computed
 
 
@@ -75,53 +167,164 @@ def test_texts_wait_only_for_what_they_share(watched: Callable[..., Watched]) ->
     assert len(short.told) == 1
 
 
-def test_a_draft_is_taken_back_in_its_own_slot(watched: Callable[..., Watched]) -> None:
+def test_samples_of_one_prompt_share_its_pass(watched: Callable[..., Watched]) -> None:
+    """Through the engine, whose texts all come at once: the prompt, then one token a text and pass."""
+    it = watched()
+    params = SamplingParams(max_tokens=4, temperature=1.0)
+    writings = [alone(0, [PROMPT], replace(params, sample=n), [frozenset()]) for n in range(3)]
+    texts = [text for _, text, _ in writings]
+    assert sum(isinstance(event, Finished) for _, event in run(writings, [it.model])) == 3
+    assert sum(done.tokens for done in it.told) == 40 + 2 + 3 * 3
+    assert [text.length for text in texts] == [4, 4, 4]
+    assert len({tuple(text.views[0].token_ids) for text in texts}) == 3
+
+
+def test_interleaved_texts_cost_what_they_cost_alone(watched: Callable[..., Watched]) -> None:
+    """Two streams of one conversation, asked by turns: neither takes the other's slot, however alike they are."""
     it = watched(num_slots=2)
-    assert it.computed(A, B) == 45
-    # What had been drafted before is replaced; the other text stays where it is.
-    for drafts, computed in (((7, 8, 9), 3), ((7, 5, 6, 4), 4), ((1,), 1)):
-        assert it.computed((*A, *drafts), num_last=len(drafts)) == computed
-    assert it.computed((*B, 9)) == 1
+    texts = [Text([PROMPT]), Text([PROMPT])]
+    assert [it.computed(text) for text in texts] == [40, 1]
+    for n in range(10):
+        assert [it.computed(written(text, n, 50 + n)) for text in texts] == [2, 2]
+    for text, last in zip(texts, (200, 201), strict=True):  # from here on they differ
+        assert it.computed(written(text, last)) == 1
+    assert [it.computed(written(text, 7)) for text in texts] == [1, 1]
+    apart = [watched(), watched()]
+    for each, text in zip(apart, texts, strict=True):
+        assert each.computed(tuple(text.views[0].token_ids)) == 40 + 20 + 2
+
+
+# -- Whose slot is taken
+
+
+def test_a_text_that_goes_on_takes_over_the_slot(watched: Callable[..., Watched]) -> None:
+    """The next turn of a chat: its new tokens are computed, in the slot of the turn before, and nobody else's."""
+    it = watched(num_slots=2)
+    running, turn = Text([B]), Text([A])
+    it.computed(running, turn)
+    it.computed(written(turn, *range(60, 80)), running)
+    it.end(turn)
+    following = Text([(*A, *range(60, 80), 1, 2, 3)])
+    assert it.computed(following) == 3
+    assert it.computed(written(running, 7)) == 1
+    assert it.computed(written(following, 8)) == 1
+
+
+def test_a_text_that_only_begins_alike_copies(watched: Callable[..., Watched]) -> None:
+    """So that what the first one left stays for its own next turn."""
+    it = watched(num_slots=4)
+    turn, others = Text([(*PROMPT, *range(50, 110))]), [Text([(200 + n,)]) for n in range(3)]
+    it.computed(turn, *others[:2])
+    it.end(turn)
+    assert it.computed((*PROMPT, 130, 131)) == 2
+    assert it.computed((*PROMPT, *range(50, 110), 7)) == 1
+
+
+def test_a_text_that_still_runs_is_not_taken_over(watched: Callable[..., Watched]) -> None:
+    it = watched(num_slots=3)
+    first = Text([A])
+    it.computed(first)
+    assert it.computed((*A, 7, 8)) == 2  # begins as the first does: it copies
+    assert it.computed(written(first, 9)) == 1
+
+
+def test_of_ended_texts_the_one_used_longest_ago_makes_room(watched: Callable[..., Watched]) -> None:
+    it = watched(num_slots=3)
+    starts = [tuple(range(start, start + 30)) for start in (10, 60, 110)]
+    texts = [Text([ids]) for ids in starts]
+    it.computed(*texts)
+    for n in (1, 2, 0):
+        it.computed(written(texts[n], 7))
+    it.end(*texts)
+    assert it.computed(tuple(range(200, 230))) == 30  # in the place of the second
+    assert it.computed((*starts[2], 7, 8)) == 1 == it.computed((*starts[0], 7, 8))
+    assert it.computed((*starts[1], 7, 8)) == 32
+
+
+def test_a_running_text_keeps_its_slot_while_all_fit(watched: Callable[..., Watched]) -> None:
+    """Others come and go beside it, long and short, more of them than there are slots."""
+    it, rng = watched(max_cache_tokens=240, num_slots=4), random.Random(3)
+    running = [Text([tuple(range(3, 23))]), Text([tuple(range(100, 120))])]
+    it.computed(*running)
+    for n in range(30):
+        assert it.model.fits([60, 60, 60, 60])
+        brief = [Text([[rng.randrange(320) for _ in range(rng.randrange(1, 59))]]) for _ in range(rng.randrange(3))]
+        known = sum(len(text.views[0]) for text in brief)
+        assert it.computed(*(written(text, n) for text in running), *brief) <= 2 + known
+        before = len(it.told)
+        assert it.computed(*(written(text, 50 + n % 3) for text in running) if n < 10 else running) == 2
+        assert len(it.told) == before + 1
+        it.end(*brief)
+    assert [len(text.views[0]) for text in running] == [20 + 30 + 10] * 2
+
+
+# -- How much is stored
 
 
 def test_long_prompts_go_through_in_pieces(watched: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_cache, "PASS_TOKENS", 16)
     it = watched("gemma3_text")
-    assert it.computed((50, 51, 52)) == 3
-    assert it.computed(PROMPT, (50, 51, 52, 53), num_last=2) == 42
+    short = Text([(50, 51, 52)])
+    assert it.computed(short) == 3
+    assert it.computed(PROMPT, written(short, 53), num_last=2) == 42
     # The short row goes with the first piece and is not padded by it.
     assert [(done.rows, done.tokens) for done in it.told[1:]] == [(2, 16), (1, 16), (1, 10)]
     assert it.computed(tuple(range(200, 240)), tuple(range(100, 140)), num_last=25) == 80
     assert all(done.tokens <= 16 for done in it.told)
 
 
+def test_a_prompt_that_is_read_by_and_by_is_computed_once(watched: Callable[..., Watched]) -> None:
+    """Queries without an answer read the beginning; the last one has the rest to do."""
+    it = watched()
+    view = View(PROMPT)
+    for length in (10, 25, 39):
+        assert it.model.predict([Query(0, view, length, 0)]) == [[]]
+        assert it.model.missing(at_end(view)) == 40 - length
+    query = at_end(view, 3)
+    [found], [expected] = it.model.predict([query]), it.plain.predict([query])
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+    assert [done.tokens for done in it.told] == [10, 15, 14, 3]
+
+
 def test_memory_is_bounded(watched: Callable[..., Watched]) -> None:
     it, rng = watched(max_cache_tokens=200, num_slots=4), random.Random(0)
-    texts = [tuple(rng.randrange(320) for _ in range(rng.randrange(1, 60))) for _ in range(6)]
+
+    def begin(length: int) -> Text:
+        return written(Text([(rng.randrange(320),)]), *(rng.randrange(320) for _ in range(length - 1)))
+
+    texts = [begin(rng.randrange(1, 60)) for _ in range(6)]
     for _ in range(30):
         chosen = rng.sample(range(6), rng.randrange(1, 6))
         for i in chosen:
-            texts[i] = (*texts[i], rng.randrange(320)) if len(texts[i]) < 199 else texts[i][:5]
-            texts[i] += tuple(rng.randrange(320) for _ in range(rng.choice([0, 0, 20]))) if len(texts[i]) < 150 else ()
+            if rng.random() < 0.05:
+                it.end(texts[i])
+                texts[i] = begin(rng.randrange(1, 60))
+            if len(texts[i].views[0]) < 199:
+                texts[i].append(rng.randrange(320))
+            else:
+                texts[i].rewind(4)
+            if len(texts[i].views[0]) < 150:
+                written(texts[i], *(rng.randrange(320) for _ in range(rng.choice([0, 0, 20]))))
         it.computed(*(texts[i] for i in chosen))
         assert max(tensor.shape[0] * tensor.shape[2] for tensor in stored_tensors(it.model)) <= 200
         # Two layers, keys and values, two heads of 8 numbers, 4 bytes each.
         assert 0 < it.model.cache_bytes <= 200 * 2 * 2 * 2 * 8 * 4
-    assert max(map(len, texts)) > 80
+    assert max(len(text.views[0]) for text in texts) > 80
     it.model.forget()
     assert it.model.cache_bytes == 0
-    assert it.computed(texts[0]) == len(texts[0])
+    assert it.computed(texts[0]) == len(texts[0].views[0])
 
 
 def test_a_text_too_long_for_the_memory_fails_alone(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = LocalModel(tiny("llama"), tiny_tokenizer, name="m", max_cache_tokens=20)
-    found = model.predict([Query(0, tuple(range(21))), Query(0, tuple(range(20)))])
+    found = model.predict([ask(tuple(range(21))), ask(tuple(range(20)))])
     assert reasons(found) == [["m: 21 tokens do not fit into max_cache_tokens=20; raise it to at least 21"], [""]]
     with pytest.raises(ValueError, match="max_cache_tokens must be at least 1"):
         LocalModel(tiny("llama"), tiny_tokenizer, max_cache_tokens=0)
 
 
-def test_what_fits_is_held(watched: Callable[..., Watched]) -> None:
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_fits_is_held(ended: bool, watched: Callable[..., Watched]) -> None:
     """A driver that admits by `fits` never makes the model compute a token twice."""
     it = watched(max_cache_tokens=200, num_slots=4)
     fits = it.model.fits
@@ -129,11 +332,15 @@ def test_what_fits_is_held(watched: Callable[..., Watched]) -> None:
     assert not fits([201]) and not fits([51] * 4) and not fits([67, 10, 20]) and not fits([1] * 5)
     assert it.plain.fits([10**9] * 99)
     # Left behind by an earlier request: one long text. Then four that grow to the last position there is.
-    assert it.computed(tuple(range(190))) == 190
-    texts = [tuple(range(start, start + 10)) for start in (200, 220, 240, 260)]
+    left = Text([tuple(range(190))])
+    assert it.computed(left) == 190
+    if ended:
+        it.end(left)
+    texts = [Text([tuple(range(start, start + 10))]) for start in (200, 220, 240, 260)]
     assert it.computed(*texts) == 40
     for token in range(40):
-        texts = [(*text, token) for text in texts]
+        for text in texts:
+            text.append(token)
         assert it.computed(*texts[:2]) == 2 and it.computed(*texts[2:]) == 2
 
 
@@ -141,7 +348,8 @@ def test_running_out_of_memory_leaves_an_empty_cache(
     watched: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = watched()
-    it.computed(A)
+    text = Text([A])
+    it.computed(text)
     real, calls = prefix_cache.KVPool.resize, iter([True, False])
 
     def resize(pool: prefix_cache.KVPool, *args: object) -> None:
@@ -152,45 +360,17 @@ def test_running_out_of_memory_leaves_an_empty_cache(
 
     monkeypatch.setattr(prefix_cache.KVPool, "resize", resize)
     with pytest.raises(MemoryError):
-        it.model.predict([Query(0, tuple(range(100)))])
-    assert it.computed(A) == 43
-
-
-def table_of(*texts: Ids, root: int) -> SlotTable:
-    table = SlotTable()
-    table.resize([], len(texts), 500)
-    for slot, ids in zip(table.slots, texts, strict=True):
-        slot.held, slot.root = ids, root
-    return table
-
-
-def test_slots_prefer_the_text_that_is_extended() -> None:
-    table = table_of((1, 2), (1, 2, 3), (9,), root=1)
-    assert table.match([(1, 2, 3, 4)]) == {0: 1}
-    assert table.match([(1, 2, 4), (1, 2, 3, 5)]) == {0: 0, 1: 1}
-    assert table.match([(5, 5, 5)]) == {}
-    assert table.match([(9, 1), (9, 2)]) == {0: 2}  # one text for each slot
-    table.touch([0, 2])
-    assert table.open(2, taken=()) == 1  # used longest ago
-    assert table.open(2, taken={1}) == 0
-
-
-def test_a_text_is_told_by_its_prompt_and_loses_little() -> None:
-    long = tuple(range(200))
-    table = table_of(long, root=100)
-    assert table.match([(*long[:190], 7)]) == {0: 0}
-    assert table.match([(*long[: 200 - REWIND - 1], 7)]) == {}  # another sample of the same prompt
-    table = table_of(long[:110], root=100)
-    assert table.match([(*long[:99], 7)]) == {}  # another prompt
-    assert table.match([(*long[:100], 7)]) == {0: 0}
+        it.model.predict([ask(tuple(range(100)))])
+    assert it.computed(text) == 43
 
 
 def test_common_prefix() -> None:
     rng = random.Random(0)
     for _ in range(200):
-        a, b = (tuple(rng.choice([1, 2]) for _ in range(rng.randrange(6))) for _ in range(2))
+        a, b = ([rng.choice([1, 2]) for _ in range(rng.randrange(6))] for _ in range(2))
+        limit = rng.randrange(7)
         expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        assert common_prefix(a, b) == expected
+        assert prefix_cache._common(a, b, limit) == min(expected, limit)
 
 
 def test_answers_survive_scattered_and_ragged_rows(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -198,8 +378,8 @@ def test_answers_survive_scattered_and_ragged_rows(tiny_tokenizer: PreTrainedTok
     network = tiny("llama", max_position_embeddings=1024)
     model, plain = LocalModel(network, tiny_tokenizer), LocalModel(network, tiny_tokenizer, cache=False)
     rng = random.Random(0)
-    texts = [tuple(rng.randrange(320) for _ in range(n)) for n in (400, 10, 20, 500, 30)]
-    model.predict([Query(0, ids) for ids in texts])
-    queries = [Query(0, (*texts[i], *range(k)), 1) for i, k in ((0, 1), (1, 1), (2, 1), (4, 1), (3, 5))]
+    texts = [Text([[rng.randrange(320) for _ in range(n)]]) for n in (400, 10, 20, 500, 30)]
+    model.predict([at_end(text.views[0]) for text in texts])
+    queries = [at_end(written(texts[i], *range(k)).views[0]) for i, k in ((0, 1), (1, 1), (2, 1), (4, 1), (3, 5))]
     for [a], [b] in zip(model.predict(queries), plain.predict(queries), strict=True):
         assert close(a, b)

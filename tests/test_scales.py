@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CollaborativeLM, SamplingParams
 from collm.data.formatting import Formatter
+from collm.decoding.choosing import answer_of
 from collm.decoding.policies import Decision
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult
@@ -28,7 +29,8 @@ from collm.models.shortened import first_layers
 from collm.report.trace import Trace
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
-from collm.types import BASE, Generation, Prediction
+from collm.types import BASE, Generation
+from collm.values import GREEDY, Answer, Draw
 
 STUDY = Path(__file__).parent.parent / "recipes" / "scales"
 
@@ -208,10 +210,10 @@ def test_own_texts_are_the_right_answers_that_are_not_gold() -> None:
     assert all(row["messages"][:-1] == [asked] for row in kept)
 
 
-def says(probabilities: list[float], gate: float | None = None) -> Prediction:
+def says(probabilities: list[float], gate: float | None = None) -> Answer:
     log_gate = None if gate is None else (math.log(1 - gate), math.log(gate))
     law = torch.tensor(probabilities).log()
-    return Prediction(law, int(law.argmax()), log_gate)
+    return answer_of(law, GREEDY, 0, log_gate)
 
 
 def test_hysteresis_goes_on_with_who_writes() -> None:
@@ -220,7 +222,7 @@ def test_hysteresis_goes_on_with_who_writes() -> None:
     gates = [0.6, 0.9, 0.4, 0.2, 0.6]  # log-odds 0.4, 2.2, -0.4, -1.4, 0.4
 
     def deferred(seed: int, position: int) -> bool:
-        decision: Decision = rule.decide(says([0.5, 0.5], gates[position]), seed, position)
+        decision: Decision = rule.decide(says([0.5, 0.5], gates[position]), Draw(seed), position)
         return decision.authors[0] != BASE
 
     # Two texts in turn: neither knows what the other one did.
@@ -233,14 +235,11 @@ def test_soft_mixing_is_soft_near_the_cut_alone() -> None:
     near = script("near_threshold")
     rule = near.SoftMixing(near.gate_of, cut=0.0, band=1.0)
     base, other = [0.7, 0.3], [0.1, 0.9]
-    laws = {
-        gate: rule.combine({0: says(base, gate), 1: says(other)}).law.log_probs.exp().tolist()
-        for gate in (0.1, 0.4, 0.9)
-    }
+    laws = {gate: rule.combine({0: says(base, gate), 1: says(other)}).law.exp().tolist() for gate in (0.1, 0.4, 0.9)}
     assert laws[0.1] == pytest.approx(base) and laws[0.9] == pytest.approx(other)
     assert laws[0.4] == pytest.approx([0.6 * 0.7 + 0.4 * 0.1, 0.6 * 0.3 + 0.4 * 0.9])
     assert rule.needed == [False, True, True]
-    assert rule.combine({0: says(base, 0.9)}).law.log_probs.exp().tolist() == pytest.approx(base), "one abstains"
+    assert rule.combine({0: says(base, 0.9)}).law.exp().tolist() == pytest.approx(base), "one abstains"
 
 
 def test_who_was_asked_is_weighed_by_the_gate() -> None:
@@ -249,11 +248,11 @@ def test_who_was_asked_is_weighed_by_the_gate() -> None:
     base, other = [0.7, 0.3], [0.4, 0.6]
     for gate, token_id in ((0.9, 1), (0.6, 0)):  # 0.27 and 0.18 are gains to ask for; the base outvotes the second
         found = rule.combine({0: says(base, gate), 1: says(other)})
-        assert found.law.log_probs.exp().tolist() == pytest.approx(
+        assert found.law.exp().tolist() == pytest.approx(
             [(1 - gate) * p + gate * q for p, q in zip(base, other, strict=True)]
         )
-        assert found.law.top_token_id == token_id
-    assert rule.combine({0: says(base, 0.4), 1: says(other)}).law.log_probs.exp().tolist() == pytest.approx(base)
+        assert int(found.law.argmax()) == token_id
+    assert rule.combine({0: says(base, 0.4), 1: says(other)}).law.exp().tolist() == pytest.approx(base)
     assert rule.needed == [True, True, False]
 
 

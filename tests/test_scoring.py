@@ -28,10 +28,11 @@ from collm.data.formatting import Encoded, Formatter, PromptFormat
 from collm.data.resumable import plan_batches
 from collm.data.scores import load_info, partial_path
 from collm.data.scoring import load_scores, score, score_batch, score_tool, scores_fingerprint
+from collm.decoding.choosing import answer_of, requested
 from collm.errors import CollmError
 from collm.identity.finding import local_identity
 from collm.models import backbone
-from collm.types import Answer, Prediction, Query
+from collm.values import LanguageModel, Query, Replies, Reply
 
 EXAMPLES = [
     Example(
@@ -359,22 +360,21 @@ def test_progress_shows_speed_on_stderr(
 # -- tools
 
 
-class Parrot:
+class Parrot(LanguageModel):
     """Says that the next token is the last one again, and abstains after odd ones."""
 
     name = "parrot"
-    eos_token_ids: frozenset[int] = frozenset()
 
-    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
-        return [[self._answer(q.token_ids[i]) for i in range(-q.num_last, 0)] for q in queries]
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        return [[self._reply(q, i, q.view.token_ids[end - 1]) for i, end in enumerate(q.ends)] for q in queries]
 
     @staticmethod
-    def _answer(last: int) -> Answer:
+    def _reply(query: Query, i: int, last: int) -> Reply:
         if last % 2:
             return None
         law = torch.full((320,), -torch.inf)
         law[last] = 0.0
-        return Prediction(law, last)
+        return requested(answer_of(law, query.draw, 0), query, i)
 
 
 def test_tool(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

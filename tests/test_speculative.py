@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from flows import writing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +27,12 @@ from collm.decoding.policies import (
     Sampled,
     Threshold,
 )
-from collm.decoding.run import Finished, run
 from collm.decoding.speculative import speculative
+from collm.engine import Finished, run
 from collm.models.fake import FakeModel
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Fault, Prediction, Query, Step
+from collm.types import BASE, Step
+from collm.values import Answer, Fault, LanguageModel, Query, Replies, Reply
 
 V = 5
 PROMPT = (3, 1, 4)
@@ -78,10 +79,11 @@ def texts(
 ) -> tuple[list[Step], Finished]:
     eos = [model.eos_token_ids for model in models]
     prompts = [prompt] * len(models)
-    flow = (
-        collaborative(prompts, params, policy, eos) if pace is None else speculative(prompts, params, policy, eos, pace)
-    )
-    events = [event for _, event in run([flow], models)]
+    if pace is None:
+        own = writing(collaborative, prompts, params, policy, eos)
+    else:
+        own = writing(speculative, prompts, params, policy, eos, pace)
+    events = [event for _, event in run([own], models)]
     assert isinstance(events[-1], Finished)
     return [event for event in events[:-1] if isinstance(event, Step)], events[-1]
 
@@ -133,17 +135,18 @@ def test_sampled_texts_follow_the_enumerated_law(num_assistants: int) -> None:
         probability = 1.0
         for t in range(3):
             answers = [model.answer((1, *text[:t])) for model in models]
-            assert all(isinstance(answer, Prediction) for answer in answers)
+            assert all(isinstance(answer, Answer) for answer in answers)
             gate = np.exp(answers[BASE].log_gate)  # type: ignore[union-attr, arg-type]
             probability *= sum(
-                g * float(a.log_probs[text[t]].exp())  # type: ignore[union-attr]
+                g * float(a.law[text[t]].exp())  # type: ignore[union-attr]
                 for g, a in zip(gate, answers, strict=True)
             )
         law[text] = probability
     assert sum(law.values()) == pytest.approx(1)
     draws = 3000
     flows = (
-        speculative(
+        writing(
+            speculative,
             [(1,)] * len(models),
             SamplingParams(max_tokens=3, temperature=1.0, seed=seed),
             Sampled(),
@@ -244,25 +247,24 @@ def test_pass_costs_find_the_line() -> None:
     assert batch.block(1) == pytest.approx(0.025, rel=0.01)
 
 
-class Clocked:
+class Clocked(LanguageModel):
     """A fake whose passes take as long as one says, on a clock of its own."""
+
+    name, eos_token_ids = "", frozenset()  # type: ignore[assignment]
 
     def __init__(self, model: FakeModel, clock: list[float], alpha: float, beta: float) -> None:
         self._model, self._clock, self._alpha, self._beta = model, clock, alpha, beta
-        self.name, self.eos_token_ids = model.name, model.eos_token_ids
+        self.name, self.eos_token_ids = model.name, model.eos_token_ids  # type: ignore[misc]
 
-    def predict(self, queries: Sequence[Query]) -> list[Any]:
+    def predict(self, queries: Sequence[Query]) -> Replies:
         self._clock[0] += self._alpha + self._beta * sum(query.num_last for query in queries)
         return self._model.predict(queries)
 
 
 @pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("ratio", [0.2, 1.0, 8.0])
-def test_the_adaptive_pace_gains_where_there_is_something_to_gain(
-    agreement: float, ratio: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_adaptive_pace_gains_where_there_is_something_to_gain(agreement: float, ratio: float) -> None:
     clock = [0.0]
-    monkeypatch.setattr("collm.decoding.run.time.perf_counter", lambda: clock[0])
     base, assistant = fakes(1, agreement=agreement)
     models: Any = [Clocked(base, clock, 1.0, 0.03), Clocked(assistant, clock, ratio, 0.03 * ratio)]
     policy, experience = Random(0.3, 1), Experience()
@@ -272,8 +274,8 @@ def test_the_adaptive_pace_gains_where_there_is_something_to_gain(
         for n in range(24):
             params = SamplingParams(max_tokens=64, seed=n)
             own = AdaptivePace(experience) if fast else FixedPace()
-            flow = speculative([(n % V, n // V)] * 2, params, policy, [frozenset()] * 2, own)
-            list(run([flow], models, experience=experience))
+            text = writing(speculative, [(n % V, n // V)] * 2, params, policy, [frozenset()] * 2, own)
+            list(run([text], models, experience=experience, clock=lambda: clock[0]))
         seconds[fast] = clock[0]
     gain = seconds[False] / seconds[True]
     assert gain > 0.97
@@ -286,11 +288,9 @@ def test_the_adaptive_pace_gains_where_there_is_something_to_gain(
 def broken(models: list[FakeModel], *, raises: bool, at: int) -> list[Any]:
     """The assistant fails for prompts that begin with 9, from a length on."""
 
-    class Broken:
-        name, eos_token_ids = models[1].name, models[1].eos_token_ids
-
-        def predict(self, queries: Sequence[Query]) -> list[Any]:
-            bad = [query.token_ids[0] == 9 and len(query.token_ids) >= at for query in queries]
+    class Broken(FakeModel):
+        def predict(self, queries: Sequence[Query]) -> Replies:
+            bad = [query.view.token_ids[0] == 9 and query.length >= at for query in queries]
             if raises and any(bad):
                 raise RuntimeError("out of ink")
             return [
@@ -298,7 +298,7 @@ def broken(models: list[FakeModel], *, raises: bool, at: int) -> list[Any]:
                 for query, is_bad in zip(queries, bad, strict=True)
             ]
 
-    return [models[0], Broken()]
+    return [models[0], Broken("a1", V)]
 
 
 @pytest.mark.parametrize("raises", [False, True])
@@ -311,7 +311,7 @@ def test_a_failing_assistant_costs_one_text(raises: bool, fast: bool) -> None:
 
     def events(among: Sequence[Any], chosen: SamplingParams) -> dict[int, list[Any]]:
         pace = FixedPace(3) if fast else FixedPace()
-        flows = [speculative([p, p], chosen, policy, [frozenset()] * 2, pace) for p in prompts]
+        flows = [writing(speculative, [p, p], chosen, policy, [frozenset()] * 2, pace) for p in prompts]
         found: dict[int, list[Any]] = {n: [] for n in range(3)}
         for n, event in run(flows, among, 3):
             found[n].append(event)
@@ -331,29 +331,13 @@ def test_a_failing_assistant_costs_one_text(raises: bool, fast: bool) -> None:
 
 def test_a_failing_base_ends_the_text() -> None:
     class Base(FakeModel):
-        def answer(self, token_ids: Sequence[int]) -> Any:
-            return Fault("base: not a number") if len(token_ids) == 7 else super().answer(token_ids)
+        def answer(self, token_ids: Sequence[int], *how: Any) -> Reply:
+            return Fault("base: not a number") if len(token_ids) == 7 else super().answer(token_ids, *how)
 
     models = [Base("base", V, num_assistants=1), FakeModel("a1", V)]
     for pace in (None, FixedPace(8), FixedPace(1, 8)):
         steps, finished = texts(models, SamplingParams(max_tokens=12), Always(), pace)
         assert (finished.finish_reason, finished.error, len(steps)) == ("error", "base: not a number", 4)
-
-
-def test_a_law_on_another_device_dtype_is_compared_by_token_only() -> None:
-    """Greedy agreement is about tokens: laws of different precision may speculate for one another."""
-    models = fakes(1, agreement=1.0)
-    low = models[1].answer
-
-    class Half(FakeModel):
-        def answer(self, token_ids: Sequence[int]) -> Any:
-            found = low(token_ids)
-            assert isinstance(found, Prediction)
-            return replace(found, log_probs=found.log_probs.to(torch.bfloat16))
-
-    half = [models[0], Half("a1", V)]
-    _, finished = texts(half, SamplingParams(max_tokens=8), Always(), FixedPace(4))
-    assert finished.usage.forward_passes == (8, 2)
 
 
 def clocked(
@@ -364,7 +348,8 @@ def clocked(
     base, assistant = fakes(1, agreement=0.5)
     models: Any = [Clocked(base, clock, 1.0, 0.01), Clocked(assistant, clock, 8.0, 0.1)]
     flows = [
-        speculative(
+        writing(
+            speculative,
             [(n % V, n // V)] * 2,
             SamplingParams(max_tokens=tokens, seed=n),
             Random(rate, 1),
@@ -375,7 +360,7 @@ def clocked(
     ]
     ended: dict[int, float] = {}
     written: list[list[int]] = [[] for _ in rates]
-    for number, event in run(flows, models, len(rates), patience=patience):
+    for number, event in run(flows, models, len(rates), patience=patience, clock=lambda: clock[0]):
         if isinstance(event, Step):
             written[number].append(event.token_id)
         else:
@@ -383,9 +368,8 @@ def clocked(
     return clock[0], ended, written
 
 
-def test_texts_wait_for_one_another_at_a_dear_assistant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_wait_for_one_another_at_a_dear_assistant() -> None:
     clock = [0.0]
-    monkeypatch.setattr("collm.decoding.run.time.perf_counter", lambda: clock[0])
     at_once, _, expected = clocked(clock, [0.3] * 16, 0)
     gathered, _, written = clocked(clock, [0.3] * 16, 1)
     assert written == expected and gathered < 0.75 * at_once

@@ -105,7 +105,7 @@ def full(workplace: Path) -> Path:
 def test_the_loss_is_the_marginal_nll_of_the_texts(workplace: Path, full: Path) -> None:
     """The figure reported before training against a direct computation: every model on every text, one by one."""
     from collm.models.tools import Calculator
-    from collm.types import Query
+    from collm.values import Answer, Query
 
     base, _, tokenizer, _ = load_base(workplace / "base")
     assistant = AutoModelForCausalLM.from_pretrained(workplace / "assistant")
@@ -121,8 +121,11 @@ def test_the_loss_is_the_marginal_nll_of_the_texts(workplace: Path, full: Path) 
         for t, labelled in enumerate(encoded.labelled):
             if labelled:
                 gold = encoded.token_ids[t]
-                [[answer]] = calculator.predict([Query(1, encoded.token_ids[:t])])
-                tool = -torch.inf if answer is None else float(answer.log_probs[gold])
+                [[answer]] = calculator.predict([Query.of(encoded.token_ids[:t], model=1, given=(gold,))])
+                tool = -torch.inf
+                if answer is not None:
+                    assert isinstance(answer, Answer) and answer.given_log_prob is not None
+                    tool = answer.given_log_prob
                 log_probs = torch.tensor([float(laws[0][t - 1, gold]), tool, float(laws[1][t - 1, gold])])
                 total += float(marginal_nll(gates[t - 1][None, None], log_probs[None, None], torch.tensor([[True]])))
                 count += 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import vllm_shapes
+from flows import says
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm_shapes import BatchUpdate, LogitsContext, MoveDirectionality, SamplingParams
@@ -20,7 +21,8 @@ from collm.llm.deferral import make_policy, policy_at
 from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable
 from collm.models.served import ServedInfo
 from collm.sampling_params import SamplingParams as Asked
-from collm.types import BASE, Prediction
+from collm.types import BASE
+from collm.values import GREEDY
 from collm.vllm_plugin import PROCESSOR, register, request
 from collm.vllm_plugin.columns import Gate
 from collm.vllm_plugin.request import NEVER, SIGNALS, Rule, check, rule
@@ -69,7 +71,7 @@ def author(policy: Policy, logits: torch.Tensor) -> int:
     """Who writes, by the plain twin: one row, the law and the gate as the in-process engine has them."""
     law = torch.log_softmax(logits[:VOCAB], dim=-1)
     gate = log_gate(logits[IDS] * INFO.scale + torch.tensor(INFO.bias))
-    return policy.decide(Prediction(law, int(law.argmax()), tuple(gate.tolist())), 0, 0).authors[0]
+    return policy.decide(says(law, tuple(gate.tolist())), GREEDY, 0).authors[0]
 
 
 def expected(extra: dict[str, Any] | None, logits: torch.Tensor) -> int:

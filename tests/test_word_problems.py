@@ -19,7 +19,7 @@ from collm.errors import CollmError
 from collm.llm import CollaborativeLM
 from collm.models.fake import FakeModel
 from collm.models.tools import Calculator
-from collm.types import Prediction, Query
+from collm.values import Answer, Query
 
 STUDY = Path(__file__).parent.parent / "recipes" / "word_problems"
 
@@ -63,8 +63,8 @@ def test_gold_gates_are_those_of_plain_passes_and_count_where_somebody_answers(
         item = formatter.encode(example)
         for at in np.flatnonzero(item.labelled):
             prediction = base.answer(item.token_ids[:at])
-            assert isinstance(prediction, Prediction) and prediction.log_gate is not None
-            [[said]] = calculator.predict([Query(1, item.token_ids[:at])])
+            assert isinstance(prediction, Answer) and prediction.log_gate is not None
+            [[said]] = calculator.predict([Query.of(item.token_ids[:at], model=1)])
             expected.append(-np.inf if said is None else log_odds(prediction.log_gate))
     found = study["teacher_forced"].gold_log_odds(llm, examples)
     np.testing.assert_allclose(found, expected)

@@ -31,27 +31,28 @@ import numpy as np
 
 from collm import CollaborativeLM, SamplingParams
 from collm.data.examples import Example, load_examples
-from collm.decoding.baselines import Combination, Combined, Mixture
+from collm.decoding.baselines import Combination, Combined, Mixture, law_of
 from collm.decoding.policies import Decision, ExpectedGain, by_gate, log_odds
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.files import write_text
 from collm.llm.deferral import cut_for_rate, policy_at
 from collm.llm.methods import Method
-from collm.types import BASE, Prediction
+from collm.types import BASE
+from collm.values import GREEDY, Answer, Draw
 
-Reading = Callable[[Prediction], float]
+Reading = Callable[[Answer], float]
 
 
-def gate_of(base: Prediction) -> float:
+def gate_of(base: Answer) -> float:
     """Log-odds of deferring."""
     assert base.log_gate is not None
     return log_odds(base.log_gate)
 
 
-def expected_gain_of(base: Prediction) -> float:
+def expected_gain_of(base: Answer) -> float:
     """Logarithm of the gate times the base's doubt: what the policy itself reads."""
-    signal = ExpectedGain(math.inf).decide(base, seed=0, position=0).signal
+    signal = ExpectedGain(math.inf).decide(base, GREEDY, 0).signal
     assert signal is not None
     return signal
 
@@ -72,12 +73,12 @@ class Hysteresis:
     needs_gate: bool = True
     _deferring: dict[int, bool] = field(default_factory=dict, repr=False)
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
         assert base.log_gate is not None
-        goes_on = position > 0 and self._deferring[seed]
+        goes_on = position > 0 and self._deferring[draw.seed]
         signal = self.read(base)
         defers = signal > (self.cut - self.band if goes_on else self.cut + self.band)
-        self._deferring[seed] = defers
+        self._deferring[draw.seed] = defers
         return Decision((*by_gate(base.log_gate), BASE) if defers else (BASE,), signal)
 
 
@@ -94,7 +95,7 @@ class SoftMixing(Combination):
     needed: list[bool] = field(default_factory=list, repr=False)
     needs_gate: ClassVar[bool] = True
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
         base = present[BASE]
         signal = self.read(base)
         self.needed.append(signal > self.cut - self.band)
@@ -102,7 +103,7 @@ class SoftMixing(Combination):
             return Mixture().combine(present)
         assert base.log_gate is not None
         writer = next((z for z in by_gate(base.log_gate) if z in present), BASE) if signal > self.cut else BASE
-        return Combined(present[writer], {writer: present[writer].log_probs})
+        return Combined(law_of(present[writer]), {writer: law_of(present[writer])})
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class MixedWhereAsked(Combination):
     needed: list[bool] = field(default_factory=list, repr=False)
     needs_gate: ClassVar[bool] = True
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
         base = present[BASE]
         self.needed.append(self.read(base) > self.cut)
-        return Mixture().combine(present) if self.needed[-1] else Combined(base, {BASE: base.log_probs})
+        return Mixture().combine(present) if self.needed[-1] else Combined(law_of(base), {BASE: law_of(base)})
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from collm.decoding.policies import Threshold, log_odds
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.files import write_text
-from collm.types import BASE, Answer, Prediction, Query
+from collm.types import BASE
+from collm.values import Answer, Query, Reply
 
 
-def answers(llm: CollaborativeLM, model: int, item: Encoded) -> list[Answer]:
+def answers(llm: CollaborativeLM, model: int, item: Encoded) -> list[Reply]:
     """What a model predicts at each labelled token of an example."""
     where = np.flatnonzero(item.labelled)
-    query = Query(model, item.token_ids[: where[-1]], num_last=int(where[-1] - where[0] + 1))
+    query = Query.of(item.token_ids[: where[-1]], int(where[-1] - where[0] + 1), model=model)
     [found] = llm.models[model].predict([query])
     return [found[i] for i in where - where[0]]
 
@@ -47,7 +48,7 @@ def gold_log_odds(llm: CollaborativeLM, examples: Sequence[Example]) -> NDArray[
     for items in zip(*sets, strict=True):
         base, *others = (answers(llm, model, item) for model, item in enumerate(items))
         for at, prediction in enumerate(base):
-            assert isinstance(prediction, Prediction) and prediction.log_gate is not None
+            assert isinstance(prediction, Answer) and prediction.log_gate is not None
             heard = [prediction.log_gate[k] for k, other in enumerate(others, start=1) if other[at] is not None]
             values.append(log_odds((prediction.log_gate[BASE], *heard)) if heard else -np.inf)
     return np.array(values)

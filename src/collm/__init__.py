@@ -14,22 +14,28 @@ if TYPE_CHECKING:
     from collm.errors import CollmError
     from collm.gate import log_gate, log_posterior, marginal_nll
     from collm.llm import CollaborativeLM, GenerationFailed
+    from collm.models.tools import Tool
     from collm.sampling_params import SamplingParams
-    from collm.types import Fault, Generation, LanguageModel, Prediction, Query, Step, Usage
+    from collm.types import Generation, Step, Usage
+    from collm.values import Answer, Draw, Extend, Fault, LanguageModel, Query, StreamingModel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "CollaborativeLM",
     "CollmError",
+    "Draw",
+    "Extend",
     "Fault",
     "Generation",
     "GenerationFailed",
     "LanguageModel",
-    "Prediction",
     "Query",
     "SamplingParams",
     "Step",
+    "StreamingModel",
+    "Tool",
     "Usage",
     "__version__",
     "log_gate",
@@ -45,6 +51,8 @@ _HOME = {
     "log_posterior": "collm.gate",
     "marginal_nll": "collm.gate",
     "SamplingParams": "collm.sampling_params",
+    "Tool": "collm.models.tools",
+    **dict.fromkeys(("Answer", "Draw", "Extend", "Fault", "LanguageModel", "Query", "StreamingModel"), "collm.values"),
 }
 """Where a name lives; the others in `__all__` are in `collm.types`."""
 _HEAVY = ("collm.llm", "collm.gate")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from collm.values import Draw
+
 Deferral = Literal[
     "threshold",
     "expected_gain",
@@ -33,7 +35,9 @@ class SamplingParams:
     """How to write one text.
 
     `temperature` 0 is greedy. `top_p`, `top_k` (0 = off) truncate the law of the model that writes the token.
-    `seed` fixes all random choices; they are keyed by (seed, position), so a text does not depend on its batch-mates.
+    `seed` (64 bits, negative ones in two's complement) fixes all random choices; they are keyed by (seed, sample,
+    position), so a text does not depend on its batch-mates. `sample` tells several texts of one prompt and seed apart;
+    `generate_batch` numbers the repeats of a prompt within one call.
     `stop`: strings that end the text and are not part of it.
 
     Who writes is settled by `deferral`:
@@ -66,6 +70,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    sample: int = 0
     stop: tuple[str, ...] = ()
     deferral: Deferral = "threshold"
     threshold: float | None = None
@@ -79,13 +84,17 @@ class SamplingParams:
         # As the OpenAI API: one string is one stop string, not its characters.
         stop: str | Sequence[str] = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        for name in ("max_tokens", "top_k", "seed"):
+        for name in ("max_tokens", "top_k", "seed", "sample"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be a number, not {self.temperature}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must have at most 64 bits, not be {self.seed}")
+        if not 0 <= self.sample < 2**31:
+            raise ValueError(f"sample must be a number from 0 to 2**31 - 1, not {self.sample}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -110,3 +119,8 @@ class SamplingParams:
             raise ValueError(f'deferral="{self.deferral}" needs deferral_rate or threshold')
         if any(not stop for stop in self.stop):
             raise ValueError("a stop string must not be empty")
+
+    @property
+    def draw(self) -> Draw:
+        """How a model chooses the tokens of this text."""
+        return Draw(self.seed, self.sample, self.temperature, self.top_p, self.top_k)

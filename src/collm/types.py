@@ -1,18 +1,14 @@
-"""The values that travel between decoders, models and users.
+"""What users get back: written tokens, whole texts, and what they cost.
 
-Nothing here knows a torch module, a tokenizer or a file: a decoder yields `Query` values, a `LanguageModel` answers
-with `Prediction` values, and what the user gets back are `Step` and `Generation` values.
+Nothing here knows a torch module, a tokenizer or a file. What travels between decoders and models is in
+`collm.values`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, Literal
 
 BASE = 0
 """Index of the base model; assistants are 1..K."""
@@ -22,51 +18,6 @@ FinishReason = Literal["stop", "length", "abstained", "error", "cancelled"]
 Drafted = Literal["", "accepted", "recovered"]
 Message = dict[str, Any]
 """`{"role": ..., "content": ...}` and what else `collm.data.messages` reads, as in the OpenAI API."""
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One forward pass: predict after each of the last `num_last` prefixes of `token_ids`.
-
-    `token_ids` is the whole sequence as *this* model sees it (its own prompt, then the shared completion);
-    what a model remembers of earlier queries (a KV cache) is its own affair and never changes its answer.
-    """
-
-    model: int
-    token_ids: tuple[int, ...]
-    num_last: int = 1
-
-    def __post_init__(self) -> None:
-        assert 1 <= self.num_last <= len(self.token_ids), (self.num_last, len(self.token_ids))
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The law of the next token.
-
-    `log_probs`: `[V]` float32 log-probabilities over the shared vocabulary, on the model's device, before
-    temperature and truncation.
-    `top_token_id`: its argmax, computed by the model for a whole batch at once.
-    `log_gate`: `[1+K]` natural logs of the gate `P(Z = z | prefix)`; only the base model gives it.
-    """
-
-    log_probs: Tensor
-    top_token_id: int
-    log_gate: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A model that failed after one prefix (predictions that are not numbers, a server that is gone), and how.
-
-    A fault belongs to one text: what else was asked in the same batch is answered as ever.
-    """
-
-    reason: str
-
-
-Answer = Prediction | Fault | None
-"""`None`: the model abstains after this prefix (a tool that has nothing to say). The base never does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +33,6 @@ class ForwardPass:
     tokens: int
     length: int
     seconds: float
-
-
-class LanguageModel(Protocol):
-    """Anything that gives a next-token distribution for a prefix: a transformer, a server, a calculator."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]: ...
-
-    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
-        """For each query, `num_last` answers, oldest prefix first. `Query.model` is not read.
-
-        The answer for a query does not depend on the other queries of the batch nor on earlier calls.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

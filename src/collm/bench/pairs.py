@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from collm.bench.synthetic import SHAPES, Dial, Shape, find_dial, make_model, make_tokenizer
 from collm.data.formatting import Formatter
-from collm.decoding.collaborative import TokenIds
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import load_base
 from collm.models.head import DeferralHead
@@ -23,7 +22,8 @@ from collm.models.shortened import first_layers
 from collm.models.specs import is_tool
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
-from collm.types import LanguageModel, Message
+from collm.types import Message
+from collm.values import LanguageModel
 
 TINY = "tiny"
 """The assistant that is a random model far smaller than any base."""
@@ -45,7 +45,7 @@ class Endless(LocalModel):
 class Verbatim(Formatter):
     """Prompts are token ids written as text, so that their lengths are exact, and no token ends a turn."""
 
-    def prompt(self, question: Sequence[Message] | str) -> TokenIds:
+    def prompt(self, question: Sequence[Message] | str) -> tuple[int, ...]:
         assert isinstance(question, str)
         return tuple(int(token_id) for token_id in question.split())
 
@@ -66,11 +66,11 @@ class Pair:
     name: str
     system: Callable[[], CollaborativeLM]
     networks: tuple[PreTrainedModel, PreTrainedModel | None]
-    words: tuple[TokenIds, ...]
+    words: tuple[tuple[int, ...], ...]
     details: dict[str, Any]
     gated: bool = False
 
-    def prompts(self, number: int, length: int, seed: int) -> list[TokenIds]:
+    def prompts(self, number: int, length: int, seed: int) -> list[tuple[int, ...]]:
         """`number` different prompts of `length` tokens, made up of random words."""
         prompts = []
         for row in range(number):
@@ -156,7 +156,7 @@ def _pair(
     name: str,
     base: tuple[PreTrainedModel, PreTrainedTokenizerBase, DeferralHead | None],
     assistant: tuple[PreTrainedModel, PreTrainedTokenizerBase] | LanguageModel,
-    words: tuple[TokenIds, ...],
+    words: tuple[tuple[int, ...], ...],
     details: dict[str, Any],
     info: CheckpointInfo | None = None,
 ) -> Pair:
@@ -185,7 +185,7 @@ def _pair(
     return Pair(name, system, (network, other), words, {**details, **sizes}, gated)
 
 
-def _words(tokenizer: PreTrainedTokenizerBase) -> tuple[TokenIds, ...]:
+def _words(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tokenizer.encode(f" {word}", add_special_tokens=False)) for word in WORDS)
 
 

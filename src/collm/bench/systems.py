@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from collm.bench.paired import synchronise
 from collm.bench.pairs import Pair
 from collm.bench.result import Issued, Run
-from collm.decoding.collaborative import TokenIds
 from collm.decoding.policies import Random
 from collm.llm import CollaborativeLM
 from collm.models.local import LocalModel
 from collm.sampling_params import SamplingParams
-from collm.types import ForwardPass, Generation, Prediction
+from collm.types import ForwardPass, Generation
+from collm.values import Answer, Draw
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Effort:
     seed: int = 0
 
 
-Texts = tuple[Run, list[TokenIds]]
+Texts = tuple[Run, list[tuple[int, ...]]]
 """What a run cost, and what it wrote."""
 System = Callable[[int], Texts]
 """Called with the number of a round, whose prompts no other round shares: nothing of one is in a cache in the next."""
@@ -79,11 +79,11 @@ def streamed(pair: Pair, effort: Effort, params: SamplingParams) -> System:
     """
     llm = pair.system()
     assert params.threshold is not None
-    policy, unread = Random(params.threshold, 1), Prediction(torch.zeros(1), 0)
+    policy, unread = Random(params.threshold, 1), Answer(0, 0.0, 0, 0.0, 0.0)
 
     def run(number: int) -> Texts:
         [prompt] = pair.prompts(1, effort.prompt_tokens, effort.seed + number)
-        seed = next(s for s in range(number * 1000, 10**9) if policy.decide(unread, s, 0).authors[0] != 0)
+        seed = next(s for s in range(number * 1000, 10**9) if policy.decide(unread, Draw(seed=s), 0).authors[0] != 0)
         begun, generation = 0.0, None
         for chunk in llm.stream(spelt(prompt), replace(params, max_tokens=effort.tokens + 1, seed=seed)):
             begun = begun or time.perf_counter()
@@ -160,12 +160,12 @@ def by_shape(passes: Sequence[ForwardPass]) -> list[Issued]:
     return [(rows, tokens, len(seconds), sum(seconds)) for (rows, tokens), seconds in sorted(shapes.items())]
 
 
-def distinct(texts: Sequence[TokenIds]) -> float:
+def distinct(texts: Sequence[tuple[int, ...]]) -> float:
     """The share of pairs of neighbouring tokens that their text has not had before: 1 if it never repeats itself."""
     number = sum(max(0, len(text) - 1) for text in texts)
     return sum(len(set(pairwise(text))) for text in texts) / number if number else 1.0
 
 
-def spelt(token_ids: TokenIds) -> str:
+def spelt(token_ids: tuple[int, ...]) -> str:
     """As `pairs.Verbatim` reads it."""
     return " ".join(map(str, token_ids))

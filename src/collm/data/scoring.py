@@ -25,7 +25,7 @@ from collm.models.backbone import check_project, hidden_states, logits_rows, pro
 from collm.models.devices import input_device, output_device
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
-from collm.types import Fault, LanguageModel, Query
+from collm.values import Answer, Fault, LanguageModel, Query
 
 __all__ = [
     "load_scores",
@@ -168,13 +168,14 @@ def _ask_tool(tool: LanguageModel, item: Encoded) -> TokenScores:
     ends = [i - 1 for i in range(1, len(flags)) if flags[i - 1] and not flags[i]]
     # One query a turn: predict after each prefix that ends right before a token of the turn.
     spans = list(zip(starts, ends, strict=True))
-    answers = tool.predict([Query(1, item.token_ids[: end - 1], num_last=end - start) for start, end in spans])
+    ids = item.token_ids
+    answers = tool.predict([Query.of(ids[: e - 1], e - s, model=1, given=ids[s:e]) for s, e in spans])
     log_prob, top1 = [], []
-    for (start, end), laws in zip(spans, answers, strict=True):
-        for gold, law in zip(item.token_ids[start:end], laws, strict=True):
-            if isinstance(law, Fault):
-                raise CollmError(f"{tool.name}: {law.reason}")
-            known = law is not None and gold < len(law.log_probs)
-            log_prob.append(float(law.log_probs[gold]) if law is not None and known else -np.inf)
-            top1.append(law is not None and law.top_token_id == gold)
+    for (start, end), replies in zip(spans, answers, strict=True):
+        for gold, reply in zip(ids[start:end], replies, strict=True):
+            if isinstance(reply, Fault):
+                raise CollmError(f"{tool.name}: {reply.reason}")
+            given = reply.given_log_prob if isinstance(reply, Answer) else None
+            log_prob.append(-np.inf if given is None else given)
+            top1.append(reply is not None and reply.top_token_id == gold)
     return np.array(log_prob, np.float32), np.array(top1, np.bool_)

@@ -14,11 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from collm.decoding.collaborative import Flow, ModelFailed, TokenIds, ask, ends_text, gate_of, required
-from collm.decoding.policies import top_log_prob
-from collm.decoding.sampling import choose_token
+from collm.decoding.choosing import answer_of
+from collm.decoding.collaborative import Flow, ModelFailed, ask, ends_text, gate_of, required
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Answer, Fault, Prediction, Step
+from collm.types import BASE, Step
+from collm.values import Answer, Fault, Reply
+from collm.views import Text
 
 EXPERT = 1
 """The assistant whose law is corrected by the others; it counts as the author of what comes of it."""
@@ -29,9 +30,10 @@ LEAST = math.log(torch.finfo(torch.float32).tiny)
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """`law`: of the next token. `shares`: `[V]` for each model that may be its author; the largest share wrote it."""
+    """`law`: `[V]` log-probabilities of the next token. `shares`: `[V]` for each model that may be its author; the
+    largest share wrote it."""
 
-    law: Prediction
+    law: Tensor
     shares: Mapping[int, Tensor]
 
     def author(self, token_id: int) -> int:
@@ -47,64 +49,64 @@ class Combination(ABC):
     the whole vocabulary at every token, which tools do not."""
 
     @abstractmethod
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
         """The law of a token from those of the models that answer, by number; the base always does."""
 
 
-def combined(
-    prompts: Sequence[TokenIds], params: SamplingParams, combination: Combination, eos: Sequence[frozenset[int]]
-) -> Flow:
+def combined(text: Text, params: SamplingParams, combination: Combination, eos: Sequence[frozenset[int]]) -> Flow:
     """Every model at every token, one law. `log_prob` is under that law.
 
     A model that fails is left out with `on_assistant_error="base"`; if the law is then not defined, the base writes.
     """
-    completion: TokenIds = ()
-    while len(completion) < params.max_tokens:
-        answers = yield from ask(prompts, completion, range(len(prompts)))
-        base = required(answers[BASE])
-        present, fault = _present(answers, params)
-        if combination.roles and len(present) < len(answers):
-            found = _without(answers, base)
+    draw = params.draw
+    while text.length < params.max_tokens:
+        replies = yield from ask(text, range(len(text.views)), draw, law=True)
+        base = required(replies[BASE])
+        present, fault = _present(replies, params)
+        if combination.roles and len(present) < len(replies):
+            found = _without(replies, base)
         else:
             found = combination.combine(present)
-        token_id = choose_token(found.law, params, len(completion))
-        author = found.author(token_id)
-        log_prob = float(found.law.log_probs[token_id])
-        yield Step(token_id, author, log_prob, gate_of(base.log_gate), base.top_token_id, False, fault)
-        completion = (*completion, token_id)
-        if ends_text(token_id, author, eos):
+        answer = answer_of(found.law, draw, text.length)
+        author = found.author(answer.token_id)
+        text.append(answer.token_id)
+        yield Step(answer.token_id, author, answer.log_prob, gate_of(base.log_gate), base.top_token_id, False, fault)
+        if ends_text(answer.token_id, author, eos):
             return "stop"
     return "length"
 
 
-def _present(answers: Sequence[Answer], params: SamplingParams) -> tuple[dict[int, Prediction], str | None]:
+def _present(replies: Sequence[Reply], params: SamplingParams) -> tuple[dict[int, Answer], str | None]:
     """The laws there are, and why one is missing if its model failed."""
-    faults = [answer for answer in answers if isinstance(answer, Fault)]
+    faults = [reply for reply in replies if isinstance(reply, Fault)]
     if faults and params.on_assistant_error == "fail":
         raise ModelFailed(faults[0].reason)
-    present = {z: answer for z, answer in enumerate(answers) if isinstance(answer, Prediction)}
+    present = {z: reply for z, reply in enumerate(replies) if isinstance(reply, Answer)}
     return present, faults[0].reason if faults else None
 
 
-def _without(answers: Sequence[Answer], base: Prediction) -> Combined:
-    if None in answers:
+def _without(replies: Sequence[Reply], base: Answer) -> Combined:
+    if None in replies:
         raise ModelFailed(
-            f"assistant {answers.index(None)} abstains, and this way of decoding needs the law of every model at "
+            f"assistant {replies.index(None)} abstains, and this way of decoding needs the law of every model at "
             "every token: use it with language models, not with tools"
         )
-    return Combined(base, {BASE: base.log_probs})
+    return Combined(law_of(base), {BASE: law_of(base)})
 
 
-def _prediction(log_probs: Tensor, base: Prediction) -> Prediction:
-    return Prediction(log_probs, int(log_probs.argmax()), base.log_gate)
+def law_of(answer: Answer) -> Tensor:
+    """The law `[V]` of an answer that was asked for it."""
+    if answer.law is None:
+        raise ModelFailed("this way of decoding mixes laws, and a model gave none: use models in this process")
+    return answer.law
 
 
-def _mixture(present: Mapping[int, Prediction], log_weights: Sequence[float]) -> Combined:
+def _mixture(present: Mapping[int, Answer], log_weights: Sequence[float]) -> Combined:
     """`sum_z w_z p_z`, the weights renormalised; a model's share of a token is `w_z p_z`."""
-    device = present[BASE].log_probs.device
+    device = law_of(present[BASE]).device
     weights = torch.tensor(log_weights, dtype=torch.float64).log_softmax(dim=0).tolist()
-    joint = {z: w + answer.log_probs.to(device) for (z, answer), w in zip(present.items(), weights, strict=True)}
-    return Combined(_prediction(torch.stack(list(joint.values())).logsumexp(dim=0), present[BASE]), joint)
+    joint = {z: w + law_of(answer).to(device) for (z, answer), w in zip(present.items(), weights, strict=True)}
+    return Combined(torch.stack(list(joint.values())).logsumexp(dim=0), joint)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Mixture(Combination):
 
     needs_gate: ClassVar[bool] = True
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
         log_gate = present[BASE].log_gate
         assert log_gate is not None
         return _mixture(present, [log_gate[z] for z in present])
@@ -123,7 +125,7 @@ class Mixture(Combination):
 class UniformMixture(Combination):
     """The mean of the laws of the models that answer."""
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
         return _mixture(present, [0.0] * len(present))
 
 
@@ -131,9 +133,9 @@ class UniformMixture(Combination):
 class MoreConfident(Combination):
     """The law of the model whose most probable token is the most probable; the base's where others equal it."""
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
-        surest = max(sorted(present), key=lambda z: top_log_prob(present[z]))
-        return Combined(present[surest], {surest: present[surest].log_probs})
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
+        surest = max(sorted(present), key=lambda z: present[z].top_log_prob)
+        return Combined(law_of(present[surest]), {surest: law_of(present[surest])})
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,13 @@ class Contrastive(Combination):
         if not (0 < self.alpha <= 1 and self.beta >= 0):
             raise ValueError(f"alpha must lie in (0, 1] and beta be 0 or more, not {self.alpha} and {self.beta}")
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
-        expert = present[EXPERT].log_probs
-        amateur = present[BASE].log_probs.to(expert.device).clamp_min(LEAST)
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
+        expert = law_of(present[EXPERT])
+        amateur = law_of(present[BASE]).to(expert.device).clamp_min(LEAST)
         scores = (1 + self.beta) * expert - self.beta * amateur
         scores[expert < math.log(self.alpha) + expert.max()] = -torch.inf
-        law = _prediction(scores.log_softmax(dim=0), present[BASE])
-        return Combined(law, {EXPERT: law.log_probs})
+        law = scores.log_softmax(dim=0)
+        return Combined(law, {EXPERT: law})
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ class ProxyTuning(Combination):
 
     roles: ClassVar[tuple[str, ...]] = ("the small tuned model", "the large untuned one", "the small untuned one")
 
-    def combine(self, present: Mapping[int, Prediction]) -> Combined:
-        large = present[EXPERT].log_probs
-        tuned, untuned = (present[z].log_probs.to(large.device) for z in (BASE, UNTUNED))
-        law = _prediction((large + tuned - untuned.clamp_min(LEAST)).log_softmax(dim=0), present[BASE])
-        return Combined(law, {EXPERT: law.log_probs})
+    def combine(self, present: Mapping[int, Answer]) -> Combined:
+        large = law_of(present[EXPERT])
+        tuned, untuned = (law_of(present[z]).to(large.device) for z in (BASE, UNTUNED))
+        law = (large + tuned - untuned.clamp_min(LEAST)).log_softmax(dim=0)
+        return Combined(law, {EXPERT: law})

@@ -1,10 +1,11 @@
 """The decoders: generators without I/O that yield requests and written tokens.
 
-A flow yields either a tuple of `Query` values, and is sent the answers (one list for each query), or a `Step`, and is
-sent `None`. It returns why the text ended. It knows no model, cache, text or clock, so one flow serves the in-process
-engine, a batch, a server and the streaming API.
+A flow yields a tuple of `Query` values, an `Extend` or `MORE`, and is sent the replies; or it yields a `Step`, and is
+sent `None`. It returns why the text ended. It knows no model, cache, clock or tokenizer, so one flow serves the
+engine, a server and the streaming API.
 
-Every model sees its own prompt (its own template and system prompt) and then the completion all of them share.
+A flow owns its `Text`: it alone appends tokens. Every model sees its own prompt (its own template and system prompt)
+and then the completion all of them share.
 """
 
 from __future__ import annotations
@@ -12,37 +13,46 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Final, final
 
 from collm.decoding.policies import Policy
-from collm.decoding.sampling import choose_token
 from collm.errors import CollmError
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Answer, Fault, FinishReason, Prediction, Query, Step
+from collm.types import BASE, Drafted, FinishReason, Step
+from collm.values import Answer, Draw, Extend, Fault, Query, Replies, Reply
+from collm.views import Text
 
-Queries = tuple[Query, ...]
-Replies = list[list[Answer]]
-Flow = Generator[Queries | Step, Replies | None, FinishReason]
-TokenIds = tuple[int, ...]
-Ask = Generator[Queries, Replies | None, list[Answer]]
+
+@final
+class More:
+    """Asks for the next answer of the `Extend` that runs; any other request ends it."""
+
+
+MORE: Final = More()
+Request = tuple[Query, ...] | Extend | More
+"""`Extend` and `MORE` are sent one answer, as a single query of one prefix is."""
+Flow = Generator[Request | Step, Replies | None, FinishReason]
+Ask = Generator[Request, Replies | None, list[Reply]]
 
 
 class ModelFailed(CollmError):
     """Raised in a flow whose model answered with a `Fault`: this text ends, the others in its batch go on."""
 
 
-def required(answer: Answer) -> Prediction:
-    """The prediction of a model without which the text cannot go on."""
-    if isinstance(answer, Fault):
-        raise ModelFailed(answer.reason)
-    assert answer is not None, "the base never abstains"
-    return answer
+def required(reply: Reply) -> Answer:
+    """The answer of a model without which the text cannot go on."""
+    if isinstance(reply, Fault):
+        raise ModelFailed(reply.reason)
+    assert reply is not None, "the base never abstains"
+    return reply
 
 
-def ask(prompts: Sequence[TokenIds], completion: TokenIds, models: Sequence[int]) -> Ask:
-    """One answer from each of `models` for the token after `completion`."""
-    replies = yield tuple(Query(model, prompts[model] + completion) for model in models)
+def ask(text: Text, models: Sequence[int], draw: Draw, *, law: bool = False) -> Ask:
+    """One reply from each of `models` for the token at the end of the text."""
+    views = text.views
+    replies = yield tuple(Query(model, views[model], len(views[model]), draw=draw, law=law) for model in models)
     assert replies is not None and len(replies) == len(models)
-    return [answer for [answer] in replies]
+    return [reply for [reply] in replies]
 
 
 def ends_text(token_id: int, author: int, eos: Sequence[frozenset[int]]) -> bool:
@@ -52,38 +62,41 @@ def ends_text(token_id: int, author: int, eos: Sequence[frozenset[int]]) -> bool
 
 def gate_of(log_gate: tuple[float, ...] | None) -> tuple[float, ...]:
     """`Step.gate`."""
-    return () if log_gate is None else tuple(math.exp(value) for value in log_gate)
+    return () if log_gate is None else tuple(map(math.exp, log_gate))
 
 
-def collaborative(
-    prompts: Sequence[TokenIds], params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]]
-) -> Flow:
+def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]]) -> Flow:
     """Token by token: the base reads, the policy names who writes, that model's own law gives the token.
 
     The base is asked at every token, also where the policy does not need it, so that every step can say what the
     base would have written.
 
     Args:
-        prompts: one for each model, base first.
         params: `max_tokens`, temperature, truncation and seed are read; stop strings are `stopping`'s affair.
         eos: end-of-sequence ids of each model, base first.
     """
-    completion: TokenIds = ()
-    while len(completion) < params.max_tokens:
-        position = len(completion)
-        [reply] = yield from ask(prompts, completion, [BASE])
+    draw = params.draw
+    writes_on = False
+    while text.length < params.max_tokens:
+        position = text.length
+        replies = yield (
+            MORE if writes_on else Extend(BASE, text.views[BASE], params.max_tokens - position, draw, policy)
+        )
+        assert replies is not None
+        [[reply]] = replies
         base = required(reply)
-        decision = policy.decide(base, params.seed, position)
+        decision = policy.decide(base, draw, position)
         writers = Writers(base, decision.signal)
+        writes_on = decision.authors[0] == BASE
         for candidate in decision.authors:
             if candidate == BASE:
                 break
-            [reply] = yield from ask(prompts, completion, [candidate])
+            [reply] = yield from ask(text, [candidate], draw)
             if writers.settled_by(candidate, reply, params):
                 break
-        step = writers.step(params, position)
+        step = writers.step()
+        text.append(step.token_id)
         yield step
-        completion = (*completion, step.token_id)
         if ends_text(step.token_id, step.author, eos):
             return "stop"
     return "length"
@@ -93,16 +106,16 @@ def collaborative(
 class Writers:
     """Who writes one token: the base, until an assistant that was asked answers."""
 
-    base: Prediction
+    base: Answer
     signal: float | None = None
     author: int = BASE
-    answer: Prediction | None = None
+    answer: Answer | None = None
     abstained: bool = False
     fault: str | None = None
 
-    def settled_by(self, candidate: int, reply: Answer, params: SamplingParams) -> bool:
+    def settled_by(self, candidate: int, reply: Reply, params: SamplingParams) -> bool:
         """Take in a candidate's reply; False if it has nothing to say and the next one is to be asked."""
-        if isinstance(reply, Prediction):
+        if isinstance(reply, Answer):
             self.author, self.answer, self.abstained = candidate, reply, False
             return True
         if isinstance(reply, Fault):
@@ -112,34 +125,36 @@ class Writers:
         self.abstained = True
         return False
 
-    def step(self, params: SamplingParams, position: int) -> Step:
-        answer = self.answer or self.base
-        token_id = choose_token(answer, params, position)
+    def step(self, draft: Drafted = "", discarded: int = 0) -> Step:
+        base, answer = self.base, self.answer or self.base
         return Step(
-            token_id,
+            answer.token_id,
             self.author,
-            float(answer.log_probs[token_id]),
-            gate_of(self.base.log_gate),
-            self.base.top_token_id,
+            answer.log_prob,
+            gate_of(base.log_gate),
+            base.top_token_id,
             self.abstained,
             self.fault,
-            signal=self.signal,
+            draft,
+            discarded,
+            self.signal,
         )
 
 
-def single(model: int, prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
+def single(model: int, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
     """One model on its own, the baseline. An assistant that abstains ends the text (`"abstained"`)."""
-    completion: TokenIds = ()
-    while len(completion) < params.max_tokens:
-        [reply] = yield from ask(prompts, completion, [model])
+    request: Request = Extend(model, text.views[model], params.max_tokens, params.draw)
+    while text.length < params.max_tokens:
+        replies = yield request
+        assert replies is not None
+        [[reply]] = replies
+        request = MORE
         if reply is None:
             return "abstained"
         answer = required(reply)
-        token_id = choose_token(answer, params, len(completion))
+        text.append(answer.token_id)
         base_token_id = answer.top_token_id if model == BASE else None
-        log_prob = float(answer.log_probs[token_id])
-        yield Step(token_id, model, log_prob, gate_of(answer.log_gate), base_token_id)
-        completion = (*completion, token_id)
-        if ends_text(token_id, model, eos):
+        yield Step(answer.token_id, model, answer.log_prob, gate_of(answer.log_gate), base_token_id)
+        if ends_text(answer.token_id, model, eos):
             return "stop"
     return "length"

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from collm.decoding.collaborative import Flow, ModelFailed, TokenIds, ask, ends_text, gate_of, required
-from collm.decoding.policies import to_nats, top_log_prob
-from collm.decoding.sampling import choose_token
+from collm.decoding.collaborative import Flow, ModelFailed, ask, ends_text, gate_of, required
+from collm.decoding.policies import to_nats
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Answer, Prediction, Step
+from collm.types import BASE, Step
+from collm.values import Answer, Reply
+from collm.views import Text
 
 WRITER = 1
 DEFAULT_THRESHOLD = 0.4
@@ -31,59 +32,53 @@ class Nudging:
     needs_gate: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]] = ("the small tuned model that nudges", "the large untuned one that writes")
 
-    def in_doubt(self, writer: Prediction) -> bool:
-        return -top_log_prob(writer) > to_nats(self.threshold)
+    def in_doubt(self, writer: Answer) -> bool:
+        return -writer.top_log_prob > to_nats(self.threshold)
 
 
-def nudging(
-    prompts: Sequence[TokenIds], params: SamplingParams, method: Nudging, eos: Sequence[frozenset[int]]
-) -> Flow:
+def nudging(text: Text, params: SamplingParams, method: Nudging, eos: Sequence[frozenset[int]]) -> Flow:
     """The writer is asked at the start of the text, after each of its own tokens, and after each word of the base.
 
     The base ends the text: an end that the writer wants is a doubt, and an end that the base wants belongs to its
     word. The base is not asked where the writer is sure, so that such steps have no gate and no `base_token_id`.
     """
-    completion: TokenIds = ()
-    nudged = False
-    while len(completion) < params.max_tokens:
-        position = len(completion)
-        base: Prediction | None = None
-        writer: Prediction | None = None
+    nudged, draw = False, params.draw
+    while text.length < params.max_tokens:
+        base: Answer | None = None
+        writer: Answer | None = None
         fault: str | None = None
         if nudged:  # does its word go on?
-            [reply] = yield from ask(prompts, completion, [BASE])
+            [reply] = yield from ask(text, [BASE], draw)
             base = required(reply)
-            next_id = choose_token(base, params, position)
-            nudged = ends_text(next_id, BASE, eos) or not method.starts_word(next_id)
+            nudged = ends_text(base.token_id, BASE, eos) or not method.starts_word(base.token_id)
         if not nudged:
-            [reply] = yield from ask(prompts, completion, [WRITER])
+            [reply] = yield from ask(text, [WRITER], draw)
             writer, fault = _writer(reply, params)
-            wants_end = writer is not None and ends_text(choose_token(writer, params, position), WRITER, eos)
+            wants_end = writer is not None and ends_text(writer.token_id, WRITER, eos)
             nudged = writer is None or wants_end or method.in_doubt(writer)
         if nudged and base is None:
-            [reply] = yield from ask(prompts, completion, [BASE])
+            [reply] = yield from ask(text, [BASE], draw)
             base = required(reply)
-        author, law = (BASE, base) if nudged else (WRITER, writer)
-        assert law is not None
-        token_id = choose_token(law, params, position)
+        author, answer = (BASE, base) if nudged else (WRITER, writer)
+        assert answer is not None
+        text.append(answer.token_id)
         yield Step(
-            token_id,
+            answer.token_id,
             author,
-            float(law.log_probs[token_id]),
+            answer.log_prob,
             () if base is None else gate_of(base.log_gate),
             None if base is None else base.top_token_id,
             fault=fault,
-            signal=None if writer is None else -top_log_prob(writer),
+            signal=None if writer is None else -writer.top_log_prob,
         )
-        completion = (*completion, token_id)
-        if ends_text(token_id, author, eos):
+        if ends_text(answer.token_id, author, eos):
             return "stop"
     return "length"
 
 
-def _writer(reply: Answer, params: SamplingParams) -> tuple[Prediction | None, str | None]:
-    """The writer's law, or why there is none and the base writes in its place."""
-    if isinstance(reply, Prediction):
+def _writer(reply: Reply, params: SamplingParams) -> tuple[Answer | None, str | None]:
+    """The writer's answer, or why there is none and the base writes in its place."""
+    if isinstance(reply, Answer):
         return reply, None
     if reply is None:
         raise ModelFailed("the assistant abstains, and nudging lets it write: use a language model, not a tool")

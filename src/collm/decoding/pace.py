@@ -23,6 +23,8 @@ from collm.types import BASE
 
 MAX_DEFERRALS = 16
 MAX_RUN = 16
+SHORTEST_PIECE, FIRST_PIECE, LONGEST_PIECE = 32, 256, 1024
+"""Tokens of a long prompt read in one pass beside texts that decode: at least, while costs are unknown, at most."""
 MIN_GAIN = 0.03
 """Share of a deferral's cost that drafting must promise to save; below it the estimates decide nothing."""
 
@@ -117,11 +119,29 @@ class Experience:
     """What all texts of an engine have shown so far: pass costs, and the prior of a new text's tallies."""
 
     costs: dict[int, PassCosts] = field(default_factory=dict)
+    reading: dict[int, float] = field(default_factory=dict)
+    """By model: seconds for a token of a prompt."""
     tokens: float = 0.0
     tallies: dict[int, Tally] = field(default_factory=dict)
 
     def observe_pass(self, model: int, rows: int, tokens: int, seconds: float) -> None:
         self.costs.setdefault(model, PassCosts()).observe(rows, tokens, seconds)
+
+    def observe_reading(self, model: int, decoding: int, read: int, seconds: float) -> None:
+        """A pass that read so many tokens of prompts, beside those that decoded."""
+        cost = self.costs.get(model)
+        # What the pass would have cost anyway is not the price of reading.
+        anyway = 0.0 if cost is None else min(cost.pass_seconds(max(1, decoding)), 0.9 * seconds)
+        found = (seconds - anyway) / read
+        known = self.reading.setdefault(model, found)
+        self.reading[model] = known + 0.3 * (found - known)
+
+    def reading_tokens(self, model: int, decoding: int) -> int:
+        """Tokens of a prompt that may go along with so many that decode, without doubling the time of their pass."""
+        cost, reading = self.costs.get(model), self.reading.get(model)
+        if cost is None or not reading:
+            return FIRST_PIECE
+        return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(cost.pass_seconds(max(1, decoding)) / reading)))
 
     def knows(self, assistant: int) -> bool:
         return all(model in self.costs and self.costs[model].seen >= 3 for model in (BASE, assistant))
@@ -132,23 +152,26 @@ class AdaptivePace:
 
     PRIOR_DEFERRALS = 8.0
     PRIOR_TOKENS = 32.0
+    RENEWED = 8.0
 
     def __init__(self, experience: Experience) -> None:
         self._engine = experience
         self._tokens = 0.0
         self._tallies: dict[int, Tally] = {}
         self._last = BASE
+        self._plans: dict[int, tuple[float, tuple[int, int]]] = {}
 
     def observe(self, author: int, agreed: bool) -> None:
         self._tokens += 1
         self._engine.tokens += 1
-        for tallies in (self._tallies, self._engine.tallies):
-            if self._last != BASE and author == self._last:
-                tallies.setdefault(author, Tally()).continued += 1
-            if author != BASE:
-                tally = tallies.setdefault(author, Tally())
+        if author != BASE:
+            for tallies in (self._tallies, self._engine.tallies):
+                tally = tallies.get(author)
+                if tally is None:
+                    tally = tallies[author] = Tally()
                 tally.deferred += 1
                 tally.agreed += agreed
+                tally.continued += author == self._last
         self._last = author
 
     def deferrals(self, assistant: int) -> int:
@@ -158,12 +181,18 @@ class AdaptivePace:
         return self._best(assistant)[1]
 
     def _best(self, assistant: int) -> tuple[int, int]:
+        """The best plan, made anew every `RENEWED` deferrals (earlier while there are few): making one costs time."""
         if not self._engine.knows(assistant):
             return 1, 0
-        gap, agreement, continuation = self._estimates(assistant)
-        return best_draft(
-            gap, agreement, continuation, self._engine.costs[BASE].block, self._engine.costs[assistant].block
-        )
+        tally = self._tallies.get(assistant)
+        seen = 0.0 if tally is None else tally.deferred
+        until, plan = self._plans.get(assistant, (0.0, (1, 0)))
+        if seen >= until:
+            gap, agreement, continuation = self._estimates(assistant)
+            costs = self._engine.costs
+            plan = best_draft(gap, agreement, continuation, costs[BASE].block, costs[assistant].block)
+            self._plans[assistant] = (seen + min(max(1.0, seen), self.RENEWED), plan)
+        return plan
 
     def _estimates(self, assistant: int) -> tuple[float, float, float]:
         """Gap, agreement and continuation of this text, drawn towards those of all texts."""

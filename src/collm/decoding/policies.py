@@ -1,8 +1,9 @@
 """Who writes the next token. A policy reads what the base predicts and names the models to ask, in order.
 
 The first one that does not abstain writes. The base never abstains and always comes last, so that a tool that has
-nothing to say hands the token back. What a policy draws is keyed by (seed, position). `Threshold`, `ExpectedGain`,
-`Sampled` and `Always` read the gate; the baselines `ByEntropy`, `ByTopProbability` and `Random` do without one.
+nothing to say hands the token back. What a policy draws is keyed by (seed, sample, position). `Threshold`,
+`ExpectedGain`, `Sampled` and `Always` read the gate; the baselines `ByEntropy`, `ByTopProbability` and `Random` do
+without one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 
-from collm.decoding.sampling import noise
-from collm.types import BASE, Prediction
+from collm.noise import uniforms
+from collm.types import BASE
+from collm.values import Answer, Draw
 
 
 class Decision(NamedTuple):
@@ -35,8 +36,8 @@ class Policy(Protocol):
         """Without a gate, the base's `log_gate` is `None` and such a policy cannot be used."""
         ...
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
-        """Who is to be asked for the token at `position` of the completion."""
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
+        """Who is to be asked for the token at `position` of the completion; `draw` keys what is drawn."""
         ...
 
 
@@ -105,7 +106,7 @@ class Threshold:
     def of_probability(cls, threshold: float) -> Threshold:
         return cls(to_log_odds(threshold))
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
         assert base.log_gate is not None
         return Decision(asked_while(lambda left: log_odds(left) > self.log_odds, base.log_gate))
 
@@ -128,9 +129,9 @@ class ExpectedGain:
     def of_probability(cls, threshold: float) -> ExpectedGain:
         return cls(-to_nats(threshold))
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
         assert base.log_gate is not None
-        error = log_error(top_log_prob(base))
+        error = log_error(base.top_log_prob)
         authors = asked_while(lambda left: log_share(left) + error > self.log_gain, base.log_gate)
         return Decision(authors, log_share(base.log_gate) + error)
 
@@ -146,10 +147,11 @@ class Sampled:
 
     needs_gate: bool = True
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
         assert base.log_gate is not None
-        race = np.log(noise(seed, position, "author").exponential(size=len(base.log_gate))) - np.asarray(base.log_gate)
-        order = [int(z) for z in np.argsort(race, kind="stable")]
+        noise = uniforms(draw.seed, draw.sample, position, "author", len(base.log_gate))
+        race = [math.log(-math.log(u)) - gate for u, gate in zip(noise, base.log_gate, strict=True)]
+        order = sorted(range(len(race)), key=race.__getitem__)
         return Decision(tuple(order[: order.index(BASE) + 1]))
 
 
@@ -164,10 +166,9 @@ class Random:
     num_assistants: int
     needs_gate: bool = False
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
-        rng = noise(seed, position, "deferral")
-        uniform = rng.random()
-        authors = (1 + int(rng.integers(self.num_assistants)), BASE) if uniform < self.rate else (BASE,)
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
+        uniform, whom = uniforms(draw.seed, draw.sample, position, "deferral", 2)
+        authors = (1 + int(whom * self.num_assistants), BASE) if uniform < self.rate else (BASE,)
         return Decision(authors, to_nats(uniform))
 
 
@@ -182,9 +183,9 @@ class ByEntropy:
     num_assistants: int
     needs_gate: bool = False
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
-        doubt = entropy(base)
-        return Decision(_assistants(base, self.num_assistants, seed, position) if doubt > self.nats else (BASE,), doubt)
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
+        doubt = base.entropy
+        return Decision(_assistants(base, self.num_assistants, draw, position) if doubt > self.nats else (BASE,), doubt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,19 +204,9 @@ class ByTopProbability:
         """Defers where the largest probability lies below `threshold`."""
         return cls(to_nats(threshold), num_assistants)
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
-        doubt = -top_log_prob(base)
-        return Decision(_assistants(base, self.num_assistants, seed, position) if doubt > self.nats else (BASE,), doubt)
-
-
-def entropy(prediction: Prediction) -> float:
-    """`-sum p log p` in nats; computed where the law lies, one number comes to the host."""
-    return float(torch.special.entr(prediction.log_probs.exp()).sum())
-
-
-def top_log_prob(prediction: Prediction) -> float:
-    """The largest log-probability of the law."""
-    return float(prediction.log_probs[prediction.top_token_id])
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
+        doubt = -base.top_log_prob
+        return Decision(_assistants(base, self.num_assistants, draw, position) if doubt > self.nats else (BASE,), doubt)
 
 
 def log_error(top_log_prob: float) -> float:
@@ -231,17 +222,18 @@ def to_nats(probability: float) -> float:
     return -math.log(probability) if probability else math.inf
 
 
-def _assistants(base: Prediction, num_assistants: int, seed: int, position: int) -> tuple[int, ...]:
+def _assistants(base: Answer, num_assistants: int, draw: Draw, position: int) -> tuple[int, ...]:
     if base.log_gate is not None:
         return (*by_gate(base.log_gate), BASE)
-    return (1 + int(noise(seed, position, "author").integers(num_assistants)), BASE)
+    [whom] = uniforms(draw.seed, draw.sample, position, "author")
+    return (1 + int(whom * num_assistants), BASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Never:
     needs_gate: bool = False
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
         return Decision((BASE,))
 
 
@@ -252,5 +244,5 @@ class Always:
 
     needs_gate: bool = False
 
-    def decide(self, base: Prediction, seed: int, position: int) -> Decision:
+    def decide(self, base: Answer, draw: Draw, position: int) -> Decision:
         return Decision((1, BASE) if base.log_gate is None else (*by_gate(base.log_gate), BASE))

@@ -10,122 +10,142 @@ for the very tokens before it; the first token that differs from its draft throw
 
 Which of the two, and how far, is a `Pace`'s affair and changes nothing but the number of passes.
 
-Sampling is lossless in the same sense: all random choices are a function of (seed, position), and models that draw
-with the same noise draw the same token wherever their laws allow (`sampling.choose_token`). So the law is that of
-plain decoding, whatever was drafted. The price: two laws at total variation distance d agree with probability at
-least (1 - d) / (1 + d), where an acceptance test (Leviathan et al. 2023) would reach 1 - d.
+Sampling is lossless in the same sense: all random choices are a function of (seed, sample, position), and models that
+draw with the same noise draw the same token wherever their laws allow (`choosing.draw`). So the law is that of plain
+decoding, whatever was drafted. The price: two laws at total variation distance d agree with probability at least
+(1 - d) / (1 + d), where an acceptance test (Leviathan et al. 2023) would reach 1 - d.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 
-from collm.decoding.collaborative import Flow, Queries, Replies, TokenIds, Writers, ends_text, required
+from collm.decoding.collaborative import MORE, Flow, Request, Writers, ends_text, required
 from collm.decoding.pace import Pace
 from collm.decoding.policies import Decision, Policy
-from collm.decoding.sampling import choose_token
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Answer, Prediction, Query, Step
+from collm.types import BASE, Step
+from collm.values import Answer, Extend, Query, Replies, Reply
+from collm.views import Text
 
-Asking = Generator[Queries, Replies | None, None]
+Asking = Generator[Request, Replies | None, None]
 
 
-def speculative(
-    prompts: Sequence[TokenIds], params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]], pace: Pace
-) -> Flow:
+def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]], pace: Pace) -> Flow:
     """See `collaborative`, whose steps these are, but for `draft` and `discarded`."""
-    text = _Text(prompts, params, policy, eos)
-    while text.position < params.max_tokens:
-        if text.position not in text.known[BASE]:
-            yield from text.ask(BASE, min(text.end, params.max_tokens - 1))
-        settled = text.settle()
+    draft = _Draft(text, params, policy, eos)
+    while draft.position < params.max_tokens:
+        if draft.position not in draft.known[BASE]:
+            if draft.length:
+                yield from draft.ask(BASE, min(draft.end, params.max_tokens - 1))
+            else:
+                yield from draft.ask_on(BASE)
+        settled = draft.settle()
         if isinstance(settled, int):
-            yield from _gather(text, settled, pace.deferrals(settled))
+            yield from _gather(draft, settled, pace.deferrals(settled))
             continue
         step = settled
-        pace.observe(step.author, step.deferred and text.would_write(BASE, text.position) == step.token_id)
-        text.write(step)
+        pace.observe(step.author, step.deferred and draft.would_write(BASE, draft.position) == step.token_id)
+        draft.write(step)
         yield step
         if ends_text(step.token_id, step.author, eos):
             return "stop"
-        if step.deferred and not text.draft and text.position not in text.known[BASE]:
-            yield from _run_on(text, step.author, pace.run(step.author))
+        if step.deferred and not draft.length and draft.position not in draft.known[BASE]:
+            yield from _run_on(draft, step.author, pace.run(step.author))
     return "length"
 
 
-def _gather(text: _Text, assistant: int, num_deferrals: int) -> Asking:
+def _gather(draft: _Draft, assistant: int, num_deferrals: int) -> Asking:
     """Let the base draft until `num_deferrals` to this assistant are pending, then ask it for all of them at once."""
-    pending = [p for p in range(text.position, text.end + 1) if text.first_author(p) == assistant]
-    while len(pending) < num_deferrals and (token_id := text.base_draft()) is not None:
-        text.draft.append(token_id)
-        yield from text.ask(BASE, text.end, start=text.end)
-        if text.first_author(text.end) == assistant:
-            pending.append(text.end)
+    pending = [p for p in range(draft.position, draft.end + 1) if draft.first_author(p) == assistant]
+    while len(pending) < num_deferrals and (token_id := draft.base_draft()) is not None:
+        draft.append(token_id)
+        yield from draft.ask_on(BASE)
+        if draft.first_author(draft.end) == assistant:
+            pending.append(draft.end)
     # An assistant that is asked only because an earlier one abstained is nobody's first.
-    yield from text.ask(assistant, max(pending, default=text.position))
+    yield from draft.ask(assistant, max(pending, default=draft.position))
 
 
-def _run_on(text: _Text, assistant: int, num_tokens: int) -> Asking:
+def _run_on(draft: _Draft, assistant: int, num_tokens: int) -> Asking:
     """Let the assistant write on by itself; the base will check whether it would have deferred."""
     for _ in range(num_tokens):
-        if text.end >= text.params.max_tokens:
+        if draft.end >= draft.params.max_tokens:
             return
-        yield from text.ask(assistant, text.end, start=text.end)
-        token_id = text.would_write(assistant, text.end)
+        yield from draft.ask_on(assistant)
+        token_id = draft.would_write(assistant, draft.end)
         if token_id is None:
             return
-        text.draft.append(token_id)
-        if ends_text(token_id, assistant, text.eos):
+        draft.append(token_id)
+        if ends_text(token_id, assistant, draft.eos):
             return
 
 
-class _Text:
-    """What is written, what is drafted behind it, and what the models have said about its positions."""
+class _Draft:
+    """What is drafted behind the tokens that are settled, and what the models have said about its positions."""
 
-    def __init__(
-        self, prompts: Sequence[TokenIds], params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]]
-    ) -> None:
+    def __init__(self, text: Text, params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]]) -> None:
         self.params, self.eos = params, eos
-        self.draft: list[int] = []
-        self.known: list[dict[int, Answer]] = [{} for _ in prompts]
-        """By model and position: answers after prefixes of written and drafted tokens."""
-        self._prompts, self._policy = prompts, policy
-        self._written: TokenIds = ()
+        self.known: list[dict[int, Reply]] = [{} for _ in text.views]
+        """By model and position: replies after prefixes of written and drafted tokens."""
+        self.position = text.length
+        """Of the next token to be settled."""
+        self._text, self._policy, self._how = text, policy, params.draw
+        self._tokens: list[int] = []
         self._decisions: dict[int, Decision] = {}
+        self._extends = (-1, 0)
+        """The model whose `Extend` runs, and where its next answer belongs."""
 
     @property
-    def position(self) -> int:
-        """Of the next token to be settled."""
-        return len(self._written)
+    def length(self) -> int:
+        return len(self._tokens)
 
     @property
     def end(self) -> int:
         """The first position without a token, written or drafted."""
-        return len(self._written) + len(self.draft)
+        return self._text.length
 
-    def ask(self, model: int, last: int, *, start: int | None = None) -> Asking:
-        """One pass of a model over the positions from `start` (the next to be settled) to `last`."""
-        start = self.position if start is None else start
-        token_ids = self._prompts[model] + self._written + tuple(self.draft[: last - self.position])
-        replies = yield (Query(model, token_ids, num_last=last - start + 1),)
+    def append(self, token_id: int) -> None:
+        self._tokens.append(token_id)
+        self._text.append(token_id)
+
+    def ask(self, model: int, last: int) -> Asking:
+        """One pass of a model over the positions from the next one to be settled to `last`."""
+        view = self._text.views[model]
+        num_last = last - self.position + 1
+        replies = yield (Query(model, view, view.prompt_length + last, num_last, self._how),)
         assert replies is not None and len(replies) == 1
-        self.known[model].update(enumerate(replies[0], start))
+        self._extends = (-1, 0)
+        self.known[model].update(enumerate(replies[0], self.position))
+
+    def ask_on(self, model: int) -> Asking:
+        """The model's answer at the end of what is drafted; it goes on by itself if it wrote the token before."""
+        request: Request = MORE
+        if self._extends != (model, self.end):
+            until = self._policy if model == BASE else None
+            limit = self.params.max_tokens - self.end
+            request = Extend(model, self._text.views[model], limit, self._how, until)
+        replies = yield request
+        assert replies is not None
+        [[reply]] = replies
+        self._extends = (model, self.end + 1)
+        self.known[model][self.end] = reply
 
     def decision(self, position: int) -> Decision:
         """The models to ask for a token whose base has answered."""
-        if position not in self._decisions:
+        decision = self._decisions.get(position)
+        if decision is None:
             base = required(self.known[BASE][position])
-            self._decisions[position] = self._policy.decide(base, self.params.seed, position)
-        return self._decisions[position]
+            decision = self._decisions[position] = self._policy.decide(base, self._how, position)
+        return decision
 
     def first_author(self, position: int) -> int:
-        return self.decision(position).authors[0] if isinstance(self.known[BASE].get(position), Prediction) else BASE
+        return self.decision(position).authors[0] if isinstance(self.known[BASE].get(position), Answer) else BASE
 
     def would_write(self, model: int, position: int) -> int | None:
         """The model's own token, if it has answered there."""
-        answer = self.known[model].get(position)
-        return choose_token(answer, self.params, position) if isinstance(answer, Prediction) else None
+        reply = self.known[model].get(position)
+        return reply.token_id if isinstance(reply, Answer) else None
 
     def base_draft(self) -> int | None:
         """What the base would write at `end`, if the text would go on behind it."""
@@ -145,18 +165,24 @@ class _Text:
                 return candidate
             if writers.settled_by(candidate, self.known[candidate][self.position], self.params):
                 break
-        step = writers.step(self.params, self.position)
-        if not self.draft:
-            return step
-        stands = step.token_id == self.draft[0]
-        lost = len(self.draft) - 1 if not stands or ends_text(step.token_id, step.author, self.eos) else 0
-        return replace(step, draft="accepted" if stands else "recovered", discarded=lost)
+        if not self._tokens:
+            return writers.step()
+        answer = writers.answer or writers.base
+        stands = answer.token_id == self._tokens[0]
+        ends = ends_text(answer.token_id, writers.author, self.eos)
+        return writers.step("accepted" if stands else "recovered", 0 if stands and not ends else len(self._tokens) - 1)
 
     def write(self, step: Step) -> None:
-        """Take a settled token over; answers about what it contradicts are forgotten."""
-        position, stands = self.position, bool(self.draft) and self.draft[0] == step.token_id
-        self._written = (*self._written, step.token_id)
-        self.draft = self.draft[1:] if stands else []
-        kept = range(position + 1, self.end + 1) if stands else ()
-        self.known = [{p: told[p] for p in kept if p in told} for told in self.known]
-        self._decisions = {p: self._decisions[p] for p in kept if p in self._decisions}
+        """Take a settled token over; replies about what it contradicts are forgotten."""
+        if self._tokens and self._tokens[0] == step.token_id:
+            del self._tokens[0]
+            for known in (*self.known, self._decisions):
+                known.pop(self.position, None)  # type: ignore[attr-defined]
+        else:
+            if self._tokens:
+                self._tokens.clear()
+                self._text.rewind(self.position)
+            self._text.append(step.token_id)
+            for known in (*self.known, self._decisions):
+                known.clear()  # type: ignore[attr-defined]
+        self.position += 1

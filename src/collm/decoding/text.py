@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from collm.decoding.collaborative import Flow, Queries, Replies
+from collm.decoding.collaborative import Flow, Request
 from collm.types import BASE, FinishReason, Step
+from collm.values import Replies
 
 REPLACEMENT = "\ufffd"
-"""What a tokenizer decodes an incomplete UTF-8 sequence to."""
-MAX_CONTEXT = 8
+"""What a tokenizer decodes bytes to that are no UTF-8, or not yet."""
+CONTEXT = 8
 """Prompt tokens that are decoded along, so that the completion's first token keeps its leading space."""
+LONGEST = 4
+"""Bytes, and so tokens at most, of one character."""
 
 
 class Decoder(Protocol):
@@ -26,36 +29,69 @@ class Detokenizer:
     """Token ids in, text out, piece by piece; the pieces join to the text of the whole.
 
     A token's text depends on its neighbours (leading spaces, characters spread over tokens), so each piece is the
-    difference of two decodings, of a window that starts where the last complete character ended. A character that
-    is not complete yet is held back and comes with the token that completes it, or with `flush`.
+    difference of two decodings, with and without it, behind a context that begins and ends with whole characters. A
+    character that is not complete yet is held back and comes with the token that completes it, or with `flush`. Bytes
+    that cannot become a character are given up one by one: decoders with byte fallback would spoil all that follow.
     """
 
     def __init__(self, tokenizer: Decoder, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = list(prompt)[-MAX_CONTEXT:]
-        self._read = len(self._window)
-        self._seen = self._decode(self._window)
+        self._context = self._whole(list(prompt[-CONTEXT - LONGEST :]))
+        self._pending: list[int] = []
+        self._seen = self._decode(self._context)
 
     def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if text.endswith(REPLACEMENT):
+        self._pending.append(token_id)
+        piece = self._shown(self._pending)
+        if not piece:  # a special token that is not shown: what stands before it stays the context
             return ""
-        piece = text[len(self._seen) :]
-        if not piece:  # a special token that is not shown: keep what stands before it as context
-            return ""
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
-        self._seen = self._decode(self._window)
-        return piece
+        if not piece.endswith(REPLACEMENT):
+            self._settle(self._pending)
+            return piece
+        return self._give_up_bytes()
 
     def flush(self) -> str:
         """What is held back, as the tokenizer shows it."""
-        piece = self._decode(self._window)[len(self._seen) :]
-        self._read = len(self._window)
-        self._seen += piece
+        piece = self._shown(self._pending)
+        self._settle(self._pending)
         return piece
+
+    def _give_up_bytes(self) -> str:
+        """The first of the pending tokens, if what follows shows that they are no character."""
+        pending = self._pending
+        for n in range(1, len(pending)):
+            rest = self._shown(pending[n:])
+            if rest and not rest.endswith(REPLACEMENT):
+                lost = self._shown(pending[:n])
+                self._settle(pending[n:])
+                return lost + rest
+        if len(pending) < LONGEST:
+            return ""
+        whole = self._shown(pending)
+        for n in range(1, len(pending)):
+            lost = self._shown(pending[:n])
+            if lost + self._shown(pending[n:]) == whole:
+                break
+        else:
+            lost, n = self._shown(pending[:1]), 1
+        del pending[:n]
+        return lost
+
+    def _settle(self, tokens: list[int]) -> None:
+        self._context, self._pending = tokens, []
+        self._seen = self._decode(self._context)
+
+    def _shown(self, tokens: list[int]) -> str:
+        return self._decode(self._context + tokens)[len(self._seen) :]
+
+    def _whole(self, tokens: list[int]) -> list[int]:
+        """The end of a prompt from where a character begins."""
+        near = tokens[-CONTEXT:]
+        for n in (*range(len(near), len(tokens) + 1), *range(len(near) - 1, 0, -1)):
+            if REPLACEMENT not in self._decode(tokens[-n:] if n else []):
+                return tokens[-n:] if n else []
+        return near
 
     def _decode(self, token_ids: list[int]) -> str:
         text = self._tokenizer.decode(token_ids, self._skip_special_tokens, clean_up_tokenization_spaces=False)
@@ -108,20 +144,62 @@ class TextStream:
         return released
 
 
-def stopping(flow: Flow, stream: TextStream) -> Flow:
+class Piece(NamedTuple):
+    """What one written token brings: `text` that has become certain, and `piece`, its own text, special tokens shown.
+
+    `text` lags behind where a character or a possible stop string is not complete, `piece` where a character is not.
+    """
+
+    text: str
+    piece: str
+
+
+class Transcript:
+    """The text of one completion as it grows, made once: by its flow where there are stop strings, or by its reader."""
+
+    def __init__(
+        self, tokenizer: Decoder, prompt: Sequence[int], stop: tuple[str, ...], eos: Sequence[frozenset[int]]
+    ) -> None:
+        self._text = TextStream(tokenizer, prompt, stop, eos)
+        self._tokens = Detokenizer(tokenizer, prompt, skip_special_tokens=False)
+        self._pieces: list[Piece] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self._text.stopped
+
+    def at(self, number: int, step: Step) -> Piece:
+        """What the step of this number brings; they come in order."""
+        if number == len(self._pieces):
+            self._pieces.append(Piece(self._text.push(step), self._tokens.push(step.token_id)))
+        return self._pieces[number]
+
+    def finish(self) -> tuple[Piece, str, tuple[str, ...]]:
+        """What was held back, the whole text, and the pieces of all tokens."""
+        last = Piece(self._text.finish(), self._tokens.flush())
+        pieces = [piece for _, piece in self._pieces]
+        if pieces:
+            pieces[-1] += last.piece
+        return last, "".join([text for text, _ in self._pieces] + [last.text]), tuple(pieces)
+
+
+def stopping(flow: Flow, transcript: Transcript) -> Flow:
     """`flow`, ended ("stop") at the token that completes a stop string."""
     reply: Replies | None = None
+    number = 0
     while True:
         try:
-            event: Queries | Step = flow.send(reply)
+            event: Request | Step = flow.send(reply)
         except StopIteration as stop:
             return _finish_reason(stop)
-        reply = yield event
         if isinstance(event, Step):
-            stream.push(event)
-            if stream.stopped:
-                flow.close()
-                return "stop"
+            # Before anybody else hears of it: a reader in another thread finds its text made.
+            transcript.at(number, event)
+            number += 1
+        reply = yield event
+        if transcript.stopped:
+            flow.close()
+            return "stop"
 
 
 def _finish_reason(stop: StopIteration) -> FinishReason:

@@ -209,7 +209,7 @@ def _answers(
 
 
 def example_seed(seed: int, example_id: str) -> int:
-    """A seed of an example's own: noise is keyed by (seed, position), so one seed for all would repeat it."""
+    """A seed of an example's own: noise is keyed by (seed, sample, position), so one seed for all would repeat it."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{example_id}".encode()).digest()[:6], "big")
 
 

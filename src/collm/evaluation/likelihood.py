@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from collm.decoding.baselines import law_of
 from collm.errors import CollmError
 from collm.gate import log_posterior, token_nll
 from collm.models.local import LocalModel
-from collm.types import BASE, Answer, Fault, LanguageModel, Prediction, Query
+from collm.types import BASE
+from collm.values import Answer, Fault, LanguageModel, Query, Reply
+from collm.views import View
 
 TokenIds = tuple[int, ...]
 
@@ -68,18 +71,21 @@ def likelihoods(
         model = models[number]
         if isinstance(model, LocalModel):
             model.reserve(batch_size)
+    views: dict[tuple[int, int], View] = {}
     found: list[list[NDArray[np.float64]]] = [[] for _ in texts]
     greedy = [True] * len(texts)
     at = 0
     for batch in _batches(texts, batch_size):
-        answers = {z: _predict(models[z], z, texts, batch) for z in asked}
+        answers = {z: _predict(models[z], z, texts, batch, views, law=len(asked) > 1) for z in asked}
         for row, (i, start, end) in enumerate(batch):
             gold = texts[i].completion[start:end]
             laws = [{z: answers[z][row][t] for z in asked} for t in range(end - start)]
-            found[i].append(_joint(gold, laws, len(models), alone))
+            found[i].append(_joint(laws, len(models), alone))
             greedy[i] = greedy[i] and all(_is_first(token, law, alone) for token, law in zip(gold, laws, strict=True))
         while at < len(texts) and sum(map(len, found[at])) == len(texts[at].completion):
             yield _summed(np.concatenate(found[at]), greedy[at])
+            for z in asked:
+                models[z].release(views.pop((at, z)))
             found[at], at = [], at + 1
 
 
@@ -105,22 +111,31 @@ def _batches(texts: Sequence[GivenText], batch_size: int) -> Iterator[list[Piece
 
 
 def _predict(
-    model: LanguageModel, number: int, texts: Sequence[GivenText], batch: Sequence[Piece]
-) -> list[list[Prediction | None]]:
-    """For each piece, the law of each of its tokens; None where the model abstains."""
-    queries = [
-        Query(number, texts[i].prompts[number] + texts[i].completion[: end - 1], end - start) for i, start, end in batch
-    ]
-    return [[_usable(answer) for answer in answers] for answers in model.predict(queries)]
+    model: LanguageModel,
+    number: int,
+    texts: Sequence[GivenText],
+    batch: Sequence[Piece],
+    views: dict[tuple[int, int], View],
+    *,
+    law: bool,
+) -> list[list[Answer | None]]:
+    """For each piece, what the model says of each of its tokens; None where it abstains."""
+    queries = []
+    for i, start, end in batch:
+        prompt, completion = texts[i].prompts[number], texts[i].completion
+        view = views.setdefault((i, number), View(prompt + completion[:-1]))
+        length = len(prompt) + end - 1
+        queries.append(Query(number, view, length, end - start, given=completion[start:end], law=law))
+    return [[_usable(reply) for reply in replies] for replies in model.predict(queries)]
 
 
-def _usable(answer: Answer) -> Prediction | None:
-    if isinstance(answer, Fault):
-        raise CollmError(f"the likelihood cannot be computed: {answer.reason}")
-    return answer
+def _usable(reply: Reply) -> Answer | None:
+    if isinstance(reply, Fault):
+        raise CollmError(f"the likelihood cannot be computed: {reply.reason}")
+    return reply
 
 
-Laws = dict[int, Prediction | None]
+Laws = dict[int, Answer | None]
 
 
 def _weights(laws: Laws, num_models: int, alone: int | None) -> list[float]:
@@ -132,15 +147,15 @@ def _weights(laws: Laws, num_models: int, alone: int | None) -> list[float]:
     return [weight if laws[z] is not None else -np.inf for z, weight in enumerate(base.log_gate)]
 
 
-def _joint(gold: TokenIds, laws: Sequence[Laws], num_models: int, alone: int | None) -> NDArray[np.float64]:
+def _joint(laws: Sequence[Laws], num_models: int, alone: int | None) -> NDArray[np.float64]:
     """For each token `[1+1+K]`: its log-probability, then P(Z = z | token)."""
     log_gate = torch.tensor([_weights(law, num_models, alone) for law in laws], dtype=torch.float64)
     log_gate = log_gate.log_softmax(dim=-1)
     log_probs = torch.full_like(log_gate, -torch.inf)
-    for t, (token, law) in enumerate(zip(gold, laws, strict=True)):
-        for z, prediction in law.items():
-            if prediction is not None and token < len(prediction.log_probs):
-                log_probs[t, z] = float(prediction.log_probs[token])
+    for t, law in enumerate(laws):
+        for z, answer in law.items():
+            if answer is not None and answer.given_log_prob is not None:
+                log_probs[t, z] = answer.given_log_prob
     posterior = log_posterior(log_gate, log_probs).exp()
     return torch.cat([-token_nll(log_gate, log_probs)[:, None], posterior], dim=1).numpy()
 
@@ -152,8 +167,8 @@ def _is_first(token: int, laws: Laws, alone: int | None) -> bool:
     if len(tops) < 2:  # what all find most probable is most probable in any mixture of them
         return token in tops
     weights = _weights(laws, len(laws), alone)
-    device = present[BASE].log_probs.device
-    joint = torch.stack([weights[z] + law.log_probs.to(device) for z, law in present.items()])
+    device = law_of(present[BASE]).device
+    joint = torch.stack([weights[z] + law_of(law).to(device) for z, law in present.items()])
     return int(joint.logsumexp(dim=0).argmax()) == token
 
 

@@ -19,12 +19,12 @@ from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Encoded, Formatter
 from collm.data.journal import Journal
 from collm.data.resumable import progress_bar
-from collm.decoding.policies import entropy, top_log_prob
 from collm.errors import CollmError
 from collm.files import claimed
 from collm.identity.comparing import differences
 from collm.identity.finding import system_identity
-from collm.types import BASE, Answer, Fault, LanguageModel, Prediction, Query
+from collm.types import BASE
+from collm.values import Answer, Fault, LanguageModel, Query, Reply
 
 READING_VERSION = 2
 """2: the header tells all that decides what is read."""
@@ -135,23 +135,23 @@ def _of_model(model: LanguageModel, number: int, item: Encoded, count: int) -> l
     """The first `count` labelled tokens of an example under one model."""
     rows: list[dict[str, Any]] = []
     for start, end in _pieces(item, count):
-        [answers] = model.predict([Query(number, item.token_ids[: end - 1], num_last=end - start)])
+        [answers] = model.predict([Query.of(item.token_ids[: end - 1], end - start, model=number)])
         gold = item.token_ids[start:end]
         rows += [_token(answer, token_id, number) for answer, token_id in zip(answers, gold, strict=True)]
     return rows
 
 
-def _token(answer: Answer, gold: int, number: int) -> dict[str, Any]:
+def _token(answer: Reply, gold: int, number: int) -> dict[str, Any]:
     if isinstance(answer, Fault):
         raise CollmError(answer.reason)
     if answer is None:
         return {"right": False, "top": None}
-    told: dict[str, Any] = {"right": answer.top_token_id == gold, "top": top_log_prob(answer)}
+    told: dict[str, Any] = {"right": answer.top_token_id == gold, "top": answer.top_log_prob}
     return told if number != BASE else {**told, **_of_base(answer)}
 
 
-def _of_base(answer: Prediction) -> dict[str, Any]:
-    return {"doubt": entropy(answer), "gate": None if answer.log_gate is None else list(answer.log_gate)}
+def _of_base(answer: Answer) -> dict[str, Any]:
+    return {"doubt": answer.entropy, "gate": None if answer.log_gate is None else list(answer.log_gate)}
 
 
 def _pieces(item: Encoded, count: int) -> Iterator[tuple[int, int]]:

@@ -27,7 +27,7 @@ from collm.models.tokenizers import PROBES, tokenizer_fingerprint
 from collm.models.tools import Calculator
 from collm.types import Message
 
-RULES: Mapping[str, int] = MappingProxyType({"prompts": 2, "scores": 2, "decoding": 1, "tools": 1})
+RULES: Mapping[str, int] = MappingProxyType({"prompts": 2, "scores": 2, "decoding": 2, "tools": 1})
 """Versions of the rules that lead from weights to answers. One rises when the same models answer otherwise after a
 change: how texts become tokens, how gold tokens are scored, who writes and what is drawn, what tools say."""
 PROBE = "\n".join(PROBES)

@@ -16,7 +16,7 @@ from collm.models.local import LocalModel
 from collm.models.specs import is_tool, split_spec
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
-from collm.types import LanguageModel
+from collm.values import LanguageModel
 
 __all__ = ["AssistantSource", "load_assistants"]
 

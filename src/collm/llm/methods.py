@@ -16,7 +16,7 @@ from collm.decoding.baselines import (
     UniformMixture,
     combined,
 )
-from collm.decoding.collaborative import Flow, TokenIds, collaborative
+from collm.decoding.collaborative import Flow, collaborative
 from collm.decoding.nudging import DEFAULT_THRESHOLD, Nudging, nudging
 from collm.decoding.pace import Pace
 from collm.decoding.policies import Policy
@@ -24,9 +24,10 @@ from collm.decoding.speculative import speculative
 from collm.errors import CollmError
 from collm.llm.deferral import make_policy, refuse_ignored, require_assistants, require_gate
 from collm.models.info import CalibrationTable
-from collm.models.tools import Calculator
+from collm.models.tools import Tool
 from collm.sampling_params import Deferral, SamplingParams
-from collm.types import LanguageModel
+from collm.values import LanguageModel
+from collm.views import Text
 
 Method = Policy | Combination | Nudging
 """A policy names one writer for each token; a combination makes one law of all; nudging hands over words."""
@@ -63,7 +64,7 @@ def make_method(
 
 
 def _tools(models: Sequence[LanguageModel]) -> list[str]:
-    return [model.name for model in models if isinstance(model, Calculator)]
+    return [model.name for model in models if isinstance(model, Tool)]
 
 
 def require_defined(method: Method, params: SamplingParams, models: Sequence[LanguageModel], has_gate: bool) -> None:
@@ -89,17 +90,15 @@ def require_defined(method: Method, params: SamplingParams, models: Sequence[Lan
         raise CollmError(f"{name} is defined for {len(roles)} models ({parts}); here are {len(models)}")
 
 
-def make_flow(
-    method: Method, prompts: Sequence[TokenIds], params: SamplingParams, eos: Sequence[frozenset[int]], pace: Pace
-) -> Flow:
+def make_flow(method: Method, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]], pace: Pace) -> Flow:
     """The flow of one text; `pace` for those that can draft ahead."""
     if isinstance(method, Combination):
-        return combined(prompts, params, method, eos)
+        return combined(text, params, method, eos)
     if isinstance(method, Nudging):
-        return nudging(prompts, params, method, eos)
+        return nudging(text, params, method, eos)
     if params.speculative:
-        return speculative(prompts, params, method, eos, pace)
-    return collaborative(prompts, params, method, eos)
+        return speculative(text, params, method, eos, pace)
+    return collaborative(text, params, method, eos)
 
 
 @lru_cache(maxsize=8)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from collm.data.formatting import Formatter, PromptFormat
-from collm.decoding.collaborative import Flow, TokenIds, single
-from collm.decoding.pace import AdaptivePace, Experience
-from collm.decoding.run import Finished, Lengths, run
-from collm.decoding.text import Detokenizer, TextStream, stopping
+from collm.decoding.collaborative import single
+from collm.decoding.pace import AdaptivePace
+from collm.decoding.text import Transcript, stopping
+from collm.engine import Engine, Event, Finished
 from collm.errors import CollmError
 from collm.llm.assistants import AssistantSource, load_assistants
 from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
+from collm.llm.writing import Chunk, Writing
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import load_base
 from collm.models.devices import may_cache
@@ -27,8 +34,11 @@ from collm.models.local import LocalModel
 from collm.models.placement import Placement
 from collm.models.specs import adapter_config
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Generation, LanguageModel, Step
+from collm.types import BASE, Generation
+from collm.values import LanguageModel
+from collm.views import Text
 
+TokenIds = tuple[int, ...]
 GREEDY = SamplingParams()
 
 
@@ -40,21 +50,6 @@ class GenerationFailed(CollmError):
         self.generation = generation
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What `stream` yields: a written token and the text that has become certain with it.
-
-    `text` lags behind `step` where a character or a possible stop string is not complete; joined over all chunks it
-    is `Generation.text`. `piece` is the token's own text, special tokens shown (empty while its character is not
-    complete). The last chunk has no step but the whole `generation`.
-    """
-
-    text: str
-    piece: str
-    step: Step | None = None
-    generation: Generation | None = None
-
-
 class CollaborativeLM:
     """A base with a gate, and assistants 1..K, deciding token by token who writes.
 
@@ -62,8 +57,11 @@ class CollaborativeLM:
         models: the base first.
         formatters: how each model is shown its prompts.
         info: the checkpoint's description; its calibration turns deferral rates into thresholds.
-        has_gate: whether the base's predictions carry a gate.
+        has_gate: whether the base's answers carry a gate.
         path: the checkpoint it was loaded from.
+        max_num_seqs: texts that are written at a time, and whose caches are kept; larger batches raise it.
+        max_model_len: bounds a text, prompt included, where the contexts of the models are longer.
+        timeout: seconds after which a forward pass is given up and its texts end with an error.
     """
 
     def __init__(
@@ -74,6 +72,9 @@ class CollaborativeLM:
         *,
         has_gate: bool = True,
         path: Path | None = None,
+        max_num_seqs: int = 16,
+        max_model_len: int | None = None,
+        timeout: float | None = None,
     ) -> None:
         assert len(models) == len(formatters) >= 1
         self.models = tuple(models)
@@ -81,7 +82,9 @@ class CollaborativeLM:
         self.info = info or CheckpointInfo()
         self.has_gate = has_gate
         self.path = path
-        self._experience = Experience()
+        self._max_num_seqs, self._max_model_len, self._timeout = max_num_seqs, max_model_len, timeout
+        self._engine: Engine | None = None
+        self._making = Lock()
         # What ends a turn in a model's template ends its text, whether or not its tokenizer calls that EOS.
         self._eos = tuple(m.eos_token_ids | f.end_ids for m, f in zip(models, formatters, strict=True))
 
@@ -96,6 +99,9 @@ class CollaborativeLM:
         device: str = "cpu",
         cache: bool = True,
         max_cache_tokens: int | None = None,
+        max_num_seqs: int = 16,
+        max_model_len: int | None = None,
+        timeout: float | None = None,
     ) -> CollaborativeLM:
         """Load a checkpoint and its assistants.
 
@@ -109,6 +115,7 @@ class CollaborativeLM:
             cache: False recomputes every token from the start: the plain twin, for tests.
             max_cache_tokens: bounds the KV cache of each model (texts at a time x their length). Texts wait until
                 there is room; one that cannot fit at all is refused. None: as much as is asked for.
+            max_num_seqs, max_model_len, timeout: see the class.
 
         Raises:
             CollmError: an assistant is missing, has another tokenizer, or is one too many.
@@ -136,7 +143,16 @@ class CollaborativeLM:
             activate=None if shared is None else shared.activate,
         )
         models, formatters = [m for m, _ in found], [f for _, f in found]
-        return cls([local, *models], [formatter, *formatters], info, has_gate=head is not None, path=Path(folder))
+        return cls(
+            [local, *models],
+            [formatter, *formatters],
+            info,
+            has_gate=head is not None,
+            path=Path(folder),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            timeout=timeout,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the checkpoint it was loaded from, calibration included; assistants keep their own places."""
@@ -226,13 +242,30 @@ class CollaborativeLM:
                 f"{len(prompts)} prompts but {len(each)} sampling params; give one for each, or one for all"
             )
         ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
-        flows = [self._flow(own, p, policy, alone) for own, p in zip(ids, each, strict=True)]
-        steps: list[list[Step]] = [[] for _ in prompts]
-        for i, event in self._run(flows, max(1, min(batch_size, len(prompts)))):
-            if isinstance(event, Step):
-                steps[i].append(event)
-            else:
-                yield i, self._generation(ids[i], each[i], steps[i], event)
+        # The same prompt under the same settings again is another sample.
+        again = Counter[tuple[object, SamplingParams]]()
+        writings = []
+        for i, (own, asked) in enumerate(zip(ids, each, strict=True)):
+            number = again[own, asked]
+            again[own, asked] += 1
+            numbered = replace(asked, sample=asked.sample + number) if number else asked
+            writings.append((i, self._writing(own, numbered, policy, alone)))
+        return self._finished(writings, min(batch_size, len(prompts)))
+
+    def _finished(self, writings: Sequence[tuple[int, Writing]], at_a_time: int) -> Iterator[tuple[int, Generation]]:
+        engine = self._engine_for(at_a_time)
+        done: SimpleQueue[tuple[int, Writing]] = SimpleQueue()
+        waiting, running = iter(writings), set[int]()
+        try:
+            for _ in writings:
+                for i, writing in islice(waiting, max(1, at_a_time) - len(running)):
+                    running.add(writing.start(engine, partial(_when_finished, done, (i, writing))))
+                i, writing = done.get()
+                running.discard(writing.number)
+                yield i, writing.generation()
+        finally:
+            for number in running:
+                engine.cancel(number)
 
     def stream(
         self,
@@ -243,17 +276,91 @@ class CollaborativeLM:
         alone: int | str | None = None,
     ) -> Iterator[Chunk]:
         """As `generate`, token by token; the last chunk carries the same `Generation`."""
-        ids = self._prompt_ids(prompt, 0)
-        text = TextStream(self.tokenizer, ids[BASE], params.stop, self._eos)
-        pieces = Detokenizer(self.tokenizer, ids[BASE], skip_special_tokens=False)
-        steps: list[Step] = []
-        for _, event in self._run([self._flow(ids, params, policy, alone)], 1):
-            if isinstance(event, Step):
-                steps.append(event)
-                yield Chunk(text.push(event), pieces.push(event.token_id), event)
-            else:
-                whole = self._generation(ids, params, steps, event)
-                yield Chunk(text.finish(), pieces.flush(), None, whole)
+        engine, writing = self._engine_for(1), self._writing(self._prompt_ids(prompt, 0), params, policy, alone)
+        events: SimpleQueue[Event] = SimpleQueue()
+        writing.start(engine, events.put)
+        try:
+            while writing.finished is None or not events.empty():
+                yield writing.chunk(events.get())
+        finally:
+            engine.cancel(writing.number)
+
+    async def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        policy: Method | None = None,
+        alone: int | str | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """As `stream`, for asyncio. The text is cancelled where the iterator is closed, or its task cancelled."""
+        engine, writing = self._engine_for(1), self._writing(self._prompt_ids(prompt, 0), params, policy, alone)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        writing.start(engine, partial(_tell_loop, loop, events))
+        try:
+            last = False
+            while not last:
+                chunk = writing.chunk(await events.get())
+                last = chunk.generation is not None
+                yield chunk
+        finally:
+            engine.cancel(writing.number)
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = GREEDY,
+        *,
+        policy: Method | None = None,
+        alone: int | str | None = None,
+    ) -> Generation:
+        """As `generate`, for asyncio.
+
+        Raises:
+            GenerationFailed: a model failed in the middle.
+        """
+        engine, writing = self._engine_for(1), self._writing(self._prompt_ids(prompt, 0), params, policy, alone)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def told(event: Event) -> None:
+            if isinstance(event, Finished):
+                loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
+
+        writing.start(engine, told)
+        try:
+            await done
+        finally:
+            engine.cancel(writing.number)
+        generation = writing.generation()
+        if generation.error is not None:
+            raise GenerationFailed(generation)
+        return generation
+
+    @property
+    def engine(self) -> Engine:
+        """What all callers share; it lives as long as this system."""
+        return self._engine_for(1)
+
+    def close(self) -> None:
+        """End what is being written and stop the engine's threads. Nothing can be written afterwards."""
+        self._engine_for(1).close()
+
+    def _engine_for(self, num_texts: int) -> Engine:
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(self.models, max_num_seqs=self._max_num_seqs, timeout=self._timeout)
+                self._reserve(self._max_num_seqs)
+            if num_texts > self._max_num_seqs:
+                self._max_num_seqs = num_texts
+                self._reserve(num_texts)
+                self._engine.grow(num_texts)
+            return self._engine
+
+    def _reserve(self, num_texts: int) -> None:
+        for model in self.models:
+            if isinstance(model, LocalModel):
+                model.reserve(num_texts)
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         """The prompt as each model sees it."""
@@ -264,8 +371,8 @@ class CollaborativeLM:
             ids = prompt.token_ids
         else:
             raise CollmError(f"prompt {number + 1} is given for {len(prompt.token_ids)} of {len(self.models)} models")
-        for model, own in zip(self.models, ids, strict=True):
-            context = _context(model)
+        for z, (model, own) in enumerate(zip(self.models, ids, strict=True)):
+            context = self.context_lengths[z]
             if context is not None and len(own) > context:
                 raise CollmError(
                     f"prompt {number + 1} has {len(own)} tokens, more than the context of {context} tokens of "
@@ -273,65 +380,35 @@ class CollaborativeLM:
                 )
         return ids
 
-    def _flow(
+    def _writing(
         self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Method | None, alone: int | str | None
-    ) -> tuple[Flow, Lengths]:
-        """The flow of a text, and how long it may get for each model."""
+    ) -> Writing:
+        """A text that is ready to be written."""
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
-        room = [c - len(own) + 1 for own, m in zip(ids, self.models, strict=True) if (c := _context(m)) is not None]
+        room = [
+            context - len(own) + 1
+            for own, context in zip(ids, self.context_lengths, strict=True)
+            if context is not None
+        ]
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
-        lengths = tuple(len(prompt) + own.max_tokens - 1 for prompt in ids)
-        if not self._fits([lengths]):
-            raise CollmError(
-                f"a prompt of {max(map(len, ids))} tokens and max_tokens={own.max_tokens} do not fit into "
-                f"max_cache_tokens; raise it to at least {max(lengths)}, or lower max_tokens"
-            )
+        text = Text(ids)
+        self.engine.require_room(text, own.max_tokens)
         if alone is not None:
-            flow = single(self._number(alone), ids, own, self._eos)
+            flow = single(self._number(alone), text, own, self._eos)
         else:
             found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
             require_defined(found, params, self.models, self.has_gate)
-            flow = make_flow(found, ids, own, self._eos, AdaptivePace(self._experience))
+            flow = make_flow(found, text, own, self._eos, AdaptivePace(self.engine.experience))
+        transcript = Transcript(self.tokenizer, ids[BASE], params.stop, self._eos)
         if params.stop:
-            flow = stopping(flow, TextStream(self.tokenizer, ids[BASE], params.stop, self._eos))
-        return flow, lengths
+            flow = stopping(flow, transcript)
+        return Writing(flow, text, own.max_tokens, transcript, self.model_names)
 
-    def _run(self, flows: Iterable[tuple[Flow, Lengths]], batch_size: int) -> Iterator[tuple[int, Step | Finished]]:
-        for model in self.models:
-            if isinstance(model, LocalModel):
-                model.reserve(batch_size)
-        return run(flows, self.models, batch_size, fits=self._fits, experience=self._experience)
-
-    def _fits(self, lengths: Sequence[Lengths]) -> bool:
-        return all(
-            model.fits([each[number] for each in lengths])
-            for number, model in enumerate(self.models)
-            if isinstance(model, LocalModel)
-        )
-
-    def _generation(
-        self,
-        ids: tuple[TokenIds, ...],
-        params: SamplingParams,
-        steps: Sequence[Step],
-        finished: Finished,
-    ) -> Generation:
-        text = TextStream(self.tokenizer, ids[BASE], params.stop, self._eos)
-        detokenizer = Detokenizer(self.tokenizer, ids[BASE], skip_special_tokens=False)
-        parts = [text.push(step) for step in steps] + [text.finish()]
-        pieces = [detokenizer.push(step.token_id) for step in steps]
-        if pieces:
-            pieces[-1] += detokenizer.flush()
-        return Generation(
-            text="".join(parts),
-            steps=tuple(steps),
-            pieces=tuple(pieces),
-            finish_reason=finished.finish_reason,
-            prompt_tokens=len(ids[BASE]),
-            model_names=self.model_names,
-            usage=finished.usage,
-            error=finished.error,
-        )
+    @property
+    def context_lengths(self) -> tuple[int | None, ...]:
+        """Tokens that a text may come to for each model; None: no bound."""
+        bounds = [(model.context_length, self._max_model_len) for model in self.models]
+        return tuple(min((each for each in bound if each is not None), default=None) for bound in bounds)
 
     def _number(self, model: int | str) -> int:
         if isinstance(model, int) and 0 <= model < len(self.models):
@@ -341,5 +418,10 @@ class CollaborativeLM:
         raise CollmError(f"there is no model {model!r}; the models are {', '.join(self.model_names)}")
 
 
-def _context(model: LanguageModel) -> int | None:
-    return model.context_length if isinstance(model, LocalModel) else None
+def _when_finished(done: SimpleQueue[tuple[int, Writing]], end: tuple[int, Writing], event: Event) -> None:
+    if isinstance(event, Finished):
+        done.put(end)
+
+
+def _tell_loop(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+    loop.call_soon_threadsafe(events.put_nowait, event)

@@ -8,7 +8,7 @@ from pathlib import Path
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, load_info
 from collm.models.specs import is_tool, split_spec
-from collm.types import LanguageModel
+from collm.values import LanguageModel
 
 AssistantSource = str | LanguageModel
 """A spec, `"NAME=SPEC"`, or a model of one's own."""

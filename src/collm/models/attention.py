@@ -34,7 +34,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a span sees in one kind of layer: positions `low` to `end`; `mask` `[row, 1, query, position]`, additive."""
+    """What a span sees in one kind of layer: positions `low` to `end`, those that `mask` `[row, 1, query, position]`
+    does not hide."""
 
     low: int
     end: int
@@ -53,28 +54,29 @@ class Span:
     views: dict[str, View]
 
 
-def spans(rows: Sequence[Row], windows: dict[str, int], groups: int, like: Tensor) -> list[Span]:
+def spans(rows: Sequence[Row], windows: dict[str, int], groups: int, starts: Tensor, slots: Tensor) -> list[Span]:
     """The spans of a pass, rows in their order in it: sorted by width, then slot.
 
     Args:
         windows: for each kind of layer how many positions it sees; 0 is all of them.
         groups: query heads for each key head.
-        like: has the dtype and device of the queries.
+        starts, slots: `[row]`, those of `rows` on the device of the pass.
     """
-    found, at = [], 0
-    for block in _blocks(rows, scattered=like.device.type != "cpu"):
-        width, slots = block[0].width, [row.slot for row in block]
-        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
+    found, at, first = [], 0, 0
+    for block in _blocks(rows, scattered=starts.device.type != "cpu"):
+        width, low, high = block[0].width, block[0].slot, block[-1].slot
+        own = slice(first, first + len(block))
+        neighbours = [row.slot for row in block] == list(range(low, low + len(block)))
         found.append(
             Span(
                 rows=len(block),
                 width=width,
                 tokens=slice(at, at + len(block) * width),
-                slots=slice(slots[0], slots[-1] + 1) if neighbours else torch.tensor(slots, device=like.device),
-                views={kind: _view(block, window, groups, like) for kind, window in windows.items()},
+                slots=slice(low, high + 1) if neighbours else slots[own],
+                views={kind: _view(block, window, groups, starts[own]) for kind, window in windows.items()},
             )
         )
-        at += len(block) * width
+        at, first = at + len(block) * width, first + len(block)
     return found
 
 
@@ -95,7 +97,7 @@ def _blocks(rows: Sequence[Row], scattered: bool) -> Iterator[list[Row]]:
         yield block
 
 
-def _view(block: Sequence[Row], window: int, groups: int, like: Tensor) -> View:
+def _view(block: Sequence[Row], window: int, groups: int, starts: Tensor) -> View:
     """The least mask that does: none where all rows see all positions between the first and the last."""
     width, end = block[0].width, max(row.end for row in block)
     first = min(row.start for row in block)
@@ -105,15 +107,12 @@ def _view(block: Sequence[Row], window: int, groups: int, like: Tensor) -> View:
         return View(low, end, None, causal=False)
     if level and first == 0 and (not window or end <= window):
         return View(0, end, None, causal=True)
-    starts = torch.tensor([row.start for row in block], device=like.device)
-    queries = starts[:, None, None, None] + torch.arange(width, device=like.device)[:, None]
-    keys = torch.arange(low, end, device=like.device)
-    hidden = keys > queries
+    queries = starts[:, None, None, None] + torch.arange(width, device=starts.device)[:, None]
+    keys = torch.arange(low, end, device=starts.device)
+    seen = keys <= queries
     if window:
-        hidden |= keys <= queries - window
-    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-    mask.masked_fill_(hidden, torch.finfo(like.dtype).min)
-    return View(low, end, mask.repeat(1, 1, groups, 1) if 1 < width <= PACKED_WIDTH else mask, causal=False)
+        seen &= keys > queries - window
+    return View(low, end, seen.repeat(1, 1, groups, 1) if 1 < width <= PACKED_WIDTH else seen, causal=False)
 
 
 def attend(
@@ -148,7 +147,7 @@ def _softcapped(query: Tensor, key: Tensor, value: Tensor, view: View, scale: fl
     """Gemma 2 bounds its scores by `cap tanh(. / cap)`, which no fused kernel of torch does."""
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap
     if view.causal:
-        scores += scores.new_full(scores.shape[-2:], torch.finfo(scores.dtype).min).triu(1)
+        scores = scores.masked_fill(~torch.ones_like(scores[0, 0], dtype=torch.bool).tril(), -torch.inf)
     elif view.mask is not None:
-        scores += view.mask
+        scores = scores.masked_fill(~view.mask, -torch.inf)
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value

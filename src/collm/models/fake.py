@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from collm.types import Answer, Prediction, Query
+from collm.decoding.choosing import answer_of, requested
+from collm.values import GREEDY, Answer, Draw, LanguageModel, Query, Replies, Reply
 
 
-class FakeModel:
+class FakeModel(LanguageModel):
     """Laws are drawn from a symmetric Dirichlet, with the hash of (name, prefix) as the seed.
 
     Args:
@@ -55,12 +56,18 @@ class FakeModel:
     def eos_token_ids(self) -> frozenset[int]:
         return self._eos_token_ids
 
-    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+    def predict(self, queries: Sequence[Query]) -> Replies:
         self.calls += 1
-        return [[self.answer(prefix) for prefix in _prefixes(query)] for query in queries]
+        return [
+            [
+                self._reply(query, i, end)
+                for i, end in enumerate(range(query.length - query.num_last + 1, query.length + 1))
+            ]
+            for query in queries
+        ]
 
-    def answer(self, token_ids: Sequence[int]) -> Answer:
-        """The answer after one prefix."""
+    def answer(self, token_ids: Sequence[int], draw: Draw = GREEDY, position: int = 0) -> Reply:
+        """The answer after one prefix, whose next token is the one at `position` of the completion."""
         prefix = tuple(token_ids)[self.ignore_prompt :]
         if self._hash("abstains?", prefix).random() < self.abstention:
             return None
@@ -72,7 +79,11 @@ class FakeModel:
         if self.num_assistants is not None:
             gate = self._hash("gate", prefix).dirichlet(np.ones(1 + self.num_assistants))
             log_gate = tuple(float(value) for value in np.log(gate))
-        return Prediction(log_probs, int(log_probs.argmax()), log_gate)
+        return answer_of(log_probs, draw, position, log_gate)
+
+    def _reply(self, query: Query, i: int, end: int) -> Reply:
+        reply = self.answer(query.view.token_ids[:end], query.draw, end - query.view.prompt_length)
+        return requested(reply, query, i) if isinstance(reply, Answer) else reply
 
     def _hash(self, purpose: str, prefix: tuple[int, ...]) -> np.random.Generator:
         return _hash(self._name, purpose, prefix)
@@ -81,8 +92,3 @@ class FakeModel:
 def _hash(name: str, purpose: str, prefix: tuple[int, ...]) -> np.random.Generator:
     digest = hashlib.sha256(repr((name, purpose, tuple(map(int, prefix)))).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
-
-
-def _prefixes(query: Query) -> list[tuple[int, ...]]:
-    length = len(query.token_ids)
-    return [query.token_ids[:end] for end in range(length - query.num_last + 1, length + 1)]

@@ -10,39 +10,36 @@ Sliding-window layers read their window alone and keep all positions: more memor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from collm.models.attention import Row, Span, attend, spans
 from collm.models.backbone import causal_lm
 
-SUPPORTED = frozenset(
-    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
-)
-"""`model_type`s checked against a cache-free pass (tests/test_local.py)."""
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """RoPE scalings that do not depend on the length of the sequence; `dynamic` and `longrope` do."""
 ATTENTION = "collm_kv_pool"
 """The name of `_attention` among transformers' attention functions."""
 
 
-def supports(model: torch.nn.Module) -> bool:
-    """Whether the pool is known to give this model the same answers as a pass without cache."""
+def may_support(model: torch.nn.Module) -> bool:
+    """Whether the pool can give this model the right answers at all lengths, if it does at one (`agrees`)."""
     lm = causal_lm(model)
     config: Any = lm.config.get_text_config()
-    softcap = getattr(config, "attn_logit_softcapping", None)
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     return (
-        lm.config.model_type in SUPPORTED  # the whole model's, so that no multimodal one slips in
+        config is lm.config  # a multimodal model is more than its text model
+        and getattr(config, "num_attention_heads", None) is not None
         and set(_layer_types(config)) <= {"full_attention", "sliding_attention"}
         and all(each.get("rope_type", "default") in STATIC_ROPE for each in ropes)
         and not getattr(config, "use_bidirectional_attention", False)
-        # The first releases of transformers 5 drop Gemma 2's softcap under sdpa, which they choose by default.
-        and lm.config._attn_implementation in (("eager",) if softcap else ("sdpa", "eager"))
     )
 
 
@@ -54,6 +51,15 @@ def _layer_types(config: Any) -> list[str]:
     return list(kinds)
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass: where new keys and values go, and who reads which."""
+
+    pool: KVPool
+    where: Tensor
+    spans: list[Span]
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -61,17 +67,40 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    kv_pool: KVPool,
-    scaling: float,
+    scaling: float | None = None,
     softcap: float | None = None,
+    kv_pass: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One layer of a flat pass: query `[1, head, token, dim]`, new keys and values `[1, kv_head, token, dim]`."""
-    return kv_pool.attend(int(module.layer_idx), query, key, value, scaling, softcap), None  # type: ignore[arg-type]
+    """One layer of a flat pass: query `[1, head, token, dim]`, new keys and values `[1, kv_head, token, dim]`.
+
+    A pass without a pool is somebody else's: the model stays usable by all, at the same time.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kv_pass is not None:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        return kv_pass.pool.attend(layer, query, key, value, scale, softcap, kv_pass), None
+    if softcap is None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scale, **kwargs
+        )
+        return found
+    return _softcapped(query, key, value, attention_mask, scale, softcap), None
 
 
-# It has no mask function: transformers then makes none, for ours come with the spans.
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+    """What sdpa does not do, as Gemma 2's own eager attention does it."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)) * cap
+    if mask is None:  # transformers makes none where all that it would say is that attention is causal
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value).transpose(1, 2).contiguous()
+
+
 AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class KVPool:
@@ -81,15 +110,15 @@ class KVPool:
         self.num_slots = self.num_positions = 0
         self._model = model
         config: Any = model.config.get_text_config()
+        # For good: nothing may be swapped on a model that others use at the same time.
+        config._attn_implementation = ATTENTION
         self._kinds = _layer_types(config)
         window = getattr(config, "sliding_window", None) or 0
         self._windows = {kind: window if kind == "sliding_attention" else 0 for kind in sorted(set(self._kinds))}
-        self._heads: int = config.num_key_value_heads
+        self._heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._groups = config.num_attention_heads // self._heads
         # For each layer keys and values [slot, kv_head, position, dim]; the first pass tells their shapes.
         self._stored: list[tuple[Tensor, Tensor] | None] = [None] * len(self._kinds)
-        self._spans: list[Span] = []
-        self._where: Tensor
 
     @property
     def num_bytes(self) -> int:
@@ -128,32 +157,41 @@ class KVPool:
             for tensor in pair or ():
                 tensor[slot].zero_()
 
-    def forward(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
-        """Hidden states `[token, H]` of the tokens of all rows, one row after another (sorted by width, then slot)."""
+    def forward(self, rows: Sequence[Row], token_ids: Sequence[int], more: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Hidden states `[token, H]` of the tokens of all rows, one row after another (sorted by width, then slot).
+
+        `more` are numbers that are needed on the device, too: all that a pass needs goes there at once, int64.
+        """
         assert all(row.slot < self.num_slots and row.end <= self.num_positions for row in rows), "resize first"
-        device = self._model.device
-        positions = torch.tensor([p for row in rows for p in range(row.start, row.end)], device=device)
-        slots = torch.tensor([row.slot for row in rows for _ in range(row.width)], device=device)
-        heads = torch.arange(self._heads, device=device)
-        self._where = ((slots[:, None] * self._heads + heads) * self.num_positions + positions[:, None]).flatten()
-        like = torch.empty(0, dtype=self._model.dtype, device=device)
-        self._spans = spans(rows, self._windows, self._groups, like)
-        config: Any = self._model.config
+        count = len(token_ids)
+        numbers = list(token_ids)
+        for row in rows:
+            numbers += range(row.start, row.end)
+        for row in rows:
+            numbers += [row.slot] * row.width
+        numbers += [row.start for row in rows]
+        numbers += [row.slot for row in rows]
+        numbers += more
+        uploaded = torch.tensor(numbers).to(self._model.device, non_blocking=True)
+        ids, positions, token_slots, starts, slots, extra = uploaded.split(
+            [count, count, count, len(rows), len(rows), len(more)]
+        )
+        heads = torch.arange(self._heads, device=uploaded.device)
+        where = ((token_slots[:, None] * self._heads + heads) * self.num_positions + positions[:, None]).flatten()
+        issued = Pass(self, where, spans(rows, self._windows, self._groups, starts, slots))
         backbone: Any = self._model.base_model
-        usual, config._attn_implementation = config._attn_implementation, ATTENTION
-        try:
-            hidden: Tensor = backbone(
-                input_ids=torch.tensor([token_ids], device=device),
-                position_ids=positions[None],
-                use_cache=False,
-                kv_pool=self,
-            ).last_hidden_state
-        finally:
-            config._attn_implementation = usual
-        return hidden[0]
+        hidden: Tensor = backbone(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            # Four dimensions: transformers takes it for a mask that is ready, and makes none.
+            attention_mask=starts.view(-1, 1, 1, 1)[:1],
+            use_cache=False,
+            kv_pass=issued,
+        ).last_hidden_state
+        return hidden[0], extra
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, issued: Pass
     ) -> Tensor:
         """Store new keys and values, and read: `[1, token, head, dim]`."""
         stored = self._stored[layer]
@@ -162,9 +200,9 @@ class KVPool:
         keys, values = stored
         for tensor, new in ((keys, key), (values, value)):
             width = new.shape[-1]
-            tensor.view(-1, width).index_copy_(0, self._where, new[0].transpose(0, 1).reshape(-1, width))
+            tensor.view(-1, width).index_copy_(0, issued.where, new[0].transpose(0, 1).reshape(-1, width))
         queries, kind = query[0].transpose(0, 1), self._kinds[layer]
-        read = [attend(queries, keys, values, span, kind, scale, softcap) for span in self._spans]
+        read = [attend(queries, keys, values, span, kind, scale, softcap) for span in issued.spans]
         return (read[0] if len(read) == 1 else torch.cat(read))[None]
 
     def _empty(self, like: Tensor) -> Tensor:

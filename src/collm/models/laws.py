@@ -1,19 +1,55 @@
-"""From hidden states to predictions: the law of the next token and the gate, and what the host must know of them."""
+"""From hidden states to answers: laws, gates and chosen tokens, computed for a whole pass where the model lies."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from collm.decoding.choosing import Draws
 from collm.gate import log_gate
 from collm.models.backbone import project
 from collm.models.head import DeferralHead
-from collm.types import Prediction
+from collm.values import Answer, Draw, Query
+
+LAWS = 1 << 24
+"""Log-probabilities that exist at a time, unless the laws themselves are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked behind each of N prefixes of a pass; `draws`: how tokens are chosen."""
+
+    draws: Draws
+    given: list[int] | None = None
+    """The tokens whose log-probabilities are wanted; -1 for none."""
+    num_top: int = 0
+    law: bool = False
+
+    @classmethod
+    def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:
+        """Of each query its prefixes from the i-th to before the j-th."""
+        draws: list[tuple[Draw, int]] = []
+        given: list[int] = []
+        num_top, law, any_given = 0, False, False
+        for query, i, j in queries:
+            first = query.length - query.num_last + 1 - query.view.prompt_length
+            draws += [(query.draw, first + n) for n in range(i, j)]
+            given += [-1] * (j - i) if query.given is None else query.given[i:j]
+            any_given |= query.given is not None
+            num_top, law = max(num_top, query.num_top), law or query.law
+        return cls(Draws.of(draws), given if any_given else None, num_top, law)
+
+    @property
+    def numbers(self) -> list[int]:
+        """As it goes to the device."""
+        return self.draws.words + (self.given or [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +63,70 @@ class Laws:
     @property
     def known_tokens(self) -> int:
         """Tokens beyond have probability 0."""
-        return int(self.lm.get_output_embeddings().weight.shape[0])
+        weight = getattr(self.lm.get_output_embeddings(), "weight", None)
+        return int(self.lm.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
-    def of(self, hidden: Tensor) -> list[Prediction | None]:
-        """One for each hidden state `[N, H]`; None where it is not a number."""
-        log_probs = self._log_probs(hidden)
-        # One NaN makes its whole row NaN, in the gate's softmax, too. Float32 holds token ids exactly (up to 2**24), so
-        # that all goes to the host at once.
-        told = [log_probs[:, :1], log_probs.argmax(dim=-1, keepdim=True).float()]
-        if self.head is not None:
-            told.append(log_gate(self.head(hidden)))
-        return [
-            None
-            if math.isnan(first) or (gate and math.isnan(gate[0]))
-            else Prediction(row, int(top), tuple(gate) if self.head is not None else None)
-            for row, (first, top, *gate) in zip(log_probs.unbind(), torch.cat(told, dim=1).tolist(), strict=True)
-        ]
+    def answers(self, hidden: Tensor, asked: Asked, packed: Tensor) -> list[Answer | None]:
+        """One for each hidden state `[N, H]`; None where it is not a number. `packed`: `asked.numbers`, int64."""
+        draws = asked.draws
+        step = max(1, len(hidden) if draws.rows else LAWS // self.vocab_size)
+        given = None if asked.given is None else packed[len(draws.words) :]
+        found: list[Answer | None] = []
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            log_probs = self._log_probs(hidden[rows])
+            told = [*self._chosen(log_probs, packed[: len(draws.words)], draws)]
+            if given is not None:
+                told.append(log_probs.gather(-1, given[rows].clamp(0, self.vocab_size - 1)[:, None]))
+            if asked.num_top:
+                values, token_ids = log_probs.topk(min(asked.num_top, self.vocab_size))
+                told += [values, token_ids.float()]
+            if self.head is not None:
+                told.append(log_gate(self.head(hidden[rows])))
+            # All goes to the host at once. Float32 holds token ids exactly (up to 2**24).
+            rows_told = torch.cat([part.to(log_probs.device) for part in told], dim=1).tolist()
+            found += self._read(rows_told, asked, start, log_probs if asked.law else None)
+        return found
+
+    def _chosen(self, log_probs: Tensor, packed: Tensor, draws: Draws) -> Iterator[Tensor]:
+        """Columns: the top token and its log-probability, the entropy, the chosen token and its log-probability."""
+        top_log_prob, top = log_probs.max(dim=-1, keepdim=True)
+        yield top.float()
+        yield top_log_prob
+        yield torch.special.entr(log_probs.exp()).sum(dim=-1, keepdim=True)
+        if draws.rows:
+            chosen = draws.choose(log_probs, top[:, 0], packed)[:, None]
+            yield chosen.float()
+            yield log_probs.gather(-1, chosen)
+        else:
+            yield top.float()
+            yield top_log_prob
+
+    def _read(
+        self, rows: Sequence[Sequence[float]], asked: Asked, start: int, laws: Tensor | None
+    ) -> Iterator[Answer | None]:
+        for n, row in enumerate(rows):
+            values = iter(row)
+            top, top_log_prob, entropy, chosen, log_prob = islice(values, 5)
+            given = None
+            if asked.given is not None:
+                given, wanted = next(values), asked.given[start + n]
+                if wanted < 0:
+                    given = None
+                elif wanted >= self.vocab_size:
+                    given = -math.inf
+            best: tuple[tuple[int, float], ...] = ()
+            if asked.num_top:
+                width = min(asked.num_top, self.vocab_size)
+                best_log_probs = list(islice(values, width))
+                best = tuple(zip(map(int, islice(values, width)), best_log_probs, strict=True))
+            gate = tuple(values) if self.head is not None else None
+            # One NaN makes its whole row NaN, in the gate's softmax, too.
+            if math.isnan(entropy) or math.isnan(top_log_prob) or (gate and math.isnan(gate[0])):
+                yield None
+            else:
+                law = None if laws is None else laws[n]
+                yield Answer(int(chosen), log_prob, int(top), top_log_prob, entropy, gate, given, best, law)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
         logits = project(self.lm, hidden)[:, : self.vocab_size]

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
-from collm.models import kv_pool, narrow
+from collm.models import narrow
 from collm.models.attention import Row
-from collm.models.backbone import causal_lm, hidden_states
+from collm.models.backbone import causal_lm, check_project, hidden_states
+from collm.models.crop_cache import CropCache
 from collm.models.head import DeferralHead
-from collm.models.laws import Laws
+from collm.models.kv_pool import KVPool
+from collm.models.laws import Asked, Laws
 from collm.models.loading import eos_ids
-from collm.models.prefix_cache import Job, PrefixCache, passes, waves
+from collm.models.memory import spare_tokens
+from collm.models.prefix_cache import Job, PrefixCache, passes
+from collm.models.selftest import crop_serves, pool_serves
 from collm.models.tokenizers import shared_vocab_size
-from collm.types import Answer, Fault, ForwardPass, Prediction, Query
+from collm.models.turns import Network
+from collm.types import ForwardPass
+from collm.values import Answer, Fault, LanguageModel, Query, Replies, Reply
+from collm.views import View
 
 
-class LocalModel:
+class LocalModel(LanguageModel):
     """Answers queries by forward passes; the caches make them short and never change an answer.
 
-    A query is compared with what the slots of the KV pool hold; only what is not there is computed, and what another
-    slot holds of its beginning is copied. So an assistant that has not been asked for a while catches up on the tokens
-    it missed in one pass. Float32 answers agree with those of the twin `cache=False`, which recomputes every query by
-    itself, up to rounding.
+    Each text has a slot of the KV pool from its first query to its end (`release`), and what another slot holds of
+    its prompt is copied. So an assistant that has not been asked for a while catches up on the tokens it missed in
+    one pass. Float32 answers agree with those of the twin `cache=False`, which recomputes every query by itself, up
+    to rounding.
 
-    Architectures that the pool is not known to serve rightly are recomputed, with a warning (see `kv_pool.supports`).
+    What is loaded is checked: the logits against the model's own, the pool against a plain pass. Architectures that the
+    pool does not serve rightly keep transformers' own cache, one text in a pass; what that cannot roll back either is
+    recomputed, with a warning.
 
     Args:
         vocab_size: of the vocabulary that all models share (the base's); as `tokenizer` says if not given. Further
@@ -44,7 +53,7 @@ class LocalModel:
         activate: called before `model` is used, if it is several models by turns (`adapters.Variant.activate`).
 
     Raises:
-        CollmError: the tokenizer has more ordinary tokens than the model.
+        CollmError: the tokenizer has more ordinary tokens than the model, or its logits cannot be computed rightly.
     """
 
     def __init__(
@@ -67,6 +76,7 @@ class LocalModel:
         self.head = head
         lm = causal_lm(model)
         self._lm = lm
+        self._network = Network.of(lm)
         self._name = name
         self._eos_token_ids = eos_ids(lm, tokenizer)
         self._laws = Laws(lm, head, shared_vocab_size(tokenizer) if vocab_size is None else vocab_size)
@@ -76,18 +86,25 @@ class LocalModel:
                 f"{name}: the model knows {self._known_tokens} tokens and the tokenizer {tokenizer.vocab_size}; "
                 "give the tokenizer that belongs to the model"
             )
-        self.context_length: int | None = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-        if cache and not kv_pool.supports(lm):
-            warnings.warn(
-                f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "
-                "every token is recomputed from the start, which is right but slow",
-                stacklevel=2,
-            )
-            cache = False
-        narrow.prepare(lm)
-        self._cache = PrefixCache(kv_pool.KVPool(lm), num_slots, max_cache_tokens) if cache else None
-        self.on_pass = on_pass
+        self._context_length: int | None = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         self._activate = activate
+        self.on_pass = on_pass
+        with self._network.lock:
+            if activate is not None:
+                activate()
+            check_project(lm)
+            self._cache: PrefixCache | CropCache | None = None
+            if cache and pool_serves(lm):
+                self._cache = PrefixCache(KVPool(lm), num_slots, max_cache_tokens, spare_tokens(lm))
+            elif cache and crop_serves(lm):
+                self._cache = CropCache(lm, num_slots)
+            elif cache:
+                warnings.warn(
+                    f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "
+                    "every token is recomputed from the start, which is right but slow",
+                    stacklevel=2,
+                )
+            narrow.prepare(lm)
 
     @property
     def name(self) -> str:
@@ -98,155 +115,182 @@ class LocalModel:
         return self._eos_token_ids
 
     @property
+    def context_length(self) -> int | None:
+        return self._context_length
+
+    @property
+    def network(self) -> Network:
+        return self._network
+
+    @property
+    def device(self) -> str:
+        return str(self._lm.device)
+
+    @property
     def cache_bytes(self) -> int:
         """Memory that the caches take now."""
+        if isinstance(self._cache, CropCache):
+            return self._cache.num_bytes
         return 0 if self._cache is None else self._cache.pool.num_bytes
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether texts of these full lengths (prompt and completion) can be held at once."""
-        return self._cache is None or self._cache.fits(len(lengths), max(lengths, default=0))
+        return not isinstance(self._cache, PrefixCache) or self._cache.fits(len(lengths), max(lengths, default=0))
 
     def reserve(self, num_slots: int) -> None:
-        """Keep the caches of this many texts from now on; a smaller number than before frees their memory."""
+        """Be ready to keep the caches of this many texts at a time. It never frees what is held."""
         if self._cache is not None:
-            if num_slots < self._cache.num_slots:
-                self._cache.forget()
-            self._cache.num_slots = num_slots
+            self._cache.num_slots = max(self._cache.num_slots, num_slots)
+
+    def missing(self, query: Query) -> int:
+        held = 0 if self._cache is None else self._cache.held(query.view)
+        return max(query.length - held, query.num_last)
+
+    def release(self, view: View) -> None:
+        if self._cache is not None:
+            self._cache.release(view)
 
     def forget(self) -> None:
         """Empty the caches and free their memory; the next answers are computed from the start."""
         if self._cache is not None:
-            self._cache.forget()
+            with self._network.lock:
+                self._cache.forget()
 
     @torch.inference_mode()
-    def predict(self, queries: Sequence[Query]) -> list[list[Answer]]:
+    def predict(self, queries: Sequence[Query]) -> Replies:
         """See `LanguageModel`.
 
         A query that cannot be answered gets faults, and the others their answers: one that is too long for the context
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
         faults = [self._too_long(query) for query in queries]
-        served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
-        if self._activate is not None:
-            self._activate()
-        with narrow.narrow_products():
+        with self._network.lock, narrow.narrow_products():
+            if self._activate is not None:
+                self._activate()
+            served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
             return [
-                next(served) if fault is None else [fault] * query.num_last
+                next(served) if fault is None else [fault] * max(1, query.num_last)
                 for query, fault in zip(queries, faults, strict=True)
             ]
 
-    def _served(self, queries: Sequence[Query]) -> Iterator[list[Answer]]:
-        if self._cache is None:
+    def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
+        if not isinstance(self._cache, PrefixCache):
             for query in queries:
-                yield self._recomputed(query)
+                yield self._one_by_one(query)
         else:
             for batch in self._cache.batches(queries):
                 yield from self._cached(self._cache, batch)
 
     def _too_long(self, query: Query) -> Fault | None:
-        length = len(query.token_ids)
-        if self.context_length is not None and length > self.context_length:
+        if self._context_length is not None and query.length > self._context_length:
             return Fault(
-                f"{self._name}: {length} tokens do not fit into its context of {self.context_length}; "
+                f"{self._name}: {query.length} tokens do not fit into its context of {self._context_length}; "
                 "shorten the prompt"
             )
-        if not self.fits([length]):
-            assert self._cache is not None
+        if not self.fits([query.length]):
+            assert isinstance(self._cache, PrefixCache)
             return Fault(
-                f"{self._name}: {length} tokens do not fit into max_cache_tokens={self._cache.max_tokens}; "
-                f"raise it to at least {length}"
+                f"{self._name}: {query.length} tokens do not fit into max_cache_tokens={self._cache.max_tokens}; "
+                f"raise it to at least {query.length}"
             )
         return None
 
-    def _unknown(self, token_ids: tuple[int, ...]) -> Fault | None:
-        if max(token_ids) < self._known_tokens:
+    def _unknown(self, token_ids: Sequence[int]) -> Fault | None:
+        highest = max(token_ids, default=0)
+        if highest < self._known_tokens:
             return None
         return Fault(
-            f"{self._name}: token {max(token_ids)} lies beyond the {self._known_tokens} tokens that the model "
+            f"{self._name}: token {highest} lies beyond the {self._known_tokens} tokens that the model "
             "knows; give the tokenizer that belongs to it"
         )
 
-    def _recomputed(self, query: Query) -> list[Answer]:
-        """The plain way."""
-        unknown = self._unknown(query.token_ids)
+    def _one_by_one(self, query: Query) -> list[Reply]:
+        """The plain way: all tokens from the start, or with transformers' own cache those that it does not hold."""
+        token_ids = query.view.token_ids[: query.length]
+        unknown = self._unknown(token_ids)
         if unknown is not None:
-            return [unknown] * query.num_last
-        began, length = perf_counter(), len(query.token_ids)
-        ids = torch.tensor([query.token_ids], device=self._lm.device)
-        found = self._laws.of(hidden_states(self._lm, ids, use_cache=False)[0, -query.num_last :])
-        self._tell(ForwardPass(1, length, length, length, perf_counter() - began))
-        return [self._answer(query, i, prediction) for i, prediction in enumerate(found)]
+            return [unknown] * max(1, query.num_last)
+        began, missing = perf_counter(), self.missing(query)
+        if self._cache is None:
+            ids = torch.tensor([token_ids], device=self._lm.device)
+            hidden = hidden_states(self._lm, ids, use_cache=False)[0, query.length - query.num_last :]
+        else:
+            assert isinstance(self._cache, CropCache)
+            hidden = self._cache.read(query.view, query.length, query.num_last)
+        prefixes = [(query, 0, query.num_last)]
+        asked = Asked.of(prefixes)
+        packed = torch.tensor(asked.numbers, dtype=torch.int64, device=hidden.device)
+        answers = list(self._answers(hidden, prefixes, asked, packed)) if query.num_last else []
+        self._tell(ForwardPass(1, missing, missing, query.length, perf_counter() - began))
+        return answers
 
-    def _cached(self, cache: PrefixCache, queries: Sequence[Query]) -> Iterator[list[Answer]]:
+    def _cached(self, cache: PrefixCache, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         """Compute only what the slots do not hold."""
         jobs = cache.jobs(queries)
-        for job in jobs:
-            # What is stored has been looked at before.
-            unknown = self._unknown(job.query.token_ids[job.done :])
-            if unknown is not None:
-                job.answers = [unknown] * job.query.num_last
-        try:
-            for wave in waves(jobs):
-                ready = [job for job in wave if not job.answers]
-                for job in ready:
-                    if job.new:
-                        cache.share(job)
-                for pieces in passes(ready):
-                    self._pass(cache, pieces)
-        finally:
-            # NaN passes through attention masks: none may stay behind.
-            for job in jobs:
-                if job.broken:
-                    cache.clear(job)
-        return (job.answers for job in jobs)
+        for wave in cache.waves(jobs):
+            for job in wave:
+                # What is stored has been looked at before.
+                unknown = self._unknown(job.query.view.token_ids[job.done : job.query.length])
+                if unknown is not None:
+                    job.replies, job.done = [unknown] * max(1, job.query.num_last), job.query.length
+            for pieces in passes(wave):
+                self._pass(cache, pieces)
+        return (job.replies for job in jobs)
 
     def _pass(self, cache: PrefixCache, pieces: Sequence[tuple[Job, int]]) -> None:
         """One forward pass for the tokens of each job from `done` to `end`."""
         began = perf_counter()
-        pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
+        if len(pieces) > 1:
+            pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
         rows = [Row(job.slot, job.done, end - job.done) for job, end in pieces]
-        token_ids = [token for job, end in pieces for token in job.query.token_ids[job.done : end]]
+        token_ids: list[int] = []
         wanted: list[int] = []
-        at = 0
-        for (job, _), row in zip(pieces, rows, strict=True):
-            wanted += range(at + max(0, job.reusable - row.start), at + row.width)
-            at += row.width
+        prefixes: list[tuple[Query, int, int]] = []
+        for job, end in pieces:
+            first = max(job.first, job.done)
+            if first < end:
+                start = len(token_ids) + first - job.done
+                wanted += range(start, start + end - first)
+                prefixes.append((job.query, first - job.first, end - job.first))
+            token_ids += job.query.view.token_ids[job.done : end]
+        asked = Asked.of(prefixes)
+        numbers = asked.numbers
         try:
-            hidden = cache.pool.forward(rows, token_ids)
-            found = iter(self._laws.of(hidden if len(wanted) == at else hidden[wanted]) if wanted else ())
+            hidden, packed = cache.pool.forward(rows, token_ids, numbers + wanted)
+            packed, at = packed.split([len(numbers), len(wanted)])
+            if len(wanted) < len(token_ids):
+                hidden = hidden[at]
+            found = self._answers(hidden, prefixes, asked, packed) if wanted else iter(())
         except BaseException:
             for job, _ in pieces:
                 cache.clear(job)
             raise
         for job, end in pieces:
-            for i in range(max(0, job.done - job.reusable), end - job.reusable):
-                job.answers.append(self._answer(job.query, i, next(found)))
-                job.broken |= isinstance(job.answers[-1], Fault)
+            new = [next(found) for _ in range(max(0, end - max(job.first, job.done)))]
+            job.replies += new
             cache.hold(job, end)
+            job.broken |= any(isinstance(reply, Fault) for reply in new)
             if job.broken:
-                cache.disown(job)
-        self._tell(ForwardPass(len(rows), rows[-1].width, at, max(row.end for row in rows), perf_counter() - began))
+                cache.clear(job)
+        self._tell(
+            ForwardPass(len(rows), rows[-1].width, len(token_ids), max(row.end for row in rows), perf_counter() - began)
+        )
+
+    def _answers(
+        self, hidden: Tensor, prefixes: Sequence[tuple[Query, int, int]], asked: Asked, packed: Tensor
+    ) -> Iterator[Reply]:
+        found = iter(self._laws.answers(hidden, asked, packed))
+        for query, i, j in prefixes:
+            for n in range(i, j):
+                yield self._checked(next(found), query.length - query.num_last + n)
+
+    def _checked(self, answer: Answer | None, position: int) -> Reply:
+        if answer is not None:
+            return answer
+        return Fault(
+            f"{self._name}: the predictions after position {position} are not numbers (NaN); its weights are damaged "
+            "or overflow in this dtype: try another dtype"
+        )
 
     def _tell(self, done: ForwardPass) -> None:
         if self.on_pass is not None:
             self.on_pass(done)
-
-    def _answer(self, query: Query, i: int, prediction: Prediction | None) -> Answer:
-        if prediction is not None:
-            return prediction
-        asked = len(query.token_ids) - query.num_last + i
-        return Fault(
-            f"{self._name}: the predictions after position {asked} are not numbers (NaN{self._since(query, asked)}); "
-            "its weights are damaged or overflow in this dtype: try another dtype"
-        )
-
-    def _since(self, query: Query, asked: int) -> str:
-        """Where it began. Looked for by bisection, for a NaN passes through masks to the positions before it, too; that
-        takes a few passes, which only a fault pays."""
-
-        def bad(position: int) -> bool:
-            ids = torch.tensor([query.token_ids[: position + 1]], device=self._lm.device)
-            return self._laws.of(hidden_states(self._lm, ids, use_cache=False)[0, -1:])[0] is None
-
-        first = bisect_left(range(asked), True, key=bad)
-        return "" if first == asked else f", as all from position {first} on: token {query.token_ids[first]}"

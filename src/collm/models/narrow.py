@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from threading import local
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,21 @@ WIDEST = 5
 """Rows from which on the usual product is as quick."""
 
 
+class _Inside(local):
+    """Whether this thread is inside `narrow_products`; other threads may use the same model otherwise."""
+
+    active = False
+
+
+_inside = _Inside()
+
+
 class NarrowLinear(nn.Linear):
     """An `nn.Linear`, by its other product inside `narrow_products`; outside it is what it was."""
 
-    active: ClassVar[bool] = False
-
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        if not self.active or not 1 <= rows <= WIDEST or input.dtype != torch.float32 or input.device.type != "cpu":
+        if not _inside.active or not 1 <= rows <= WIDEST or input.dtype != torch.float32 or input.device.type != "cpu":
             return super().forward(input)
         columns = input.reshape(rows, -1)
         if rows == 1:  # a matrix-vector product is slower than one with two columns
@@ -50,14 +57,14 @@ def prepare(model: nn.Module) -> None:
     if pays():
         for module in model.modules():
             # A quantised weight is a tensor of another type, with products of its own.
-            if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+            if type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu":
                 module.__class__ = NarrowLinear
 
 
 @contextmanager
 def narrow_products() -> Iterator[None]:
-    before, NarrowLinear.active = NarrowLinear.active, True
+    before, _inside.active = _inside.active, True
     try:
         yield
     finally:
-        NarrowLinear.active = before
+        _inside.active = before

@@ -2,58 +2,97 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from collm.models.kv_pool import KVPool
-from collm.models.slots import WORTH_SHARING, SlotTable, common_prefix
-from collm.types import Answer, Query
+from collm.values import Query, Reply
+from collm.views import View
 
 PASS_TOKENS = 1024
 """Tokens of one forward pass at most; what is longer goes through piece by piece, so that memory stays bounded."""
 POSITION_STEP = 64
 """Positions by which the pool grows, at least; it also grows by a quarter."""
+GOES_ON = 0.9
+"""Share of what an ended text left that a new one must begin with, to take over its slot instead of copying."""
+WORTH_SHARING = 16
+"""Tokens of a common prefix that are worth a copy, or the wait until another text has computed them."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """The first `held` tokens of `view`, as it was when it had been rewound `rewinds` times, are stored.
+
+    `source`: a text that is read at the same time, and how much of its beginning is this one's, too.
+    """
+
+    view: View | None = None
+    held: int = 0
+    rewinds: int = 0
+    used: int = 0
+    ended: bool = True
+    source: tuple[View, int] | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One query on its way: `done` of its tokens are stored in `slot`. `after`: a job that shares more with it."""
+    """One query on its way: the tokens from `done` on are still to be computed."""
 
     query: Query
     slot: int
-    done: int = 0
-    new: bool = True
-    after: Job | None = None
-    answers: list[Answer] = field(default_factory=list)
+    done: int
+    replies: list[Reply] = field(default_factory=list)
     broken: bool = False
 
     @property
     def missing(self) -> int:
-        return len(self.query.token_ids) - self.done
+        return self.query.length - self.done
 
     @property
-    def reusable(self) -> int:
-        """The last positions are computed even where their keys are there: their hidden states are not."""
-        return len(self.query.token_ids) - self.query.num_last
+    def first(self) -> int:
+        """Its last positions are computed even where their keys are there: their hidden states are not."""
+        return self.query.length - self.query.num_last
 
 
 class PrefixCache:
-    """At most `num_slots` texts; slots x positions at most `max_tokens`, if given."""
+    """At most `num_slots` texts; slots x positions at most `max_tokens`, if given.
 
-    def __init__(self, pool: KVPool, num_slots: int, max_tokens: int | None) -> None:
+    A text has a slot from its first query on. What it shares with others is found then, once. When it has ended
+    (`release`), its slot is given to others, the one used longest ago first, and a text that goes on where it ended
+    takes it over. The pool grows for the sake of ended texts up to `spare_tokens` (slots x positions).
+    """
+
+    def __init__(self, pool: KVPool, num_slots: int, max_tokens: int | None, spare_tokens: int | None = None) -> None:
         self.pool = pool
-        self.table = SlotTable()
-        self.num_slots, self.max_tokens = num_slots, max_tokens
+        self.num_slots, self.max_tokens, self.spare_tokens = num_slots, max_tokens, spare_tokens
+        self.slots: list[Slot] = []
+        self._places: dict[View, int] = {}
+        self._ended: deque[View] = deque()
+        self._clock = 0
 
     def fits(self, num_texts: int, length: int) -> bool:
         """Whether so many texts of at most so many tokens can be held at once."""
         return num_texts <= self.num_slots and (self.max_tokens is None or num_texts * length <= self.max_tokens)
 
+    def held(self, view: View) -> int:
+        """Tokens of a text that are stored and still its own."""
+        place = self._places.get(view)
+        if place is None:
+            return 0
+        slot = self.slots[place]
+        return min(slot.held, view.valid_since(slot.rewinds))
+
+    def release(self, view: View) -> None:
+        """From any thread; it takes effect with the next pass."""
+        self._ended.append(view)
+
     def batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:
         """`queries`, in order, as many at a time as fit. Each of them fits alone."""
         batch: list[Query] = []
         for query in queries:
-            if not self.fits(len(batch) + 1, max(len(each.token_ids) for each in [*batch, query])):
+            again = any(each.view is query.view for each in batch)
+            if again or not self.fits(len(batch) + 1, max(each.length for each in [*batch, query])):
                 yield batch
                 batch = []
             batch.append(query)
@@ -63,81 +102,134 @@ class PrefixCache:
     def forget(self) -> None:
         """Give up all texts and their memory."""
         self.pool.free()
-        self.table = SlotTable()
+        self.slots, self._places = [], {}
 
     def jobs(self, queries: Sequence[Query]) -> list[Job]:
-        """A slot of its own for each query, whose batch fits. Jobs that are not new begin where their slot ends."""
-        texts = [query.token_ids for query in queries]
-        matched = self._make_room(self.table.match(texts), len(texts), max(map(len, texts)))
-        jobs, taken = [], set(matched.values())
-        for i, query in enumerate(queries):
-            if i in matched:
-                jobs.append(Job(query, matched[i], new=False))
-                self._keep_own(jobs[i])
-            else:
-                slot = self.table.open(len(query.token_ids) - query.num_last + 1, taken)
-                taken.add(slot)
-                jobs.append(Job(query, slot))
-        self.table.touch(taken)
-        new = [job for job in jobs if job.new]
-        for i, job in enumerate(new):
-            _, stored = self.table.longest_prefix(job.query.token_ids)
-            shared = [common_prefix(other.query.token_ids, job.query.token_ids) for other in new[:i]]
-            best = max(shared, default=0)
-            if min(best, job.reusable) - stored >= WORTH_SHARING:
-                job.after = new[shared.index(best)]
-        return jobs
+        """A slot for each query, whose batch fits. No two queries of a batch are of one text."""
+        self._settle_ended()
+        self._clock += 1
+        for query in queries:
+            if query.view not in self._places:
+                self._go_on(query.view)
+        self._make_room(queries)
+        found, known = [], self._places.keys() & {query.view for query in queries}
+        busy = {self._places[view] for view in known}
+        for query in queries:
+            view = query.view
+            if view not in known:
+                busy.add(self._seat(view, busy))
+            place = self._places[view]
+            slot = self.slots[place]
+            slot.held, slot.rewinds = min(slot.held, view.valid_since(slot.rewinds)), view.rewinds
+            slot.used, slot.ended = self._clock, False
+            found.append(Job(query, place, min(slot.held, query.length - query.num_last)))
+        return found
 
-    def share(self, job: Job) -> None:
-        """Give a new job what any slot holds of its beginning, by a copy."""
-        token_ids = job.query.token_ids
-        self._keep_own(job)
-        source, shared = self.table.longest_prefix(token_ids)
-        shared = min(shared, job.reusable)
-        if shared - job.done >= WORTH_SHARING:
-            # A slot never claims more than it holds, whatever may interrupt this.
-            self.pool.copy(source, job.slot, shared)
-            self.hold(job, shared)
+    def waves(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Jobs in the order in which they can copy from one another; what is there to copy has been copied."""
+        waiting = list(jobs)
+        while waiting:
+            coming = {job.query.view for job in waiting if job.missing}
+            ready = [job for job in waiting if not self._waits(job, coming)]
+            for job in ready:
+                self._copy(job)
+            yield ready
+            chosen = set(map(id, ready))
+            waiting = [job for job in waiting if id(job) not in chosen]
 
     def hold(self, job: Job, done: int) -> None:
         """The first `done` tokens of a job are stored now."""
         job.done = done
-        self.table.slots[job.slot].held = job.query.token_ids[:done]
-
-    def disown(self, job: Job) -> None:
-        """No other text may begin with what a job has stored."""
-        self.table.slots[job.slot].held = ()
+        slot = self.slots[job.slot]
+        slot.held = max(slot.held, done)
 
     def clear(self, job: Job) -> None:
-        self.disown(job)
+        """Nothing of what a job has stored may be read again: NaN passes through attention masks."""
+        self.slots[job.slot].held = 0
         self.pool.clear(job.slot)
 
-    def _keep_own(self, job: Job) -> None:
-        slot = self.table.slots[job.slot]
-        job.done = min(common_prefix(slot.held, job.query.token_ids), job.reusable)
-        if job.done < len(slot.held):
-            slot.held = slot.held[: job.done]
+    def _settle_ended(self) -> None:
+        while self._ended:
+            place = self._places.get(self._ended.popleft())
+            if place is not None:
+                self.slots[place].ended = True
 
-    def _make_room(self, matched: dict[int, int], num_texts: int, length: int) -> dict[int, int]:
-        """Slots and positions for a batch. Returns `matched` as the slots are numbered now."""
-        table, pool = self.table, self.pool
-        new = num_texts - len(matched)
-        empty = sum(not slot.held for slot in table.slots)
-        if length <= pool.num_positions and (new <= empty or len(table.slots) == self.num_slots):
-            return matched
-        keep = list(matched.values())
-        positions = length
-        for number in table.by_use():
-            longest = max(positions, len(table.slots[number].held))
-            if number not in keep and self.fits(len(keep) + new + 1, longest):
-                keep.append(number)
+    def _go_on(self, view: View) -> None:
+        """A text that goes on where another one ended (a chat's next turn) takes over its slot."""
+        ended = [(_shared(slot, view.token_ids), n) for n, slot in enumerate(self.slots) if slot.ended]
+        shared, place = max(ended, default=(0, 0))
+        if shared >= WORTH_SHARING and shared >= GOES_ON * self.slots[place].held:
+            self._put(view, place, shared)
+
+    def _seat(self, view: View, busy: set[int]) -> int:
+        """Find a new text a slot, and whom it shares its beginning with."""
+        shared, best = max(((_shared(slot, view.token_ids), n) for n, slot in enumerate(self.slots)), default=(0, -1))
+        free = [n for n in range(len(self.slots)) if n not in busy]
+        place = min(free, key=lambda n: (self.slots[n].view is not None, not self.slots[n].ended, self.slots[n].used))
+        if place != best and shared >= WORTH_SHARING:
+            self.pool.copy(best, place, shared)
+        elif place != best:
+            shared = 0
+        slot = self._put(view, place, shared)
+        for other in self.slots:
+            # Another text that is being read now may come to hold more of it.
+            if other.view is not None and not other.ended and other is not slot:
+                more = _common(other.view.token_ids, view.token_ids, other.view.prompt_length)
+                if more - slot.held >= WORTH_SHARING and more > (slot.source[1] if slot.source else 0):
+                    slot.source = (other.view, more)
+        return place
+
+    def _put(self, view: View, place: int, held: int) -> Slot:
+        old = self.slots[place].view
+        if old is not None:
+            del self._places[old]
+        slot = self.slots[place] = Slot(view, held, view.rewinds, self._clock, ended=False)
+        self._places[view] = place
+        return slot
+
+    def _waits(self, job: Job, coming: set[View]) -> bool:
+        source = self.slots[job.slot].source
+        if source is None or source[0] not in coming or source[0] is job.query.view:
+            return False
+        return min(source[1], job.first) - job.done >= WORTH_SHARING and self.held(source[0]) < source[1]
+
+    def _copy(self, job: Job) -> None:
+        slot = self.slots[job.slot]
+        if slot.source is None:
+            return
+        other, shared = slot.source
+        there = min(self.held(other), shared)
+        if other in self._places and min(there, job.first) - slot.held >= WORTH_SHARING:
+            # A slot never claims more than it holds, whatever may interrupt this.
+            self.pool.copy(self._places[other], job.slot, there)
+            slot.held = there
+            job.done = min(there, job.first)
+        if other not in self._places or there >= shared:
+            slot.source = None
+
+    def _make_room(self, queries: Sequence[Query]) -> None:
+        """Slots and positions for a batch."""
+        length = max(query.length for query in queries)
+        here = {self._places[query.view] for query in queries if query.view in self._places}
+        others = [(n, slot) for n, slot in enumerate(self.slots) if n not in here]
+        new = len(queries) - len(here)
+        empty = sum(slot.view is None for _, slot in others)
+        ended = sum(slot.ended for _, slot in others)
+        more = len(self.slots) + new - empty
+        full = more > self.num_slots or (self.spare_tokens is not None and more * length > self.spare_tokens)
+        if length <= self.pool.num_positions and (new <= empty or (new <= ended and full)):
+            return
+        if length <= self.pool.num_positions and len(self.slots) >= self.num_slots:
+            return  # texts that nobody has called ended make room
+        keep, positions = sorted(here), length
+        for n, slot in sorted(others, key=lambda other: (other[1].ended, -other[1].used)):
+            longest = max(positions, slot.held)
+            if slot.view is not None and self.fits(len(keep) + new + 1, longest):
+                keep.append(n)
                 positions = longest
-        slots = len(keep) + new
-        if slots > pool.num_slots or positions > pool.num_positions:
-            keep.sort()
-            self._resize(keep, *self._generous(slots, positions))
-            return {i: keep.index(number) for i, number in matched.items()}
-        return matched
+        num_slots = len(keep) + new
+        if num_slots > self.pool.num_slots or positions > self.pool.num_positions:
+            self._resize(sorted(keep), *self._generous(num_slots, positions))
 
     def _generous(self, slots: int, positions: int) -> tuple[int, int]:
         """Slots and positions to allocate where so many are needed: growing one by one would copy all each time."""
@@ -156,18 +248,35 @@ class PrefixCache:
         except BaseException:  # out of memory, or interrupted, between two layers
             self.forget()
             raise
-        self.table.resize(keep, num_slots, num_positions)
+        kept = [self.slots[n] for n in keep]
+        for slot in kept:
+            slot.held = min(slot.held, num_positions)
+        self.slots = kept + [Slot() for _ in range(num_slots - len(kept))]
+        self._places = {slot.view: n for n, slot in enumerate(self.slots) if slot.view is not None}
 
 
-def waves(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs in the order in which they can copy from one another."""
-    done: set[int] = set()
-    waiting = list(jobs)
-    while waiting:
-        ready = [job for job in waiting if job.after is None or id(job.after) in done]
-        yield ready
-        done.update(map(id, ready))
-        waiting = [job for job in waiting if id(job) not in done]
+def _shared(slot: Slot, token_ids: Sequence[int]) -> int:
+    """Tokens that a slot holds of the beginning of a new text."""
+    if slot.view is None:
+        return 0
+    # Of a running text the prompt alone: its flow may be writing behind it at this moment.
+    valid = slot.view.valid_since(slot.rewinds) if slot.ended else slot.view.prompt_length
+    return _common(slot.view.token_ids, token_ids, min(slot.held, valid))
+
+
+def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """Length of the common beginning, at most `limit` (comparing slices is far quicker than tokens)."""
+    high = min(limit, len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def passes(jobs: Sequence[Job]) -> Iterator[list[tuple[Job, int]]]:
@@ -175,7 +284,7 @@ def passes(jobs: Sequence[Job]) -> Iterator[list[tuple[Job, int]]]:
 
     The caller has computed a pass (`Job.done`) when it asks for the next.
     """
-    waiting = sorted(jobs, key=lambda job: job.missing)
+    waiting = sorted((job for job in jobs if job.missing), key=lambda job: job.missing)
     while waiting:
         pieces, room = [], PASS_TOKENS
         for job in waiting:

@@ -24,7 +24,7 @@ from collm.models.tools import make_tool
 from collm.training.checking import not_at_hand
 from collm.training.dataset import best_device, digest
 from collm.training.recipe import ModelSection
-from collm.types import LanguageModel
+from collm.values import LanguageModel
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,245 @@
+"""The engine that lives on: callable from any thread, while one thread owns the flows and each device has one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from queue import Empty, SimpleQueue
+from weakref import finalize
+
+from collm.decoding.collaborative import Flow
+from collm.decoding.pace import Experience
+from collm.engine.passes import Batch
+from collm.engine.running import Finished, Sink
+from collm.engine.scheduler import Scheduler, answers, lengths_of
+from collm.errors import CollmError
+from collm.types import Usage
+from collm.values import LanguageModel, StreamingModel
+from collm.views import Text
+
+_log = logging.getLogger(__name__)
+
+PATIENCE_AT_CLOSE = 5.0
+"""Seconds that `close` waits for passes that run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine is busy with: texts that run, texts that wait."""
+
+    running: int
+    waiting: int
+
+
+class Engine:
+    """Texts of all callers share the passes of the models, and their caches and experience, until it is closed.
+
+    Args:
+        models: the base first.
+        max_num_seqs: texts that run at a time; further ones wait, first come, first served.
+        timeout: seconds after which a pass is given up and its texts end with an error; None waits for ever.
+        patience: see `Scheduler`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LanguageModel],
+        *,
+        max_num_seqs: int = 16,
+        timeout: float | None = None,
+        patience: float = 1.0,
+        experience: Experience | None = None,
+    ) -> None:
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
+        self.models = tuple(models)
+        self._driver = _Driver(self.models, max_num_seqs, timeout, patience, experience)
+        self._close = finalize(self, self._driver.stop)
+
+    @property
+    def experience(self) -> Experience:
+        return self._driver.scheduler.experience
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._driver.scheduler.max_num_seqs
+
+    @property
+    def load(self) -> Load:
+        scheduler = self._driver.scheduler
+        return Load(len(scheduler.running), len(scheduler.waiting))
+
+    def grow(self, max_num_seqs: int) -> None:
+        """Let at least so many texts run at a time from now on."""
+        self._driver.call(partial(self._driver.grow, max_num_seqs))
+
+    def require_room(self, text: Text, max_tokens: int) -> None:
+        """Refuse a text that can never fit into the caches, as `submit` does.
+
+        Raises:
+            CollmError: naming the model.
+        """
+        self._driver.scheduler.require_room(lengths_of(text, max_tokens))
+
+    def submit(self, flow: Flow, text: Text, max_tokens: int, sink: Sink) -> int:
+        """Start a text, as soon as there is room; returns its number.
+
+        `sink` is told each step and then, exactly once, how it ended; in the engine's thread, so it must not wait.
+
+        Raises:
+            CollmError: the text can never fit into the caches, or the engine is closed.
+        """
+        self.require_room(text, max_tokens)
+        number = next(self._driver.numbers)
+        self._driver.call(partial(self._driver.submit, number, flow, text, max_tokens, sink))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a text (`"cancelled"`), wherever it is; nothing happens if it has ended."""
+        self._driver.call(partial(self._driver.scheduler.cancel, number), needed=False)
+
+    def close(self) -> None:
+        """End all texts (`"cancelled"`) and stop the threads; passes that run are waited for, a few seconds."""
+        self._close()
+
+
+class _Driver:
+    """The threads, which know nothing of the `Engine`, so that they end when nobody holds it any more."""
+
+    def __init__(
+        self,
+        models: Sequence[LanguageModel],
+        max_num_seqs: int,
+        timeout: float | None,
+        patience: float,
+        experience: Experience | None,
+    ) -> None:
+        self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.scheduler = Scheduler(
+            models,
+            max_num_seqs=max_num_seqs,
+            timeout=timeout,
+            patience=patience,
+            experience=experience,
+            post=self.inbox.put,
+        )
+        self.numbers = count()
+        # Nothing goes on beside the passes of a single device, so the thread that owns the flows runs them, too: waking
+        # another one costs some ten microseconds a pass.
+        self._alone = (
+            len(self.scheduler.devices) == 1
+            and timeout is None
+            and not any(isinstance(model, StreamingModel) for model in models)
+        )
+        self._idle: dict[Hashable, SimpleQueue[Callable[[], None] | None]] = {}
+        self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
+        self._process = os.getpid()
+        self._stopped = False
+
+    def call(self, what: Callable[[], None], *, needed: bool = True) -> None:
+        """Do something in the thread that owns the flows, which starts with the first call."""
+        if self._process != os.getpid():
+            raise CollmError("a fork keeps no threads: load the system again in this process")
+        with self._starting:
+            if self._stopped:
+                if needed:
+                    raise CollmError("this system is closed; load it again")
+                return
+            self.inbox.put(what)
+            if not self._threads:
+                self._start()
+
+    def submit(self, number: int, flow: Flow, text: Text, max_tokens: int, sink: Sink) -> None:
+        try:
+            self.scheduler.submit(number, flow, text, max_tokens, sink)
+        except CollmError as error:
+            sink(Finished("error", Usage(), str(error)))
+
+    def grow(self, max_num_seqs: int) -> None:
+        self.scheduler.max_num_seqs = max(self.scheduler.max_num_seqs, max_num_seqs)
+
+    def stop(self) -> None:
+        if self._process != os.getpid():
+            return  # after a fork there are no threads, and a lock may never be released
+        with self._starting:
+            if self._stopped:
+                return
+            self._stopped = True
+            self.inbox.put(_stop)
+        until = time.monotonic() + PATIENCE_AT_CLOSE
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+
+    def _start(self) -> None:
+        for device in self.scheduler.devices:
+            passes = self._idle[device] = SimpleQueue()
+            if not self._alone:
+                name = f"collm {device}"
+                self._threads.append(threading.Thread(target=_run_passes, args=(passes,), name=name, daemon=True))
+        self._threads.insert(0, threading.Thread(target=self._drive, name="collm engine", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def _drive(self) -> None:
+        reason = None
+        try:
+            while self._round():
+                pass
+        except BaseException as error:  # a fault of the engine itself: nobody may wait for ever
+            _log.critical("the engine failed", exc_info=error)
+            reason = f"the engine failed: {type(error).__name__}: {error}"
+            with self._starting:
+                self._stopped = True
+        for number in [*self.scheduler.running, *(item.number for item in self.scheduler.waiting)]:
+            self.scheduler.cancel(number, "error" if reason else "cancelled", reason)
+        for passes in self._idle.values():
+            passes.put(None)
+
+    def _round(self) -> bool:
+        """Wait for a call, do what there is to do, and start passes. False once it is to stop."""
+        scheduler, going = self.scheduler, True
+        deadline = scheduler.deadline()
+        try:
+            call = self.inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.perf_counter()))
+            while True:
+                going &= call is not _stop
+                call()
+                call = self.inbox.get_nowait()
+        except Empty:
+            pass
+        scheduler.expire()
+        scheduler.admit()
+        for device, passes in self._idle.items():
+            batch = scheduler.next_pass(device) if going else None
+            if batch is None:
+                continue
+            if self._alone:
+                self._pass(device, batch)
+            else:
+                passes.put(partial(self._pass, device, batch))
+        return going
+
+    def _pass(self, device: Hashable, batch: Batch) -> None:
+        """One pass, and the news of it."""
+        began = time.perf_counter()
+        replies = answers(self.scheduler.models[batch.model], batch.queries)
+        seconds = time.perf_counter() - began
+        self.inbox.put(partial(self.scheduler.finish, device, batch, replies, seconds))
+
+
+def _stop() -> None:
+    """The last call of a driver."""
+
+
+def _run_passes(passes: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := passes.get()) is not None:
+        call()
+        del call

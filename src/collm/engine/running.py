@@ -1,0 +1,88 @@
+"""One text on its way through the engine."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from collm.decoding.collaborative import Flow
+from collm.types import FinishReason, Step, Usage
+from collm.values import Extend, Reply
+from collm.views import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a text; each has exactly one."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    error: str | None = None
+
+
+Event = Step | Finished
+Sink = Callable[[Event], None]
+"""Told each event of a text, in the driver's thread: it must not wait."""
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """An `Extend` that a streaming model is working on: the answers that its flow has not asked for yet."""
+
+    ready: deque[list[Reply]] = field(default_factory=deque)
+    ended: bool = False
+    cancel: Callable[[], None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """`replies` fill up until `left` is 0; then the flow goes on. `advancing`: it is running now."""
+
+    number: int
+    flow: Flow
+    text: Text
+    lengths: tuple[int, ...]
+    """Tokens that it may come to, prompt included, as each model sees it."""
+    sink: Sink
+    num_models: int
+    started: float = 0.0
+    asked: float = 0.0
+    replies: list[list[Reply]] = field(default_factory=list)
+    left: int = 0
+    extend: Extend | None = None
+    extended_from: int = 0
+    """Where its view ended when it was asked for."""
+    stream: Stream | None = None
+    ticket: int = 0
+    """Rises with each request to a streaming model: what is late is not taken for an answer to the next one."""
+    advancing: bool = False
+    cancelled: bool = False
+    done: bool = False
+    first_token: float = 0.0
+    forward_passes: list[int] = field(default_factory=list)
+    tokens_by_author: list[int] = field(default_factory=list)
+    accepted: int = 0
+    recovered: int = 0
+    discarded: int = 0
+
+    def __post_init__(self) -> None:
+        self.forward_passes, self.tokens_by_author = [0] * self.num_models, [0] * self.num_models
+
+    def count(self, step: Step) -> None:
+        self.tokens_by_author[step.author] += 1
+        if step.draft:
+            self.accepted += step.draft == "accepted"
+            self.recovered += step.draft == "recovered"
+            self.discarded += step.discarded
+
+    def usage(self, now: float) -> Usage:
+        return Usage(
+            tuple(self.tokens_by_author),
+            tuple(self.forward_passes),
+            self.accepted + self.recovered + self.discarded,
+            self.accepted,
+            self.recovered,
+            now - self.started if self.started else 0.0,
+            self.first_token,
+        )

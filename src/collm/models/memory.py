@@ -1,0 +1,39 @@
+"""How much memory there is for caches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+SPARE_SHARE = 0.1
+"""Of the memory that is free when a model is loaded: for what ended texts leave in its cache."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return 4 << 30
+
+
+def bytes_per_token(lm: PreTrainedModel) -> int:
+    """What one position of one text takes in the KV pool."""
+    config: Any = lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * lm.dtype.itemsize)
+
+
+def tokens_in(lm: PreTrainedModel, share: float) -> int:
+    """Positions (slots times their length) whose keys and values take this share of the free memory."""
+    return max(1, int(share * free_bytes(lm.device) / bytes_per_token(lm)))
+
+
+def spare_tokens(lm: PreTrainedModel) -> int:
+    return tokens_in(lm, SPARE_SHARE)

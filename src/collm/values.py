@@ -1,0 +1,188 @@
+"""What travels between decoders and models: a `Query` or an `Extend` goes out, an `Answer` comes back.
+
+An answer is a token first, chosen by the model where its law lies; the law itself travels only for methods that mix
+laws. So a transformer in this process, a server and a calculator are the same kind of thing: a `LanguageModel`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from collm.views import View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a model chooses its token. `temperature` 0 is greedy; see `SamplingParams`.
+
+    The noise is a function of (seed, sample, position, token) alone, the position being that of the completion.
+    """
+
+    seed: int = 0
+    sample: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+GREEDY = Draw()
+
+
+class Query(NamedTuple):
+    """One pass of a model: an answer after each of the last `num_last` prefixes of the first `length` tokens of `view`.
+
+    `num_last` 0 reads without an answer (a piece of a long prompt). On request the answers carry the log-probability
+    of *given* tokens, `given[i]` being the one behind the i-th of these prefixes, the `num_top` most probable tokens,
+    or the whole law.
+    """
+
+    model: int
+    view: View
+    length: int
+    num_last: int = 1
+    draw: Draw = GREEDY
+    given: Sequence[int] | None = None
+    num_top: int = 0
+    law: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        num_last: int = 1,
+        *,
+        model: int = 0,
+        given: Sequence[int] | None = None,
+        law: bool = False,
+    ) -> Query:
+        """About a text that nobody writes on: all of it is prompt."""
+        return cls(model, View(token_ids), len(token_ids), num_last, given=given, law=law)
+
+    @property
+    def ends(self) -> range:
+        """The lengths of the prefixes that it asks about."""
+        return range(self.length - self.num_last + 1, self.length + 1)
+
+
+class Extend(NamedTuple):
+    """Write on by yourself from the end of `view`: until you would defer, stop, or have written `max_tokens`.
+
+    The answers come as a stream, one for each token, and the flow that asked may stop listening after any of them.
+    `until` says where this model would defer (a `Policy`), None where it never does. A model that cannot test it
+    itself is asked token by token.
+    """
+
+    model: int
+    view: View
+    max_tokens: int
+    draw: Draw = GREEDY
+    until: Any = None
+
+
+class Answer(NamedTuple):
+    """The next token of one prefix, and what its law says about it. Log-probabilities are natural logarithms under the
+    model's own law, before temperature and truncation.
+
+    `token_id`: the model's choice. `top_token_id`: the most probable token. `entropy`: of the law, in nats.
+    `log_gate`: `[1+K]` logs of the gate `P(Z = z | prefix)`, from a base that has one. On request: `given_log_prob`,
+    `top` (the most probable tokens with their log-probabilities, best first) and `law`, `[V]` float32 log-probabilities
+    over the shared vocabulary, where the model left them.
+    """
+
+    token_id: int
+    log_prob: float
+    top_token_id: int
+    top_log_prob: float
+    entropy: float
+    log_gate: tuple[float, ...] | None = None
+    given_log_prob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    law: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A model that failed after one prefix (predictions that are not numbers, a server that is gone), and how.
+
+    A fault belongs to one text: what else was asked in the same pass is answered as ever.
+    """
+
+    reason: str
+
+
+Reply = Answer | Fault | None
+"""`None`: the model abstains after this prefix (a tool that has nothing to say). The base never does."""
+Replies = list[list[Reply]]
+"""For each query its answers, oldest prefix first."""
+
+
+class LanguageModel(ABC):
+    """Anything that writes the next token of a prefix: a transformer, a server, a calculator.
+
+    What it remembers of earlier queries (a KV cache) is its own affair and never changes an answer. The engine calls
+    `predict` from one thread at a time for each `network`.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text of this model."""
+        return frozenset()
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it can read at most; None: no bound."""
+        return None
+
+    @property
+    def network(self) -> Hashable:
+        """What a pass runs on. Models of one network (a model and its LoRA adapters) take turns."""
+        return id(self)
+
+    @property
+    def device(self) -> Hashable:
+        """Where its passes run. Networks of one device take turns, for each would slow the other down and spoil its
+        batches; those of different devices run at the same time."""
+        return "cpu"
+
+    @property
+    def instant(self) -> bool:
+        """It answers within microseconds, so that nobody should wait for it, nor it for company."""
+        return False
+
+    @abstractmethod
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        """The answers of one pass. Those to one query depend on no other query, nor on earlier calls."""
+
+    def missing(self, query: Query) -> int:
+        """Tokens that a pass for this query has to read: what the caches do not hold."""
+        return max(1, query.num_last)
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether texts that grow to these lengths can be held at the same time."""
+        return True
+
+    def release(self, view: View) -> None:  # noqa: B027 (most models keep nothing)
+        """This text has ended. What the caches hold of it may be given up. Called from any thread."""
+
+
+class StreamingModel(LanguageModel):
+    """A model that serves many requests at the same time and writes on by itself: one behind a server."""
+
+    @abstractmethod
+    def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
+        """Begin to answer, without waiting.
+
+        `deliver` is called from any thread: for a `Query` once, with its answers; for an `Extend` with the answers as
+        they come and with None when it has ended. What it returns cancels the request, after which nothing may be
+        delivered that matters.
+        """
