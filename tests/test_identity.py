@@ -115,7 +115,7 @@ class Served(Calculator):
     """A model that says itself what decides its answers."""
 
     def identity(self) -> dict[str, Any]:
-        return remote_identity("large", "1", self._tokenizer, [-1.0])
+        return remote_identity("large", "1", self.tokenizer, [-1.0])
 
 
 def test_a_model_may_say_who_it_is(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

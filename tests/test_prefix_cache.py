@@ -383,3 +383,18 @@ def test_answers_survive_scattered_and_ragged_rows(tiny_tokenizer: PreTrainedTok
     queries = [at_end(written(texts[i], *range(k)).views[0]) for i, k in ((0, 1), (1, 1), (2, 1), (4, 1), (3, 5))]
     for [a], [b] in zip(model.predict(queries), plain.predict(queries), strict=True):
         assert close(a, b)
+
+
+def test_memory_may_be_bounded_by_a_share(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    from collm.models.memory import bytes_per_token, free_bytes
+
+    network = tiny("llama")
+    model = LocalModel(network, tiny_tokenizer, max_cache_tokens=0.001)
+    assert model.fits([64])
+    assert not model.fits([2 * int(free_bytes(network.device) * 0.001 / bytes_per_token(network))])
+    ask = Query.of(range(3, 67))
+    model.predict([ask])
+    assert model.cache_bytes == 64 * bytes_per_token(network)
+    for wrong in (0, -1, 1.5, 0.0):
+        with pytest.raises(ValueError, match="max_cache_tokens must be"):
+            LocalModel(network, tiny_tokenizer, max_cache_tokens=wrong)

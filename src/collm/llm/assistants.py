@@ -29,7 +29,7 @@ def load_assistants(
     dtype: str = "float32",
     device: str = "cpu",
     cache: bool = True,
-    max_cache_tokens: int | None = None,
+    max_cache_tokens: int | float | None = None,
     store: ModelStore | None = None,
 ) -> list[tuple[LanguageModel, Formatter]]:
     """The assistants in the order of the gate, each with its prompt format.
@@ -61,7 +61,7 @@ def _load(
     device: str,
     store: ModelStore,
     cache: bool,
-    max_cache_tokens: int | None,
+    max_cache_tokens: int | float | None,
 ) -> tuple[LanguageModel, Formatter]:
     if not isinstance(source, str):
         return source, base

@@ -98,7 +98,7 @@ class CollaborativeLM:
         dtype: str = "float32",
         device: str = "cpu",
         cache: bool = True,
-        max_cache_tokens: int | None = None,
+        max_cache_tokens: int | float | None = None,
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         timeout: float | None = None,
@@ -113,8 +113,9 @@ class CollaborativeLM:
                 own. Tools that the checkpoint was trained with need not be given.
             base: where the base model lies, for a checkpoint that holds an adapter or a gate alone.
             cache: False recomputes every token from the start: the plain twin, for tests.
-            max_cache_tokens: bounds the KV cache of each model (texts at a time x their length). Texts wait until
-                there is room; one that cannot fit at all is refused. None: as much as is asked for.
+            max_cache_tokens: bounds the KV cache of each model (texts at a time x their length), in tokens, or as a
+                share below 1 of the memory that is free once it is loaded. Texts wait until there is room; one that
+                cannot fit at all is refused. None: as much as is asked for.
             max_num_seqs, max_model_len, timeout: see the class.
 
         Raises:

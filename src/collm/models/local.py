@@ -19,7 +19,7 @@ from collm.models.head import DeferralHead
 from collm.models.kv_pool import KVPool
 from collm.models.laws import Asked, Laws
 from collm.models.loading import eos_ids
-from collm.models.memory import spare_tokens
+from collm.models.memory import spare_tokens, tokens_in
 from collm.models.prefix_cache import Job, PrefixCache, passes
 from collm.models.selftest import crop_serves, pool_serves
 from collm.models.tokenizers import shared_vocab_size
@@ -48,7 +48,8 @@ class LocalModel(LanguageModel):
         cache: False gives the plain twin.
         num_slots: sequences whose caches are kept, and rows of a forward pass at most.
         max_cache_tokens: bounds the memory of the caches: slots times positions, `cache_bytes` at most that many times
-            what one token takes. None: `num_slots` texts of any length.
+            what one token takes; a share below 1 is one of the memory that is free now. None: `num_slots` texts of any
+            length.
         on_pass: called after every forward pass.
         activate: called before `model` is used, if it is several models by turns (`adapters.Variant.activate`).
 
@@ -66,12 +67,12 @@ class LocalModel(LanguageModel):
         vocab_size: int | None = None,
         cache: bool = True,
         num_slots: int = 16,
-        max_cache_tokens: int | None = None,
+        max_cache_tokens: int | float | None = None,
         on_pass: Callable[[ForwardPass], None] | None = None,
         activate: Callable[[], None] | None = None,
     ) -> None:
-        if max_cache_tokens is not None and max_cache_tokens < 1:
-            raise ValueError(f"max_cache_tokens must be at least 1, not {max_cache_tokens}")
+        if max_cache_tokens is not None and (max_cache_tokens <= 0 or (max_cache_tokens > 1 and max_cache_tokens % 1)):
+            raise ValueError(f"max_cache_tokens must be at least 1, or a share below 1, not {max_cache_tokens}")
         self.model = model
         self.head = head
         lm = causal_lm(model)
@@ -95,6 +96,9 @@ class LocalModel(LanguageModel):
             check_project(lm)
             self._cache: PrefixCache | CropCache | None = None
             if cache and pool_serves(lm):
+                if max_cache_tokens is not None:
+                    share = max_cache_tokens < 1
+                    max_cache_tokens = tokens_in(lm, max_cache_tokens) if share else int(max_cache_tokens)
                 self._cache = PrefixCache(KVPool(lm), num_slots, max_cache_tokens, spare_tokens(lm))
             elif cache and crop_serves(lm):
                 self._cache = CropCache(lm, num_slots)
