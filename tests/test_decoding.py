@@ -666,3 +666,11 @@ def test_params_are_checked() -> None:
     for wrong in ({"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}):
         with pytest.raises(ValueError):
             replace(params, **wrong)
+
+
+def test_noise_in_float32_makes_nothing_of_the_impossible_possible() -> None:
+    """Some devices know no float64; there the largest words are rounded to 1, whose noise would be 0."""
+    words = torch.tensor([0, 1]), torch.tensor([0, 0])
+    for position in range(40):
+        noise = race(words, torch.tensor([0, 0]), torch.tensor([position, position]), 152_064, torch.float32)
+        assert bool((noise > 0).all())

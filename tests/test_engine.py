@@ -324,7 +324,7 @@ class Faulty(FakeModel):
 @pytest.mark.parametrize("how", ["raises", "forgets", "mumbles"])
 def test_a_model_that_fails_now_and_then(how: str) -> None:
     """A failed pass is asked again text by text, so only a text whose own pass fails has a fault."""
-    models = [MODELS[0], Faulty(3, how)]
+    models = [MODELS[0], Faulty(11, how)]
     found: dict[int, list[Event]] = {n: [] for n in range(8)}
     for number, event in run([flow(n, 20) for n in range(8)], models, 4):
         found[number].append(event)
@@ -667,3 +667,95 @@ def test_what_a_cache_holds_of_a_view_is_still_its_text(actions: list[Any]) -> N
             valid = min(len(held), view.valid_since(rewinds))
             assert held[:valid] == view.token_ids[:valid]
         remembered.append((list(view.token_ids), view.rewinds))
+
+
+# -- what a hostile reading found
+
+
+def test_a_model_that_keeps_nothing_reads_a_long_prompt_at_once(tiny_tokenizer: Any, tiny_model: Any) -> None:
+    from collm.models.local import LocalModel
+
+    model = LocalModel(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer, cache=False)
+    params = SamplingParams(max_tokens=2)
+    texts = [alone(0, [[5] * length], params, EOS) for length in (1100, 6)]
+    ends = [event for _, event in run(texts, [model]) if isinstance(event, Finished)]
+    assert [end.finish_reason for end in ends] == ["length", "length"]
+    assert all(end.usage.forward_passes == (2,) for end in ends)
+
+
+@pytest.mark.parametrize("busy", [1, 2])
+def test_nobody_is_starved_by_texts_that_ask_again_and_again(busy: int) -> None:
+    models = [*MODELS, FakeModel("a2", V)]
+    engine = Twin(models)
+    for model in range(1, busy + 1):
+        engine.submit(*alone(model, [[1, 2]] * 3, SamplingParams(max_tokens=200), [frozenset()] * 3))
+    engine.submit(*alone(0, [[1, 2]] * 3, SamplingParams(max_tokens=3), [frozenset()] * 3))
+    rounds = 0
+    while not any(number == busy and isinstance(event, Finished) for number, event in engine.step()):
+        rounds += 1
+    assert rounds < 12
+
+
+class Leaves(FakeModel):
+    """Fails in another way than models fail."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("base", V, num_assistants=1)
+        self.how = how
+
+    @property
+    def device(self) -> str:
+        return "elsewhere"
+
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        if self.how == "predict":
+            raise SystemExit(3)
+        return super().predict(queries)
+
+    def missing(self, query: Query) -> int:
+        if self.how == "missing":
+            raise RuntimeError("who knows")
+        return super().missing(query)
+
+    def release(self, view: Any) -> None:
+        if self.how == "release":
+            raise RuntimeError("will not let go")
+
+
+@pytest.mark.parametrize("how", ["predict", "missing", "release"])
+def test_a_model_that_fails_in_other_ways_ends_its_texts(how: str) -> None:
+    engine = Engine([Leaves(how), MODELS[1]], timeout=60)
+    for _ in range(3):
+        end = once(read(told_by(engine, alone(0, [[1]] * 2, SamplingParams(max_tokens=3), EOS))[1]))
+        assert end.finish_reason == ("length" if how == "release" else "error")
+    assert once(read(told_by(engine, alone(1, [[1]] * 2, SamplingParams(max_tokens=3), EOS))[1])).error is None
+    engine.close()
+
+
+class Silent(Streaming):
+    """A server that never answers."""
+
+    def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
+        self.requests.append(request)
+        return lambda: None
+
+
+@pytest.mark.parametrize("kind", ["extend", "query"])
+def test_a_server_that_never_answers_is_given_up(kind: str) -> None:
+    models: list[LanguageModel] = [Silent(MODELS[0]), MODELS[1]] if kind == "extend" else [MODELS[0], Silent(MODELS[1])]
+    engine = Engine(models, timeout=0.2)
+    end = once(read(told_by(engine, flow(3, 30, 1))[1]))
+    assert end.finish_reason == "error" and "within 0.2 seconds" in str(end.error)
+    engine.close()
+
+
+def test_what_is_delivered_twice_is_no_answer_to_the_next_question() -> None:
+    class Twice(Streaming):
+        def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
+            assert isinstance(request, Query)
+            deliver(self.model.predict([request])[0])
+            deliver(self.model.predict([request._replace(length=1, num_last=1)])[0])
+            return lambda: None
+
+    events = [event for _, event in run([flow(3, 30, 1)], [MODELS[0], Twice(MODELS[1])])]
+    assert tokens(events) == text(3, 30)

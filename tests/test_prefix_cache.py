@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from collm.engine import Finished, run
 from collm.models import prefix_cache
 from collm.models.local import LocalModel
+from collm.models.prefix_cache import PrefixCache
 from collm.sampling_params import SamplingParams
 from collm.types import ForwardPass
 from collm.values import Query
@@ -398,3 +399,20 @@ def test_memory_may_be_bounded_by_a_share(tiny_tokenizer: PreTrainedTokenizerFas
     for wrong in (0, -1, 1.5, 0.0):
         with pytest.raises(ValueError, match="max_cache_tokens must be"):
             LocalModel(network, tiny_tokenizer, max_cache_tokens=wrong)
+
+
+def test_ended_texts_of_a_model_that_is_never_asked_are_not_kept(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = LocalModel(tiny("llama"), tiny_tokenizer)
+    assert isinstance(model._cache, PrefixCache)
+    for _ in range(500):
+        model.release(View([1, 2, 3]))
+    assert len(model._cache._ended) <= 64
+
+
+def test_a_text_that_ended_before_its_pass_leaves_no_slot_behind(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = LocalModel(tiny("llama"), tiny_tokenizer)
+    assert isinstance(model._cache, PrefixCache)
+    query = Query.of((3, 4, 5))
+    model.release(query.view)
+    model.predict([query])
+    assert [slot.ended for slot in model._cache.slots if slot.view is query.view] == [True]

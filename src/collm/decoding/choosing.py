@@ -49,7 +49,8 @@ def race(seed: tuple[Tensor, Tensor], sample: Tensor, position: Tensor, size: in
     else:
         words = torch.stack(_words(partial(torch.arange, device=position.device), *columns, size=size), dim=-1)
     uniform = (words.flatten(1)[:, :size].to(dtype) + 0.5) * 2.0**-32
-    return -uniform.log()
+    # In float32 the largest words are rounded to 1, whose noise would be 0: any token, impossible ones too, would win.
+    return -uniform.clamp_max(1 - torch.finfo(dtype).eps / 2).log()
 
 
 def _words(arange: Callable[[int], Any], *columns: Any, size: int) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,8 +20,8 @@ from collm.engine.passes import Batch
 from collm.engine.running import Finished, Sink
 from collm.engine.scheduler import Scheduler, answers, lengths_of
 from collm.errors import CollmError
-from collm.types import Usage
-from collm.values import LanguageModel, StreamingModel
+from collm.types import FinishReason, Usage
+from collm.values import Fault, LanguageModel, Reply, StreamingModel
 from collm.views import Text
 
 _log = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ class _Driver:
     def call(self, what: Callable[[], None], *, needed: bool = True) -> None:
         """Do something in the thread that owns the flows, which starts with the first call."""
         if self._process != os.getpid():
+            if not needed:
+                return
             raise CollmError("a fork keeps no threads: load the system again in this process")
         with self._starting:
             if self._stopped:
@@ -198,10 +201,24 @@ class _Driver:
             reason = f"the engine failed: {type(error).__name__}: {error}"
             with self._starting:
                 self._stopped = True
-        for number in [*self.scheduler.running, *(item.number for item in self.scheduler.waiting)]:
-            self.scheduler.cancel(number, "error" if reason else "cancelled", reason)
+        self._end_all("error" if reason else "cancelled", reason)
         for passes in self._idle.values():
             passes.put(None)
+
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+        """Nobody may wait for ever: also not for a text whose submission has not been read yet."""
+        with suppress(Empty):
+            while True:
+                call = self.inbox.get_nowait()
+                try:
+                    call()
+                except Exception:
+                    _log.exception("a call failed while the engine ended")
+        for number in [*self.scheduler.running, *(item.number for item in self.scheduler.waiting)]:
+            try:
+                self.scheduler.cancel(number, reason, error)
+            except Exception:
+                _log.exception("text %d could not be ended", number)
 
     def _round(self) -> bool:
         """Wait for a call, do what there is to do, and start passes. False once it is to stop."""
@@ -230,7 +247,12 @@ class _Driver:
     def _pass(self, device: Hashable, batch: Batch) -> None:
         """One pass, and the news of it."""
         began = time.perf_counter()
-        replies = answers(self.scheduler.models[batch.model], batch.queries)
+        try:
+            replies = answers(self.scheduler.models[batch.model], batch.queries)
+        except BaseException as error:  # this thread has to go on, and to say that the pass is over
+            _log.critical("a pass failed", exc_info=error)
+            fault: Reply = Fault(f"the pass failed: {type(error).__name__}: {error}")
+            replies = [[fault] * max(1, query.num_last) for query in batch.queries]
         seconds = time.perf_counter() - began
         self.inbox.put(partial(self.scheduler.finish, device, batch, replies, seconds))
 

@@ -55,7 +55,9 @@ class Running:
     """Where its view ended when it was asked for."""
     stream: Stream | None = None
     ticket: int = 0
-    """Rises with each request to a streaming model: what is late is not taken for an answer to the next one."""
+    """Rises with each request: what a streaming model delivers late is not taken for an answer to the next one."""
+    remote: dict[int, int] = field(default_factory=dict)
+    """By place, the answers that are awaited from streaming models."""
     advancing: bool = False
     cancelled: bool = False
     done: bool = False

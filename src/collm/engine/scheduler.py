@@ -61,6 +61,7 @@ class Scheduler:
         self.waiting: deque[Running] = deque()
         self._queues: list[list[Waiting]] = [[] for _ in self.models]
         self._passes: dict[Hashable, Batch] = {}
+        self._served: dict[Hashable, set[int]] = {device: set() for device in self.devices}
         self._cancelled = False
         """A text that may wait in a queue has ended."""
         self._clock, self._post = clock, post
@@ -102,15 +103,16 @@ class Scheduler:
         """Start what has been waiting, as far as there is room."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             item = self.waiting[0]
-            together = [*(each.lengths for each in self.running.values()), item.lengths]
-            if self.running and not all(
-                model.fits([lengths[number] for lengths in together]) for number, model in enumerate(self.models)
-            ):
+            if self.running and not self._fits(item):
                 return
             self.waiting.popleft()
             self.running[item.number] = item
             item.started = self._clock()
             self._advance(item, None)
+
+    def _fits(self, item: Running) -> bool:
+        together = [*(each.lengths for each in self.running.values()), item.lengths]
+        return all(model.fits([lengths[n] for lengths in together]) for n, model in enumerate(self.models))
 
     def _end(self, item: Running, reason: FinishReason, error: str | None = None) -> None:
         """Exactly once for every text."""
@@ -124,7 +126,10 @@ class Scheduler:
         except Exception:  # a flow that does not let go
             _log.warning("a flow failed while it was closed", exc_info=True)
         for model, view in zip(self.models, item.text.views, strict=True):
-            model.release(view)
+            try:
+                model.release(view)
+            except Exception:
+                _log.warning("%s failed to let go of a text", model.name, exc_info=True)
         try:
             item.sink(Finished(reason, item.usage(self._clock()), error))
         except Exception:
@@ -193,6 +198,8 @@ class Scheduler:
             queries = (Query(extend.model, view, len(view.token_ids), 1, extend.draw),)
         item.asked, item.left = self._clock(), len(queries)
         item.replies = [[] for _ in queries]
+        item.ticket += 1
+        item.remote = {}
         for place, query in enumerate(queries):
             model = self.models[query.model]
             if model.instant:
@@ -225,30 +232,52 @@ class Scheduler:
         if not wanted:
             return None
         now = self._clock()
-        number = self._turn(wanted, now)
+        number = self._turn(wanted, now, self._served[device])
         waiting = self._queues[number]
-        batch = plan_pass(number, self.models[number], waiting, len(self.running) - len(waiting), self.experience)
+        others = len(self.running) - len(waiting)
+        try:
+            batch = plan_pass(number, self.models[number], waiting, others, self.experience)
+        except Exception as error:  # what a model says of itself
+            _log.warning("%s failed", self.models[number].name, exc_info=True)
+            self._queues[number] = []
+            self._fail(waiting, f"{self.models[number].name}: {type(error).__name__}: {error}")
+            return self.next_pass(device)
         going = set(map(id, batch.waiting))
         self._queues[number] = [each for each in waiting if id(each) not in going]
         batch.started = now
         self._passes[device] = batch
+        served = self._served[device]
+        if number == BASE:
+            served.clear()
+        else:
+            served.add(number)
         return batch
 
-    def _turn(self, wanted: Sequence[int], now: float) -> int:
+    def _fail(self, waiting: Sequence[Waiting], reason: str) -> None:
+        for each in waiting:
+            if not each.item.done:
+                self._take(each.item, each.place, [Fault(reason)] * each.query.num_last)
+
+    def _turn(self, wanted: Sequence[int], now: float, served: set[int]) -> int:
         """Which model's turn it is on its device: an assistant's, or else the base's.
 
         A pass of an assistant that serves one text costs about as much as one that serves all. So, where it takes
         turns with the base, it is asked once the texts that wait for it have together waited as long as its pass would
         delay those that want the base, or once the first of them has waited for the time of `patience` passes (as in
         the ski-rental problem, that costs it at most twice the time); and at once where it is no dearer than the base,
-        or nobody wants the base.
+        or nobody wants the base. An assistant that has been `served` since the base was comes after texts that have
+        wanted the base for longer, so that nobody is kept waiting by those who want it again and again.
         """
-        if BASE not in wanted or not self.patience:
-            return max(wanted)
+        since = {number: min(each.item.asked for each in self._queues[number]) for number in wanted}
+        assistants = sorted((number for number in wanted if number != BASE), key=since.__getitem__)
+        if BASE not in wanted:
+            return assistants[0]
         wanting = len(self._queues[BASE])
-        for number in wanted:
-            if number == BASE:
+        for number in assistants:
+            if number in served and since[BASE] <= since[number]:
                 continue
+            if not self.patience:
+                return number
             queue = self._queues[number]
             seconds = self._dear(number, sum(each.query.num_last for each in queue))
             waited = [now - each.item.asked for each in queue]
@@ -280,6 +309,7 @@ class Scheduler:
                 continue
             item.forward_passes[batch.model] += 1
             if unfinished and not any(isinstance(each, Fault) for each in reply):
+                item.asked = self._clock()  # it has had its turn
                 self._queues[batch.model].insert(0, waiting)
             else:
                 self._take(item, waiting.place, reply if not unfinished else reply[:1] * waiting.query.num_last)
@@ -297,32 +327,55 @@ class Scheduler:
             for number in self.devices[device]:
                 late = late + self._queues[number]
                 self._queues[number] = []
-            for each in late:
-                if not each.item.done:
-                    name = self.models[each.query.model].name
-                    fault = Fault(f"{name} has not answered within {self.timeout:g} seconds")
-                    self._take(each.item, each.place, [fault] * each.query.num_last)
+            for number in sorted({each.query.model for each in late}):
+                own = [each for each in late if each.query.model == number]
+                self._fail(own, self._too_late(number))
+        for item in [each for each in self.running.values() if self._waits_remotely(each)]:
+            if now - item.asked >= self.timeout and not item.done:
+                self._give_up(item)
+
+    def _too_late(self, number: int) -> str:
+        return f"{self.models[number].name} has not answered within {self.timeout:g} seconds"
+
+    def _waits_remotely(self, item: Running) -> bool:
+        return item.left > 0 and (item.stream is not None or bool(item.remote))
+
+    def _give_up(self, item: Running) -> None:
+        """Faults in place of what streaming models have not answered."""
+        if item.stream is not None:
+            assert item.extend is not None
+            fault: Reply = Fault(self._too_late(item.extend.model))
+            self._stop_stream(item)
+            item.left = 0
+            self._advance(item, [[fault]])
+            return
+        names = ", ".join(model.name for model in self.models if isinstance(model, StreamingModel))
+        for place, num_last in list(item.remote.items()):
+            del item.remote[place]
+            fault = Fault(f"{names}: no answer within {self.timeout:g} seconds")
+            self._take(item, place, [fault] * num_last)
 
     def deadline(self) -> float | None:
         """When `expire` is to be called next."""
-        if self.timeout is None or not self._passes:
+        if self.timeout is None:
             return None
-        fresh = [batch.started for batch in self._passes.values() if not batch.expired]
+        since = [batch.started for batch in self._passes.values() if not batch.expired]
+        since += [item.asked for item in self.running.values() if self._waits_remotely(item)]
         stuck = [device for device, batch in self._passes.items() if batch.expired]
         if any(self._queues[number] for device in stuck for number in self.devices[device]):
             return self._clock()
-        return min(fresh) + self.timeout if fresh else None
+        return min(since) + self.timeout if since else None
 
     # Streaming models.
 
     def _start_query(self, item: Running, model: StreamingModel, place: int, query: Query) -> None:
-        item.ticket += 1
         ticket = item.ticket
+        item.remote[place] = query.num_last
         item.forward_passes[query.model] += 1
 
         def deliver(replies: list[Reply] | None) -> None:
             def take() -> None:
-                if not item.done and item.ticket >= ticket and item.left and not item.replies[place]:
+                if not item.done and item.ticket == ticket and item.remote.pop(place, None) is not None:
                     found = replies or [Fault(f"{model.name} gave no answer")] * query.num_last
                     self._take(item, place, found)
 

@@ -135,7 +135,9 @@ def _of_model(model: LanguageModel, number: int, item: Encoded, count: int) -> l
     """The first `count` labelled tokens of an example under one model."""
     rows: list[dict[str, Any]] = []
     for start, end in _pieces(item, count):
-        [answers] = model.predict([Query.of(item.token_ids[: end - 1], end - start, model=number)])
+        query = Query.of(item.token_ids[: end - 1], end - start, model=number)
+        [answers] = model.predict([query])
+        model.release(query.view)
         gold = item.token_ids[start:end]
         rows += [_token(answer, token_id, number) for answer, token_id in zip(answers, gold, strict=True)]
     return rows

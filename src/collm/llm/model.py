@@ -281,8 +281,11 @@ class CollaborativeLM:
         events: SimpleQueue[Event] = SimpleQueue()
         writing.start(engine, events.put)
         try:
-            while writing.finished is None or not events.empty():
-                yield writing.chunk(events.get())
+            last = False
+            while not last:
+                chunk = writing.chunk(events.get())
+                last = chunk.generation is not None
+                yield chunk
         finally:
             engine.cancel(writing.number)
 

@@ -28,7 +28,7 @@ class Kept:
 
 
 class CropCache:
-    """The caches of at most `num_slots` texts (more while more are running)."""
+    """The caches of at most `num_slots` texts."""
 
     def __init__(self, lm: PreTrainedModel, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -53,7 +53,8 @@ class CropCache:
 
     def release(self, view: View) -> None:
         """From any thread; it takes effect with the next pass."""
-        self._ended.append(view)
+        if view in self._kept:
+            self._ended.append(view)
 
     def forget(self) -> None:
         self._kept = {}
@@ -85,7 +86,8 @@ class CropCache:
             if ended is not None:
                 ended.ended = True
         if view not in self._kept:
-            spare = sorted((kept.used, n, other) for n, (other, kept) in enumerate(self._kept.items()) if kept.ended)
+            # Ended texts first; those that nobody has called ended (direct callers) after them.
+            spare = sorted((not kept.ended, kept.used, n, v) for n, (v, kept) in enumerate(self._kept.items()))
             for *_, other in spare[: max(0, len(self._kept) + 1 - self.num_slots)]:
                 del self._kept[other]
             # Without the configuration every layer keeps all positions, so that each can be rolled back.

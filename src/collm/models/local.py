@@ -146,8 +146,9 @@ class LocalModel(LanguageModel):
             self._cache.num_slots = max(self._cache.num_slots, num_slots)
 
     def missing(self, query: Query) -> int:
-        held = 0 if self._cache is None else self._cache.held(query.view)
-        return max(query.length - held, query.num_last)
+        if self._cache is None:
+            return max(1, query.num_last)  # it keeps nothing, so reading in pieces would get nowhere
+        return max(query.length - self._cache.held(query.view), query.num_last)
 
     def release(self, view: View) -> None:
         if self._cache is not None:
@@ -209,13 +210,14 @@ class LocalModel(LanguageModel):
 
     def _one_by_one(self, query: Query) -> list[Reply]:
         """The plain way: all tokens from the start, or with transformers' own cache those that it does not hold."""
-        token_ids = query.view.token_ids[: query.length]
-        unknown = self._unknown(token_ids)
+        # What is held has been looked at before.
+        missing = query.length if self._cache is None else self.missing(query)
+        unknown = self._unknown(query.view.token_ids[query.length - missing : query.length])
         if unknown is not None:
             return [unknown] * max(1, query.num_last)
-        began, missing = perf_counter(), self.missing(query)
+        began = perf_counter()
         if self._cache is None:
-            ids = torch.tensor([token_ids], device=self._lm.device)
+            ids = torch.tensor([query.view.token_ids[: query.length]], device=self._lm.device)
             hidden = hidden_states(self._lm, ids, use_cache=False)[0, query.length - query.num_last :]
         else:
             assert isinstance(self._cache, CropCache)

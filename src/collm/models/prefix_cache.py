@@ -16,6 +16,8 @@ POSITION_STEP = 64
 """Positions by which the pool grows, at least; it also grows by a quarter."""
 GOES_ON = 0.9
 """Share of what an ended text left that a new one must begin with, to take over its slot instead of copying."""
+UNSEATED = 64
+"""Ended texts without a slot that are remembered."""
 WORTH_SHARING = 16
 """Tokens of a common prefix that are worth a copy, or the wait until another text has computed them."""
 
@@ -77,15 +79,17 @@ class PrefixCache:
 
     def held(self, view: View) -> int:
         """Tokens of a text that are stored and still its own."""
-        place = self._places.get(view)
-        if place is None:
+        # Asked from another thread than the one that moves slots about.
+        place, slots = self._places.get(view), self.slots
+        if place is None or place >= len(slots) or slots[place].view is not view:
             return 0
-        slot = self.slots[place]
-        return min(slot.held, view.valid_since(slot.rewinds))
+        return min(slots[place].held, view.valid_since(slots[place].rewinds))
 
     def release(self, view: View) -> None:
         """From any thread; it takes effect with the next pass."""
-        self._ended.append(view)
+        # A text without a slot may be in the pass that runs now; few can be, and the others need not be remembered.
+        if view in self._places or len(self._ended) < UNSEATED:
+            self._ended.append(view)
 
     def batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:
         """`queries`, in order, as many at a time as fit. Each of them fits alone."""
@@ -106,7 +110,7 @@ class PrefixCache:
 
     def jobs(self, queries: Sequence[Query]) -> list[Job]:
         """A slot for each query, whose batch fits. No two queries of a batch are of one text."""
-        self._settle_ended()
+        late = self._settle_ended()
         self._clock += 1
         for query in queries:
             if query.view not in self._places:
@@ -121,7 +125,8 @@ class PrefixCache:
             place = self._places[view]
             slot = self.slots[place]
             slot.held, slot.rewinds = min(slot.held, view.valid_since(slot.rewinds)), view.rewinds
-            slot.used, slot.ended = self._clock, False
+            slot.used = self._clock
+            slot.ended = view in late
             found.append(Job(query, place, min(slot.held, query.length - query.num_last)))
         return found
 
@@ -131,6 +136,9 @@ class PrefixCache:
         while waiting:
             coming = {job.query.view for job in waiting if job.missing}
             ready = [job for job in waiting if not self._waits(job, coming)]
+            if not ready:  # each waits for another: slots have changed hands since
+                ready = waiting[:1]
+                self.slots[ready[0].slot].source = None
             for job in ready:
                 self._copy(job)
             yield ready
@@ -148,11 +156,17 @@ class PrefixCache:
         self.slots[job.slot].held = 0
         self.pool.clear(job.slot)
 
-    def _settle_ended(self) -> None:
+    def _settle_ended(self) -> set[View]:
+        """Mark the slots of ended texts. Returns those that have none: they may have ended while their pass waited."""
+        without = set()
         while self._ended:
-            place = self._places.get(self._ended.popleft())
-            if place is not None:
+            view = self._ended.popleft()
+            place = self._places.get(view)
+            if place is None:
+                without.add(view)
+            else:
                 self.slots[place].ended = True
+        return without
 
     def _go_on(self, view: View) -> None:
         """A text that goes on where another one ended (a chat's next turn) takes over its slot."""
