@@ -28,6 +28,8 @@ Deferral = Literal[
 Signal = Literal["gate", "expected_gain", "entropy", "top_probability", "random"]
 """What a threshold is compared with; each can be calibrated to a deferral rate."""
 OnAssistantError = Literal["fail", "base"]
+MOST_TOP = 20
+"""Tokens that can be told beside each written one: as many as the OpenAI API and engines give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class SamplingParams:
     `seed` (64 bits, negative ones in two's complement) fixes all random choices; they are keyed by (seed, sample,
     position), so a text does not depend on its batch-mates. `sample` tells several texts of one prompt and seed apart;
     `generate_batch` numbers the repeats of a prompt within one call.
-    `stop`: strings that end the text and are not part of it.
+    `stop`: strings that end the text and are not part of it; `stop_token_ids`: tokens that do.
+    `top_log_probs`: so many of the most probable tokens are told with each token (`Step.top`).
 
     Who writes is settled by `deferral`:
 
@@ -72,6 +75,8 @@ class SamplingParams:
     seed: int = 0
     sample: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    top_log_probs: int = 0
     deferral: Deferral = "threshold"
     threshold: float | None = None
     deferral_rate: float | None = None
@@ -84,7 +89,8 @@ class SamplingParams:
         # As the OpenAI API: one string is one stop string, not its characters.
         stop: str | Sequence[str] = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        for name in ("max_tokens", "top_k", "seed", "sample"):
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("max_tokens", "top_k", "seed", "sample", "top_log_probs"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         if not math.isfinite(self.temperature):
@@ -99,6 +105,8 @@ class SamplingParams:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not 0 <= self.top_log_probs <= MOST_TOP:
+            raise ValueError(f"top_log_probs must lie between 0 and {MOST_TOP}, not be {self.top_log_probs}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
         if self.deferral not in get_args(Deferral):

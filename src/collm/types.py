@@ -44,7 +44,8 @@ class Step:
     no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
     that the assistant handed back, so that the base wrote the token after all; `fault` says why if it failed.
     `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say, or the
-    logarithm of the expected gain.
+    logarithm of the expected gain. `top`: on request (`SamplingParams.top_log_probs`) the most probable tokens under
+    the law of `log_prob`, with their log-probabilities, best first.
 
     How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
     was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;
@@ -61,6 +62,7 @@ class Step:
     draft: Drafted = ""
     discarded: int = 0
     signal: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
     @property
     def deferred(self) -> bool:

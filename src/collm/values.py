@@ -75,7 +75,7 @@ class Extend(NamedTuple):
 
     The answers come as a stream, one for each token, and the flow that asked may stop listening after any of them.
     `until` says where this model would defer (a `Policy`), None where it never does. A model that cannot test it
-    itself is asked token by token.
+    itself is asked token by token. `num_top` as in `Query`.
     """
 
     model: int
@@ -83,6 +83,7 @@ class Extend(NamedTuple):
     max_tokens: int
     draw: Draw = GREEDY
     until: Any = None
+    num_top: int = 0
 
 
 class Answer(NamedTuple):

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from collm.decoding.choosing import answer_of
+from collm.decoding.choosing import answer_of, most_probable
 from collm.decoding.collaborative import Flow, ModelFailed, ask, ends_text, gate_of, required
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Step
@@ -70,7 +70,8 @@ def combined(text: Text, params: SamplingParams, combination: Combination, eos: 
         answer = answer_of(found.law, draw, text.length)
         author = found.author(answer.token_id)
         text.append(answer.token_id)
-        yield Step(answer.token_id, author, answer.log_prob, gate_of(base.log_gate), base.top_token_id, False, fault)
+        gate, top = gate_of(base.log_gate), most_probable(found.law, params.top_log_probs)
+        yield Step(answer.token_id, author, answer.log_prob, gate, base.top_token_id, False, fault, top=top)
         if ends_text(answer.token_id, author, eos):
             return "stop"
     return "length"

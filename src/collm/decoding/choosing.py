@@ -138,10 +138,14 @@ def requested(answer: Answer, query: Query, i: int) -> Answer:
     law = answer.law
     assert law is not None
     given: float | None = None
-    best: tuple[tuple[int, float], ...] = ()
     if query.given is not None:
         given = float(law[query.given[i]]) if query.given[i] < len(law) else -math.inf
-    if query.num_top:
-        values, token_ids = law.topk(min(query.num_top, len(law)))
-        best = tuple(zip(token_ids.tolist(), values.tolist(), strict=True))
-    return answer._replace(given_log_prob=given, top=best)
+    return answer._replace(given_log_prob=given, top=most_probable(law, query.num_top))
+
+
+def most_probable(law: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The most probable tokens of a law `[V]` (log-probabilities) with theirs, best first."""
+    if not count:
+        return ()
+    values, token_ids = law.topk(min(count, len(law)))
+    return tuple(zip(token_ids.tolist(), values.tolist(), strict=True))

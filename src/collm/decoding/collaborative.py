@@ -47,10 +47,12 @@ def required(reply: Reply) -> Answer:
     return reply
 
 
-def ask(text: Text, models: Sequence[int], draw: Draw, *, law: bool = False) -> Ask:
+def ask(text: Text, models: Sequence[int], draw: Draw, *, num_top: int = 0, law: bool = False) -> Ask:
     """One reply from each of `models` for the token at the end of the text."""
     views = text.views
-    replies = yield tuple(Query(model, views[model], len(views[model]), draw=draw, law=law) for model in models)
+    replies = yield tuple(
+        Query(model, views[model], len(views[model]), draw=draw, num_top=num_top, law=law) for model in models
+    )
     assert replies is not None and len(replies) == len(models)
     return [reply for [reply] in replies]
 
@@ -80,7 +82,9 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
     while text.length < params.max_tokens:
         position = text.length
         replies = yield (
-            MORE if writes_on else Extend(BASE, text.views[BASE], params.max_tokens - position, draw, policy)
+            MORE
+            if writes_on
+            else Extend(BASE, text.views[BASE], params.max_tokens - position, draw, policy, params.top_log_probs)
         )
         assert replies is not None
         [[reply]] = replies
@@ -91,7 +95,7 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
         for candidate in decision.authors:
             if candidate == BASE:
                 break
-            [reply] = yield from ask(text, [candidate], draw)
+            [reply] = yield from ask(text, [candidate], draw, num_top=params.top_log_probs)
             if writers.settled_by(candidate, reply, params):
                 break
         step = writers.step()
@@ -138,12 +142,13 @@ class Writers:
             draft,
             discarded,
             self.signal,
+            top=answer.top,
         )
 
 
 def single(model: int, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
     """One model on its own, the baseline. An assistant that abstains ends the text (`"abstained"`)."""
-    request: Request = Extend(model, text.views[model], params.max_tokens, params.draw)
+    request: Request = Extend(model, text.views[model], params.max_tokens, params.draw, None, params.top_log_probs)
     while text.length < params.max_tokens:
         replies = yield request
         assert replies is not None
@@ -154,7 +159,7 @@ def single(model: int, text: Text, params: SamplingParams, eos: Sequence[frozens
         answer = required(reply)
         text.append(answer.token_id)
         base_token_id = answer.top_token_id if model == BASE else None
-        yield Step(answer.token_id, model, answer.log_prob, gate_of(answer.log_gate), base_token_id)
+        yield Step(answer.token_id, model, answer.log_prob, gate_of(answer.log_gate), base_token_id, top=answer.top)
         if ends_text(answer.token_id, model, eos):
             return "stop"
     return "length"

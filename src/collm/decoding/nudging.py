@@ -48,16 +48,16 @@ def nudging(text: Text, params: SamplingParams, method: Nudging, eos: Sequence[f
         writer: Answer | None = None
         fault: str | None = None
         if nudged:  # does its word go on?
-            [reply] = yield from ask(text, [BASE], draw)
+            [reply] = yield from ask(text, [BASE], draw, num_top=params.top_log_probs)
             base = required(reply)
             nudged = ends_text(base.token_id, BASE, eos) or not method.starts_word(base.token_id)
         if not nudged:
-            [reply] = yield from ask(text, [WRITER], draw)
+            [reply] = yield from ask(text, [WRITER], draw, num_top=params.top_log_probs)
             writer, fault = _writer(reply, params)
             wants_end = writer is not None and ends_text(writer.token_id, WRITER, eos)
             nudged = writer is None or wants_end or method.in_doubt(writer)
         if nudged and base is None:
-            [reply] = yield from ask(text, [BASE], draw)
+            [reply] = yield from ask(text, [BASE], draw, num_top=params.top_log_probs)
             base = required(reply)
         author, answer = (BASE, base) if nudged else (WRITER, writer)
         assert answer is not None
@@ -70,6 +70,7 @@ def nudging(text: Text, params: SamplingParams, method: Nudging, eos: Sequence[f
             None if base is None else base.top_token_id,
             fault=fault,
             signal=None if writer is None else -writer.top_log_prob,
+            top=answer.top,
         )
         if ends_text(answer.token_id, author, eos):
             return "stop"

@@ -113,7 +113,9 @@ class _Draft:
         """One pass of a model over the positions from the next one to be settled to `last`."""
         view = self._text.views[model]
         num_last = last - self.position + 1
-        replies = yield (Query(model, view, view.prompt_length + last, num_last, self._how),)
+        replies = yield (
+            Query(model, view, view.prompt_length + last, num_last, self._how, None, self.params.top_log_probs),
+        )
         assert replies is not None and len(replies) == 1
         self._extends = (-1, 0)
         self.known[model].update(enumerate(replies[0], self.position))
@@ -124,7 +126,7 @@ class _Draft:
         if self._extends != (model, self.end):
             until = self._policy if model == BASE else None
             limit = self.params.max_tokens - self.end
-            request = Extend(model, self._text.views[model], limit, self._how, until)
+            request = Extend(model, self._text.views[model], limit, self._how, until, self.params.top_log_probs)
         replies = yield request
         assert replies is not None
         [[reply]] = replies

@@ -195,7 +195,7 @@ class Scheduler:
                 self._start_stream(item, extend)
                 return None
             view = extend.view
-            queries = (Query(extend.model, view, len(view.token_ids), 1, extend.draw),)
+            queries = (Query(extend.model, view, len(view.token_ids), 1, extend.draw, num_top=extend.num_top),)
         item.asked, item.left = self._clock(), len(queries)
         item.replies = [[] for _ in queries]
         item.ticket += 1
@@ -431,7 +431,9 @@ class Scheduler:
             if item.left and item.extend is not None and not item.advancing:
                 # It ended before it said what its flow waits for: this one answer is asked for by itself.
                 extend = item.extend
-                query = Query(extend.model, extend.view, len(extend.view.token_ids), 1, extend.draw)
+                query = Query(
+                    extend.model, extend.view, len(extend.view.token_ids), 1, extend.draw, None, extend.num_top
+                )
                 replies = self._ask(item, (query,))
                 return replies
         return None

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from collm.decoding.baselines import law_of
+from collm.decoding.choosing import most_probable
+from collm.decoding.collaborative import Flow, ModelFailed
 from collm.errors import CollmError
 from collm.gate import log_posterior, token_nll
 from collm.models.local import LocalModel
 from collm.types import BASE
 from collm.values import Answer, Fault, LanguageModel, Query, Reply
-from collm.views import View
+from collm.views import Text, View
 
 TokenIds = tuple[int, ...]
 
@@ -87,6 +89,80 @@ def likelihoods(
             for z in asked:
                 models[z].release(views.pop((at, z)))
             found[at], at = [], at + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One token of a given text: its log-probability, and the most probable ones in its place, best first."""
+
+    token_id: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def scoring(given: GivenText, text: Text, into: list[Given], *, alone: int | None = None, num_top: int = 0) -> Flow:
+    """The law of `likelihoods`, token by token, as a flow that writes nothing: for an engine that others use, too.
+
+    Args:
+        text: its views hold the prompts and all of the completion but the last token (`scored_text`).
+        into: what is found, in order.
+    """
+    asked = range(len(text.views)) if alone is None else [alone]
+    mixes = len(asked) > 1
+    for start in range(0, len(given.completion), LAWS):
+        gold = given.completion[start : start + LAWS]
+        end = start + len(gold)
+        replies = yield tuple(
+            Query(
+                z,
+                text.views[z],
+                len(given.prompts[z]) + end - 1,
+                len(gold),
+                given=gold,
+                num_top=0 if mixes else num_top,
+                law=mixes,
+            )
+            for z in asked
+        )
+        assert replies is not None
+        try:
+            answers = {z: [_usable(reply) for reply in own] for z, own in zip(asked, replies, strict=True)}
+        except CollmError as error:
+            raise ModelFailed(str(error)) from error
+        laws = [{z: answers[z][t] for z in asked} for t in range(len(gold))]
+        log_probs = _joint(laws, len(text.views), alone)[:, 0].tolist()
+        for token_id, law, log_prob in zip(gold, laws, log_probs, strict=True):
+            into.append(Given(token_id, log_prob, _top(token_id, log_prob, law, alone, num_top)))
+    return "stop"
+
+
+def scored_text(given: GivenText) -> Text:
+    """The text that `scoring` reads."""
+    return Text([prompt + given.completion[:-1] for prompt in given.prompts])
+
+
+def _top(token_id: int, log_prob: float, laws: Laws, alone: int | None, num_top: int) -> tuple[tuple[int, float], ...]:
+    if not num_top:
+        return ()
+    if alone is not None or len(laws) == 1:
+        [answer] = laws.values()
+        top = () if answer is None else answer.top
+    else:
+        top = most_probable(_mixed(laws), num_top)
+    # The same number whichever way it is computed: readers compare the two.
+    return tuple((each, log_prob if each == token_id else value) for each, value in top)
+
+
+def _mixed(laws: Laws) -> torch.Tensor:
+    """The marginal law `[V]`, float64."""
+    present = {z: law for z, law in laws.items() if law is not None}
+    all_weights = _weights(laws, len(laws), None)
+    weights = torch.tensor([all_weights[z] for z in present], dtype=torch.float64).log_softmax(dim=0)
+    device = law_of(present[BASE]).device
+    joint = [
+        weight + law_of(law).to(device).double() for weight, law in zip(weights.tolist(), present.values(), strict=True)
+    ]
+    return torch.stack(joint).logsumexp(dim=0)
 
 
 Piece = tuple[int, int, int]

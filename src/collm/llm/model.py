@@ -397,13 +397,14 @@ class CollaborativeLM:
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
         text = Text(ids)
         self.engine.require_room(text, own.max_tokens)
+        eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self._eos)
         if alone is not None:
-            flow = single(self._number(alone), text, own, self._eos)
+            flow = single(self._number(alone), text, own, eos)
         else:
             found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
             require_defined(found, params, self.models, self.has_gate)
-            flow = make_flow(found, text, own, self._eos, AdaptivePace(self.engine.experience))
-        transcript = Transcript(self.tokenizer, ids[BASE], params.stop, self._eos)
+            flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience))
+        transcript = Transcript(self.tokenizer, ids[BASE], params.stop, eos)
         if params.stop:
             flow = stopping(flow, transcript)
         return Writing(flow, text, own.max_tokens, transcript, self.model_names)

@@ -29,7 +29,8 @@ class Asked:
     draws: Draws
     given: list[int] | None = None
     """The tokens whose log-probabilities are wanted; -1 for none."""
-    num_top: int = 0
+    tops: Sequence[int] = ()
+    """How many of the most probable tokens are wanted."""
     law: bool = False
 
     @classmethod
@@ -37,14 +38,20 @@ class Asked:
         """Of each query its prefixes from the i-th to before the j-th."""
         draws: list[tuple[Draw, int]] = []
         given: list[int] = []
-        num_top, law, any_given = 0, False, False
+        tops: list[int] = []
+        law, any_given = False, False
         for query, i, j in queries:
             first = query.length - query.num_last + 1 - query.view.prompt_length
             draws += [(query.draw, first + n) for n in range(i, j)]
             given += [-1] * (j - i) if query.given is None else query.given[i:j]
             any_given |= query.given is not None
-            num_top, law = max(num_top, query.num_top), law or query.law
-        return cls(Draws.of(draws), given if any_given else None, num_top, law)
+            tops += [query.num_top] * (j - i)
+            law = law or query.law
+        return cls(Draws.of(draws), given if any_given else None, tops, law)
+
+    @property
+    def num_top(self) -> int:
+        return max(self.tops, default=0)
 
     @property
     def numbers(self) -> list[int]:
@@ -120,6 +127,7 @@ class Laws:
                 width = min(asked.num_top, self.vocab_size)
                 best_log_probs = list(islice(values, width))
                 best = tuple(zip(map(int, islice(values, width)), best_log_probs, strict=True))
+                best = best[: asked.tops[start + n]]
             gate = tuple(values) if self.head is not None else None
             # One NaN makes its whole row NaN, in the gate's softmax, too.
             if math.isnan(entropy) or math.isnan(top_log_prob) or (gate and math.isnan(gate[0])):
