@@ -36,13 +36,14 @@ ORDER = [
     "evaluation",
     "bench",
     "calibration",
+    "serving",
     "demo",
     "cli",
 ]
 """Each room may import itself and what stands before it."""
 NO_IO = ("transformers", "httpx", "requests", "asyncio", "tokenizers", "datasets", "safetensors")
 """What decoders must not know."""
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "peft", "numpy", "pydantic")
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "peft", "numpy", "pydantic", "starlette", "uvicorn")
 
 
 def modules() -> list[Path]:

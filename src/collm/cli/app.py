@@ -10,6 +10,7 @@ from collm import __version__
 from collm.cli.answer import answer
 from collm.cli.bench import bench
 from collm.cli.calibrate import calibrate
+from collm.cli.chat import chat
 from collm.cli.compare import compare
 from collm.cli.convert import convert
 from collm.cli.demo import demo
@@ -20,6 +21,7 @@ from collm.cli.oracle import oracle
 from collm.cli.prepare import prepare
 from collm.cli.report import report
 from collm.cli.score import score
+from collm.cli.serve import serve
 from collm.cli.trace import trace
 from collm.cli.train import train
 from collm.cli.vllm_serve import vllm_serve
@@ -60,6 +62,8 @@ for command in (
     export,
     vllm_serve,
     generate,
+    chat,
+    serve,
     evaluate,
     answer,
     oracle,

@@ -26,7 +26,10 @@ EXTRAS = {
     "math_verify": "eval",
     "matplotlib": "plot",
     "peft": "train",
+    "prometheus_client": "serve",
     "rouge_score": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 """Which extra brings a package that the core does without."""
 
@@ -36,7 +39,10 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        click.echo(prefix + record.getMessage(), err=True)
+        try:
+            click.echo(prefix + record.getMessage(), err=True)
+        except OSError:  # a full disk, a closed pipe: what is logged about is none the worse for it
+            self.handleError(record)
 
 
 @contextmanager

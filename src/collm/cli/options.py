@@ -152,7 +152,7 @@ data_options = _together(
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N examples."),
 )
 
-decoding_options = _together(
+_who = _together(
     click.option(
         "--deferral",
         "--method",
@@ -181,6 +181,9 @@ decoding_options = _together(
         metavar="TASK",
         help="Whose calibration --deferral-rate means, if the checkpoint has several.",
     ),
+)
+
+_drawing = _together(
     click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of one answer."),
     click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
     click.option(
@@ -199,6 +202,9 @@ decoding_options = _together(
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeat it for several."),
+)
+
+_how = _together(
     click.option(
         "--speculative/--no-speculative",
         default=True,
@@ -213,6 +219,10 @@ decoding_options = _together(
         help="Where an assistant fails: end the text, or let the base write.",
     ),
 )
+
+decoding_options = _together(_who, _drawing, _how)
+writer_options = _together(_who, _how)
+"""Who writes, without how tokens are drawn."""
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
@@ -283,8 +293,8 @@ def check_llm(checkpoint: str, options: Mapping[str, Any], params: SamplingParam
     return found
 
 
-def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
-    """The system of the command line."""
+def load_llm(checkpoint: str, options: Mapping[str, Any], **settings: Any) -> CollaborativeLM:
+    """The system of the command line; `settings`: further ones of `CollaborativeLM`."""
     with waiting(f"loading {checkpoint}"):
         from collm.llm import CollaborativeLM
 
@@ -295,6 +305,7 @@ def load_llm(checkpoint: str, options: Mapping[str, Any]) -> CollaborativeLM:
             dtype=options["dtype"],
             device=options["device"],
             max_cache_tokens=options["max_cache_tokens"],
+            **settings,
         )
         if options["template_kwargs"]:
             _tell_templates(llm, options["template_kwargs"])

@@ -1,0 +1,158 @@
+"""`collm serve`: a system behind the OpenAI API."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from collm.cli.console import Command
+from collm.cli.options import EXISTING, check_llm, load_llm, model_options, sampling_params, writer_options
+from collm.errors import CollmError
+
+if TYPE_CHECKING:
+    from collm.llm import CollaborativeLM
+    from collm.sampling_params import SamplingParams
+    from collm.serving.limits import Access
+
+KEY_VARIABLE = "COLLM_API_KEY"
+DRAWING = {"max_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "stop": ()}
+"""A request says these itself."""
+
+
+@click.command(cls=Command, short_help="Serve a system over the OpenAI API, with a page to try it on.")
+@click.argument("checkpoint")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
+@click.option("--name", metavar="NAME", help="What requests call the pair.  [default: the checkpoint's name]")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    metavar="KEY",
+    help=f"A key that requests must carry; repeat it for several. Better from {KEY_VARIABLE}, or a file.",
+)
+@click.option("--api-key-file", type=EXISTING, metavar="FILE", help="Keys, one a line.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="HOST", help="A name that this server goes by, too.")
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="A site whose pages may ask (CORS).")
+@click.option(
+    "--max-num-seqs", type=click.IntRange(min=1), default=16, show_default=True, help="Texts written at a time."
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Texts that may wait; more are refused, with the time after which to ask again.",
+)
+@click.option("--max-model-len", type=click.IntRange(min=2), metavar="N", help="Bounds a text, prompt included.")
+@click.option(
+    "--request-timeout",
+    type=click.FloatRange(min=0.1),
+    default=600,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a request may take.",
+)
+@click.option(
+    "--pass-timeout",
+    type=click.FloatRange(min=0.1),
+    default=120,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long one pass of a model may take; then its texts end with an error.",
+)
+@writer_options
+@model_options
+def serve(checkpoint: str, **options: Any) -> None:
+    """Serve CHECKPOINT and its assistants to any client of the OpenAI API.
+
+    Requests name the model that is to write: the pair, or one of its models alone. Who writes is settled by the options
+    below, unless a request says otherwise (field "collm"; docs/serving.md). It listens on this machine alone unless
+    --host says otherwise; SIGTERM and Ctrl-C finish what is being written.
+    """
+    from collm.serving.server import address, bind, log_to_stderr, make_server
+
+    defaults = sampling_params({**options, **DRAWING})
+    access = _access(options)
+    listening = bind(options["host"], options["port"])
+    _require_servable(checkpoint, options, defaults)
+    llm = load_llm(
+        checkpoint,
+        options,
+        max_num_seqs=options["max_num_seqs"],
+        max_model_len=options["max_model_len"],
+        timeout=options["pass_timeout"],
+    )
+
+    from collm.serving.app import make_app
+    from collm.serving.limits import Limits
+
+    name = options["name"] or Path(checkpoint).name or checkpoint
+    if name in llm.model_names:
+        name = f"{name}-pair"
+    limits = Limits(max_queue=options["max_queue"], request_timeout=options["request_timeout"])
+    app = make_app(llm, name, defaults=defaults, limits=limits, access=access)
+    _tell(llm, name, address(listening), bool(access.api_keys))
+    log_to_stderr()
+    _run(make_server(app), listening)
+
+
+def _run(server: Any, listening: Any) -> None:
+    import signal
+
+    # The server raises the signal that ended it once more when it is done; that it ended in order is no error.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    server.run(sockets=[listening])
+
+
+def _access(options: dict[str, Any]) -> Access:
+    """Who may ask, as the options have it."""
+    from collm.serving.limits import LOOPBACK, Access
+
+    keys = [*options["api_keys"]]
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    if options["api_key_file"] is not None:
+        found = options["api_key_file"].read_text(encoding="utf-8").split()
+        if not found:
+            raise CollmError(f"{options['api_key_file']} holds no key")
+        keys += found
+    host = options["host"].strip("[]")
+    # Whoever listens on an address of the network goes by names that only they know.
+    local = host in LOOPBACK
+    hosts = (*LOOPBACK, host, *map(str.lower, options["hosts"])) if local or options["hosts"] else ()
+    return Access(tuple(keys), hosts, tuple(options["origins"]))
+
+
+def _require_servable(checkpoint: str, options: dict[str, Any], defaults: SamplingParams) -> None:
+    """Tell what is wrong before the weights are loaded."""
+    from collm.llm.sources import matched
+    from collm.models.loading import load_tokenizer
+    from collm.models.specs import is_tool, split_spec
+    from collm.models.tokenizers import require_same_tokenizer
+
+    found = check_llm(checkpoint, options, defaults)
+    base = load_tokenizer(found.base)
+    for each, source in zip(*matched(options["assistants"], found.info.assistants), strict=True):
+        spec, _ = split_spec(str(source))
+        if not is_tool(spec):
+            require_same_tokenizer(base, load_tokenizer(spec), ("the base", f"the assistant {each.name!r}"))
+
+
+def _tell(llm: CollaborativeLM, name: str, url: str, guarded: bool) -> None:
+    """What is served."""
+    import resource
+
+    tables = ", ".join(f"{table.task} ({table.signal})" for table in llm.info.calibration)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    base, *assistants = llm.model_names
+    click.echo(f"base         {base}")
+    click.echo(f"assistants   {', '.join(assistants) or 'none'}")
+    click.echo(f"calibration  {tables or 'none: requests give a threshold, not a deferral rate'}")
+    click.echo(f"memory       {memory:.1f} GB")
+    click.echo(f"models       {', '.join((name, *llm.model_names))}")
+    click.echo(f"listening    {url}{'' if guarded else ' (no API key)'}")

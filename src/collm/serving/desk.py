@@ -1,0 +1,159 @@
+"""Texts of requests on their way through the engine: taken on or refused, merged, timed out, let go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from collm.engine import Event, Finished
+from collm.errors import CollmError
+from collm.evaluation.likelihood import Given, GivenText, scored_text, scoring
+from collm.llm import Chunk, CollaborativeLM, TokenPrompt
+from collm.sampling_params import SamplingParams
+from collm.serving.limits import Limits
+from collm.serving.metrics import Metrics, Timing
+from collm.serving.refusals import Refusal
+from collm.types import Generation
+
+RETRY_AFTER = 1
+"""Seconds after which somebody who was refused for want of room may ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One text that a request asks for; `index`: of its choice."""
+
+    index: int
+    prompt: TokenPrompt
+    params: SamplingParams
+    alone: int | None
+
+
+class Desk:
+    """What all requests share. All of it runs in the server's event loop."""
+
+    def __init__(self, llm: CollaborativeLM, limits: Limits, metrics: Metrics) -> None:
+        self.llm, self.limits, self.metrics = llm, limits, metrics
+        self.texts = 0
+        """Texts that run or wait on behalf of clients."""
+
+    @property
+    def capacity(self) -> int:
+        return self.llm.engine.max_num_seqs + self.limits.max_queue
+
+    def require_room(self, count: int) -> None:
+        """Refuse what there is no place for.
+
+        Raises:
+            Refusal: now (429), or ever (400).
+        """
+        most = min(self.limits.max_choices, self.capacity)
+        if count > most:
+            raise Refusal(f"the request asks for {count} texts; at most {most} can be asked for at once")
+        if self.texts + count > self.capacity:
+            raise Refusal(
+                f"{self.texts} texts are being written or wait already: try again in a moment",
+                status=429,
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_AFTER)},
+            )
+
+    async def write(self, orders: Sequence[Order]) -> AsyncIterator[tuple[int, Chunk]]:
+        """The chunks of all texts, as they come, with the index of their choice. Closed early, it cancels them.
+
+        Raises:
+            Refusal: there is no room, a text cannot be written, a model failed, or it takes too long.
+        """
+        self.require_room(len(orders))
+        self.texts += len(orders)
+        events: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._follow(order, events)) for order in orders]
+        deadline = asyncio.get_running_loop().time() + self.limits.request_timeout
+        try:
+            left = len(orders)
+            while left:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        index, found = await events.get()
+                except TimeoutError:
+                    raise self._too_late() from None
+                if isinstance(found, Exception):
+                    raise _as_refusal(found)
+                if found.generation is not None:
+                    left -= 1
+                    _require_whole(found.generation)
+                yield index, found
+        finally:
+            self.texts -= len(orders)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, order: Order, events: asyncio.Queue[tuple[int, Chunk | Exception]]) -> None:
+        timing = Timing()
+        try:
+            async with aclosing(self.llm.astream(order.prompt, order.params, alone=order.alone)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    if chunk.step is not None:
+                        timing.token()
+                    if chunk.generation is not None:
+                        self.metrics.finished(chunk.generation, timing)
+                    events.put_nowait((order.index, chunk))
+        except Exception as error:
+            events.put_nowait((order.index, error))
+
+    async def score(self, given: GivenText, alone: int | None, num_top: int) -> list[Given]:
+        """The log-probabilities of a given text.
+
+        Raises:
+            Refusal: it cannot be scored, or it takes too long.
+        """
+        self.require_room(1)
+        text, found = scored_text(given), list[Given]()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Finished] = loop.create_future()
+
+        def told(event: Event) -> None:
+            if isinstance(event, Finished):
+                loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(event))
+
+        engine = self.llm.engine
+        self.texts += 1
+        try:
+            number = engine.submit(scoring(given, text, found, alone=alone, num_top=num_top), text, 1, told)
+        except CollmError as error:
+            self.texts -= 1
+            raise _as_refusal(error) from error
+        try:
+            async with asyncio.timeout(self.limits.request_timeout):
+                finished = await done
+        except TimeoutError:
+            raise self._too_late() from None
+        finally:
+            self.texts -= 1
+            engine.cancel(number)
+        if finished.error is not None or finished.finish_reason == "cancelled":
+            raise Refusal(finished.error or "the server stops", status=500 if finished.error else 503)
+        return found
+
+    def _too_late(self) -> Refusal:
+        seconds = self.limits.request_timeout
+        return Refusal(f"the answer was not complete within {seconds:g} seconds", status=504, code="timeout")
+
+
+def _require_whole(generation: Generation) -> None:
+    """Refuse a text that ended before its time."""
+    if generation.finish_reason == "error":
+        raise Refusal(generation.error or "a model failed", status=500, code="model_failed")
+    if generation.finish_reason == "cancelled":
+        raise Refusal("the server stops", status=503, code="shutting_down")
+
+
+def _as_refusal(error: Exception) -> Exception:
+    if isinstance(error, CollmError):
+        if "closed" in str(error):
+            return Refusal("the server stops", status=503, code="shutting_down")
+        return Refusal(str(error))
+    return error

@@ -1,0 +1,70 @@
+"""The server as a process: its socket, its log, its end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from collm.errors import CollmError
+
+DRAIN = 60
+"""Seconds that a server which is told to stop gives to what it is writing."""
+HEADER_BYTES = 32 << 10
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The socket to listen on, taken before weights are loaded. Port 0 takes any that is free.
+
+    Raises:
+        CollmError: it is taken, or no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host.strip("[]"), port))
+    except OSError as error:
+        taken.close()
+        raise CollmError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port"
+        ) from error
+    return taken
+
+
+def address(listening: socket.socket) -> str:
+    """Where clients find it."""
+    host, port, *_ = listening.getsockname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def make_server(app: ASGIApp, **settings: Any) -> uvicorn.Server:
+    """A server that drains when it is told to stop: it takes on nothing, and finishes what it writes."""
+    own: dict[str, Any] = {
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "date_header": True,
+        "timeout_graceful_shutdown": DRAIN,
+        "h11_max_incomplete_event_size": HEADER_BYTES,
+        # Nobody but the client is believed about who it is.
+        "proxy_headers": False,
+        "http": "h11",
+        "ws": "none",
+    }
+    return uvicorn.Server(uvicorn.Config(app, **{**own, **settings}))
+
+
+def log_to_stderr() -> None:
+    """Our lines of JSON, bare. A log that cannot be written (a full disk) costs no request."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("collm.serving")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False

@@ -1,0 +1,196 @@
+"""Written tokens as clients are told them: released with the text that they make, never ahead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from collm.decoding.text import Detokenizer
+from collm.llm import Chunk, CollaborativeLM
+from collm.types import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """`text`: what it brings to the text (empty while its character is not complete, and for what is not shown).
+
+    `offset`: where that begins, in characters. `shown`: it stands within the text; the token that ended it does not.
+    """
+
+    step: Step
+    text: str
+    offset: int
+    shown: bool = True
+
+
+class Telling:
+    """The tokens of one text, released once the text that they make is certain; joined they are the text.
+
+    So nothing of a stop string is told by way of its tokens.
+    """
+
+    def __init__(self, hidden: frozenset[int]) -> None:
+        self._hidden = hidden
+        self._held: list[Token] = []
+        self._made = self._released = 0
+
+    def take(self, chunk: Chunk) -> list[Token]:
+        """The tokens that one chunk releases."""
+        self._released += len(chunk.text)
+        if chunk.step is None:
+            return self._finish(chunk.piece)
+        text = "" if chunk.step.token_id in self._hidden else chunk.piece
+        self._held.append(Token(chunk.step, text, self._made))
+        self._made += len(text)
+        whole = [n for n, each in enumerate(self._held) if each.text and each.offset + len(each.text) <= self._released]
+        count = whole[-1] + 1 if whole else 0
+        released, self._held = self._held[:count], self._held[count:]
+        return released
+
+    def _finish(self, flushed: str) -> list[Token]:
+        """All the others. What stands behind a stop string is cut off."""
+        end, held = self._released, self._held
+        if held and flushed:
+            last = held[-1]
+            held[-1] = replace(last, text=last.text + flushed)
+        return [replace(each, text=each.text[: max(0, end - each.offset)], shown=each.offset < end) for each in held]
+
+
+class TokenTexts:
+    """The text of single tokens, as they stand in the middle of a text."""
+
+    def __init__(self, llm: CollaborativeLM) -> None:
+        self._tokenizer: PreTrainedTokenizerBase = llm.tokenizer
+        # Behind an anchor, for SentencePiece tokenizers drop the leading space of a text.
+        [*_, self._anchor] = self._tokenizer.encode("=", add_special_tokens=False)
+        self._before = len(self._decode([self._anchor]))
+        self._texts: dict[int, str] = {}
+        self.hidden = frozenset(self._tokenizer.all_special_ids) | frozenset().union(
+            *(model.eos_token_ids | own.end_ids for model, own in zip(llm.models, llm.formatters, strict=True))
+        )
+        """Tokens that are no part of a text."""
+        self.size = len(self._tokenizer)
+
+    def __call__(self, token_id: int) -> str:
+        if token_id not in self._texts:
+            # What lies behind the vocabulary is padding, which models may find probable all the same.
+            known = token_id < self.size
+            self._texts[token_id] = self._decode([self._anchor, token_id])[self._before :] if known else ""
+        return self._texts[token_id]
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The texts of the tokens of a prompt, which join to it; special tokens are shown."""
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
+        found = [detokenizer.push(token_id) for token_id in token_ids]
+        found[-1] += detokenizer.flush()
+        return found
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+Top = Iterable[tuple[int, float]]
+LEAST = -9999.0
+"""Stands for the logarithm of 0, which JSON does not have; as OpenAI's and vLLM's servers do."""
+
+
+def number(log_prob: float) -> float:
+    return max(log_prob, LEAST)
+
+
+def chat_log_probs(tokens: Sequence[Token], texts: TokenTexts, num_top: int) -> dict[str, Any]:
+    """The `logprobs` of a chat choice."""
+
+    def entry(text: str, log_prob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": number(log_prob), "bytes": list(text.encode())}
+
+    content = [
+        {
+            **entry(each.text, each.step.log_prob),
+            "top_logprobs": [entry(texts(token_id), value) for token_id, value in each.step.top[:num_top]],
+        }
+        for each in tokens
+        if each.shown
+    ]
+    return {"content": content, "refusal": None}
+
+
+@dataclass(slots=True)
+class LogProbs:
+    """The `logprobs` of a completion: four lists of one length."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+    @classmethod
+    def empty(cls) -> LogProbs:
+        return cls([], [], [], [])
+
+    def add(self, text: str, offset: int, log_prob: float | None, top: dict[str, float] | None) -> None:
+        self.tokens.append(text)
+        self.token_logprobs.append(None if log_prob is None else number(log_prob))
+        self.top_logprobs.append(top)
+        self.text_offset.append(offset)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def top_dict(token_id: int, log_prob: float, top: Top, texts: TokenTexts) -> dict[str, float]:
+    """The most probable tokens and the one that stands there, by their texts; by their ids where two have one text."""
+    found: dict[str, float] = {}
+    named: set[int] = set()
+    for each, value in [*top, (token_id, log_prob)]:
+        if each not in named:
+            text = texts(each)
+            found[f"token_id:{each}" if text in found else text] = number(value)
+            named.add(each)
+    return found
+
+
+def completion_log_probs(tokens: Sequence[Token], texts: TokenTexts, num_top: int, offset: int = 0) -> dict[str, Any]:
+    """The `logprobs` of a completion, or of a piece of one; `offset`: characters before the completion."""
+    found = LogProbs.empty()
+    for each in tokens:
+        if each.shown:
+            step = each.step
+            top = top_dict(step.token_id, step.log_prob, step.top[:num_top], texts)
+            found.add(each.text, offset + each.offset, step.log_prob, top)
+    return found.to_json()
+
+
+def told_tokens(tokens: Sequence[Token], names: Sequence[str], texts: TokenTexts) -> list[dict[str, Any]]:
+    """The tokens as the field `collm` tells them: who wrote each of them, and how it came about."""
+    found = []
+    for each in tokens:
+        step = each.step
+        one: dict[str, Any] = {
+            "text": each.text,
+            "token_id": step.token_id,
+            "author": names[step.author],
+            "log_prob": number(step.log_prob),
+            "gate": dict(zip(names, step.gate, strict=True)) if step.gate else None,
+            "draft": step.draft or None,
+        }
+        if step.changed and step.base_token_id is not None:
+            one["base_text"] = texts(step.base_token_id)
+        if step.abstained:
+            one["abstained"] = True
+        if step.fault is not None:
+            one["fault"] = step.fault
+        found.append(one)
+    return found
+
+
+def author_counts(steps: Iterable[Step], names: Sequence[str]) -> dict[str, int]:
+    counts = dict.fromkeys(names, 0)
+    for step in steps:
+        counts[names[step.author]] += 1
+    return counts
