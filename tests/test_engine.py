@@ -324,12 +324,12 @@ class Faulty(FakeModel):
 @pytest.mark.parametrize("how", ["raises", "forgets", "mumbles"])
 def test_a_model_that_fails_now_and_then(how: str) -> None:
     """A failed pass is asked again text by text, so only a text whose own pass fails has a fault."""
-    models = [MODELS[0], Faulty(11, how)]
+    models = [MODELS[0], Faulty(3, how)]
     found: dict[int, list[Event]] = {n: [] for n in range(8)}
     for number, event in run([flow(n, 20) for n in range(8)], models, 4):
         found[number].append(event)
     reasons = {once(events).finish_reason for events in found.values()}
-    assert reasons == {"length", "error"}
+    assert "error" in reasons and reasons <= {"length", "error"}
     for number, events in found.items():
         assert tokens(events) == text(number, 20)[: len(events) - 1]
         end = once(events)

@@ -77,6 +77,7 @@ def answer(
         **settings_of(llm, params, None, alone, identity),
     }
     settings["params.stop"] = list(params.stop)
+    settings["params.stop_token_ids"] = list(params.stop_token_ids)
     require_free(out, [data])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with kept(traces_path(out), settings) as (done, keep):

@@ -129,6 +129,7 @@ def evaluate_with_traces(
         **settings_of(llm, params, policy, alone, identity),
     }
     settings["params.stop"] = list(params.stop)
+    settings["params.stop_token_ids"] = list(params.stop_token_ids)
     path = Path(out) if out is not None else None
     if path is not None:
         require_free(path)
