@@ -199,7 +199,8 @@ class Scheduler:
         item.asked, item.left = self._clock(), len(queries)
         item.replies = [[] for _ in queries]
         item.ticket += 1
-        item.remote = {}
+        if item.remote:
+            item.remote = {}
         for place, query in enumerate(queries):
             model = self.models[query.model]
             if model.instant:
@@ -232,7 +233,7 @@ class Scheduler:
         if not wanted:
             return None
         now = self._clock()
-        number = self._turn(wanted, now, self._served[device])
+        number = wanted[0] if len(wanted) == 1 else self._turn(wanted, now, self._served[device])
         waiting = self._queues[number]
         others = len(self.running) - len(waiting)
         try:
