@@ -127,7 +127,7 @@ class LanguageModel(ABC):
     """Anything that writes the next token of a prefix: a transformer, a server, a calculator.
 
     What it remembers of earlier queries (a KV cache) is its own affair and never changes an answer. The engine calls
-    `predict` from one thread at a time for each `network`.
+    `predict` from one thread at a time for each `device`.
     """
 
     @property
@@ -145,13 +145,8 @@ class LanguageModel(ABC):
         return None
 
     @property
-    def network(self) -> Hashable:
-        """What a pass runs on. Models of one network (a model and its LoRA adapters) take turns."""
-        return id(self)
-
-    @property
     def device(self) -> Hashable:
-        """Where its passes run. Networks of one device take turns, for each would slow the other down and spoil its
+        """Where its passes run. Models of one device take turns, for each would slow the other down and spoil its
         batches; those of different devices run at the same time."""
         return "cpu"
 

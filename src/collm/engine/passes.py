@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from collm.decoding.pace import LONGEST_PIECE, Experience
 from collm.engine.running import Running
-from collm.values import LanguageModel, Query, Replies
+from collm.values import LanguageModel, Query
 
 LONG = 64
 """Tokens from which on a query counts as a prompt that is read, not as decoding."""
@@ -37,7 +37,6 @@ class Batch:
     decoding: int
     started: float = 0.0
     expired: bool = False
-    replies: Replies = field(default_factory=list)
 
 
 def plan_pass(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from collm.decoding.collaborative import Flow, ModelFailed, More, Request
 from collm.decoding.pace import Experience
@@ -446,12 +446,6 @@ class Scheduler:
                 stream.cancel()
             except Exception:
                 _log.exception("a request could not be cancelled")
-
-    # What others want to know.
-
-    def passes(self) -> Iterator[Batch]:
-        """Those that run now."""
-        yield from self._passes.values()
 
 
 def lengths_of(text: Text, max_tokens: int) -> tuple[int, ...]:

@@ -123,10 +123,6 @@ class LocalModel(LanguageModel):
         return self._context_length
 
     @property
-    def network(self) -> Network:
-        return self._network
-
-    @property
     def device(self) -> str:
         return str(self._lm.device)
 
