@@ -6,12 +6,15 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from collm.data.examples import load_examples
@@ -21,14 +24,25 @@ from collm.data.scoring import score
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM
 from collm.models.adapters import ModelStore
+from collm.models.attention import Row
 from collm.models.backbone import check_project
 from collm.models.checkpoint import load_base
 from collm.models.contents import contents
-from collm.models.devices import input_device, is_offloaded, is_quantized, is_spread, output_device, parameters
+from collm.models.devices import (
+    input_device,
+    is_offloaded,
+    is_quantized,
+    is_spread,
+    layer_devices,
+    output_device,
+    parameters,
+)
 from collm.models.head import DeferralHead
 from collm.models.info import AssistantInfo, CheckpointInfo, save_info
 from collm.models.info import load_info as load_checkpoint
+from collm.models.kv_pool import KVPool
 from collm.models.loading import load_context_length, load_model, load_tokenizer, weights_fingerprint
+from collm.models.local import LocalModel
 from collm.models.placement import Placement
 from collm.models.specs import portable, split_spec
 from collm.sampling_params import SamplingParams
@@ -155,16 +169,57 @@ def test_a_split_system_writes_what_the_whole_one_does(base: Path, split: str, t
     params = SamplingParams(max_tokens=12, threshold=0.5)
     whole = CollaborativeLM.from_pretrained(tmp_path / "pair").generate("3 + 10 = ", params)
     assert {step.author for step in whole.steps} == {0, 1}
-    with pytest.warns(UserWarning, match="base: its parts lie on several devices.*recomputed"):
-        parts = CollaborativeLM.from_pretrained(tmp_path / "pair", base=split)
+    parts = CollaborativeLM.from_pretrained(tmp_path / "pair", base=split)
     assert parts.generate("3 + 10 = ", params).token_ids == whole.token_ids
+    # With caches, as everywhere.
+    assert isinstance(parts.models[0], LocalModel) and parts.models[0].cache_bytes > 0
     # As an assistant, of a plain base.
     shutil.copytree(tmp_path / "helper", tmp_path / "other")
-    with pytest.warns(UserWarning, match="base: its parts"):
-        helped = CollaborativeLM.from_pretrained(tmp_path / "other", [split])
+    helped = CollaborativeLM.from_pretrained(tmp_path / "other", [split])
     plain = CollaborativeLM.from_pretrained(tmp_path / "other", [str(base)])
     params = SamplingParams(max_tokens=8, deferral="random", deferral_rate=0.5)
     assert helped.generate("3 + ", params).token_ids == plain.generate("3 + ", params).token_ids
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses what a machine with several devices refuses, copies aside."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+        assert "copy" in func.__name__ or len({t.device for t in tensors}) <= 1, func
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_the_pool_lies_where_the_layers_do() -> None:
+    """The second device has no memory, so nothing can be read there; but tensors know where they are."""
+    first, second = torch.device("cpu"), torch.device("meta")
+    model = make_model("gemma3_text")
+    backbone: Any = model.base_model
+    for module in (backbone.layers[1], backbone.norm):
+        module.to(second)
+        module._hf_hook = SimpleNamespace(weights_map=None, execution_device=second)
+        module.register_forward_pre_hook(_moved(second), with_kwargs=True)
+    assert layer_devices(model) == [first, second]
+    pool = KVPool(model)
+    pool.resize([], 4, 64)
+    rows = [Row(0, 20, 1), Row(2, 9, 1), Row(1, 0, 7), Row(3, 3, 7)]
+    with OneDevice():
+        hidden, more = pool.forward(rows, list(range(16)), [1, 2, 3])
+        pool.copy(0, 3, 12)
+        pool.clear(2)
+        pool.resize([1, 0], 4, 128)
+    assert (hidden.shape, hidden.device, more.device) == ((16, 32), second, first)
+    assert [tensor.device for pair in pool._stored for tensor in pair or ()] == [first, first, second, second]
+
+
+def _moved(device: torch.device) -> Any:
+    """What accelerate's hooks do: tensors go to where the module lies."""
+
+    def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+
+    return hook
 
 
 def recipe(out: Path, rows: Path, base: str, assistant: str, tune: str) -> Recipe:

@@ -9,7 +9,6 @@ from collm.data.formatting import Formatter, PromptFormat
 from collm.llm.sources import AssistantSource, matched
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import warn_of_other_weights
-from collm.models.devices import may_cache
 from collm.models.info import AssistantInfo
 from collm.models.loading import load_tokenizer
 from collm.models.local import LocalModel
@@ -80,7 +79,7 @@ def _load(
         tokenizer,
         name=info.name,
         vocab_size=shared_vocab_size(base.tokenizer),
-        cache=may_cache(variant.model, info.name, cache),
+        cache=cache,
         max_cache_tokens=max_cache_tokens,
         activate=variant.activate,
     )

@@ -27,7 +27,6 @@ from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
 from collm.llm.writing import Chunk, Writing
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import load_base
-from collm.models.devices import may_cache
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
@@ -139,7 +138,7 @@ class CollaborativeLM:
             tokenizer,
             head,
             name="base",
-            cache=may_cache(model, "base", cache),
+            cache=cache,
             max_cache_tokens=max_cache_tokens,
             activate=None if shared is None else shared.activate,
         )

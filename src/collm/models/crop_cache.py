@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from collm.models.backbone import hidden_states
+from collm.models.devices import input_device
 from collm.views import View
 
 PIECE = 1024
@@ -71,7 +72,7 @@ class CropCache:
         try:
             while kept.held < length:
                 end = min(length, kept.held + PIECE)
-                ids = torch.tensor([view.token_ids[kept.held : end]], device=self._lm.device)
+                ids = torch.tensor([view.token_ids[kept.held : end]], device=input_device(self._lm))
                 hidden = hidden_states(self._lm, ids, past_key_values=kept.cache, use_cache=True)[0]
                 found.append(hidden[max(0, length - num_last - kept.held) :])
                 kept.held = end

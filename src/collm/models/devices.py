@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,15 +38,12 @@ def is_spread(lm: nn.Module) -> bool:
     return len({tensor.device for tensor in lm.parameters()}) > 1 or is_offloaded(lm)
 
 
-def may_cache(lm: nn.Module, name: str, asked: bool = True) -> bool:
-    """May the keys and values of a model be kept? Not yet those of one that is spread, of which it warns."""
-    if asked and is_spread(lm):
-        warnings.warn(
-            f"{name}: its parts lie on several devices, where its KV cache is not kept; every token is recomputed from "
-            "the start, which is right but slow",
-            stacklevel=3,
-        )
-    return asked and not is_spread(lm)
+def layer_devices(lm: PreTrainedModel) -> list[torch.device]:
+    """Where each layer computes, and so where its keys and values lie."""
+    backbone: Any = lm.base_model
+    layers = getattr(backbone, "layers", None)
+    count: int = lm.config.get_text_config().num_hidden_layers
+    return [input_device(lm)] * count if layers is None else [computes_on(layer) for layer in layers]
 
 
 def is_offloaded(lm: nn.Module) -> bool:

@@ -10,7 +10,7 @@ Sliding-window layers read their window alone and keep all positions: more memor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from collm.models.attention import Row, Span, attend, spans
 from collm.models.backbone import causal_lm
+from collm.models.devices import input_device
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """RoPE scalings that do not depend on the length of the sequence; `dynamic` and `longrope` do."""
@@ -52,12 +53,30 @@ def _layer_types(config: Any) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward pass: where new keys and values go, and who reads which."""
+class Place:
+    """On one device: where new keys and values go, and who reads which."""
 
-    pool: KVPool
     where: Tensor
     spans: list[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass. Each layer asks for what it needs where it lies: a network may lie on several devices."""
+
+    pool: KVPool
+    rows: Sequence[Row]
+    where: Tensor
+    starts: Tensor
+    slots: Tensor
+    places: dict[torch.device, Place] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Place:
+        place = self.places.get(device)
+        if place is None:
+            where, starts, slots = (t.to(device, non_blocking=True) for t in (self.where, self.starts, self.slots))
+            place = self.places[device] = Place(where, self.pool.spans(self.rows, starts, slots))
+        return place
 
 
 def _attention(
@@ -108,7 +127,7 @@ class KVPool:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.num_slots = self.num_positions = 0
-        self._model = model
+        self._model, self._device = model, input_device(model)
         config: Any = model.config.get_text_config()
         # For good: nothing may be swapped on a model that others use at the same time.
         config._attn_implementation = ATTENTION
@@ -119,6 +138,10 @@ class KVPool:
         self._groups = config.num_attention_heads // self._heads
         # For each layer keys and values [slot, kv_head, position, dim]; the first pass tells their shapes.
         self._stored: list[tuple[Tensor, Tensor] | None] = [None] * len(self._kinds)
+
+    def spans(self, rows: Sequence[Row], starts: Tensor, slots: Tensor) -> list[Span]:
+        """Of a pass, on the device of `starts` and `slots`."""
+        return spans(rows, self._windows, self._groups, starts, slots)
 
     @property
     def num_bytes(self) -> int:
@@ -160,7 +183,8 @@ class KVPool:
     def forward(self, rows: Sequence[Row], token_ids: Sequence[int], more: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Hidden states `[token, H]` of the tokens of all rows, one row after another (sorted by width, then slot).
 
-        `more` are numbers that are needed on the device, too: all that a pass needs goes there at once, int64.
+        `more` are numbers that are needed on the device, too: all that a pass needs goes there at once, int64. They
+        come back on the device of the token ids.
         """
         assert all(row.slot < self.num_slots and row.end <= self.num_positions for row in rows), "resize first"
         count = len(token_ids)
@@ -172,13 +196,13 @@ class KVPool:
         numbers += [row.start for row in rows]
         numbers += [row.slot for row in rows]
         numbers += more
-        uploaded = torch.tensor(numbers).to(self._model.device, non_blocking=True)
+        uploaded = torch.tensor(numbers).to(self._device, non_blocking=True)
         ids, positions, token_slots, starts, slots, extra = uploaded.split(
             [count, count, count, len(rows), len(rows), len(more)]
         )
         heads = torch.arange(self._heads, device=uploaded.device)
         where = ((token_slots[:, None] * self._heads + heads) * self.num_positions + positions[:, None]).flatten()
-        issued = Pass(self, where, spans(rows, self._windows, self._groups, starts, slots))
+        issued = Pass(self, rows, where, starts, slots)
         backbone: Any = self._model.base_model
         hidden: Tensor = backbone(
             input_ids=ids[None],
@@ -198,11 +222,12 @@ class KVPool:
         if stored is None:
             stored = self._stored[layer] = (self._empty(key), self._empty(value))
         keys, values = stored
+        place = issued.on(key.device)
         for tensor, new in ((keys, key), (values, value)):
             width = new.shape[-1]
-            tensor.view(-1, width).index_copy_(0, issued.where, new[0].transpose(0, 1).reshape(-1, width))
+            tensor.view(-1, width).index_copy_(0, place.where, new[0].transpose(0, 1).reshape(-1, width))
         queries, kind = query[0].transpose(0, 1), self._kinds[layer]
-        read = [attend(queries, keys, values, span, kind, scale, softcap) for span in issued.spans]
+        read = [attend(queries, keys, values, span, kind, scale, softcap) for span in place.spans]
         return (read[0] if len(read) == 1 else torch.cat(read))[None]
 
     def _empty(self, like: Tensor) -> Tensor:

@@ -77,13 +77,14 @@ class Laws:
         """One for each hidden state `[N, H]`; None where it is not a number. `packed`: `asked.numbers`, int64."""
         draws = asked.draws
         step = max(1, len(hidden) if draws.rows else LAWS // self.vocab_size)
-        given = None if asked.given is None else packed[len(draws.words) :]
         found: list[Answer | None] = []
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             log_probs = self._log_probs(hidden[rows])
+            packed = packed.to(log_probs.device)  # of a network on several devices, the head may lie on another
             told = [*self._chosen(log_probs, packed[: len(draws.words)], draws)]
-            if given is not None:
+            if asked.given is not None:
+                given = packed[len(draws.words) :]
                 told.append(log_probs.gather(-1, given[rows].clamp(0, self.vocab_size - 1)[:, None]))
             if asked.num_top:
                 values, token_ids = log_probs.topk(min(asked.num_top, self.vocab_size))

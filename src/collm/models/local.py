@@ -15,6 +15,7 @@ from collm.models import narrow
 from collm.models.attention import Row
 from collm.models.backbone import causal_lm, check_project, hidden_states
 from collm.models.crop_cache import CropCache
+from collm.models.devices import input_device
 from collm.models.head import DeferralHead
 from collm.models.kv_pool import KVPool
 from collm.models.laws import Asked, Laws
@@ -78,6 +79,7 @@ class LocalModel(LanguageModel):
         lm = causal_lm(model)
         self._lm = lm
         self._network = Network.of(lm)
+        self._device = input_device(lm)
         self._name = name
         self._eos_token_ids = eos_ids(lm, tokenizer)
         self._laws = Laws(lm, head, shared_vocab_size(tokenizer) if vocab_size is None else vocab_size)
@@ -124,7 +126,7 @@ class LocalModel(LanguageModel):
 
     @property
     def device(self) -> str:
-        return str(self._lm.device)
+        return str(self._device)
 
     @property
     def cache_bytes(self) -> int:
@@ -213,7 +215,7 @@ class LocalModel(LanguageModel):
             return [unknown] * max(1, query.num_last)
         began = perf_counter()
         if self._cache is None:
-            ids = torch.tensor([query.view.token_ids[: query.length]], device=self._lm.device)
+            ids = torch.tensor([query.view.token_ids[: query.length]], device=self._device)
             hidden = hidden_states(self._lm, ids, use_cache=False)[0, query.length - query.num_last :]
         else:
             assert isinstance(self._cache, CropCache)
@@ -260,7 +262,7 @@ class LocalModel(LanguageModel):
             hidden, packed = cache.pool.forward(rows, token_ids, numbers + wanted)
             packed, at = packed.split([len(numbers), len(wanted)])
             if len(wanted) < len(token_ids):
-                hidden = hidden[at]
+                hidden = hidden[at.to(hidden.device)]
             found = self._answers(hidden, prefixes, asked, packed) if wanted else iter(())
         except BaseException:
             for job, _ in pieces:

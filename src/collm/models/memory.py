@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from collm.models.devices import layer_devices
 
 SPARE_SHARE = 0.1
 """Of the memory that is free when a model is loaded: for what ended texts leave in its cache."""
@@ -31,8 +34,11 @@ def bytes_per_token(lm: PreTrainedModel) -> int:
 
 
 def tokens_in(lm: PreTrainedModel, share: float) -> int:
-    """Positions (slots times their length) whose keys and values take this share of the free memory."""
-    return max(1, int(share * free_bytes(lm.device) / bytes_per_token(lm)))
+    """Positions (slots times their length) whose keys and values take this share of the free memory, on the device
+    where it is scarcest."""
+    layers = Counter(layer_devices(lm))
+    each = bytes_per_token(lm) / layers.total()
+    return max(1, int(min(share * free_bytes(device) / (count * each) for device, count in layers.items())))
 
 
 def spare_tokens(lm: PreTrainedModel) -> int:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from collm.models.attention import Row
 from collm.models.backbone import hidden_states
 from collm.models.crop_cache import CropCache
+from collm.models.devices import input_device
 from collm.models.kv_pool import KVPool, may_support
 from collm.views import Text
 
@@ -21,7 +22,7 @@ def pool_serves(lm: PreTrainedModel) -> bool:
     if not may_support(lm):
         return False
     ids, cut = _test_ids(lm), _TEST_TOKENS // 2
-    expected = hidden_states(lm, torch.tensor([ids], device=lm.device), use_cache=False)[0]
+    expected = hidden_states(lm, torch.tensor([ids], device=input_device(lm)), use_cache=False)[0]
     usual = lm.config._attn_implementation
     pool = KVPool(lm)
     pool.resize([], 2, _TEST_TOKENS)
@@ -40,7 +41,7 @@ def pool_serves(lm: PreTrainedModel) -> bool:
 def crop_serves(lm: PreTrainedModel) -> bool:
     """The same of transformers' own cache, rolled back by `crop`."""
     ids, cut = _test_ids(lm), _TEST_TOKENS // 2
-    expected = hidden_states(lm, torch.tensor([ids], device=lm.device), use_cache=False)[0]
+    expected = hidden_states(lm, torch.tensor([ids], device=input_device(lm)), use_cache=False)[0]
     text, cache = Text([ids[: cut + 2]]), CropCache(lm, 1)
     view = text.views[0]
     try:
