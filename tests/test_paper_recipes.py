@@ -241,24 +241,21 @@ def test_recipes_have_the_settings_of_the_paper(kind: str) -> None:
 
 
 @pytest.mark.parametrize("gpus", ["1", "8"])
-def test_a_recipe_is_what_the_makefile_trains(gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_recipe_is_what_the_makefile_trains(gpus: str) -> None:
     found = commands("train", NAME="math_7b_llemma34b", PYTHON="python", GPUS=gpus)
-    [vary] = [words for words in found if "out=runs/paper/math_7b_llemma34b/pair" in words]
-    monkeypatch.setattr(sys, "argv", [*vary[1:-1], str(tmp_path / "pair.yaml")])
-    runpy.run_path(vary[1], run_name="__main__")
-    made, shipped = load_recipe(tmp_path / "pair.yaml"), load_recipe(PAPER / "math.yaml")
+    [words] = [words for words in found if "out=runs/paper/math_7b_llemma34b/pair" in words]
+    _, recipe, *changes = words[words.index("train") :]
+    made, shipped = load_recipe(ROOT / recipe, changes), load_recipe(PAPER / "math.yaml")
     accumulation = made.training.gradient_accumulation
     assert accumulation * int(gpus) * made.training.batch_size == 128
     training = made.training.model_copy(update={"gradient_accumulation": shipped.training.gradient_accumulation})
     assert made.model_copy(update={"training": training}) == shipped
-    launched = [words for words in found if words[-1].endswith("pair.yaml") and words[-2] == "train"]
-    assert ("accelerate.commands.launch" in launched[0]) == (gpus == "8")
+    assert ("accelerate.commands.launch" in words) == (gpus == "8")
 
 
 def test_baselines_are_the_pair_with_another_objective() -> None:
     found = commands("train", NAME="gsm8k_7b_13b", PYTHON="python")
-    changes = [words for words in found if words[1].endswith("vary.py")]
+    changes = [words for words in found if "train" in words]
     weak = next(words for words in changes if "objective=weak_supervision" in words)
     adapters = next(words for words in changes if "tune=lora" in words)
     assert any("Llama-2-13b-hf" in word and word.startswith("assistants=") for word in weak)

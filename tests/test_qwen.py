@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.cli import main
 from collm.errors import CollmError
+from collm.training.recipe import changed
 
 STUDY = Path(__file__).parent.parent / "recipes" / "qwen"
 PARTS = [b"GGUF" + b"a" * 50, b"b" * 60, b"c"]
@@ -121,17 +122,17 @@ def test_a_failed_download_says_why_and_what_to_do(
 
 def test_the_makefile_trains_what_the_recipes_say(tmp_path: Path) -> None:
     """For GSM8K the recipes as they are; for the others with other paths and nothing else."""
-    vary = runpy.run_path(str(STUDY.parent / "word_problems" / "vary.py"))["vary"]
     nothing = ["DATA=data/none", "RUNS=runs/none"]
     command = ["make", "-n", "-f", str(STUDY / "study.mk"), "train", "PYTHON=python", *nothing]
     done = subprocess.run(command, cwd=STUDY.parent.parent, capture_output=True, text=True, timeout=60, check=True)
     seen = set()
     for words in map(shlex.split, done.stdout.replace("\\\n", " ").splitlines()):
-        if words[1:2] != ["recipes/word_problems/vary.py"]:
+        if words[3:4] != ["train"]:
             continue
-        task, name = Path(words[-1]).parent.name, Path(words[-1]).stem
-        varied = json.dumps(vary(STUDY.parent.parent / words[2], words[3:-2]))
-        told = json.dumps(yaml.safe_load((STUDY / f"{name}.yaml").read_text()))
+        plain = yaml.safe_load((STUDY.parent.parent / words[4]).read_text())
+        varied, told = json.dumps(changed(plain, words[5:])), json.dumps(plain)
+        out = Path(changed(plain, words[5:])["out"])
+        task, name = out.parent.name, out.name
         here = varied.replace("data/none", "data/qwen").replace("runs/none", "runs/qwen")
         assert json.loads(here.replace(task, "gsm8k")) == json.loads(told)
         seen.add((task, name))
@@ -179,15 +180,13 @@ def test_the_study_runs_on_stand_ins(
 
     for words in commands():
         if words[1] == "-m":
+            if words[3] == "train":  # the recipe as it is, but for the time it takes
+                words += ["training.epochs=1", "training.evaluations=1"]
             result = CliRunner().invoke(main, words[3:], catch_exceptions=False)
             assert result.exit_code == 0, (words, result.output)
             continue
         monkeypatch.setattr(sys, "argv", words[1:])
         runpy.run_path(words[1], run_name="__main__")
-        if words[1].endswith("vary.py"):  # the recipe as it is, but for the time it takes
-            recipe = yaml.safe_load(Path(words[-1]).read_text())
-            recipe["training"] |= {"epochs": 1, "evaluations": 1}
-            Path(words[-1]).write_text(yaml.safe_dump(recipe))
     found = {path.stem: json.loads(path.read_text()) for path in (runs / "gsm8k" / "test").glob("*.json")}
     assert {name for name in found if "-" in name} == {
         "gate-gate_20",

@@ -1,4 +1,4 @@
-"""The word problems' smaller scripts: recipes varied, thresholds read off gold text."""
+"""The word problems' smaller scripts: thresholds read off gold text."""
 
 from __future__ import annotations
 
@@ -28,23 +28,7 @@ STUDY = Path(__file__).parent.parent / "recipes" / "word_problems"
 def study() -> Iterator[dict[str, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STUDY))
-        yield {name: importlib.import_module(name) for name in ("vary", "teacher_forced")}
-
-
-def test_a_varied_recipe_changes_what_is_named_and_nothing_else(study: dict[str, ModuleType]) -> None:
-    vary = study["vary"].vary
-    plain = vary(STUDY / "gate.yaml", [])
-    varied = vary(STUDY / "gate.yaml", ["init.method=b", "deferral_cost=0.1"])
-    assert varied == {**plain, "init": {"method": "b"}, "deferral_cost": 0.1} != plain
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [("init.metod=b", "did you mean 'method'"), ("deferral_cost=-1", "greater than"), ("tune", "KEY=VALUE")],
-)
-def test_changes_that_leave_no_recipe_are_refused(study: dict[str, ModuleType], change: str, message: str) -> None:
-    with pytest.raises(CollmError, match=message):
-        study["vary"].vary(STUDY / "gate.yaml", [change])
+        yield {name: importlib.import_module(name) for name in ("teacher_forced",)}
 
 
 def test_gold_gates_are_those_of_plain_passes_and_count_where_somebody_answers(

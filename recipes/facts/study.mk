@@ -66,13 +66,10 @@ $(RUNS)/%/collm.json: | $(DATA)/test.jsonl
 	$(COLLM) train recipes/facts/$*.yaml
 
 $(RUNS)/expert_tuned/collm.json: | $(RUNS)/expert/collm.json
-$(RUNS)/expert_lora.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/facts/expert_tuned.yaml out=$(RUNS)/expert_lora tune=lora \
-	    training.learning_rate=1.0e-3 --out $@
-$(RUNS)/expert_lora/collm.json: | $(RUNS)/expert_lora.yaml $(RUNS)/expert/collm.json
-	$(COLLM) train $(RUNS)/expert_lora.yaml
+$(RUNS)/expert_lora/collm.json: | $(RUNS)/expert/collm.json
+	$(COLLM) train recipes/facts/expert_tuned.yaml out=$(RUNS)/expert_lora tune=lora training.learning_rate=1.0e-3
 $(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/base_sft/collm.json $(RUNS)/expert/collm.json
-	$(COLLM) train $(RUNS)/$*.yaml
+	$(COLLM) train recipes/facts/pair.yaml out=$(RUNS)/$* $(CHANGES_$*)
 
 # Variations of the pair: the gate as pseudo-labels alone fit it; the gate fitted on questions that the base has been
 # fine-tuned on; the gate fitted on right answers of the pair's own, too, its writers drawn from the gate.
@@ -80,9 +77,6 @@ CHANGES_weak := objective=weak_supervision
 CHANGES_seen := data.train=$(DATA)/train.jsonl
 CHANGES_own := data.train=$(RUNS)/own_texts/all.jsonl
 $(RUNS)/own/collm.json: | $(RUNS)/own_texts/all.jsonl
-$(PAIRS:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
-$(PAIRS:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/facts/pair.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
 
 SEEDS := 1 2 3
 $(SEEDS:%=$(RUNS)/own_texts/%.json): $(RUNS)/own_texts/%.json: | $(RUNS)/pair/collm.json

@@ -39,10 +39,8 @@ $(RUNS)/%/collm.json: | $(DATA)/train.jsonl
 	$(COLLM) train recipes/gsm8k/$*.yaml
 $(RUNS)/gate/collm.json: | $(RUNS)/sft/collm.json
 
-$(GATES_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/gsm8k/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
-$(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml $(RUNS)/sft/collm.json $(ARITHMETIC_LM)/test.json
-	$(COLLM) train $(RUNS)/$*.yaml
+$(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/sft/collm.json $(ARITHMETIC_LM)/test.json
+	$(COLLM) train recipes/gsm8k/gate.yaml out=$(RUNS)/$* $(CHANGES_$*)
 
 WRITE := --task gsm8k --max-tokens 256 --batch-size 32 --dtype $(DTYPE)
 $(RULES:%=$(RUNS)/calibration/%/curve.csv): $(RUNS)/calibration/%/curve.csv: | $(RUNS)/gate/collm.json

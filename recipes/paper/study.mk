@@ -131,7 +131,7 @@ SCORED = scores: $(SCORES)/$(1)/train, validation_scores: $(SCORES)/$(1)/calibra
 PAIR = 'base={model: $(B), $(call SCORED,$(notdir $(B)))}' \
     'assistants=[{name: $(notdir $(A)), model: $(A), $(call SCORED,$(notdir $(A)))}]'
 ALONE = objective=sft assistants=[]
-VARY = $(PYTHON) recipes/word_problems/vary.py $(STUDY)/$(KIND).yaml data.train=$(ROWS)/train.jsonl \
+RECIPE = $(STUDY)/$(KIND).yaml data.train=$(ROWS)/train.jsonl \
     data.validation=$(ROWS)/calibration.jsonl data.max_length=$(LENGTH) $(STEP)
 
 $(OUT)/pair/collm.json: CHANGES = $(PAIR)
@@ -145,8 +145,7 @@ $(OUT)/pair/collm.json $(OUT)/weak/collm.json: | $(B_SCORES) $(A_SCORES)
 $(SFT)/collm.json: | $(MADE) $(B)/config.json
 $(LORA)/collm.json: | $(MADE) $(A)/config.json
 $(TRAINED): %/collm.json:
-	$(VARY) out=$* $(CHANGES) $(SETTINGS) --out $*.yaml
-	$(TRAIN) $*.yaml
+	$(TRAIN) $(RECIPE) out=$* $(CHANGES) $(SETTINGS)
 
 # One process takes one GPU: transformers would spread its batches over all that it sees.
 ifeq ($(GPUS),1)

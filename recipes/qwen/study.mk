@@ -123,11 +123,8 @@ SCORES = $(foreach split,train calibration,base.$(if $(filter train,$(split)),,v
 # $(1): a task, $(2): a model
 define model
 train: $(RUNS)/$(1)/$(2)/collm.json
-$(RUNS)/$(1)/$(2).yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/qwen/$(2).yaml $(CHANGES) $(if $(filter-out sft,$(2)),$(SCORES)) \
-	    --out $(RUNS)/$(1)/$(2).yaml
-$(RUNS)/$(1)/$(2)/collm.json: | $(RUNS)/$(1)/$(2).yaml $(DATA)/$(1)/train.jsonl $(HAVE)
-	$(COLLM) train $(RUNS)/$(1)/$(2).yaml
+$(RUNS)/$(1)/$(2)/collm.json: | $(DATA)/$(1)/train.jsonl $(HAVE)
+	$(COLLM) train recipes/qwen/$(2).yaml $(CHANGES) $(if $(filter-out sft,$(2)),$(SCORES))
 endef
 MODELS_gsm8k := $(MODELS)
 MODELS_mbpp := $(MODELS)

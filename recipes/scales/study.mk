@@ -72,21 +72,16 @@ $(ALONE:%=$(RUNS)/own/%.jsonl): $(RUNS)/own/%.jsonl: | $(foreach seed,$(SEEDS),$
 	$(PYTHON) recipes/scales/own_texts.py $(foreach seed,$(SEEDS),$(RUNS)/own/$*_$(seed).jsonl) \
 	    --data $(DATA)/test_a.jsonl --out $@
 
-$(ALONE:%=$(RUNS)/%_own.yaml): $(RUNS)/%_own.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_own \
-	    data.train=$(RUNS)/own/$*.jsonl --out $@
-$(ALONE:%=$(RUNS)/%_seen.yaml): $(RUNS)/%_seen.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/scales/$*.yaml out=$(RUNS)/$*_seen \
-	    data.train=$(DATA)/train.jsonl --out $@
+$(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/small/collm.json
+	$(COLLM) train recipes/scales/$*.yaml out=$(RUNS)/$*_own data.train=$(RUNS)/own/$*.jsonl
+$(ALONE:%=$(RUNS)/%_seen/collm.json): $(RUNS)/%_seen/collm.json: | $(RUNS)/small/collm.json
+	$(COLLM) train recipes/scales/$*.yaml out=$(RUNS)/$*_seen data.train=$(DATA)/train.jsonl
 
 # The price that tuned.yaml puts on deferring is there to make its gate tell tokens apart. Where it is multiplied with the
 # base's doubt, that sees to it, and the gate is fitted at no price.
-$(RUNS)/tuned_free.yaml:
-	$(PYTHON) recipes/word_problems/vary.py recipes/scales/tuned.yaml out=$(RUNS)/tuned_free deferral_cost=0 --out $@
-$(RUNS)/tuned_free/collm.json: | $(TUNED)/collm.json
+$(RUNS)/tuned_free/collm.json: | $(RUNS)/small/collm.json $(TUNED)/collm.json
+	$(COLLM) train recipes/scales/tuned.yaml out=$(RUNS)/tuned_free deferral_cost=0
 
-$(patsubst %,$(RUNS)/%/collm.json,$(OTHERS) tuned_free): $(RUNS)/%/collm.json: | $(RUNS)/small/collm.json $(RUNS)/%.yaml
-	$(COLLM) train $(@D).yaml
 $(ALONE:%=$(RUNS)/%_own/collm.json): $(RUNS)/%_own/collm.json: | $(RUNS)/own/%.jsonl
 $(RUNS)/tuned_seen/collm.json: | $(TUNED)/collm.json
 

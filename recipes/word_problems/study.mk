@@ -36,10 +36,8 @@ $(SYSTEMS:%=$(RUNS)/%/collm.json): | $(DATA)/train.jsonl
 $(RECIPES:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json:
 	$(COLLM) train $(STUDY)/$*.yaml
 
-$(GATES_LM:%=$(RUNS)/%.yaml): $(RUNS)/%.yaml:
-	$(PYTHON) $(STUDY)/vary.py $(STUDY)/gate.yaml out=$(RUNS)/$* $(CHANGES_$*) --out $@
-$(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json: | $(RUNS)/%.yaml
-	$(COLLM) train $(RUNS)/$*.yaml
+$(GATES_LM:%=$(RUNS)/%/collm.json): $(RUNS)/%/collm.json:
+	$(COLLM) train $(STUDY)/gate.yaml out=$(RUNS)/$* $(CHANGES_$*)
 
 $(patsubst %,$(RUNS)/%/collm.json,pair_lm both arithmetic_tuned $(GATES_LM)): | $(ARITHMETIC_LM)/test.json
 $(GATES:%=$(RUNS)/%/collm.json): | $(RUNS)/sft/collm.json
@@ -151,24 +149,16 @@ CHANGES_pair-no_initialisation := init.method=none training.epochs=0.5 training.
 VARIATIONS := $(VARIED:%=gate-%) $(VARIED_LM:%=gate_lm-%) pair-no_initialisation
 ABLATIONS := sft $(PAIRS) $(GATES) $(VARIATIONS)
 
-# Where the recipe that is varied lies.
-FROM := $(STUDY)
-
 # Thresholds read off gold text, beside those of `calibrate`.
 GOLD := $(RUNS)/ablations/gold
 
 ablations: $(ABLATIONS:%=$(RUNS)/ablations/%.json) $(GOLD)/pair/teacher_forced.json $(GOLD)/gate_lm/teacher_forced.json
 	$(COLLM) compare $(ABLATIONS:%=$(RUNS)/ablations/%.json) --against pair
 
-$(VARIED_LM:%=$(RUNS)/ablations/recipes/gate_lm-%.yaml): FROM := $(RUNS)
-$(VARIED_LM:%=$(RUNS)/ablations/recipes/gate_lm-%.yaml): | $(RUNS)/gate_lm.yaml
-$(VARIATIONS:%=$(RUNS)/ablations/recipes/%.yaml): $(RUNS)/ablations/recipes/%.yaml:
-	$(PYTHON) $(STUDY)/vary.py $(FROM)/$(firstword $(subst -, ,$*)).yaml out=$(RUNS)/ablations/runs/$* \
-	    $(or $(CHANGES_$*),$(CHANGES_$(lastword $(subst -, ,$*)))) --out $@
-
-$(VARIATIONS:%=$(RUNS)/ablations/runs/%/collm.json): $(RUNS)/ablations/runs/%/collm.json: | \
-    $(RUNS)/ablations/recipes/%.yaml $(RUNS)/sft/collm.json
-	$(COLLM) train $(RUNS)/ablations/recipes/$*.yaml
+# The recipe is that before the "-": pair.yaml, or gate.yaml with what makes it gate_lm.
+$(VARIATIONS:%=$(RUNS)/ablations/runs/%/collm.json): $(RUNS)/ablations/runs/%/collm.json: | $(RUNS)/sft/collm.json
+	$(COLLM) train $(STUDY)/$(firstword $(subst _, ,$(subst -, ,$*))).yaml $(CHANGES_$(firstword $(subst -, ,$*))) \
+	    $(or $(CHANGES_$*),$(CHANGES_$(lastword $(subst -, ,$*)))) out=$(RUNS)/ablations/runs/$*
 $(VARIED_LM:%=$(RUNS)/ablations/runs/gate_lm-%/collm.json): | $(ARITHMETIC_LM)/test.json
 
 $(ABLATIONS:%=$(RUNS)/ablations/%.json): $(RUNS)/ablations/%.json: | $(DATA)/train.jsonl

@@ -134,6 +134,9 @@ alone_option = click.option(
     "--alone", metavar="NAME", help="Only this model writes: base, or an assistant's name (a baseline)."
 )
 
+recipe_argument = click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+changes_argument = click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
+
 task_option = click.option("--task", required=True, metavar="TASK", help=f"What answers are worth: {', '.join(TASKS)}.")
 
 unsandboxed_option = click.option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -183,8 +185,12 @@ def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
         raise CollmError(f"{source}: {faults}") from error
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from a YAML file. Relative paths in it are relative to where the command is run."""
+def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file. Relative paths in it are relative to where the command is run.
+
+    Args:
+        changes: `KEY=VALUE`, as the command line takes them: see `changed`.
+    """
     path = Path(path)
     if not path.exists():
         raise CollmError(f"{path}: there is no such recipe")
@@ -192,4 +198,51 @@ def load_recipe(path: str | Path) -> Recipe:
         values = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError) as error:
         raise CollmError(f"{path} is not valid YAML: {error}") from error
-    return parse_recipe(values, str(path))
+    if not changes:
+        return parse_recipe(values, str(path))
+    parse_recipe(values, str(path))  # a fault of the file is not one of the changes
+    return parse_recipe(changed(values, changes), f"{path} with {' '.join(changes)}")
+
+
+def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """A recipe's values with each `KEY=VALUE` put in: dots lead into sections (`training.epochs=2`), numbers into lists
+    (`assistants.0.model=helper`), and a value is YAML.
+
+    Raises:
+        CollmError: a change that is none, or leads nowhere.
+    """
+    values = copy.deepcopy(values)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise CollmError(f"a change of the recipe is KEY=VALUE, as in training.epochs=2, not {change!r}")
+        *sections, last = key.split(".")
+        place: Any = values
+        for section in sections:
+            place = _inside(place, section, change)
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise CollmError(f"{change}: {value!r} is not valid YAML ({' '.join(str(error).split())})") from error
+        if isinstance(place, list):
+            _inside(place, last, change)  # it is there
+            place[int(last)] = read
+        elif isinstance(place, dict):
+            place[last] = read
+        else:
+            raise CollmError(f"{change}: {'.'.join(sections)} is {place!r} and has no parts")
+    return values
+
+
+def _inside(place: Any, name: str, change: str) -> Any:
+    """What stands under a name or number; a section that is not there is begun."""
+    if isinstance(place, dict):
+        if place.get(name) is None:
+            place[name] = {}
+        return place[name]
+    if not isinstance(place, list):
+        raise CollmError(f"{change}: there is nothing inside {place!r}")
+    if not name.isdecimal() or int(name) >= len(place):
+        there = f"0 to {len(place) - 1}" if place else "none yet"
+        raise CollmError(f"{change}: {name!r} is no entry of this list, which are numbered ({there})")
+    return place[int(name)]
