@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from collm.cli.console import ResumableCommand, echo_json
 from collm.cli.options import (
     OUTPUT,
+    TASK_HELP,
     alone_option,
     askable,
     batch_size_option,
@@ -27,7 +28,6 @@ from collm.cli.options import (
     sampling_params,
     unsandboxed_option,
 )
-from collm.evaluation.task import TASKS
 from collm.files import claimed
 from collm.sampling_params import SamplingParams
 
@@ -44,7 +44,7 @@ OF_TASKS = {"max_tokens": "max_gen_toks", "temperature": "temperature", "top_p":
 
 @click.command("eval", cls=ResumableCommand, short_help="Answer and score the questions of a task.")
 @click.argument("checkpoint")
-@click.option("--task", metavar="TASK", help=f"What answers are worth: {', '.join(TASKS)}.")
+@click.option("--task", metavar="TASK", help=TASK_HELP)
 @click.option("--data", metavar="DATA", help="Test examples.")
 @click.option("--tasks", metavar="NAMES", help="Instead: tasks of the lm-evaluation-harness, with commas between them.")
 @click.option(

@@ -137,7 +137,8 @@ alone_option = click.option(
 recipe_argument = click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 changes_argument = click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
 
-task_option = click.option("--task", required=True, metavar="TASK", help=f"What answers are worth: {', '.join(TASKS)}.")
+TASK_HELP = f"What answers are worth: {', '.join(TASKS)}; or MODULE:FUNCTION, of your own."
+task_option = click.option("--task", required=True, metavar="TASK", help=TASK_HELP)
 
 unsandboxed_option = click.option(
     "--unsandboxed",

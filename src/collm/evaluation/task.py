@@ -57,7 +57,8 @@ class Task:
     the first is the task's own.
 
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
-    `lists`: the field `answer` may be a list or a mapping. `of_all`: further metrics, of all answers together.
+    `lists`: the field `answer` may be a list or a mapping. `whole`: all of that field is the gold answer, whatever it is,
+    or all of the last assistant turn. `of_all`: further metrics, of all answers together.
     `shots`: solved examples that go before each question; the prompt is a plain text then. `package`: what `judge`
     imports, of the extra `eval`; `needs` raises CollmError where something else is missing. `unsandboxed`: where
     `judge` runs what a model wrote in a sandbox, the same without one.
@@ -72,6 +73,7 @@ class Task:
     metrics: tuple[str, ...] = ("exact_match",)
     judge: Judge = same_text
     lists: bool = False
+    whole: bool = False
     of_all: Mapping[str, OfAll] = field(default_factory=dict)
     shots: tuple[Shot, ...] = ()
     package: str | None = None
@@ -98,7 +100,9 @@ class Task:
             CollmError: the example has no answer in either place.
         """
         given = example.fields.get("answer")
-        if self.lists:
+        if self.whole:
+            answer = self.extract(example.reference or "") if given is None else self.read_gold(given)
+        elif self.lists:
             answer = None if given is None else self.read_gold(given)
         elif given is not None and not isinstance(given, dict | list):
             text = str(given)
@@ -233,12 +237,20 @@ too, which is what a model that never saw `####` deserves."""
 
 
 def get_task(name: str, *, sandboxed: bool = True) -> Task:
-    """The shipped task of that name; with `sandboxed=False`, see `Task.without_sandbox`.
+    """The shipped task of that name, or one's own, `MODULE:FUNCTION` (`collm.evaluation.own`); with `sandboxed=False`,
+    see `Task.without_sandbox`.
 
     Raises:
         CollmError: unknown; the message names the nearest. Or it runs nothing that needs a sandbox.
     """
+    if ":" in name:
+        from collm.evaluation.own import own_task
+
+        found = own_task(name)
+        return found if sandboxed else found.without_sandbox()
     if name not in TASKS:
         hint = nearest(name, TASKS)
-        raise CollmError(f"unknown task {name!r}{hint and '; '}{hint} (there are: {', '.join(TASKS)})")
+        raise CollmError(
+            f"unknown task {name!r}{hint and '; '}{hint} (there are: {', '.join(TASKS)}; or MODULE:FUNCTION, of your own)"
+        )
     return TASKS[name] if sandboxed else TASKS[name].without_sandbox()
