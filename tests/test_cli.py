@@ -629,6 +629,10 @@ def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
     other = collm("eval", pair, *TASK, "--limit", "5", *TOGETHER, "--name", "few", "--out", tmp_path / "few.jsonl")
     assert other.exit_code == 0
     refused(collm("compare", files[0], tmp_path / "few.json"), "different examples")
+    again = tmp_path / "again.json"
+    again.write_text(files[1].read_text())
+    shown = collm("compare", files[1], again, "--against", "joint (again)")  # one name, told apart by the files
+    assert "joint (joint) against joint (again)" in shown.stdout
 
 
 def test_report_puts_evaluations_on_one_page(pair: str, tmp_path: Path) -> None:

@@ -410,5 +410,10 @@ def test_ways_of_decoding_have_names_of_their_own() -> None:
         default_name(models, SamplingParams(deferral="confident"), None),
         default_name(models, SamplingParams(), "calculator"),
         default_name(models, SamplingParams(), 0),
+        default_name(models, SamplingParams(deferral_rate=0.1), None),
+        default_name(models, SamplingParams(threshold=0.9), None),
+        default_name(models, SamplingParams(deferral="random", deferral_rate=0.1), None),
     ]
-    assert names == ["base + calculator", "base + calculator, confident", "calculator", "base"]
+    both = "base + calculator"
+    assert names[:4] == [both, f"{both}, confident", "calculator", "base"]
+    assert names[4:] == [f"{both}, rate 0.1", f"{both}, threshold 0.9", f"{both}, random, rate 0.1"]

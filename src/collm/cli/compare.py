@@ -22,15 +22,15 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     Each system is tested against one of them on the same examples: the exact McNemar test, and a bootstrap interval of
     the difference. With several, p-values corrected for their number (Holm) stand beside the raw ones. Examples that
     come in groups of near-duplicates (their field `group`) are kept together in both. A system that was scored by
-    another task's rule stands in the table, and is not tested.
+    another task's rule stands in the table, and is not tested. Systems of one name are told apart by their files.
     """
     from collm.evaluation.comparison import compare_all, judged_alike, rival_of
-    from collm.evaluation.overview import system_row
+    from collm.evaluation.overview import system_row, told_apart
     from collm.evaluation.result import EvalResult
     from collm.report.systems import systems_table
     from collm.report.terminal import print_table
 
-    found = [EvalResult.load(path) for path in results]
+    found = told_apart(results, [EvalResult.load(path) for path in results])
     try:
         rival = rival_of(found, against)
     except ValueError as error:

@@ -175,7 +175,14 @@ def default_name(models: Sequence[str], params: SamplingParams, alone: int | str
     """What a system is called in tables, so that one checkpoint's ways of decoding are told apart."""
     if alone is not None:
         return models[alone] if isinstance(alone, int) else alone
-    return " + ".join(models) + ("" if params.deferral == "threshold" else f", {params.deferral}")
+    parts = [" + ".join(models)]
+    if params.deferral != "threshold":
+        parts.append(params.deferral)
+    if params.deferral_rate is not None:
+        parts.append(f"rate {params.deferral_rate:g}")
+    if params.threshold is not None:
+        parts.append(f"threshold {params.threshold:g}")
+    return ", ".join(parts)
 
 
 def _answers(

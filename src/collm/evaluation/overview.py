@@ -75,6 +75,11 @@ def read_results(paths: Sequence[Path]) -> list[EvalResult]:
             raise CollmError(
                 f"{path}: {result.name!r} answered other questions than {first.name!r}; make a page for each of them"
             )
+    return told_apart(paths, results)
+
+
+def told_apart(paths: Sequence[Path], results: Sequence[EvalResult]) -> list[EvalResult]:
+    """Results with different names: those that share one have their file's behind it."""
     names = Counter(result.name for result in results)
     files = [path.stem for path in paths]
     if len(set(files)) < len(files):

@@ -34,9 +34,8 @@ def own_task(spec: str) -> Task:
     module = _module(place, spec)
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise CollmError(
-            f"task {spec}: {place} has no {name!r}; {nearest(name, functions, 'it has ' + told(functions))}"
-        )
+        hint = nearest(name, functions, f"it has {', '.join(functions) or 'no functions'}")
+        raise CollmError(f"task {spec}: {place} has no {name!r}; {hint}")
     found = getattr(module, name)
     if isinstance(found, Task):
         return found
@@ -59,10 +58,6 @@ def own_task(spec: str) -> Task:
     )
 
 
-def told(names: list[str]) -> str:
-    return ", ".join(names) or "no functions"
-
-
 def _module(place: str, spec: str) -> ModuleType:
     try:
         if place.endswith(".py"):
@@ -77,8 +72,8 @@ def _module(place: str, spec: str) -> ModuleType:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise CollmError(f"task {spec}: {place} needs the package {error.name}, which is not installed") from error
         raise CollmError(
-            f"task {spec}: there is no module {place!r}; a task of your own is MODULE:FUNCTION or FILE.py:FUNCTION, the "
-            "module in this folder or installed"
+            f"task {spec}: there is no module {place!r}; a task of your own is MODULE:FUNCTION or FILE.py:FUNCTION, "
+            "the module in this folder or installed"
         ) from error
     except Exception as error:  # whatever a user's module does when it is imported
         raise CollmError(f"task {spec}: {place} cannot be imported ({type(error).__name__}: {error})") from error

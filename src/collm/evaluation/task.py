@@ -57,8 +57,8 @@ class Task:
     the first is the task's own.
 
     `marked`: only an answer after `####` counts. `arithmetic`: the texts show equations whose correctness is counted.
-    `lists`: the field `answer` may be a list or a mapping. `whole`: all of that field is the gold answer, whatever it is,
-    or all of the last assistant turn. `of_all`: further metrics, of all answers together.
+    `lists`: the field `answer` may be a list or a mapping. `whole`: all of that field is the gold answer,
+    whatever it is, or all of the last assistant turn. `of_all`: further metrics, of all answers together.
     `shots`: solved examples that go before each question; the prompt is a plain text then. `package`: what `judge`
     imports, of the extra `eval`; `needs` raises CollmError where something else is missing. `unsandboxed`: where
     `judge` runs what a model wrote in a sandbox, the same without one.
@@ -250,7 +250,6 @@ def get_task(name: str, *, sandboxed: bool = True) -> Task:
         return found if sandboxed else found.without_sandbox()
     if name not in TASKS:
         hint = nearest(name, TASKS)
-        raise CollmError(
-            f"unknown task {name!r}{hint and '; '}{hint} (there are: {', '.join(TASKS)}; or MODULE:FUNCTION, of your own)"
-        )
+        there = f"there are: {', '.join(TASKS)}; or MODULE:FUNCTION, of your own"
+        raise CollmError(f"unknown task {name!r}{hint and '; '}{hint} ({there})")
     return TASKS[name] if sandboxed else TASKS[name].without_sandbox()
