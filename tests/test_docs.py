@@ -142,7 +142,7 @@ def test_ready_pairs_are_whole_and_small(folder: Path) -> None:
 
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
     info = load_info(folder)
-    assert info is not None and info.kind == "lora" and len(info.base_fingerprint or "") == 16
+    assert info is not None and info.kind == "lora" and len(info.base_fingerprint or "") == 33
     head = DeferralHead.load(folder)
     assert head.num_assistants == len(info.assistants) and info.calibration
     assert load_file(folder / "adapter_model.safetensors")

@@ -21,9 +21,10 @@ from collm.data.resumable import already_scored, run
 from collm.data.scores import TokenScores, load_scores, prompt_notes, scores_fingerprint
 from collm.errors import CollmError
 from collm.identity.finding import local_identity, writer_identity
+from collm.identity.known import Opened
 from collm.models.backbone import check_project, hidden_states, logits_rows, project, rope_switches
 from collm.models.devices import input_device, output_device
-from collm.models.loading import load_model, weights_fingerprint
+from collm.models.loading import weights_fingerprint
 from collm.models.tokenizers import shared_vocab_size
 from collm.values import Answer, Fault, LanguageModel, Query
 
@@ -41,7 +42,7 @@ BATCH_TOKENS = 4096
 
 def score(
     examples: Sequence[Example],
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | Opened,
     formatter: Formatter,
     out: str | Path,
     *,
@@ -57,7 +58,7 @@ def score(
     """Score examples under a transformer and write them to the folder `out` (see `load_scores`).
 
     Args:
-        model: a model, or a spec to load with `dtype` and `device`.
+        model: a model, or a spec, which is loaded with `dtype` and `device` where there is something to score.
         completions_from: the base's formatter, where the model is an assistant with its own template.
         max_length: tokens to keep of each sequence; never more than the model's context.
         resume: go on where an interrupted run stopped, and leave finished scores alone; False begins anew and
@@ -67,12 +68,15 @@ def score(
     Raises:
         CollmError: scores of something else are in the way; NaN; out of memory or disk. Finished batches are kept.
     """
-    lm = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
-    fingerprint = scores_fingerprint(
-        examples, local_identity(lm), formatter, completions_from=completions_from, max_length=max_length
-    )
+    opened = Opened(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    told: dict[str, Any] = {"completions_from": completions_from, "max_length": max_length}
+    who = opened.identity if isinstance(opened, Opened) else local_identity(opened)
+    fingerprint = scores_fingerprint(examples, who, formatter, **told)
     if already_scored(Path(out), fingerprint, resume):
         return Path(out)
+    lm = opened.model if isinstance(opened, Opened) else opened
+    if isinstance(opened, Opened):  # what is loaded has the last word
+        fingerprint = scores_fingerprint(examples, opened.identity, formatter, **told)
     check_project(lm)
     config: Any = lm.config.get_text_config()
     context: int | None = getattr(config, "max_position_embeddings", None)

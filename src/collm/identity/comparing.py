@@ -8,10 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 Identity = Mapping[str, Any]
-"""JSON values. Of one model: `kind` is "local" (`weights`, `dtype`), "tool" (`tool`), "remote" (`remote_identity`) or
-"own", an object of the user's that is not `Identified`, known by its name alone. So local never equals remote."""
+"""JSON values. Of one model: `kind` is "local" (`weights`, `dtype`, `config`), "tool" (`tool`), "remote"
+(`remote_identity`) or "own", an object of the user's that is not `Identified`, known by its name alone. So local never
+equals remote."""
 NAMED = "named"
 """Of an identity, what tells people which system it is: where a model lies decides nothing, and is not compared."""
+CONFIG, ENDS = "config", "ends"
+"""Of a local model, what its configuration says, and the tokens that end its texts. Compared where both sides tell it:
+versions of transformers differ in what they write of the same model, and older files tell nothing."""
 PROBE_TOLERANCE = 0.2
 """Nats by which a server may differ from itself at a token of the probe: in 16 bits, batches change last digits."""
 
@@ -44,6 +48,8 @@ def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 
 
 def _same(key: str, a: Any, b: Any) -> bool:
+    if (a is None or b is None) and {CONFIG, ENDS} & set(key.split(".")):
+        return True
     if key.rpartition(".")[2] != "probe" or not isinstance(a, list) or not isinstance(b, list):
         return bool(a == b)
     # NaN is equal to nothing.

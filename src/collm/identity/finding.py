@@ -19,7 +19,8 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from collm.identity.comparing import Identity
+from collm.identity.comparing import CONFIG, ENDS, Identity
+from collm.models.contents import computation
 from collm.models.devices import stored
 from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
@@ -107,8 +108,10 @@ def dtype_name(model: nn.Module) -> str:
 
 
 def local_identity(model: nn.Module) -> Identity:
-    """Of a model in this process."""
-    return {"kind": "local", "weights": weights_identity(model), "dtype": dtype_name(model)}
+    """Of a model in this process: its weights, and what its configuration says of computing with them."""
+    told = {"kind": "local", "weights": weights_identity(model), "dtype": dtype_name(model)}
+    config = getattr(model, "config", None)
+    return told if config is None else {**told, CONFIG: computation(config.to_dict())}
 
 
 def remote_identity(name: str, version: str, tokenizer: PreTrainedTokenizerBase, probe: Sequence[float]) -> Identity:
@@ -158,6 +161,7 @@ def system_identity(models: Sequence[Named], formatters: Sequence[Shown]) -> dic
     told = {
         model.name: {
             **writer_identity(model),
+            **({ENDS: sorted(model.eos_token_ids)} if isinstance(model, LocalModel) else {}),
             "tokenizer": tokenizers[id(formatter.tokenizer)],
             "prompts": prompts_identity(formatter),
         }

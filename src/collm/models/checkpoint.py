@@ -21,14 +21,14 @@ from collm.models.attaching import attach
 from collm.models.backbone import causal_lm
 from collm.models.devices import is_quantized, output_device
 from collm.models.head import DeferralHead
-from collm.models.info import FILE, GATE_FILE, CheckpointInfo, base_spec, load_info, save_info
+from collm.models.info import FILE, GATE_FILE, CheckpointInfo, base_spec, load_info, same_weights, save_info
 from collm.models.loading import load_tokenizer, place_model, weights_fingerprint
 from collm.models.placement import Placement
 
 
 def warn_of_other_weights(found: Callable[[], str], trained: str | None, what: str) -> None:
     """Warn if the weights' fingerprint, which takes a while to find, is not that of training (None: unknown)."""
-    if trained is not None and found() != trained:
+    if trained is not None and not same_weights(found(), trained):
         warnings.warn(
             f"{what} (another quantisation or version?); deferral rates and quality may differ: "
             "run collm calibrate again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ VOLATILE = (
     "architectures",
 )
 """What a configuration says besides how to compute."""
+OF_TRAINING = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "attention_dropout",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "problem_type",
+    "id2label",
+    "label2id",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+)
+"""And besides, what decides no law: the trainer changes some of it, and ends of texts are told by themselves."""
 
 
 def contents(spec: str) -> str | None:
@@ -48,6 +65,26 @@ def contents(spec: str) -> str | None:
     return _digest(*weight_files(folder), told=_told(read_object(folder / "config.json")))
 
 
+def model_files(spec: str) -> list[Path] | None:
+    """The files that decide what a spec loads, an adapter's base included; None where they are not at hand."""
+    if is_tool(spec):
+        return []
+    spec, _ = split_spec(spec)
+    adapter = adapter_config(spec)
+    if adapter is not None:
+        own = [Path(spec) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        base = model_files(str(adapter["base_model_name_or_path"]))
+        return None if base is None or not all(path.is_file() for path in own) else own + base
+    place = locate(spec)
+    if isinstance(place, Path):
+        return [place]
+    folder = Path(place) if Path(place).is_dir() else _downloaded(place)
+    if folder is None or not (folder / "config.json").is_file() or not weight_files(folder):
+        return None
+    # What may change what is loaded, or how it is computed.
+    return [*sorted(folder.glob("*.json")), *weight_files(folder)]
+
+
 def _downloaded(name: str) -> Path | None:
     """Where a hub id lies in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
@@ -64,6 +101,13 @@ def _told(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: _told(value) for key, value in config.items() if key not in VOLATILE}
     return config
+
+
+def computation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration of transformers says of how to compute, as JSON values."""
+    kept = {key: value for key, value in config.items() if key not in OF_TRAINING and not key.startswith("_")}
+    found: dict[str, Any] = json.loads(json.dumps(_told(kept), default=str))
+    return found
 
 
 def same_configuration(one: Any, other: Any) -> bool:

@@ -79,6 +79,15 @@ class CheckpointInfo(_Strict):
     """The recipe and the figures of the run that made it."""
 
 
+def same_weights(one: str, other: str) -> bool:
+    """Do two fingerprints agree in any of their hashes? (Older ones have the first alone.)
+
+    A hash tells the precision that weights were rounded to: those of a float32 checkpoint that were found in bfloat16
+    do not agree with the same in float16, for these were rounded otherwise.
+    """
+    return any(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
+
+
 def load_info(folder: str | Path) -> CheckpointInfo | None:
     """The checkpoint's description; None for a plain Hugging Face folder.
 

@@ -124,16 +124,19 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 def weights_fingerprint(model: nn.Module) -> str:
     """A hash over evenly spread values of every parameter: tells weights apart without reading all of them.
 
-    Values are rounded to bfloat16, so that the same weights held in float32 or bfloat16 agree.
+    Two hashes, of the values rounded to bfloat16 and to float16: the same weights held in another precision agree in
+    one of them (`info.same_weights`).
     """
     return named_fingerprint(devices.parameters(model))
 
 
 def named_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
+    digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, tensor in sorted(parameters, key=lambda pair: pair[0]):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // SAMPLED_VALUES)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(flat[::step][:SAMPLED_VALUES].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sampled = flat[::step][:SAMPLED_VALUES].cpu()
+        for dtype, digest in digests.items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(sampled.to(dtype).view(torch.int16).numpy().tobytes())
+    return "-".join(digest.hexdigest()[:16] for digest in digests.values())

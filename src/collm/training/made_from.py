@@ -103,13 +103,11 @@ def confirm_finished(recipe: Recipe) -> None:
     there, splits = run[MADE_FROM], dict(zip(("train", "validation"), load_split(recipe.data), strict=True))
     _require_same(recipe.out, {"data": there["data"]}, {"data": data_identity(splits)})
     if run[FILES].get(recipe.base.model) != stamp(recipe.base.model):
-        from collm.identity.finding import local_identity
-        from collm.models.loading import load_model
+        from collm.identity.known import Opened
 
         logger.info("the files of %s have changed since: comparing weights", recipe.base.model)
-        kept = {key: there["base"][key] for key in ("kind", "weights", "dtype")}
-        found = local_identity(load_model(recipe.base.model, dtype=recipe.base.dtype))
-        _require_same(recipe.out, {"base": kept}, {"base": found})
+        kept = {key: value for key, value in there["base"].items() if key != "prompts"}
+        _require_same(recipe.out, {"base": kept}, {"base": Opened(recipe.base.model, dtype=recipe.base.dtype).identity})
     for section in recipe.assistants:
         if run[FILES].get(section.model) != stamp(section.model):
             logger.warning(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.data.encoding import usable
@@ -60,29 +62,35 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     check_project(model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(recipe.data.max_length, context or recipe.data.max_length)
-    # One process scores and fits; the others then find it done.
+    formatter = base.open_formatter
+    # With no assistants nothing is scored: plain fine-tuning needs no scores.
+    writers = [base, *assistants] if assistants else []
+    # One process scores and fits; the others are told where, open no assistant, and find the gate done.
+    scores: list[dict[str, Path]] = []
     with state.main_process_first():
-        # With no assistants nothing is scored: plain fine-tuning needs no scores.
-        scores = [
-            scores_of(
-                writer,
-                splits,
-                base.open_formatter,
-                max_length,
-                recipe.cache_folder,
-                model if writer is base else None,
-                progress=progress and state.is_main_process,
-            )
-            for writer in ([base, *assistants] if assistants else [])
-        ]
+        if state.is_main_process:
+            scores = [
+                scores_of(
+                    writer,
+                    splits,
+                    formatter,
+                    max_length,
+                    recipe.cache_folder,
+                    model if writer is base else None,
+                    progress=progress,
+                )
+                for writer in writers
+            ]
+    if state.num_processes > 1:
+        [scores] = broadcast_object_list([scores])
+    with state.main_process_first():
         fingerprints = {
             writer.name: {split: load_scores_info(path)["fingerprint"] for split, path in paths.items()}
-            for writer, paths in zip([base, *assistants], scores, strict=False)
+            for writer, paths in zip(writers, scores, strict=True)
         }
-        formatter = base.open_formatter
         confirm(recipe, splits, local_identity(model), formatter, fingerprints, write=state.is_main_process)
         sets = {
-            split: assemble(examples, base.open_formatter, max_length, [paths[split] for paths in scores])
+            split: assemble(examples, formatter, max_length, [paths[split] for paths in scores])
             for split, examples in splits.items()
         }
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], progress)
@@ -90,14 +98,14 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         kind=recipe.tune,
         base_model=portable(recipe.base.model),
         base_fingerprint=weights_fingerprint(model),
-        tokenizer_fingerprint=tokenizer_fingerprint(base.open_formatter.tokenizer),
-        base_format=base.open_formatter.format.to_dict(),
+        tokenizer_fingerprint=tokenizer_fingerprint(formatter.tokenizer),
+        base_format=formatter.format.to_dict(),
         assistants=[
             assistant_info(writer, paths["train"]) for writer, paths in zip(assistants, scores[1:], strict=True)
         ],
         training={"recipe": recipe.model_dump(mode="json", exclude={"out", "cache"}), "initialisation": figures},
     )
-    return Prepared(recipe, model, base.open_formatter.tokenizer, sets["train"], sets["validation"], head, scale, info)
+    return Prepared(recipe, model, formatter.tokenizer, sets["train"], sets["validation"], head, scale, info)
 
 
 def _initial_head(

@@ -15,9 +15,10 @@ from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scores import Fingerprint, load_info, load_scores, scores_fingerprint
 from collm.data.scoring import score, score_tool
 from collm.errors import CollmError
-from collm.identity.finding import local_identity, writer_identity
-from collm.models.info import AssistantInfo
-from collm.models.loading import load_model, load_tokenizer, weights_fingerprint
+from collm.identity.finding import writer_identity
+from collm.identity.known import Opened
+from collm.models.info import AssistantInfo, same_weights
+from collm.models.loading import load_tokenizer
 from collm.models.specs import is_tool, portable
 from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint
 from collm.models.tools import make_tool
@@ -114,10 +115,9 @@ def scores_of(
     formatter, tool = writer.formatter, writer.tool
     options: dict[str, Any] = {"completions_from": None if formatter is base else base, "max_length": max_length}
     made: dict[str, Any] = {"progress": progress, "wait": True}  # recipes share a cache
-    if tool is None and model is None:
-        model = load_model(writer.section.model, dtype=writer.section.dtype, device=best_device())
-    who = local_identity(_known(model)) if tool is None else writer_identity(tool)
-    weights = weights_fingerprint(_known(model)) if tool is None else None
+    opened = Opened(writer.section.model, dtype=writer.section.dtype, device=best_device(), model=model)
+    who = opened.identity if tool is None else writer_identity(tool)
+    weights = opened.fingerprint if tool is None else None
     paths: dict[str, Path] = {}
     for split, examples in splits.items():
         fingerprint = scores_fingerprint(examples, who, formatter, **options)
@@ -130,13 +130,8 @@ def scores_of(
         if tool is not None:
             score_tool(examples, tool, formatter, paths[split], **made, **options)
         else:
-            score(examples, _known(model), formatter, paths[split], **made, **options)
+            score(examples, opened, formatter, paths[split], **made, **options)
     return paths
-
-
-def _known(model: PreTrainedModel | None) -> PreTrainedModel:
-    assert model is not None
-    return model
 
 
 def _check_given(path: Path, fingerprint: Fingerprint, name: str, weights: str | None) -> None:
@@ -145,7 +140,8 @@ def _check_given(path: Path, fingerprint: Fingerprint, name: str, weights: str |
     info = load_info(path)
     expect = {key: value for key, value in fingerprint.items() if key != "data"}
     there, here = info["fingerprint"]["model"], fingerprint["model"]
-    if weights is not None and info.get("weights_fingerprint") == weights and there["dtype"] != here["dtype"]:
+    kept = info.get("weights_fingerprint")
+    if weights and kept and same_weights(weights, kept) and there["dtype"] != here["dtype"]:
         logger.warning("%s was scored in %s, and the recipe has %s in %s", path, there["dtype"], name, here["dtype"])
         del expect["model"]
     load_scores(path, expect=expect)
