@@ -143,6 +143,13 @@ class Experience:
             return FIRST_PIECE
         return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(cost.pass_seconds(max(1, decoding)) / reading)))
 
+    def seconds(self, model: int, decoding: int, reading: int) -> float:
+        """Of a model's next pass: so many tokens that decode, and as many of prompts as go along with them."""
+        found = self.costs[model].pass_seconds(max(1, decoding))
+        if reading:
+            found += min(reading, self.reading_tokens(model, decoding)) * self.reading.get(model, 0.0)
+        return found
+
     def knows(self, assistant: int) -> bool:
         return all(model in self.costs and self.costs[model].seen >= 3 for model in (BASE, assistant))
 

@@ -16,12 +16,12 @@ from weakref import finalize
 
 from collm.decoding.collaborative import Flow
 from collm.decoding.pace import Experience
-from collm.engine.passes import Batch
+from collm.engine.passes import Batch, answers
 from collm.engine.running import Finished, Sink
-from collm.engine.scheduler import Scheduler, answers, lengths_of
+from collm.engine.scheduler import Scheduler, lengths_of
 from collm.errors import CollmError
 from collm.types import FinishReason, Usage
-from collm.values import Fault, LanguageModel, Reply, StreamingModel
+from collm.values import Fault, LanguageModel, Replies, Reply, StreamingModel
 from collm.views import Text
 
 _log = logging.getLogger(__name__)
@@ -138,6 +138,8 @@ class _Driver:
             and timeout is None
             and not any(isinstance(model, StreamingModel) for model in models)
         )
+        self._busy = False
+        """It has just run a pass: there may be more to do already."""
         self._idle: dict[Hashable, SimpleQueue[Callable[[], None] | None]] = {}
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
@@ -221,31 +223,44 @@ class _Driver:
                 _log.exception("text %d could not be ended", number)
 
     def _round(self) -> bool:
-        """Wait for a call, do what there is to do, and start passes. False once it is to stop."""
-        scheduler, going = self.scheduler, True
-        deadline = scheduler.deadline()
-        try:
-            call = self.inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.perf_counter()))
-            while True:
-                going &= call is not _stop
-                call()
-                call = self.inbox.get_nowait()
-        except Empty:
-            pass
+        """Do what was asked for, and start passes. False once it is to stop."""
+        scheduler, going = self.scheduler, self._hear()
         scheduler.expire()
         scheduler.admit()
+        self._busy = False
         for device, passes in self._idle.items():
             batch = scheduler.next_pass(device) if going else None
             if batch is None:
                 continue
             if self._alone:
-                self._pass(device, batch)
+                self._busy = True
+                scheduler.finish(device, batch, *self._run(batch))
             else:
                 passes.put(partial(self._pass, device, batch))
         return going
 
+    def _hear(self) -> bool:
+        """Do what others ask for; wait for it where there is nothing else to do. False once it is to stop."""
+        if self._busy and self.inbox.empty():
+            return True
+        going = True
+        with suppress(Empty):
+            call = self.inbox.get_nowait() if self._busy else self.inbox.get(timeout=self._patience())
+            while True:
+                going &= call is not _stop
+                call()
+                call = self.inbox.get_nowait()
+        return going
+
+    def _patience(self) -> float | None:
+        deadline = self.scheduler.deadline()
+        return None if deadline is None else max(0.0, deadline - time.perf_counter())
+
     def _pass(self, device: Hashable, batch: Batch) -> None:
-        """One pass, and the news of it."""
+        self.inbox.put(partial(self.scheduler.finish, device, batch, *self._run(batch)))
+
+    def _run(self, batch: Batch) -> tuple[Replies, float]:
+        """One pass, and how long it took."""
         began = time.perf_counter()
         try:
             replies = answers(self.scheduler.models[batch.model], batch.queries)
@@ -253,8 +268,7 @@ class _Driver:
             _log.critical("a pass failed", exc_info=error)
             fault: Reply = Fault(f"the pass failed: {type(error).__name__}: {error}")
             replies = [[fault] * max(1, query.num_last) for query in batch.queries]
-        seconds = time.perf_counter() - began
-        self.inbox.put(partial(self.scheduler.finish, device, batch, replies, seconds))
+        return replies, time.perf_counter() - began
 
 
 def _stop() -> None:

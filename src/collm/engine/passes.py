@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from collm.decoding.pace import LONGEST_PIECE, Experience
+from collm.decoding.pace import LONGEST_PIECE, SHORTEST_PIECE, Experience
 from collm.engine.running import Running
-from collm.values import LanguageModel, Query
+from collm.errors import CollmError
+from collm.values import Fault, LanguageModel, Query, Replies
+
+_log = logging.getLogger(__name__)
 
 LONG = 64
 """Tokens from which on a query counts as a prompt that is read, not as decoding."""
@@ -26,17 +30,24 @@ class Waiting(NamedTuple):
 class Batch:
     """One pass of a model over `tokens` tokens, `decoding` of them not of long prompts.
 
-    `unfinished[i]`: the i-th query reads a piece of what is waited for and answers nothing.
+    `unfinished[i]`: the i-th query reads a piece of what is waited for and answers nothing. `left`: who wants this
+    model and does not go along.
     """
 
     model: int
-    waiting: list[Waiting]
+    waiting: Sequence[Waiting]
     queries: list[Query]
     unfinished: list[bool]
+    left: list[Waiting]
     tokens: int
     decoding: int
     started: float = 0.0
     expired: bool = False
+
+    @property
+    def reading(self) -> int:
+        """Tokens of long prompts."""
+        return self.tokens - self.decoding
 
 
 def plan_pass(
@@ -47,26 +58,61 @@ def plan_pass(
     Args:
         others: texts that run and do not wait for this model.
     """
-    sizes = [model.missing(each.query) for each in waiting]
-    long = [n for n, size in enumerate(sizes) if size > max(LONG, waiting[n].query.num_last)]
-    if not long:
+    queries = [each.query for each in waiting]
+    sizes = list(map(model.missing, queries))
+    if max(sizes) <= LONG:
         tokens = sum(sizes)
-        return Batch(number, list(waiting), [each.query for each in waiting], [False] * len(waiting), tokens, tokens)
-    decoding = [n for n in range(len(waiting)) if n not in long]
+        return Batch(number, waiting, queries, [False] * len(queries), [], tokens, tokens)
+    decoding = [n for n, size in enumerate(sizes) if size <= max(LONG, queries[n].num_last)]
+    long = [n for n, size in enumerate(sizes) if size > max(LONG, queries[n].num_last)]
     tokens = sum(sizes[n] for n in decoding)
+    takes = dict.fromkeys(range(len(sizes)), 0) | {n: sizes[n] for n in decoding}
     room = experience.reading_tokens(number, tokens) if decoding or others else LONGEST_PIECE
-    batch = Batch(number, [], [], [], 0, tokens)
-    for n in decoding + sorted(long, key=sizes.__getitem__):
-        entry, size = waiting[n], sizes[n]
-        query, take = entry.query, size
-        if n in long:
-            take = min(size, room, max(0, LONGEST_PIECE - batch.tokens))
-            room -= take
-            if take < size:
-                query = query._replace(length=query.length - size + take, num_last=0, given=None)
-        if take:
-            batch.waiting.append(entry)
-            batch.queries.append(query)
-            batch.unfinished.append(query is not entry.query)
-            batch.tokens += take
-    return batch
+    room = max(SHORTEST_PIECE, min(room, LONGEST_PIECE - tokens))
+    # Short prompts first; but half of the room is kept for the one that has waited longest, or they would starve it.
+    kept = min(sizes[long[0]], room // 2) if long else 0
+    for n in sorted(long, key=sizes.__getitem__):
+        kept = 0 if n == long[0] else kept
+        takes[n] = min(sizes[n], room - kept)
+        room -= takes[n]
+    going = [n for n in decoding + sorted(long, key=sizes.__getitem__) if takes[n]]
+    return Batch(
+        number,
+        [waiting[n] for n in going],
+        [_piece(queries[n], sizes[n] - takes[n]) for n in going],
+        [takes[n] < sizes[n] for n in going],
+        [each for n, each in enumerate(waiting) if not takes[n]],
+        sum(takes.values()),
+        tokens,
+    )
+
+
+def _piece(query: Query, left: int) -> Query:
+    """What is read of a query if so many of its tokens are left for later."""
+    return query._replace(length=query.length - left, num_last=0, given=None) if left else query
+
+
+def answers(model: LanguageModel, queries: Sequence[Query]) -> Replies:
+    """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault."""
+    try:
+        replies = model.predict(queries)
+        if not _complete(replies, queries):
+            raise CollmError(f"{model.name} does not answer what it is asked: a fault of this model")
+        return replies
+    except Exception as error:
+        if len(queries) > 1:
+            return [found for query in queries for found in answers(model, [query])]
+        if not isinstance(error, CollmError):
+            _log.warning("%s failed", model.name, exc_info=error)
+        reason = str(error) if isinstance(error, CollmError) else f"{model.name}: {type(error).__name__}: {error}"
+        return [[Fault(reason)] * max(1, queries[0].num_last)]
+
+
+def _complete(replies: Replies, queries: Sequence[Query]) -> bool:
+    if len(replies) != len(queries):
+        return False
+    for reply, query in zip(replies, queries, strict=True):
+        # What is only read is not answered, unless by a fault.
+        if len(reply) != query.num_last and (len(reply), query.num_last) != (1, 0):
+            return False
+    return True

@@ -11,8 +11,9 @@ from queue import SimpleQueue
 
 from collm.decoding.collaborative import Flow
 from collm.decoding.pace import Experience
+from collm.engine.passes import answers
 from collm.engine.running import Event
-from collm.engine.scheduler import Scheduler, answers
+from collm.engine.scheduler import Scheduler
 from collm.values import LanguageModel
 from collm.views import Text
 

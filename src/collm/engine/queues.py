@@ -1,0 +1,138 @@
+"""Who waits for which model, and the passes that serve them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+
+from collm.decoding.pace import Experience
+from collm.engine.passes import Batch, Waiting, plan_pass
+from collm.engine.running import Running
+from collm.engine.turns import Device, dear_seconds, whose_turn
+from collm.values import Fault, LanguageModel, Replies, Reply, StreamingModel
+
+_log = logging.getLogger(__name__)
+
+
+class Queues:
+    """A queue for each model that answers in passes; models of one device take turns.
+
+    Args:
+        patience: see `Scheduler`.
+        take: what becomes of the answers to a query: the text, the query's place, its answers.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LanguageModel],
+        *,
+        experience: Experience,
+        patience: float,
+        clock: Callable[[], float],
+        take: Callable[[Running, int, list[Reply]], None],
+    ) -> None:
+        self.devices: dict[Hashable, Device] = {}
+        self.of_model: list[list[Waiting] | None] = []
+        """None for models that are asked at once."""
+        for number, model in enumerate(models):
+            in_passes = not (model.instant or isinstance(model, StreamingModel))
+            self.of_model.append([] if in_passes else None)
+            if in_passes:
+                self.devices.setdefault(model.device, Device()).models.append(number)
+        self.some_ended = False
+        """A text that may stand in a queue has ended."""
+        self._models, self._experience = models, experience
+        self._patience = patience
+        self._clock, self._take = clock, take
+
+    def next_pass(self, key: Hashable, num_running: int) -> Batch | None:
+        """The pass that a device is to run, if it is idle and anybody wants one; of `num_running` texts."""
+        device = self.devices[key]
+        if device.batch is not None:
+            return None
+        if self.some_ended:
+            self.some_ended = False
+            self.of_model = [queue and [each for each in queue if not each.item.done] for queue in self.of_model]
+        while wanted := {number: queue for number in device.models if (queue := self.of_model[number])}:
+            now = self._clock()
+            number = next(iter(wanted))
+            try:
+                if len(wanted) > 1:
+                    number = whose_turn(wanted, device.served, partial(self._dear, wanted), now, self._patience)
+                others = num_running - len(wanted[number])
+                batch = plan_pass(number, self._models[number], wanted[number], others, self._experience)
+            except Exception as error:  # what a model says of itself
+                _log.warning("%s failed", self._models[number].name, exc_info=True)
+                self._fail(number, f"{self._models[number].name}: {type(error).__name__}: {error}")
+                continue
+            self.of_model[number] = batch.left
+            batch.started = now
+            device.begins(batch)
+            return batch
+        return None
+
+    def _dear(self, wanted: Mapping[int, Sequence[Waiting]], number: int) -> float:
+        try:
+            return dear_seconds(number, self._models[number], wanted[number], self._experience)
+        except Exception:
+            return 0.0  # its pass will tell why
+
+    def _fail(self, number: int, reason: str) -> None:
+        """Faults for all who wait for a model."""
+        waiting, self.of_model[number] = self.of_model[number] or (), []
+        for item, place, query in waiting:
+            if not item.done:
+                self._take(item, place, [Fault(reason)] * max(1, query.num_last))
+
+    def finish(self, key: Hashable, batch: Batch, replies: Replies, seconds: float) -> None:
+        """A pass is done: its texts go on."""
+        device, number = self.devices[key], batch.model
+        assert device.batch is batch
+        device.batch = None
+        if batch.expired:
+            return
+        if batch.reading:
+            self._experience.observe_reading(number, batch.decoding, batch.reading, seconds)
+        else:
+            self._experience.observe_pass(number, len(batch.queries), batch.tokens, seconds)
+        unfinished = []
+        for (item, place, query), reply, is_piece in zip(batch.waiting, replies, batch.unfinished, strict=True):
+            if item.done:
+                continue
+            item.forward_passes[number] += 1
+            if not is_piece:
+                self._take(item, place, reply)
+            elif any(isinstance(each, Fault) for each in reply):
+                self._take(item, place, reply[:1] * max(1, query.num_last))
+            else:
+                item.asked = self._clock()  # it has had its turn
+                unfinished.append(Waiting(item, place, query))
+        if unfinished:
+            self.of_model[number] = unfinished + (self.of_model[number] or [])
+
+    def expire(self, timeout: float) -> None:
+        """Give up passes that have run for too long; what is asked of such a model meanwhile fails at once."""
+        now = self._clock()
+        for device in self.devices.values():
+            batch = device.batch
+            if batch is None or now - batch.started < timeout:
+                continue
+            if not batch.expired:
+                batch.expired = True
+                self.of_model[batch.model] = [*batch.waiting, *(self.of_model[batch.model] or ())]
+            for number in device.models:
+                self._fail(number, f"{self._models[number].name} has not answered within {timeout:g} seconds")
+
+    def since(self) -> list[float]:
+        """When the passes began that `expire` may have to give up; long ago where it has something to do now."""
+        found: list[float] = []
+        for device in self.devices.values():
+            if device.batch is None:
+                continue
+            if not device.batch.expired:
+                found.append(device.batch.started)
+            elif any(self.of_model[number] for number in device.models):
+                found.append(-math.inf)
+        return found

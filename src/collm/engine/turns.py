@@ -1,0 +1,76 @@
+"""Whose turn it is on a device that several models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from collm.decoding.pace import Experience
+from collm.engine.passes import LONG, Batch, Waiting
+from collm.types import BASE
+from collm.values import LanguageModel
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """The `models` (numbers) whose passes take turns, and the one that runs.
+
+    `served`: the assistants that have had a pass since the base had one.
+    """
+
+    models: list[int] = field(default_factory=list)
+    batch: Batch | None = None
+    served: set[int] = field(default_factory=set)
+
+    def begins(self, batch: Batch) -> None:
+        self.batch = batch
+        if batch.model == BASE:
+            self.served.clear()
+        else:
+            self.served.add(batch.model)
+
+
+def whose_turn(
+    wanted: Mapping[int, Sequence[Waiting]],
+    served: set[int],
+    dear: Callable[[int], float],
+    now: float,
+    patience: float,
+) -> int:
+    """Which of the models that are `wanted` has its turn: an assistant, or else the base.
+
+    A pass of an assistant that serves one text costs about as much as one that serves all. So, where it takes turns
+    with the base, it is asked once the texts that wait for it have together waited as long as its pass would delay
+    those that want the base, or once the first of them has waited for the time of `patience` passes (as in the
+    ski-rental problem, that costs it at most twice the time); and at once where it is no dearer than the base, or
+    nobody wants the base. An assistant that has been `served` since the base was comes after texts that have wanted the
+    base for longer, so that nobody is kept waiting by those who want it again and again.
+
+    Args:
+        wanted: those who wait, by model.
+        dear: seconds of an assistant's next pass, 0 where it is no dearer than the base.
+    """
+    since = {number: min(each.item.asked for each in queue) for number, queue in wanted.items()}
+    assistants = sorted((number for number in wanted if number != BASE), key=since.__getitem__)
+    if BASE not in wanted:
+        return assistants[0]
+    for number in assistants:
+        if number in served and since[BASE] <= since[number]:
+            continue
+        if not patience:
+            return number
+        seconds = dear(number)
+        waited = [now - each.item.asked for each in wanted[number]]
+        if sum(waited) >= len(wanted[BASE]) * seconds or max(waited) >= patience * seconds:
+            return number
+    return BASE
+
+
+def dear_seconds(number: int, model: LanguageModel, waiting: Sequence[Waiting], experience: Experience) -> float:
+    """Seconds of an assistant's next pass if that is known to be dearer than one of the base, else 0."""
+    if not experience.knows(number):
+        return 0.0
+    sizes = [(model.missing(each.query), each.query.num_last) for each in waiting]
+    decoding = sum(size for size, num_last in sizes if size <= max(LONG, num_last))
+    seconds = experience.seconds(number, decoding, sum(size for size, _ in sizes) - decoding)
+    return seconds if seconds > 1.5 * experience.costs[BASE].pass_seconds(1) else 0.0
