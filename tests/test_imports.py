@@ -23,6 +23,7 @@ ORDER = [
     "files",
     "text",
     "gate",
+    "cuts",
     "decoding",
     "models",
     "identity",

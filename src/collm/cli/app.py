@@ -18,6 +18,7 @@ from collm.cli.evaluate import evaluate
 from collm.cli.export import export
 from collm.cli.generate import generate
 from collm.cli.oracle import oracle
+from collm.cli.pair_info import pair_info
 from collm.cli.prepare import prepare
 from collm.cli.report import report
 from collm.cli.score import score
@@ -56,6 +57,7 @@ def main() -> None:
 for command in (
     prepare,
     convert,
+    pair_info,
     score,
     train,
     calibrate,

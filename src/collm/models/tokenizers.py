@@ -63,15 +63,24 @@ def require_same_tokenizer(
     Raises:
         CollmError: with the first difference, and what to do.
     """
-    difference = None
-    if tokenizer_fingerprint(base) != tokenizer_fingerprint(other):
-        difference = _difference(base, other, names)
-    if difference is not None:
+    found = difference(base, other, names)
+    if found is not None:
         raise CollmError(
-            f"{names[1]} has another tokenizer than {names[0]} ({difference}); models that write together must share "
+            f"{names[1]} has another tokenizer than {names[0]} ({found}); here, models that write together must share "
             f"one: take an assistant of {names[0]}'s model family, or both models from one that share a tokenizer "
             "(other special tokens and a padded vocabulary are fine)"
         )
+
+
+def difference(
+    base: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("the base", "the assistant"),
+) -> str | None:
+    """What tells two tokenizers apart, first of all; None if they mean the same text by the same token ids."""
+    if tokenizer_fingerprint(base) == tokenizer_fingerprint(other):
+        return None
+    return _difference(base, other, names)
 
 
 def _difference(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> str | None:
