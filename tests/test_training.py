@@ -375,16 +375,6 @@ def test_runs_are_not_mixed_up(workplace: Path, full: Path) -> None:
     torch.testing.assert_close(before, weights(full))
 
 
-def test_another_tokenizer_is_refused(workplace: Path, tmp_path: Path) -> None:
-    from conftest import make_model, make_tokenizer
-
-    other = make_tokenizer(vocab_size=290)
-    make_model(vocab_size=len(other)).save_pretrained(tmp_path)
-    other.save_pretrained(tmp_path)
-    with pytest.raises(CollmError, match="another tokenizer"):
-        run(workplace, "othertok", assistants=[{"name": "x", "model": str(tmp_path)}])
-
-
 def test_pickled_weights_are_refused(workplace: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((workplace / "base" / "config.json").read_text())

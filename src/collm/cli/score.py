@@ -30,6 +30,14 @@ from collm.files import claimed
     help="The base model, whose tokenizer and chat template settle the completions' tokens; needed for tools, and "
     "for assistants with a template of their own.  [default: the model itself]",
 )
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    metavar="SPEC",
+    help="Other models of the system, where their tokenizers differ: then chunks are scored, which all can write "
+    "(collm pair-info). Name all of them for each model's scores.",
+)
 @format_options
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Longer is cut off.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Per forward pass.")
@@ -37,7 +45,9 @@ from collm.files import claimed
 @click.option("--restart", is_flag=True, help="Throw away what an earlier, stopped run left.")
 @data_options
 @machine_options
-def score(data: str, model: str, out: Path, base: str | None, restart: bool, **options: Any) -> None:
+def score(
+    data: str, model: str, out: Path, base: str | None, others: tuple[str, ...], restart: bool, **options: Any
+) -> None:
     """Score the gold tokens of DATA under one model; run it once for the base and for each assistant.
 
     DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
@@ -48,32 +58,44 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
     tool = is_tool(model)
     if tool and base is None:
         raise click.UsageError(f"{model} is a tool without a tokenizer of its own: give the base model with --base")
-    for spec in (base, None if tool else model):
+    others = tuple(spec for spec in others if not is_tool(spec) and spec not in (base, model))
+    for spec in (base, None if tool else model, *others):
         if spec is not None:
             require_model(spec)
     examples = read_examples(data, options)
     with waiting(f"scoring {data} with {model}"):
+        from collm.data.chunks import Reader, usable_in_chunks
         from collm.data.encoding import usable
         from collm.data.formatting import Formatter, PromptFormat
         from collm.data.scores import load_info
         from collm.data.scoring import score as score_model
         from collm.data.scoring import score_tool
+        from collm.models.codec import ByteCodec
         from collm.models.loading import load_context_length, load_tokenizer
-        from collm.models.tokenizers import require_same_tokenizer
+        from collm.models.pairing import cuts_between, require_free_tools
         from collm.models.tools import make_tool
 
     format = prompt_format(options)
     base_tokenizer = None if base is None else load_tokenizer(base)
     tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(model)
-    if base_tokenizer is not None:
-        require_same_tokenizer(base_tokenizer, tokenizer, (f"the base {base}", model))
+    first = tokenizer if base_tokenizer is None else base_tokenizer
+    cuts = cuts_between([first, tokenizer, *map(load_tokenizer, others)], [base or model, model, *others])
     formatter = Formatter(tokenizer, format)
     completions_from = None
     if base_tokenizer is not None:
         # What ends a turn is the base's affair: its own template, or where it has none the one that is given.
         own = PromptFormat() if base_tokenizer.chat_template else PromptFormat(chat_template=format.chat_template)
         completions_from = Formatter(base_tokenizer, own)
-    examples = usable(examples, [completions_from or formatter, formatter], skip_bad=options["skip_bad"])
+    reader = None
+    if cuts is None:
+        examples = usable(examples, [completions_from or formatter, formatter], skip_bad=options["skip_bad"])
+    else:
+        require_free_tools(cuts, [model] if tool else [])
+        of_base = Reader(completions_from or formatter, ByteCodec(first, cuts, name=base or model))
+        reader = of_base
+        if completions_from is not None and not tool:
+            reader = Reader(formatter, ByteCodec(tokenizer, cuts, name=model), of_base)
+        examples = usable_in_chunks(examples, [of_base, reader], skip_bad=options["skip_bad"])
     # As training does: scores for more than the base can read would not match.
     context = load_context_length(base or model)
     max_length = min(options["max_length"], context or options["max_length"])
@@ -82,6 +104,7 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
         "max_length": max_length,
         "batch_tokens": options["batch_tokens"],
         "resume": not restart,
+        "chunks": reader,
     }
     with claimed(out):  # before a model is loaded in vain
         if tool:
@@ -97,7 +120,8 @@ def score(data: str, model: str, out: Path, base: str | None, restart: bool, **o
 def _show(info: Mapping[str, Any]) -> None:
     """Is the model any good at these texts? And how long do more of them take?"""
     speed, mean, top1 = info.get("tokens_per_second"), info["mean_log_prob"], info["top1_rate"]
-    figures = [f"{info['num_examples']} examples, {info['labelled_tokens']} tokens scored"]
+    chunks = f" in {info['chunks']} chunks" if "chunks" in info else ""
+    figures = [f"{info['num_examples']} examples, {info['labelled_tokens']} tokens{chunks} scored"]
     if mean is not None:
         figures.append(f"mean log-probability {mean:.3f}")
     elif info.get("answered_rate") is not None:

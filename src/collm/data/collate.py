@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ class Row(TypedDict):
     assistant_log_probs: NDArray[np.float32]
     assistant_top1: NDArray[np.bool_]
     pseudo_labels: NDArray[np.int32]
+    opens: NotRequired[NDArray[np.int32]]
+    """Where models share chunks, not tokens: `Chunked.opens`, `[T]`; what stands above belongs to first tokens."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Collator:
             pseudo_labels[i, :n] = torch.from_numpy(row["pseudo_labels"])
             top1[i, :n] = torch.from_numpy(row["assistant_top1"])
             log_probs[i, :n] = torch.from_numpy(row["assistant_log_probs"])
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
@@ -56,3 +58,8 @@ class Collator:
             "assistant_top1": top1,
             "pseudo_labels": pseudo_labels,
         }
+        if "opens" in rows[0]:
+            batch["opens"] = torch.full((len(rows), length), -1)
+            for i, row in enumerate(rows):
+                batch["opens"][i, : len(row["opens"])] = torch.from_numpy(row["opens"])
+        return batch

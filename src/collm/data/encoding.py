@@ -62,20 +62,44 @@ def usable(
     Raises:
         CollmError: none is left.
     """
+
+    def ask(example: Example) -> None:
+        assert question is not None
+        for formatter in formatters:
+            formatter.prompt(question(example))
+
+    def learn(example: Example) -> None:
+        shared = formatters[0].completions(example)
+        for formatter in formatters[1:]:
+            formatter.encode(example, completions=shared)
+
+    return left_out(examples, [learn if question is None else ask], skip_bad=skip_bad, labelled=question is None)
+
+
+def left_out(
+    examples: Sequence[Example],
+    ways: Sequence[Callable[[Example], object]],
+    *,
+    skip_bad: bool,
+    labelled: bool = True,
+) -> list[Example]:
+    """The examples that none of these `ways` of reading refuses; with `skip_bad` False, all of them.
+
+    Args:
+        labelled: what they raise names the example.
+
+    Raises:
+        CollmError: none is left.
+    """
     if not skip_bad:
         return list(examples)
     kept = []
     for example in examples:
         try:
-            if question is not None:
-                for formatter in formatters:
-                    formatter.prompt(question(example))
-            else:
-                shared = formatters[0].completions(example)
-                for formatter in formatters[1:]:
-                    formatter.encode(example, completions=shared)
+            for way in ways:
+                way(example)
         except CollmError as error:
-            place = "" if question is None else f"{example.label}: "
+            place = "" if labelled else f"{example.label}: "
             logger.warning("skipped: %s%s", place, error)
         else:
             kept.append(example)
@@ -109,7 +133,16 @@ def encode_examples(
         formatter.encode(example, max_length, completions_from.completions(example) if completions_from else None)
         for example in examples
     )
-    encoded = EncodedSet(items)
+    return checked(EncodedSet(items), max_length)
+
+
+def checked(encoded: EncodedSet, max_length: int | None) -> EncodedSet:
+    """Say what was cut away.
+
+    Raises:
+        CollmError: nothing is left.
+    """
+    items = encoded.items
     if not encoded.kept:
         raise CollmError(
             f"none of {len(items)} examples has a labelled token within the first {max_length} tokens: "

@@ -74,6 +74,15 @@ class Encoded:
     def num_labelled(self) -> int:
         return sum(self.labelled)
 
+    @property
+    def starts(self) -> tuple[bool, ...]:
+        """Tokens at which somebody is chosen to write: all that are labelled, unless models share but chunks."""
+        return self.labelled
+
+    @property
+    def num_starts(self) -> int:
+        return sum(self.starts)
+
     def __len__(self) -> int:
         return len(self.token_ids)
 

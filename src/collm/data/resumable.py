@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from collm.data.chunks import Chunked
 from collm.data.encoding import EncodedSet
 from collm.data.examples import Example
 from collm.data.formatting import Encoded
@@ -136,7 +137,7 @@ def _score(
         except KeyboardInterrupt:
             logger.warning("stopped: %d of %d examples are scored; run the same again to go on", len(scores), len(kept))
             raise
-        counts = {
+        counts: dict[str, Any] = {
             # Prompts included; of this run, which may have resumed another one.
             "tokens_per_second": round(tokens / max(1e-9, time.monotonic() - begin), 1) if tokens else None,
             "dropped": encoded.dropped,
@@ -144,7 +145,11 @@ def _score(
             "truncated_tokens": encoded.truncated_tokens,
         }
         in_order = [scores.get(i, nothing) for i in range(len(examples))]
-        save_scores(out, examples, in_order, fingerprint, {**notes, **counts})
+        starts = None
+        if "cuts" in fingerprint:
+            starts = [item.base_starts for item in encoded.items if isinstance(item, Chunked)]
+            counts["labelled_tokens"] = encoded.labelled_tokens
+        save_scores(out, examples, in_order, fingerprint, {**notes, **counts}, starts)
         journal.remove()
 
 

@@ -33,6 +33,10 @@ Fingerprint = dict[str, Any]
 TokenScores = tuple[NDArray[np.float32], NDArray[np.bool_]]
 """`log_prob` and `top1` of one example's labelled tokens, `[N]` each."""
 
+TOKENS = ("log_prob", "top1")
+CHUNKS = ("log_score", "right", "chunk_start")
+"""The columns, of scores of tokens and of chunks."""
+
 MEANINGS = {
     "model": "the model",
     "model.kind": "the kind of model",
@@ -44,6 +48,7 @@ MEANINGS = {
     "data": "the examples",
     "rules.prompts": "the rules by which text becomes tokens",
     "rules.scores": "the rules of scoring",
+    "cuts": "where the models may take turns (the tokenizers of all of them)",
 }
 
 
@@ -54,11 +59,13 @@ def scores_fingerprint(
     *,
     completions_from: Formatter | None = None,
     max_length: int | None = None,
+    cuts: str | None = None,
 ) -> Fingerprint:
     """What scores depend on: what `load_scores` is to `expect`.
 
     Args:
         model: `local_identity` of the model, or `writer_identity` of a tool.
+        cuts: fingerprint of the table of cuts, where chunks are scored.
     """
     format = prompts_identity(formatter)
     shared = (completions_from or formatter).completions_fingerprint()
@@ -71,6 +78,7 @@ def scores_fingerprint(
         "data": examples_fingerprint(examples),
         "max_length": max_length,
         "rules": {name: RULES[name] for name in ("prompts", "scores")},
+        **({} if cuts is None else {"cuts": cuts}),
     }
 
 
@@ -141,6 +149,10 @@ def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datas
     """Scores: `id`, `log_prob` and `top1` (lists over labelled tokens), a row for each example, in order; `example`
     is `examples_fingerprint` of the one example, for those who match rows by id.
 
+    Where models have different tokenizers, `log_score`, `right` and `chunk_start` instead (lists over chunks, the end
+    of a text being one): the log-probability of a chunk with its closing factors, whether the model would have written
+    it, and the number of its first token among the base's labelled ones.
+
     An example whose labelled tokens were all truncated away has empty lists.
 
     Raises:
@@ -170,12 +182,17 @@ def save_scores(
     scores: Sequence[TokenScores],
     fingerprint: Fingerprint,
     notes: dict[str, Any],
+    starts: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Write all scores to a temporary folder and rename it, replacing older scores there.
+
+    Args:
+        starts: of chunks, `chunk_start` of each example; None: tokens were scored.
 
     Raises:
         CollmError: the disk is full or cannot be written.
     """
+    names = TOKENS if starts is None else CHUNKS
     offsets = pa.array(np.cumsum([0, *(len(log_prob) for log_prob, _ in scores)]), pa.int32())
     log_prob = np.concatenate([np.zeros(0, np.float32), *(log_prob for log_prob, _ in scores)])
     top1 = np.concatenate([np.zeros(0, np.bool_), *(top1 for _, top1 in scores)])
@@ -183,15 +200,18 @@ def save_scores(
         {
             "id": pa.array([example.id for example in examples], pa.string()),
             "example": pa.array([examples_fingerprint([example]) for example in examples], pa.string()),
-            "log_prob": pa.ListArray.from_arrays(offsets, pa.array(log_prob, pa.float32())),
-            "top1": pa.ListArray.from_arrays(offsets, pa.array(top1, pa.bool_())),
+            names[0]: pa.ListArray.from_arrays(offsets, pa.array(log_prob, pa.float32())),
+            names[1]: pa.ListArray.from_arrays(offsets, pa.array(top1, pa.bool_())),
         }
     )
+    if starts is not None:
+        flat = np.concatenate([np.zeros(0, np.int32), *(np.array(each, np.int32) for each in starts)])
+        table = table.append_column(CHUNKS[2], pa.ListArray.from_arrays(offsets, pa.array(flat, pa.int32())))
     info = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
         "num_examples": len(examples),
-        "labelled_tokens": len(log_prob),
+        "labelled_tokens" if starts is None else "chunks": len(log_prob),
         # JSON has no infinities; a tool's log-probability is -inf wherever it abstains.
         "mean_log_prob": float(log_prob.mean()) if len(log_prob) and np.isfinite(log_prob).all() else None,
         "answered_rate": float(np.isfinite(log_prob).mean()) if len(log_prob) else None,

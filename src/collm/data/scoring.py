@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from collm.data.chunk_scoring import score_chunks
+from collm.data.chunks import Chunked, Reader, read_examples
 from collm.data.encoding import encode_examples
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
@@ -23,8 +25,10 @@ from collm.errors import CollmError
 from collm.identity.finding import local_identity, writer_identity
 from collm.identity.known import Opened
 from collm.models.backbone import check_project, hidden_states, logits_rows, project, rope_switches
+from collm.models.codec import ByteCodec
 from collm.models.devices import input_device, output_device
-from collm.models.loading import weights_fingerprint
+from collm.models.loading import eos_ids, weights_fingerprint
+from collm.models.openings import Openings
 from collm.models.tokenizers import shared_vocab_size
 from collm.values import Answer, Fault, LanguageModel, Query
 
@@ -54,12 +58,15 @@ def score(
     dtype: str = "float32",
     device: str = "cpu",
     wait: bool = False,
+    chunks: Reader | None = None,
 ) -> Path:
     """Score examples under a transformer and write them to the folder `out` (see `load_scores`).
 
     Args:
         model: a model, or a spec, which is loaded with `dtype` and `device` where there is something to score.
         completions_from: the base's formatter, where the model is an assistant with its own template.
+        chunks: how the model reads examples, where those that write together have different tokenizers: chunks are
+            scored, not tokens.
         max_length: tokens to keep of each sequence; never more than the model's context.
         resume: go on where an interrupted run stopped, and leave finished scores alone; False begins anew and
             replaces them.
@@ -70,6 +77,7 @@ def score(
     """
     opened = Opened(model, dtype=dtype, device=device) if isinstance(model, str) else model
     told: dict[str, Any] = {"completions_from": completions_from, "max_length": max_length}
+    told["cuts"] = None if chunks is None else chunks.cuts.fingerprint
     who = opened.identity if isinstance(opened, Opened) else local_identity(opened)
     fingerprint = scores_fingerprint(examples, who, formatter, **told)
     if already_scored(Path(out), fingerprint, resume):
@@ -81,7 +89,10 @@ def score(
     config: Any = lm.config.get_text_config()
     context: int | None = getattr(config, "max_position_embeddings", None)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
-    encoded = encode_examples(examples, formatter, max_length=limit, completions_from=completions_from)
+    if chunks is None:
+        encoded = encode_examples(examples, formatter, max_length=limit, completions_from=completions_from)
+    else:
+        encoded = read_examples(examples, chunks, max_length=limit)
     vocab_size = shared_vocab_size(formatter.tokenizer)
     if max(max(item.token_ids) for item in encoded.items) >= config.vocab_size:
         raise CollmError(
@@ -89,8 +100,12 @@ def score(
             "together; give the model's own tokenizer"
         )
 
+    openings = None if chunks is None else openings_of(lm, chunks, vocab_size)
+
     def work(batch: Sequence[Encoded]) -> list[TokenScores]:
         try:
+            if openings is not None:
+                return score_chunks(lm, [item for item in batch if isinstance(item, Chunked)], openings, vocab_size)
             return score_batch(lm, batch, vocab_size)
         except torch.OutOfMemoryError as error:
             raise CollmError(
@@ -102,6 +117,13 @@ def score(
     notes = {**prompt_notes(formatter, completions_from), "weights_fingerprint": weights_fingerprint(lm)}
     switches = rope_switches(lm)
     return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, switches, wait)
+
+
+def openings_of(model: PreTrainedModel, reader: Reader, vocab_size: int) -> Openings:
+    """Where the tokens of a model may stand; what ends its texts is known from its configuration and template."""
+    ends = eos_ids(model, reader.formatter.tokenizer) | reader.formatter.end_ids
+    codec = ByteCodec(reader.formatter.tokenizer, reader.cuts, ends, name=reader.codec.name)
+    return Openings.of(reader.cuts, codec.first_bytes, vocab_size)
 
 
 def score_tool(
@@ -116,18 +138,29 @@ def score_tool(
     resume: bool = True,
     progress: bool = True,
     wait: bool = False,
+    chunks: Reader | None = None,
 ) -> Path:
     """`score` for anything that answers queries. Where it abstains, log-probability -inf and not top-1: a token that
-    cannot be deferred to it, which is a lower bound of decoding, where the base then writes the token."""
+    cannot be deferred to it, which is a lower bound of decoding, where the base then writes the token.
+
+    Where models share chunks, a tool's tokens are chunks: a longer one cannot be deferred to it."""
     fingerprint = scores_fingerprint(
-        examples, writer_identity(tool), formatter, completions_from=completions_from, max_length=max_length
+        examples,
+        writer_identity(tool),
+        formatter,
+        completions_from=completions_from,
+        max_length=max_length,
+        cuts=None if chunks is None else chunks.cuts.fingerprint,
     )
     if already_scored(Path(out), fingerprint, resume):
         return Path(out)
-    encoded = encode_examples(examples, formatter, max_length=max_length, completions_from=completions_from)
+    if chunks is None:
+        encoded = encode_examples(examples, formatter, max_length=max_length, completions_from=completions_from)
+    else:
+        encoded = read_examples(examples, chunks, max_length=max_length)
 
     def work(batch: Sequence[Encoded]) -> list[TokenScores]:
-        return [_ask_tool(tool, item) for item in batch]
+        return [_of_chunks(item, _ask_tool(tool, item)) for item in batch]
 
     notes = prompt_notes(formatter, completions_from)
     return run(examples, encoded, fingerprint, Path(out), work, batch_tokens, resume, progress, notes, wait=wait)
@@ -164,6 +197,17 @@ def score_batch(model: PreTrainedModel, batch: Sequence[Encoded], vocab_size: in
     log_prob, top1 = torch.cat(parts, dim=1).cpu().numpy()
     ends = np.cumsum([item.num_labelled for item in batch])[:-1]
     return list(zip(np.split(log_prob, ends), np.split(top1 > 0, ends), strict=True))
+
+
+def _of_chunks(item: Encoded, scores: TokenScores) -> TokenScores:
+    """What a tool makes of chunks, from its scores of the tokens: a chunk of one token may be its."""
+    if not isinstance(item, Chunked):
+        return scores
+    labelled = np.cumsum(item.labelled) - 1
+    alone = np.array([stop is None or stop == start + 1 for start, stop in item.spans], np.bool_)
+    at = np.array([labelled[start] for start, _ in item.spans], np.int64)
+    log_prob, top1 = scores
+    return np.where(alone, log_prob[at], -np.inf).astype(np.float32), top1[at] & alone
 
 
 def _ask_tool(tool: LanguageModel, item: Encoded) -> TokenScores:

@@ -74,6 +74,8 @@ class CheckpointInfo(_Strict):
     tokenizer_fingerprint: str | None = None
     base_format: dict[str, Any] = Field(default_factory=dict)
     assistants: list[AssistantInfo] = Field(default_factory=list)
+    cuts: str | None = None
+    """Where its models may take turns, if they have different tokenizers: the fingerprint of the table (`Cuts`)."""
     calibration: list[CalibrationTable] = Field(default_factory=list)
     training: dict[str, Any] = Field(default_factory=dict)
     """The recipe and the figures of the run that made it."""
@@ -113,7 +115,9 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
 
 def save_info(folder: str | Path, info: CheckpointInfo) -> None:
     # JSON has no infinity; pydantic writes it as a string that it reads back as a float.
-    write_text(Path(folder) / FILE, info.model_dump_json(indent=2) + "\n")
+    # What few checkpoints have is left out of the others.
+    unset = {"cuts"} if info.cuts is None else set()
+    write_text(Path(folder) / FILE, info.model_dump_json(indent=2, exclude=unset) + "\n")
 
 
 def base_spec(path: str | Path, info: CheckpointInfo | None, base: str | None = None) -> str:

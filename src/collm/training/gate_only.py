@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,10 +30,16 @@ ROWS = 65_536
 
 @dataclass(frozen=True)
 class GateData:
-    """Labelled tokens with the base frozen: `hidden` `[N, H]`, `log_probs` `[N, 1+K]`, base first."""
+    """Labelled tokens, or chunks, with the base frozen: `hidden` `[N, H]`, `log_probs` `[N, 1+K]`, base first."""
 
     hidden: Tensor
     log_probs: Tensor
+    labelled: int | None = None
+    """Tokens that losses are divided by, where rows are chunks; None: the rows are tokens."""
+
+    @property
+    def count(self) -> int:
+        return len(self.hidden) if self.labelled is None else self.labelled
 
     @property
     def width(self) -> int:
@@ -61,7 +67,9 @@ class GateData:
 
     def resident(self, device: torch.device) -> GateData:
         """All of it on the device, where it is one part."""
-        return next(self.parts(device)) if 0 < len(self.hidden) <= part_rows(self.width) else self
+        if not 0 < len(self.hidden) <= part_rows(self.width):
+            return self
+        return replace(next(self.parts(device)), labelled=self.labelled)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def evaluate_gate(
             sums += torch.stack([objective.sum(), token_nll(gates, log_probs).sum(), -log_probs[:, 0].sum()])
             gate += gates.exp().sum(0)
             posterior += log_posterior(gates, log_probs).exp().sum(0)
-    objective_sum, nll, base_nll = (sums / max(1, len(data.hidden))).tolist()
+    objective_sum, nll, base_nll = (sums / max(1, data.count)).tolist()
     count = max(1, len(data.hidden))
     return HeldOut(objective_sum, nll, base_nll, (gate / count).cpu(), (posterior / count).cpu())
 
@@ -159,7 +167,7 @@ def train_gate(
                 f"the loss is {float(total)} in epoch {epoch + 1}: check the scores, lower gate_learning_rate"
             )
         held_out = evaluate_gate(head, validation, config, standardise)
-        figures = {"epoch": epoch + 1, "loss": float(total) / len(train.hidden), "eval_loss": held_out.loss(config)}
+        figures = {"epoch": epoch + 1, "loss": float(total) / train.count, "eval_loss": held_out.loss(config)}
         figures |= {"deferred": 1.0 - float(gates[0]) / len(train.hidden)}
         figures |= {"eval_nll": held_out.nll, "eval_deferred": 1.0 - float(held_out.gate[0])}
         log(figures if price is None else {**figures, "price": float(price.value)})

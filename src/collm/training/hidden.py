@@ -1,4 +1,4 @@
-"""Hidden states of labelled tokens: what the gate is fitted to.
+"""Hidden states of labelled tokens, or of the first ones of chunks: what the gate is fitted to.
 
 A million tokens of width 4096 are 15 GiB in float32, so those of a whole data set lie in a file that is mapped into
 memory and is read by parts: it is never in memory as a whole.
@@ -47,7 +47,7 @@ def all_hidden(model: nn.Module, data: ScoredSet, folder: Path, split: str, *, p
     Raises:
         CollmError: no room on the disk.
     """
-    key = [dict(local_identity(model)), [item.token_ids for item in data.items], [item.labelled for item in data.items]]
+    key = [dict(local_identity(model)), [item.token_ids for item in data.items], [item.starts for item in data.items]]
     path = folder / f"hidden-{split}-{digest(key)}.safetensors"
     with claimed(path, wait=True):
         if not path.is_file():
@@ -163,7 +163,7 @@ def collect_hidden(
         if total >= limit:
             break
         chosen.append(i)
-        total += data.items[i].num_labelled
+        total += data.items[i].num_starts
     found = list(_hidden_of(model, data, _batches(model, data, chosen, batch_tokens), progress))
     flat = torch.cat([where for _, where in found])
     ascending = flat.argsort()
@@ -179,7 +179,7 @@ def _hidden_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A batch's `[M, H]` float32 on the CPU, and their flat indices `[M]`."""
     device = input_device(causal_lm(model))
-    starts = data.ends - [item.num_labelled for item in data.items]
+    starts = data.ends - [item.num_starts for item in data.items]
     with progress_bar(
         sum(len(data.items[i]) for batch in batches for i in batch), progress, "hidden states"
     ) as advance:
@@ -189,8 +189,8 @@ def _hidden_of(
             where = []
             for row, i in enumerate(batch):
                 item = data.items[i]
-                ids[row, : len(item)], mask[row, : len(item)] = item.token_ids, item.labelled
-                where.append(torch.arange(int(starts[i]), int(starts[i]) + item.num_labelled))
+                ids[row, : len(item)], mask[row, : len(item)] = item.token_ids, item.starts
+                where.append(torch.arange(int(starts[i]), int(starts[i]) + item.num_starts))
             with torch.inference_mode():
                 # Right padding and causal attention: no mask is needed.
                 hidden = hidden_states(model, torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)

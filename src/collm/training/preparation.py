@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from collm.data.chunks import Reader, usable_in_chunks
 from collm.data.encoding import usable
 from collm.data.scores import load_info as load_scores_info
 from collm.files import write_text
@@ -29,7 +31,7 @@ from collm.training.dataset import ScoredSet, assemble, best_device, load_split
 from collm.training.hidden import all_hidden, collect_hidden, sample
 from collm.training.made_from import confirm, first_day
 from collm.training.recipe import Recipe
-from collm.training.writers import SPLITS, assistant_info, make_writer, scores_of
+from collm.training.writers import SPLITS, assistant_info, make_writer, readers_of, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Prepared:
     head: DeferralHead | None
     hidden_scale: float
     info: CheckpointInfo
+    chunks: Reader | None = None
+    """How the base reads examples, where the models share chunks."""
 
 
 def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
@@ -54,8 +58,11 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     base = make_writer("base", recipe.base, None, **told)
     assistants = [make_writer(section.name, section, base, **told) for section in recipe.assistants]
     shown = [base.open_formatter, *(w.formatter for w in assistants if w.formatter is not None and w.tool is None)]
+    readers = readers_of([base, *assistants])
     splits = {
         split: usable(examples, shown, skip_bad=recipe.data.skip_bad)
+        if readers is None
+        else usable_in_chunks(examples, readers, skip_bad=recipe.data.skip_bad)
         for split, examples in zip(SPLITS, load_split(recipe.data), strict=True)
     }
     model = load_model(recipe.base.model, dtype=recipe.base.dtype, device=best_device())
@@ -65,6 +72,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     formatter = base.open_formatter
     # With no assistants nothing is scored: plain fine-tuning needs no scores.
     writers = [base, *assistants] if assistants else []
+    reading: Sequence[Reader | None] = readers or [None] * len(writers)
     # One process scores and fits; the others are told where, open no assistant, and find the gate done.
     scores: list[dict[str, Path]] = []
     with state.main_process_first():
@@ -78,8 +86,9 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
                     recipe.cache_folder,
                     model if writer is base else None,
                     progress=progress,
+                    chunks=reader,
                 )
-                for writer in writers
+                for writer, reader in zip(writers, reading, strict=True)
             ]
     if state.num_processes > 1:
         [scores] = broadcast_object_list([scores])
@@ -90,7 +99,13 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         }
         confirm(recipe, splits, local_identity(model), formatter, fingerprints, write=state.is_main_process)
         sets = {
-            split: assemble(examples, formatter, max_length, [paths[split] for paths in scores])
+            split: assemble(
+                examples,
+                formatter,
+                max_length,
+                [paths[split] for paths in scores],
+                None if readers is None else readers[0],
+            )
             for split, examples in splits.items()
         }
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], progress)
@@ -103,9 +118,20 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         assistants=[
             assistant_info(writer, paths["train"]) for writer, paths in zip(assistants, scores[1:], strict=True)
         ],
+        cuts=None if readers is None else readers[0].cuts.fingerprint,
         training={"recipe": recipe.model_dump(mode="json", exclude={"out", "cache"}), "initialisation": figures},
     )
-    return Prepared(recipe, model, formatter.tokenizer, sets["train"], sets["validation"], head, scale, info)
+    return Prepared(
+        recipe,
+        model,
+        formatter.tokenizer,
+        sets["train"],
+        sets["validation"],
+        head,
+        scale,
+        info,
+        None if readers is None else readers[0],
+    )
 
 
 def _initial_head(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, set_seed
 
 from collm.data.collate import Collator
+from collm.data.scoring import openings_of
 from collm.files import write_text
 from collm.gate import log_gate
 from collm.models.backbone import rope_switches
@@ -101,7 +102,8 @@ def _train_gate_only(prepared: Prepared, progress: bool) -> tuple[DeferralHead, 
 
     def gate_data(scored: ScoredSet, split: str) -> GateData:
         hidden = all_hidden(prepared.model, scored, recipe.cache_folder, split, progress=progress)
-        return GateData(hidden, torch.cat([scored.base_log_probs[:, None], scored.log_probs], dim=1))
+        log_probs = torch.cat([scored.base_log_probs[:, None], scored.log_probs], dim=1)
+        return GateData(hidden, log_probs, None if prepared.chunks is None else scored.labelled_tokens)
 
     validation = gate_data(prepared.validation, "validation")
     if recipe.objective == "weak_supervision":
@@ -166,7 +168,9 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
     if recipe.tune == "lora":
         model = _with_lora(recipe, prepared.model)
     tokenizer = prepared.tokenizer
-    module = BaseWithGate(model, prepared.head, _loss_config(recipe), shared_vocab_size(tokenizer))
+    size, chunks = shared_vocab_size(tokenizer), prepared.chunks
+    openings = None if chunks is None else openings_of(prepared.model, chunks, size)
+    module = BaseWithGate(model, prepared.head, _loss_config(recipe), size, openings)
     if recipe.training.gradient_checkpointing:
         module.gradient_checkpointing_enable()
     # Read by weak supervision only.

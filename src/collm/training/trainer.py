@@ -98,7 +98,7 @@ class CollmTrainer(Trainer):
         loss = outputs["loss"]
         if model.training:
             if self.price is not None:
-                count = outputs["count"].detach().float()
+                count = outputs.get("chunks", outputs["count"]).detach().float()
                 self._step_sums.append(torch.stack([count - outputs["gate"].detach()[0], count]))
             for name, value in outputs.items():
                 if name != "loss":
@@ -125,10 +125,12 @@ class CollmTrainer(Trainer):
         super()._save_checkpoint(*args)
 
     def _figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Means per labelled token over all processes."""
+        """Means per labelled token (of who writes, per chunk) over all processes."""
         sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(sums.items())}
         count = max(1.0, float(sums["count"]))
         figures = {name: float(sums[name]) / count for name in ("objective", "nll", "base_nll")}
+        # Of writers, where models share chunks: means over those.
+        count = max(1.0, float(sums.get("chunks", sums["count"])))
         if not self._module.training:
             figures["base_accuracy"] = float(sums["base_right"]) / count
         for k, assistant in enumerate(self.info.assistants, start=1):

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from collm.data.chunks import Reader
 from collm.data.examples import Example
 from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scores import Fingerprint, load_info, load_scores, scores_fingerprint
@@ -17,10 +18,12 @@ from collm.data.scoring import score, score_tool
 from collm.errors import CollmError
 from collm.identity.finding import writer_identity
 from collm.identity.known import Opened
+from collm.models.codec import ByteCodec
 from collm.models.info import AssistantInfo, same_weights
 from collm.models.loading import load_tokenizer
+from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
 from collm.models.specs import is_tool, portable
-from collm.models.tokenizers import require_same_tokenizer, tokenizer_fingerprint
+from collm.models.tokenizers import tokenizer_fingerprint
 from collm.models.tools import make_tool
 from collm.training.checking import not_at_hand
 from collm.training.dataset import best_device, digest
@@ -54,7 +57,7 @@ class Writer:
 def make_writer(
     name: str, section: ModelSection, base: Writer | None, *, one_file: bool, day: str | None = None
 ) -> Writer:
-    """One model's tokenizer and format; an assistant's must fit the base's.
+    """One model's tokenizer and format.
 
     Args:
         base: None for the base itself.
@@ -62,7 +65,7 @@ def make_writer(
         day: told by templates that ask for it, if the recipe gives none.
 
     Raises:
-        CollmError: an assistant that has to be opened is not there, or has another tokenizer.
+        CollmError: an assistant that has to be opened is not there.
     """
     paths = {"train": section.scores, "validation": section.scores if one_file else section.validation_scores}
     given = {split: path for split, path in paths.items() if path is not None}
@@ -83,12 +86,38 @@ def make_writer(
             raise
         lacking = [key for split, key in SPLITS.items() if split not in given and not (one_file and split != "train")]
         raise not_at_hand(name, error, lacking) from error
-    if base is not None:
-        require_same_tokenizer(base.open_formatter.tokenizer, tokenizer, ("the base", f"assistant {name!r}"))
     formatter = Formatter(tokenizer, PromptFormat(**section.format.to_dict()))
     if formatter.format.date is not None and section.format.date is None:
         formatter = Formatter(tokenizer, replace(formatter.format, date=day))
     return Writer(name, section, formatter, None, given)
+
+
+def readers_of(writers: Sequence[Writer]) -> list[Reader] | None:
+    """How the models read examples, base first, where they have different tokenizers and share chunks; None where they
+    have one. (A tool reads as the base does.)
+
+    Raises:
+        CollmError: a tokenizer does not keep texts as they are; a tool writes what is no chunk.
+    """
+    opened = [writer for writer in writers if writer.formatter is not None and writer.tool is None]
+    cuts = cuts_between([w.open_formatter.tokenizer for w in opened], [w.name for w in opened])
+    if cuts is None:
+        return None
+    if any(writer.formatter is None for writer in writers):
+        lacking = next(writer.name for writer in writers if writer.formatter is None)
+        raise CollmError(
+            f"assistant {lacking!r}: the models of this recipe have different tokenizers, so the tokenizer of each is "
+            "needed: give its model where it can be read, beside its scores"
+        )
+    codecs = {w.name: ByteCodec(w.open_formatter.tokenizer, cuts, name=w.name) for w in opened}
+    require_free_tools(cuts, [writer.name for writer in writers if writer.tool is not None])
+    told = tell_chunking(list(codecs.values()), cuts)
+    logger.info("the models have different tokenizers and write in chunks: of common text %s", told)
+    base = Reader(writers[0].open_formatter, codecs[writers[0].name])
+    return [
+        base,
+        *(base if w.tool is not None else Reader(w.open_formatter, codecs[w.name], base) for w in writers[1:]),
+    ]
 
 
 def scores_of(
@@ -100,11 +129,13 @@ def scores_of(
     model: PreTrainedModel | None = None,
     *,
     progress: bool = True,
+    chunks: Reader | None = None,
 ) -> dict[str, Path]:
     """Where each split's scores are: those given, checked, or made (or resumed) in `folder`.
 
     Args:
         model: the writer's, if it is loaded already.
+        chunks: how it reads examples, where the models share chunks.
 
     Raises:
         CollmError: given scores were made from something else.
@@ -120,7 +151,8 @@ def scores_of(
     weights = opened.fingerprint if tool is None else None
     paths: dict[str, Path] = {}
     for split, examples in splits.items():
-        fingerprint = scores_fingerprint(examples, who, formatter, **options)
+        cuts = None if chunks is None else chunks.cuts.fingerprint
+        fingerprint = scores_fingerprint(examples, who, formatter, **options, cuts=cuts)
         if split in writer.given:
             _check_given(writer.given[split], fingerprint, writer.name, weights)
             paths[split] = writer.given[split]
@@ -128,9 +160,9 @@ def scores_of(
         # Named by what it depends on, so that recipes can share a folder.
         paths[split] = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
         if tool is not None:
-            score_tool(examples, tool, formatter, paths[split], **made, **options)
+            score_tool(examples, tool, formatter, paths[split], **made, **options, chunks=chunks)
         else:
-            score(examples, opened, formatter, paths[split], **made, **options)
+            score(examples, opened, formatter, paths[split], **made, **options, chunks=chunks)
     return paths
 
 
