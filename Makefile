@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
 
-.PHONY: help venv weights weights-qwen demo test test-servers test-vllm-gpu lint format bench wheel docs constraints clean
+.PHONY: help venv weights weights-qwen demo test test-serve test-servers test-vllm-gpu lint format bench wheel docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,15 @@ study-%: weights  ## a study, from data to tables, as in study-facts (hours; PRO
 
 test: venv  ## all tests: offline, on the CPU
 	$(BIN)/python -m pytest
+
+# Looks for chromium (apt-get install chromium, or CHROMIUM=path) and says loudly what it could not test without it.
+test-serve: venv .venvs/clients/.stamp  ## collm serve in a browser, and with LiteLLM, LangChain, lm_eval, schemathesis
+	$(BIN)/python -m pytest tests_serve
+
+.venvs/clients/.stamp: tests_serve/requirements.txt
+	test -x .venvs/clients/bin/python || $(PYTHON) -m venv .venvs/clients
+	.venvs/clients/bin/python -m pip install -qq --requirement tests_serve/requirements.txt
+	touch $@
 
 test-servers: weights .venvs/vllm/.stamp .venvs/llamacpp/.stamp  ## against real servers on the CPU: vLLM and llama.cpp
 	$(BIN)/python -m pytest tests_servers

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import openai
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 
 from collm.data.formatting import Formatter
 from collm.llm import CollaborativeLM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from test_llm import pair
 from collm.evaluation.likelihood import GivenText, likelihoods
 from collm.llm import TokenPrompt
 from collm.sampling_params import SamplingParams
+from collm.serving.fields import NEUTRAL, Request
+from collm.serving.openapi import KINDS
 
 USER = [{"role": "user", "content": "How many apples?"}]
 CHAT = {"model": "pair", "messages": USER, "max_tokens": 16, "seed": 7}
@@ -467,3 +470,76 @@ def test_the_harness_finds_the_same_likelihoods(server: Live, tmp_path: Path) ->
     found = remote.loglikelihood(requests)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in own], abs=1e-4)
     assert [x for _, x in found] == [x for _, x in own]
+
+
+# -- what the page asks for
+
+
+def test_what_the_others_would_have_written(server: Live, client: openai.OpenAI) -> None:
+    """One block pass of each model: what each finds most probable, and what it thinks of the token there."""
+    llm = server.llm
+    written = llm.generate(USER, SamplingParams(max_tokens=12, threshold=0.3))
+    before = [server.model(number).calls for number in (0, 1)]
+    body = {"messages": USER, "token_ids": written.token_ids}
+    found = server.post("/v1/collm/others", json=body).json()
+    assert [server.model(number).calls for number in (0, 1)] == [calls + 1 for calls in before]
+    assert found["models"] == ["base", "helper"] and len(found["tokens"]) == len(written.steps)
+    assert "".join(token["text"] for token in found["tokens"]) == llm.decode(written.token_ids)
+    for token, step in zip(found["tokens"], written.steps, strict=True):
+        by_model = token["by_model"]
+        assert token["token_id"] == step.token_id and by_model["base"]["token_id"] == step.base_token_id
+        author = by_model[llm.model_names[step.author]]
+        assert author["given_log_prob"] == pytest.approx(step.log_prob, abs=1e-5)
+        assert author["token_id"] == step.token_id, "greedy: what its author found most probable"
+        assert tuple(token["gate"].values()) == pytest.approx(step.gate)
+    plain = server.post("/v1/collm/others", json={"prompt": "Rome", "token_ids": [5, 6]}).json()
+    assert len(plain["tokens"]) == 2
+
+
+def test_a_model_that_fails_costs_the_others_nothing(server: Live) -> None:
+    server.model(1).fails_after = 0
+    try:
+        found = server.post("/v1/collm/others", json={"prompt": "Rome", "token_ids": [5]}).json()["tokens"][0]
+    finally:
+        server.model(1).fails_after = None
+    assert "cables" in found["by_model"]["helper"]["fault"] and found["by_model"]["base"]["given_log_prob"] <= 0
+
+
+OTHERS_WRONG: dict[str, dict[str, Any]] = {
+    "messages": {"token_ids": [5]},
+    "messages-both": {"token_ids": [5], "prompt": "Rome", "messages": USER},
+    "token_ids": {"prompt": "Rome"},
+    "token_ids-empty": {"prompt": "Rome", "token_ids": []},
+    "token_ids-unknown": {"prompt": "Rome", "token_ids": [320]},
+    "token_ids-long": {"prompt": "Rome", "token_ids": [5] * 256},
+    "prompt": {"prompt": ["Rome", "Paris"], "token_ids": [5]},
+    "temperature": {"prompt": "Rome", "token_ids": [5], "temperature": 1},
+}
+
+
+@pytest.mark.parametrize("case", OTHERS_WRONG)
+def test_others_of_no_text(server: Live, case: str) -> None:
+    response = server.post("/v1/collm/others", json=OTHERS_WRONG[case])
+    assert response.status_code == 400 and response.json()["error"]["param"] == case.partition("-")[0]
+
+
+def test_the_system_is_told(server: Live) -> None:
+    told = httpx.get(server.url + "/v1/collm").json()
+    assert told["pair"] == "pair" and told["models"] == ["base", "helper"] and told["has_gate"]
+    assert told["defaults"]["method"] == "threshold" and told["calibration"] == [] == told["examples"]
+
+
+def test_the_description_names_every_address_and_every_field(server: Live) -> None:
+    """Made from what reads the requests; here, that nothing is missing and every reference leads somewhere."""
+    told = httpx.get(server.url + "/openapi.json").json()
+    for path, operations in told["paths"].items():
+        for method in set(operations) & {"get", "post"}:
+            found = httpx.request(method, server.url + path.replace("{name}", "pair"))
+            assert found.status_code == (400 if method == "post" else 200), path
+    text = json.dumps(told)
+    schemas = told["components"]["schemas"]
+    assert all(name in schemas for name in re.findall(r'#/components/schemas/(\w+)"', text))
+    for kind in KINDS:
+        properties = schemas[kind.__name__]["properties"]
+        fields = {*kind.model_fields, *(NEUTRAL if issubclass(kind, Request) else ())}
+        assert fields <= set(properties) and schemas[kind.__name__]["additionalProperties"] is False

@@ -177,7 +177,7 @@ def test_a_bug_is_told_to_the_log_and_not_to_the_client(
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("collm.serving.app.chat_prompt", broken)
+    monkeypatch.setattr("collm.serving.answering.chat_prompt", broken)
     with live(fake_pair()) as server:
         response = ask(server)
         assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"

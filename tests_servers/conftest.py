@@ -7,7 +7,6 @@ of its own under `.venvs`. They are no part of `make test`. One server runs at a
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import signal
 import socket
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
@@ -42,16 +40,6 @@ def python_of(server: str) -> Path:
     return python
 
 
-def _of_the_other_tests() -> ModuleType:
-    """`make_model` and `make_tokenizer`, tiny ones; that file is called conftest as well."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests" / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _of_the_other_tests()
 SKIPPED: list[str] = []
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+import tiny
 import torch
-from conftest import ask, tiny, vllm
+from conftest import ask, vllm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from collm.decoding.policies import to_log_odds

@@ -159,6 +159,11 @@ class LanguageModel(ABC):
     def predict(self, queries: Sequence[Query]) -> Replies:
         """The answers of one pass. Those to one query depend on no other query, nor on earlier calls."""
 
+    @property
+    def max_cache_tokens(self) -> int | None:
+        """Tokens that its caches may hold of all texts together; None: as many as are asked for."""
+        return None
+
     def missing(self, query: Query) -> int:
         """Tokens that a pass for this query has to read: what the caches do not hold."""
         return max(1, query.num_last)

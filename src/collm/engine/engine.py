@@ -32,10 +32,11 @@ PATIENCE_AT_CLOSE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an engine is busy with: texts that run, texts that wait."""
+    """What an engine is busy with: texts that run, texts that wait, and for each model the tokens of those that run."""
 
     running: int
     waiting: int
+    tokens: tuple[int, ...]
 
 
 class Engine:
@@ -74,7 +75,9 @@ class Engine:
     @property
     def load(self) -> Load:
         scheduler = self._driver.scheduler
-        return Load(len(scheduler.running), len(scheduler.waiting))
+        texts = [item.text for item in tuple(scheduler.running.values())]
+        tokens = tuple(sum(len(text.views[number]) for text in texts) for number in range(len(self.models)))
+        return Load(len(texts), len(scheduler.waiting), tokens)
 
     def grow(self, max_num_seqs: int) -> None:
         """Let at least so many texts run at a time from now on."""

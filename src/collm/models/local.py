@@ -135,6 +135,10 @@ class LocalModel(LanguageModel):
             return self._cache.num_bytes
         return 0 if self._cache is None else self._cache.pool.num_bytes
 
+    @property
+    def max_cache_tokens(self) -> int | None:
+        return self._cache.max_tokens if isinstance(self._cache, PrefixCache) else None
+
     def fits(self, lengths: Sequence[int]) -> bool:
         return not isinstance(self._cache, PrefixCache) or self._cache.fits(len(lengths), max(lengths, default=0))
 

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 from collm.evaluation.likelihood import Given
 from collm.llm import Chunk
 from collm.serving.asking import Served
 from collm.serving.desk import Desk, Order
-from collm.serving.fields import ChatRequest, CompletionRequest, Request, StreamOptions
+from collm.serving.fields import ChatRequest, CompletionRequest, Json, Request, StreamOptions
 from collm.serving.prompts import Asked
 from collm.serving.tokens import (
     LogProbs,
@@ -29,8 +28,6 @@ from collm.serving.tokens import (
     top_dict,
 )
 from collm.types import BASE, Generation
-
-Json = dict[str, Any]
 
 
 @dataclass(slots=True)

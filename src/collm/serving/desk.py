@@ -7,15 +7,16 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from collm.decoding.collaborative import Flow
 from collm.engine import Event, Finished
 from collm.errors import CollmError
-from collm.evaluation.likelihood import Given, GivenText, scored_text, scoring
 from collm.llm import Chunk, CollaborativeLM, TokenPrompt
 from collm.sampling_params import SamplingParams
 from collm.serving.limits import Limits
 from collm.serving.metrics import Metrics, Timing
 from collm.serving.refusals import Refusal
 from collm.types import Generation
+from collm.views import Text
 
 RETRY_AFTER = 1
 """Seconds after which somebody who was refused for want of room may ask again."""
@@ -104,14 +105,13 @@ class Desk:
         except Exception as error:
             events.put_nowait((order.index, error))
 
-    async def score(self, given: GivenText, alone: int | None, num_top: int) -> list[Given]:
-        """The log-probabilities of a given text.
+    async def run(self, flow: Flow, text: Text) -> None:
+        """A flow that reads and writes nothing, to its end.
 
         Raises:
-            Refusal: it cannot be scored, or it takes too long.
+            Refusal: there is no room, a model failed, or it takes too long.
         """
         self.require_room(1)
-        text, found = scored_text(given), list[Given]()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Finished] = loop.create_future()
 
@@ -122,7 +122,7 @@ class Desk:
         engine = self.llm.engine
         self.texts += 1
         try:
-            number = engine.submit(scoring(given, text, found, alone=alone, num_top=num_top), text, 1, told)
+            number = engine.submit(flow, text, 1, told)
         except CollmError as error:
             self.texts -= 1
             raise _as_refusal(error) from error
@@ -134,20 +134,18 @@ class Desk:
         finally:
             self.texts -= 1
             engine.cancel(number)
-        if finished.error is not None or finished.finish_reason == "cancelled":
-            raise Refusal(finished.error or "the server stops", status=500 if finished.error else 503)
-        return found
+        _require_whole(finished)
 
     def _too_late(self) -> Refusal:
         seconds = self.limits.request_timeout
         return Refusal(f"the answer was not complete within {seconds:g} seconds", status=504, code="timeout")
 
 
-def _require_whole(generation: Generation) -> None:
+def _require_whole(ended: Generation | Finished) -> None:
     """Refuse a text that ended before its time."""
-    if generation.finish_reason == "error":
-        raise Refusal(generation.error or "a model failed", status=500, code="model_failed")
-    if generation.finish_reason == "cancelled":
+    if ended.finish_reason == "error":
+        raise Refusal(ended.error or "a model failed", status=500, code="model_failed")
+    if ended.finish_reason == "cancelled":
         raise Refusal("the server stops", status=503, code="shutting_down")
 
 

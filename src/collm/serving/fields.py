@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from collm.data.messages import ROLES
 from collm.errors import nearest
 from collm.sampling_params import MOST_TOP, Deferral, OnAssistantError
 from collm.serving.refusals import Refusal
@@ -44,8 +45,33 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Not supported, and accepted at the values at which they ask for nothing (null is always one)."""
 
+Json = dict[str, Any]
 Text = Annotated[str, Field(max_length=1 << 20)]
 Whole = Annotated[int, Field(strict=True)]
+# What these hold is checked where it is read, which can say more than a schema.
+Messages = Annotated[
+    list[Any],
+    WithJsonSchema(
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role", "content"],
+                "properties": {"role": {"enum": list(ROLES)}, "content": {"type": "string"}},
+            },
+        }
+    ),
+]
+_ONE: list[Json] = [
+    {"type": "string"},
+    {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+]
+OnePrompt = Annotated[str | list[Any], WithJsonSchema({"anyOf": _ONE})]
+Prompt = Annotated[
+    str | list[Any],
+    WithJsonSchema({"anyOf": [*_ONE, {"type": "array", "minItems": 1, "items": {"anyOf": _ONE}}]}),
+]
 
 
 class Fields(BaseModel):
@@ -92,7 +118,7 @@ class Request(Fields):
 
 
 class ChatRequest(Request):
-    messages: list[Any]
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -101,13 +127,25 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[Any]
+    prompt: Prompt
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
     echo: bool | None = None
 
 
-R = TypeVar("R", bound=Request)
+class OthersRequest(Fields):
+    """A finished text, of which is asked what each model would have written in it: a prompt or messages, as in the
+    request that it was written for, and the tokens that were written."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["messages"]}, {"required": ["prompt"]}]})
+
+    messages: Messages | None = None
+    prompt: OnePrompt | None = None
+    token_ids: list[Whole] = Field(min_length=1)
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+R = TypeVar("R", bound=Fields)
 NESTED: dict[str | int, type[Fields]] = {"collm": Collaboration, "stream_options": StreamOptions}
 """Fields that have fields."""
 
@@ -118,25 +156,31 @@ def read_fields(kind: type[R], body: Mapping[str, Any]) -> R:
     Raises:
         Refusal: naming the field that is unknown, not supported or wrong.
     """
-    own = {}
+    own, writes = {}, issubclass(kind, Request)
     for name, value in body.items():
         if name in kind.model_fields:
             own[name] = value
-        elif name in NEUTRAL:
+        elif name in NEUTRAL and writes:
             _require_neutral(name, value)
-        elif name not in WITHOUT_EFFECT:
-            hint = nearest(name, [*kind.model_fields, *NEUTRAL, *WITHOUT_EFFECT], "leave it out")
+        elif not (name in WITHOUT_EFFECT and writes):
+            also = [*NEUTRAL, *WITHOUT_EFFECT] if writes else []
+            hint = nearest(name, [*kind.model_fields, *also], "leave it out")
             raise Refusal(f"unknown field {name!r}: {hint}", param=name, code="unknown_parameter")
     try:
         found = kind.model_validate(own)
     except ValidationError as error:
         raise _refusal(error) from None
-    if found.stream_options is not None and not found.stream:
+    if isinstance(found, Request):
+        _require_together(found)
+    return found
+
+
+def _require_together(request: Request) -> None:
+    if request.stream_options is not None and not request.stream:
         raise Refusal("stream_options are for streams: set stream, or leave them out", param="stream_options")
-    stops = [found.stop] if isinstance(found.stop, str) else found.stop or []
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > 16 or not all(stops):
         raise Refusal("stop takes up to 16 strings, none of them empty", param="stop")
-    return found
 
 
 def _require_neutral(name: str, value: Any) -> None:

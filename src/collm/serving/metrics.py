@@ -34,9 +34,9 @@ class Metrics:
         self._llm, self._model = llm, model
         self._gauge("num_requests_running", "Texts that are written now.").set_function(self._running)
         self._gauge("num_requests_waiting", "Texts that wait for a place.").set_function(self._waiting)
-        self._gauge("kv_cache_usage_perc", "Share of the places in the caches that texts hold.").set_function(
-            lambda: self._running() / llm.engine.max_num_seqs
-        )
+        self._gauge(
+            "kv_cache_usage_perc", "Share of the caches that running texts hold, of the model that has least room."
+        ).set_function(self._cache_usage)
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, of the base's.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens that were written.")
         self.preemptions = self._counter("num_preemptions", "Texts that gave up their place: none ever does.")
@@ -68,6 +68,17 @@ class Metrics:
 
     def _waiting(self) -> float:
         return self._llm.engine.load.waiting
+
+    def _cache_usage(self) -> float:
+        """Tokens of what runs, over what may be held: the bound of the cache, or so many texts of full length."""
+        engine = self._llm.engine
+        load, shares = engine.load, [0.0]
+        for model, context, tokens in zip(self._llm.models, self._llm.context_lengths, load.tokens, strict=True):
+            most = model.max_cache_tokens
+            if most is None and context is not None:
+                most = context * engine.max_num_seqs
+            shares.append(load.running / engine.max_num_seqs if most is None else tokens / most)
+        return min(1.0, max(shares))
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(PREFIX + name, text, ["model_name"], registry=self.registry).labels(self._model)

@@ -1,4 +1,4 @@
-"""The page at `/`: three files that ask nobody but the server they come from."""
+"""The page at `/`: files that ask nobody but the server they come from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from collm.report import pages
+
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
+    "/answer.js": ("answer.js", "text/javascript"),
+    "/copy.js": ("copy.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
 """What lies at each address, and of which type it is."""
+SHARED = {"/tokens.js": ("tokens.js", "text/javascript"), "/tokens.css": ("tokens.css", "text/css")}
+"""What the pages of reports have, too: tokens and the panel of one of them."""
 POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -31,15 +37,17 @@ POLICY = "; ".join(
 
 
 def routes() -> list[Route]:
-    return [Route(path, page, methods=["GET"]) for path in FILES]
+    return [Route(path, page, methods=["GET"]) for path in (*FILES, *SHARED)]
 
 
 async def page(request: Request) -> Response:
-    name, kind = FILES[request.url.path]
+    _, kind = (FILES | SHARED)[request.url.path]
     headers = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
-    return Response(_content(name), media_type=kind, headers=headers)
+    return Response(_content(request.url.path), media_type=kind, headers=headers)
 
 
 @cache
-def _content(name: str) -> bytes:
-    return (files("collm.serving") / "page" / name).read_bytes()
+def _content(path: str) -> bytes:
+    if path in SHARED:
+        return pages.source(SHARED[path][0]).encode()
+    return (files("collm.serving") / "page" / FILES[path][0]).read_bytes()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from collm.data.formatting import Formatter, require_read
 from collm.data.messages import read_conversation
 from collm.errors import CollmError
+from collm.evaluation.likelihood import GivenText
 from collm.llm import CollaborativeLM, TokenPrompt
-from collm.serving.fields import ChatRequest, CompletionRequest
+from collm.serving.fields import ChatRequest, CompletionRequest, OthersRequest
 from collm.serving.refusals import Refusal
 from collm.text import require_text
 from collm.types import BASE
@@ -33,7 +35,7 @@ class Asked:
         return len(self.ids[BASE])
 
 
-def chat_prompt(llm: CollaborativeLM, request: ChatRequest) -> Asked:
+def chat_prompt(llm: CollaborativeLM, request: ChatRequest | OthersRequest) -> Asked:
     """The conversation; a last message of the assistant is the beginning of its answer.
 
     Raises:
@@ -75,6 +77,30 @@ def completion_prompts(llm: CollaborativeLM, request: CompletionRequest) -> list
     return [_completion_prompt(llm, each, f"prompt {number}") for number, each in enumerate(given, start=1)]
 
 
+def finished_text(llm: CollaborativeLM, request: OthersRequest) -> GivenText:
+    """What stands before the tokens of a request for each model, and these.
+
+    Raises:
+        Refusal: it is not one prompt, the tokens are none of the base's, or a context is too short for both.
+    """
+    if (request.messages is None) == (request.prompt is None):
+        raise Refusal("give messages or a prompt, as in the request that the text was written for", param="messages")
+    if request.messages is not None:
+        asked = chat_prompt(llm, request)
+    else:
+        prompt: Any = request.prompt
+        asked = _completion_prompt(llm, prompt, "the prompt")
+    _require_known(llm, request.token_ids, "token_ids")
+    written = tuple(request.token_ids)
+    _fitting(llm, Asked(tuple(own + written for own in asked.ids)), "token_ids")
+    return GivenText(tuple(_not_empty(llm, asked)), written)
+
+
+def _not_empty(llm: CollaborativeLM, asked: Asked) -> list[TokenIds]:
+    """A model needs something before the first token: its BOS, where the prompt is an empty text."""
+    return [own or formatter.prompt("") for formatter, own in zip(llm.formatters, asked.ids, strict=True)]
+
+
 def _completion_prompt(llm: CollaborativeLM, given: Any, which: str) -> Asked:
     if isinstance(given, str):
         try:
@@ -84,11 +110,16 @@ def _completion_prompt(llm: CollaborativeLM, given: Any, which: str) -> Asked:
             raise Refusal(str(error), param="prompt", code="invalid_value") from error
     if not isinstance(given, list) or not given or not all(_is_id(each) for each in given):
         raise Refusal(f"{which} is neither a text nor a list of token ids", param="prompt", code="invalid_value")
-    size = len(llm.tokenizer)
-    unknown = next((each for each in given if not 0 <= each < size), None)
-    if unknown is not None:
-        raise Refusal(f"{which}: there is no token {unknown}; ids lie between 0 and {size - 1}", param="prompt")
+    _require_known(llm, given, "prompt", which)
     return _fitting(llm, Asked((tuple(given),) * len(llm.models)), "prompt")
+
+
+def _require_known(llm: CollaborativeLM, ids: Sequence[int], param: str, which: str | None = None) -> None:
+    size = len(llm.tokenizer)
+    unknown = next((each for each in ids if not 0 <= each < size), None)
+    if unknown is not None:
+        message = f"{which or param}: there is no token {unknown}; ids lie between 0 and {size - 1}"
+        raise Refusal(message, param=param, code="invalid_value")
 
 
 def _is_id(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from collm.decoding.text import Detokenizer
+from collm.evaluation.others import Place, Would
 from collm.llm import Chunk, CollaborativeLM
 from collm.types import Step
 
@@ -187,6 +188,32 @@ def told_tokens(tokens: Sequence[Token], names: Sequence[str], texts: TokenTexts
             one["fault"] = step.fault
         found.append(one)
     return found
+
+
+def read_tokens(
+    places: Sequence[Place], token_ids: Sequence[int], names: Sequence[str], texts: TokenTexts
+) -> list[dict[str, Any]]:
+    """What each model would have written at every place of a text."""
+
+    def told(would: Would | str | None) -> dict[str, Any] | None:
+        if would is None or isinstance(would, str):
+            return None if would is None else {"fault": would}
+        return {
+            "text": texts(would.token_id),
+            "token_id": would.token_id,
+            "log_prob": number(would.log_prob),
+            "given_log_prob": number(would.given_log_prob),
+        }
+
+    return [
+        {
+            "text": piece,
+            "token_id": token_id,
+            "gate": dict(zip(names, place.gate, strict=True)) if place.gate else None,
+            "by_model": dict(zip(names, map(told, place.by_model), strict=True)),
+        }
+        for place, token_id, piece in zip(places, token_ids, texts.pieces(token_ids), strict=True)
+    ]
 
 
 def author_counts(steps: Iterable[Step], names: Sequence[str]) -> dict[str, int]:

@@ -5,7 +5,8 @@
    A text is an element `.written` with spans `.t`; it or an element around it has `data-models`, a JSON list of the
    models' names, the base first. Of a span: `data-a` number of the author (0, the base, if it is missing), `data-l`
    log-probability, `data-g` the gate (a chance for each model, the base first, with spaces between), `data-b` what the
-   base would have written, `data-p` the piece itself where it is shown otherwise. Classes: `changed`, `back` (handed back). */
+   base would have written, `data-p` the piece itself where it is shown otherwise, `data-d` what became of a draft, `data-f`
+   why an assistant gave no answer, `data-o` what each model would have written. Classes: `changed`, `back` (handed back). */
 const collmTokens = (() => {
   const COLOURS = 6;
   let panel = null;
@@ -42,8 +43,11 @@ const collmTokens = (() => {
     let told = "written by " + models[Number(data.a || 0)];
     if (data.l) told += ", probability " + percent(Math.exp(Number(data.l))) + " (log " + Number(data.l).toFixed(3) + ")";
     panel.append(element("div", "what", told));
-    if (data.b !== undefined) panel.append(element("div", "what", models[0] + " would have written " + quoted(data.b)));
+    if (data.b !== undefined && !data.o) panel.append(element("div", "what", models[0] + " would have written " + quoted(data.b)));
     if (token.classList.contains("back")) panel.append(element("div", "what", "deferred, and handed back by the assistant"));
+    if (data.f) panel.append(element("div", "what", data.f));
+    if (data.d) panel.append(element("div", "what", "drafted ahead, and " + data.d));
+    if (data.o) panel.append(would(models, JSON.parse(data.o)));
     if (!data.g) return;
     const rows = element("div", "rows", "");
     data.g.split(" ").forEach((gate, model) => {
@@ -54,6 +58,22 @@ const collmTokens = (() => {
       rows.append(row);
     });
     panel.append(rows);
+  }
+
+  /** What each model would have written in the place of a token, and what it thinks of the token that stands there. */
+  function would(models, found) {
+    const list = element("div", "would", "");
+    found.forEach((said, model) => {
+      const name = models[model];
+      if (!said) list.append(element("div", "what", name + " has nothing to say here"));
+      else if (said.fault) list.append(element("div", "what", name + ": " + said.fault));
+      else {
+        const chance = percent(Math.exp(said.log_prob));
+        const own = said.log_prob === said.given_log_prob ? "" : "; this one: " + percent(Math.exp(said.given_log_prob));
+        list.append(element("div", "", name + " would write " + quoted(said.text) + " (" + chance + own + ")"));
+      }
+    });
+    return list;
   }
 
   function place(token) {
@@ -128,7 +148,7 @@ const collmTokens = (() => {
   }
 
   /** A span `.t` of the fields of a token, as the program writes them: piece, author, log_prob, gate, base_piece, changed,
-      abstained. */
+      abstained, draft, fault. */
   function make(fields) {
     const token = element("span", ["t", author(fields.author || 0)].filter(Boolean).join(" "), fields.piece);
     token.classList.toggle("changed", Boolean(fields.changed));
@@ -139,6 +159,8 @@ const collmTokens = (() => {
       token.dataset.g = fields.gate.join(" ");
       token.style.setProperty("--g", 1 - fields.gate[0]);
     }
+    if (fields.draft) token.dataset.d = fields.draft;
+    if (fields.fault) token.dataset.f = fields.fault;
     if (fields.changed && fields.base_piece != null) token.dataset.b = fields.base_piece;
     if (fields.author && fields.piece.includes("\n")) {
       token.dataset.p = fields.piece;
@@ -151,7 +173,13 @@ const collmTokens = (() => {
     return token;
   }
 
+  /** Let the panel of a token say what each model would have written: text, log_prob, given_log_prob; null; or a fault. */
+  function tell(token, found) {
+    token.dataset.o = JSON.stringify(found);
+    if (token === marked) fill(token);
+  }
+
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
   else start();
-  return { adopt, make, show, author, percent };
+  return { adopt, make, tell, show, author, percent };
 })();

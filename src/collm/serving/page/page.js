@@ -1,15 +1,20 @@
-// The page of `collm serve`. What models write is text: it is set as textContent, never as HTML.
-"use strict";
+// The page of `collm serve`: whom it serves, the conversation, the settings.
+import { Answer, made, refused } from "./answer.js";
+import { FORMS, copy } from "./copy.js";
 
 const at = (id) => document.getElementById(id);
-const SIDE_BY_SIDE = "side by side";
-let pair = "pair", names = [], conversation = [], last = null, running = null;
+const SIDE_BY_SIDE = "side by side", AS_STARTED = "as the server was started";
+const BY = { deferral_rate: "deferral rate", threshold: "threshold" };
+let system = null, conversation = [], running = null;
 
-function made(tag, className, text) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text;
-  return element;
+const tell = (text) => { at("told").textContent = text; };
+
+function options(select, choices) {
+  select.replaceChildren(...choices.map(([value, text]) => {
+    const option = made("option", "", text);
+    option.value = value;
+    return option;
+  }));
 }
 
 function headers() {
@@ -17,217 +22,183 @@ function headers() {
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
-async function refused(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `the server answered ${response.status}`;
-  }
-}
-
 // Whom the server serves.
 
 async function meet() {
-  const response = await fetch("v1/models", { headers: headers() });
+  const response = await fetch("v1/collm", { headers: headers() });
   if (!response.ok) { tell(await refused(response)); return; }
-  const found = (await response.json()).data;
-  pair = found[0].id;
-  names = found[0].models;
-  const choices = found.map((model) => model.id);
-  if (names.length > 1) choices.push(SIDE_BY_SIDE);
-  at("model").replaceChildren(...choices.map((name) => { const o = made("option", "", name); o.value = name; return o; }));
-  at("legend").replaceChildren(...names.map((name, z) => made("span", authorClass(z), name)));
-  tell("");
+  system = await response.json();
+  const { pair, models } = system, several = models.length > 1;
+  options(at("model"), [pair, ...models, ...(several ? [SIDE_BY_SIDE] : [])].map((name) => [name, name]));
+  at("legend").replaceChildren(...models.map((name, z) => {
+    const item = made("li");
+    item.append(made("span", collmTokens.author(z), name));
+    return item;
+  }));
+  const ways = [["", AS_STARTED]];
+  if (several && system.has_gate) ways.unshift(["threshold", BY.threshold]);
+  if (several && tables().length) ways.unshift(["deferral_rate", BY.deferral_rate]);
+  options(at("by"), ways);
+  options(at("task"), tables().map((table) => [table.task, table.task]));
+  if (system.defaults.task) at("task").value = system.defaults.task;
+  at("examples").replaceChildren(...system.examples.map(example));
+  begin();
+  if (!system.has_chat_template) tell("the base has no chat template, so it cannot be talked to; its completions can be asked for");
+  else tell("");
+  way();
 }
 
-const authorClass = (z) => (z > 0 ? `author${((z - 1) % 4) + 1}` : "");
-const tell = (text) => { at("told").textContent = text; };
+/** Calibrations of the gate: what a rate can be given for. */
+const tables = () => system.calibration.filter((table) => table.method === "threshold");
 
-// One answer.
+function example(text) {
+  const button = made("button", "example", text);
+  button.type = "button";
+  button.addEventListener("click", () => { at("question").value = text; ask(); });
+  return button;
+}
+
+function begin() {
+  at("examples").hidden = !system || !system.examples.length || conversation.length > 0;
+}
+
+// Who writes.
+
+const alone = () => at("model").value !== system.pair && at("model").value !== SIDE_BY_SIDE;
+
+function way() {
+  const by = at("by").value, dial = at("dial"), { defaults } = system;
+  let most = 1, value = 0.5;
+  if (by === "deferral_rate") {
+    const table = tables().find((each) => each.task === at("task").value) ?? tables()[0];
+    most = Math.max(...table.rates) || 1;
+    value = defaults.deferral_rate ?? table.best_rate ?? most / 2;
+  } else if (by === "threshold") {
+    value = defaults.threshold ?? 0.5;
+  }
+  Object.assign(dial, { max: most, step: most / 100, value: Math.min(value, most) });
+  at("dial-name").textContent = by ? by[0].toUpperCase() + BY[by].slice(1) : "Deferral rate";
+  settle();
+}
+
+function settle() {
+  const by = at("by").value;
+  at("by").disabled = alone();
+  at("dial").disabled = alone() || !by;
+  at("task-choice").hidden = by !== "deferral_rate" || tables().length < 2;
+  const value = Number(at("dial").value);
+  at("dial-value").textContent = !by ? "" : by === "deferral_rate" ? `${(100 * value).toFixed(1)} %` : value.toFixed(2);
+}
 
 function request(model, messages) {
   const body = {
-    model, messages, stream: true,
-    temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value), seed: 0,
-    collm: { tokens: true },
+    model, messages, stream: true, temperature: Number(at("temperature").value),
+    max_tokens: Number(at("max-tokens").value) || 256, seed: Number(at("seed").value), collm: { tokens: true },
   };
-  if (model === pair && names.length > 1) body.collm[at("by").value] = Number(at("dial").value);
+  const by = at("by").value;
+  if (model === system.pair && by) {
+    body.collm[by] = Number(at("dial").value);
+    if (by === "deferral_rate" && tables().length > 1) body.collm.task = at("task").value;
+  }
   return body;
 }
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    held += value;
-    let end;
-    while ((end = held.indexOf("\n\n")) >= 0) {
-      const data = held.slice(0, end).replace(/^data: /, "");
-      held = held.slice(end + 2);
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
-}
-
-async function write(model, messages, signal) {
-  const box = made("div", "answer");
-  const text = made("div", "text"), count = made("p", "count");
-  box.append(made("h2", "", model), text, count);
-  const answer = { model, body: request(model, messages), content: "", tokens: [], box, done: null };
-  const began = performance.now();
-  answer.run = (async () => {
-    try {
-      const response = await fetch("v1/chat/completions",
-        { method: "POST", headers: headers(), body: JSON.stringify(answer.body), signal });
-      if (!response.ok) throw new Error(await refused(response));
-      for await (const event of events(response)) {
-        if (event.error) throw new Error(event.error.message);
-        for (const choice of event.choices) {
-          answer.content += choice.delta.content || "";
-          for (const token of choice.collm?.tokens || []) {
-            answer.tokens.push(token);
-            text.append(shown(token));
-          }
-          if (choice.finish_reason) answer.done = choice.collm;
-        }
-        count.textContent = counted(answer, (performance.now() - began) / 1000);
-      }
-    } catch (error) {
-      const stopped = error.name === "AbortError";
-      box.append(made("p", stopped ? "count" : "wrong", stopped ? "stopped" : error.message));
-    }
-    return answer;
-  })();
-  return answer;
-}
-
-function counted(answer, seconds) {
-  const by = names.map((name) => `${name} ${answer.tokens.filter((t) => t.author === name).length}`).join(", ");
-  const rate = (answer.tokens.length / Math.max(seconds, 0.001)).toFixed(1);
-  const passes = answer.done ? `; passes: ${names.map((n) => `${n} ${answer.done.forward_passes[n]}`).join(", ")}` : "";
-  return `${answer.tokens.length} tokens (${by}), ${rate} tokens/s${passes}`;
-}
-
-// Tokens.
-
-function shown(token) {
-  const element = made("span", `token ${authorClass(names.indexOf(token.author))}`, token.text);
-  element.tabIndex = -1;
-  element.token = token;
-  return element;
-}
-
-function explain(element) {
-  const { token } = element, list = made("dl");
-  const row = (name, value) => list.append(made("dt", "", name), made("dd", "", value));
-  row("token", JSON.stringify(token.text));
-  row("author", token.author);
-  row("probability", Math.exp(token.log_prob).toFixed(4));
-  if (token.gate) row("gate", Object.entries(token.gate).map(([n, p]) => `${n} ${p.toFixed(3)}`).join(", "));
-  if (token.draft) row("draft", token.draft);
-  if (token.base_text !== undefined) row("the base would have written", JSON.stringify(token.base_text));
-  if (token.fault) row("fault", token.fault);
-  at("panel").replaceChildren(list);
-  at("panel").hidden = false;
-}
-
-const hide = () => { at("panel").hidden = true; };
-
-at("talk").addEventListener("mouseover", (e) => { if (e.target.token) explain(e.target); });
-at("talk").addEventListener("mouseleave", hide);
-at("talk").addEventListener("focusin", (e) => { if (e.target.token) explain(e.target); });
-at("talk").addEventListener("click", (e) => { if (e.target.token) explain(e.target); });
-// One stop of the Tab key for each text; the arrows move within it.
-at("talk").addEventListener("keydown", (e) => {
-  if (e.key === "Escape") { hide(); return; }
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-  if (!step || !e.target.token) return;
-  const all = [...e.target.parentNode.children];
-  const next = all[all.indexOf(e.target) + step];
-  if (next) { e.target.tabIndex = -1; next.tabIndex = 0; next.focus(); e.preventDefault(); }
-});
 
 // The conversation.
 
 async function ask(event) {
   event?.preventDefault();
   const question = at("question").value.trim();
-  if (!question || running) return;
-  tell("");
+  if (!question || running || !system) return;
   conversation.push({ role: "user", content: question });
   const turn = made("section", "turn"), answers = made("div", "answers");
   turn.append(made("div", "said", question), answers);
   at("talk").append(turn);
   at("question").value = "";
-  running = new AbortController();
-  at("send").disabled = true;
-  at("stop").disabled = false;
+  begin();
   const chosen = at("model").value;
-  const models = chosen === SIDE_BY_SIDE ? [pair, ...names] : [chosen];
-  const written = [];
-  for (const model of models) {
-    const answer = await write(model, [...conversation], running.signal);
-    answers.append(answer.box);
-    written.push(answer);
-  }
+  const models = chosen === SIDE_BY_SIDE ? [system.pair, ...system.models] : [chosen];
+  const written = models.map((model) => new Answer(system.models, request(model, [...conversation]), headers()));
+  answers.append(...written.map((answer) => answer.box));
   turn.scrollIntoView({ block: "nearest" });
-  await Promise.all(written.map((answer) => answer.run));
-  for (const answer of written) { const first = answer.box.querySelector(".token"); if (first) first.tabIndex = 0; }
-  last = written[0];
-  if (last.content) conversation.push({ role: "assistant", content: last.content });
-  else conversation.pop();
+  tell("writing");
+  const own = running = new AbortController();
+  busy(true);
+  await Promise.all(written.map((answer) => answer.write(own.signal)));
+  for (const answer of written) if (answer.tokens.length) answer.box.append(tools(answer));
+  if (running !== own) return; // another conversation has begun
   running = null;
-  at("send").disabled = false;
-  at("stop").disabled = true;
-  at("question").focus();
+  busy(false);
+  // The conversation goes on with the first answer.
+  if (written[0].content) conversation.push({ role: "assistant", content: written[0].content });
+  else conversation.pop();
+  tell(written.map((answer) => `${answer.body.model}: ${answer.tokens.length} tokens`).join("; "));
+  at("question").focus({ preventScroll: true });
+}
+
+function busy(is) {
+  at("send").disabled = is;
+  at("stop").disabled = !is;
+  at("talk").setAttribute("aria-busy", String(is));
+}
+
+/** The buttons below an answer. */
+function tools(answer) {
+  const row = made("div", "row tools");
+  const button = (text, what) => {
+    const element = made("button", "", text);
+    element.type = "button";
+    element.addEventListener("click", what);
+    row.append(element);
+    return element;
+  };
+  const compare = button("What the others would have written", async () => {
+    compare.disabled = true;
+    try {
+      await answer.compare();
+      tell("the panel of each token tells it");
+    } catch (error) {
+      compare.disabled = false;
+      tell(error.message);
+    }
+  });
+  if (answer.names.length < 2) compare.remove();
+  row.append(made("span", "quiet", "Copy as"));
+  for (const [name, form] of Object.entries(FORMS)) {
+    button(name, async () => {
+      try {
+        await copy(form(answer));
+        tell(`copied as ${name}`);
+      } catch {
+        tell("the browser does not let this page copy");
+      }
+    }).setAttribute("aria-label", `Copy as ${name}`);
+  }
+  return row;
+}
+
+function anew() {
+  running?.abort();
+  running = null;
+  busy(false);
+  conversation = [];
+  collmTokens.show(null);
+  at("talk").replaceChildren();
+  tell("");
+  begin();
 }
 
 at("ask").addEventListener("submit", ask);
-at("question").addEventListener("keydown", (e) => { if (e.key === "Enter" && !e.shiftKey) ask(e); });
+at("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+  if (event.key === "Escape") running?.abort();
+});
 at("stop").addEventListener("click", () => running?.abort());
-at("clear").addEventListener("click", () => {
-  running?.abort();
-  conversation = []; last = null;
-  at("talk").replaceChildren(); hide(); tell("");
-});
-at("dial").addEventListener("input", dial);
-at("by").addEventListener("change", dial);
-at("key").addEventListener("change", meet);
+at("clear").addEventListener("click", anew);
+at("model").addEventListener("change", settle);
+at("by").addEventListener("change", way);
+at("task").addEventListener("change", way);
+at("dial").addEventListener("input", settle);
+at("key").addEventListener("change", () => meet().catch(silent));
 
-function dial() {
-  at("dial-value").textContent = Number(at("dial").value).toFixed(2);
-  at("dial-name").textContent = at("by").value === "threshold" ? "Threshold" : "Deferral rate";
-}
-
-// Copies.
-
-const escaped = (text) => { const box = made("i", "", text); return box.innerHTML; };
-
-const COPIES = {
-  text: (answer) => answer.content,
-  json: (answer) => JSON.stringify({ request: answer.body, content: answer.content, tokens: answer.tokens }, null, 2),
-  html: (answer) => `<pre>${answer.tokens.map((t) =>
-    `<span title="${escaped(t.author).replaceAll('"', "&quot;")}">${escaped(t.text)}</span>`).join("")}</pre>`,
-  curl: (answer) => {
-    const body = JSON.stringify({ ...answer.body, stream: false }).replaceAll("'", "'\\''");
-    const key = at("key").value ? ' -H "Authorization: Bearer $COLLM_API_KEY"' : "";
-    return `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json'${key} -d '${body}'`;
-  },
-};
-
-at("copies").addEventListener("click", async (e) => {
-  const kind = e.target.dataset.copy;
-  if (!kind) return;
-  if (!last) { tell("there is no answer to copy yet"); return; }
-  try {
-    await navigator.clipboard.writeText(COPIES[kind](last));
-    tell(`copied as ${kind}`);
-  } catch {
-    tell("the browser does not let this page copy");
-  }
-});
-
-meet().catch(() => tell("the server does not answer"));
+const silent = () => tell("the server does not answer");
+meet().catch(silent);
