@@ -8,7 +8,7 @@ from pathlib import Path
 
 from collm.errors import CollmError, nearest
 from collm.llm.sources import AssistantSource, matched
-from collm.models.info import GATE_FILE, CheckpointInfo, base_spec, load_info
+from collm.models.info import GATE_FILE, CheckpointInfo, base_spec, found, load_info
 from collm.models.placement import Placement
 from collm.models.specs import adapter_config, has_chat_template, is_tool, require_model
 from collm.sampling_params import SamplingParams
@@ -41,6 +41,8 @@ def outline(
     placement = Placement(dtype)
     path, _ = placement.of(str(path))
     info = load_info(path)
+    if info is not None:
+        info = found(info, path)
     spec = base_spec(path, info, base)
     placement.of(spec)
     _require(spec)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, load_info
-from collm.models.specs import is_tool, split_spec
+from collm.models.specs import is_tool, require_model, split_spec
 from collm.values import LanguageModel
 
 AssistantSource = str | LanguageModel
@@ -62,6 +62,8 @@ def _matched(
         raise CollmError(f"{len(given)} assistants were given, but the checkpoint was trained with {len(trained)}")
     for info, source in zip(trained, sources, strict=True):
         if isinstance(source, str) and is_tool(source) != is_tool(info.spec):
+            if not is_tool(source):
+                require_model(split_spec(source)[0])
             raise CollmError(
                 f"the gate was trained with {info.spec!r} as assistant {info.name!r}; {source!r} is another kind of "
                 "writer, and the gate knows nothing about it"

@@ -21,7 +21,17 @@ from collm.models.attaching import attach
 from collm.models.backbone import causal_lm
 from collm.models.devices import is_quantized, output_device
 from collm.models.head import DeferralHead
-from collm.models.info import FILE, GATE_FILE, CheckpointInfo, base_spec, load_info, same_weights, save_info
+from collm.models.info import (
+    FILE,
+    GATE_FILE,
+    CheckpointInfo,
+    base_spec,
+    found,
+    load_info,
+    placed,
+    same_weights,
+    save_info,
+)
 from collm.models.loading import load_tokenizer, place_model, weights_fingerprint
 from collm.models.placement import Placement
 
@@ -64,7 +74,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         if head is not None:
             head.save(folder)
-        save_info(folder, info)
+        save_info(folder, placed(info, folder))
     except OSError as error:
         raise CollmError(f"could not write the checkpoint to {folder}: {error}") from error
 
@@ -89,6 +99,7 @@ def load_base(
     spec = base_spec(path, info, base)
     if info is None:
         return place_model(spec, placement), None, load_tokenizer(spec), CheckpointInfo()
+    info = found(info, path)
     model = place_model(spec, placement)
     tokenizer = load_tokenizer(spec)
     warn_of_other_weights(

@@ -8,7 +8,7 @@ from typing import Any
 
 from collm.errors import CollmError
 from collm.files import refuse_full, write_text
-from collm.models.info import CheckpointInfo, load_info
+from collm.models.info import CheckpointInfo, load_info, moved, save_info
 from collm.models.specs import split_spec
 
 CARD = "README.md"
@@ -66,11 +66,13 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> None:
     Raises:
         CollmError: the source is no checkpoint, the target is not empty, or the disk is full.
     """
-    if load_info(source) is None:
+    info = load_info(source)
+    if info is None:
         raise CollmError(f"{source} is not a collm checkpoint; it has no collm.json")
     refuse_full(Path(target))
     try:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFTOVERS), dirs_exist_ok=True)
+        save_info(target, moved(info, source, target))
     except (OSError, shutil.Error) as error:
         raise CollmError(f"could not copy {source} to {target}: {error}") from error
 

@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collm.errors import CollmError
 from collm.files import write_text
+from collm.models.specs import place_of, seen_from
 from collm.sampling_params import Signal
 
-FORMAT_VERSION = 2
-"""2: formats may hold a date and variables of templates."""
+FORMAT_VERSION = 3
+"""2: formats may hold a date and variables of templates. 3: where models lie, seen from the checkpoint."""
 FILE = "collm.json"
 GATE_FILE = "gate.safetensors"
 Kind = Literal["full", "lora", "gate", "export"]
@@ -54,6 +55,9 @@ class CalibrationTable(_Strict):
 class AssistantInfo(_Strict):
     name: str
     spec: str
+    """As it was written in the recipe."""
+    place: str | None = None
+    """Where it lies, seen from the checkpoint's folder."""
     tokenizer_fingerprint: str | None = None
     """None for tools, which use the base's tokenizer."""
     weights_fingerprint: str | None = None
@@ -69,6 +73,8 @@ class CheckpointInfo(_Strict):
     kind: Kind = "full"
     base_model: str | None = None
     """Spec of the base that a `lora` or `gate` checkpoint was trained on."""
+    base_place: str | None = None
+    """Where that lies, seen from the checkpoint's folder."""
     base_fingerprint: str | None = None
     """Of the base's weights: before training for `lora` and `gate`, as saved for `full`."""
     tokenizer_fingerprint: str | None = None
@@ -120,6 +126,29 @@ def save_info(folder: str | Path, info: CheckpointInfo) -> None:
     write_text(Path(folder) / FILE, info.model_dump_json(indent=2, exclude=unset) + "\n")
 
 
+def placed(info: CheckpointInfo, folder: str | Path) -> CheckpointInfo:
+    """With the places of its models, seen from the folder that it is written to: so they are found from anywhere."""
+    assistants = [a.model_copy(update={"place": place_of(a.spec, folder)}) for a in info.assistants]
+    return info.model_copy(update={"assistants": assistants, "base_place": place_of(info.base_model, folder)})
+
+
+def found(info: CheckpointInfo, folder: str | Path) -> CheckpointInfo:
+    """With the specs of its models as they are found now, from the current folder."""
+    assistants = [a.model_copy(update={"spec": seen_from(folder, a.place, a.spec)}) for a in info.assistants]
+    base = None if info.base_model is None else seen_from(folder, info.base_place, info.base_model)
+    return info.model_copy(update={"assistants": assistants, "base_model": base})
+
+
+def moved(info: CheckpointInfo, source: str | Path, target: str | Path) -> CheckpointInfo:
+    """For a copy of the checkpoint in another folder."""
+
+    def seen(place: str | None) -> str | None:
+        return None if place is None else place_of(str(Path(source).resolve() / place), target)
+
+    assistants = [a.model_copy(update={"place": seen(a.place)}) for a in info.assistants]
+    return info.model_copy(update={"assistants": assistants, "base_place": seen(info.base_place)})
+
+
 def base_spec(path: str | Path, info: CheckpointInfo | None, base: str | None = None) -> str:
     """Whose weights and tokenizer the base of a checkpoint, or of a plain model, has.
 
@@ -141,7 +170,7 @@ def base_spec(path: str | Path, info: CheckpointInfo | None, base: str | None = 
         )
     if info.assistants and not gate.is_file():
         raise CollmError(f"{path} has no {GATE_FILE}: it was only partly written")
-    spec = str(path) if info.kind == "full" else base or info.base_model
+    spec = str(path) if info.kind == "full" else base or found(info, path).base_model
     if spec is None:
         raise CollmError(f"{path} does not name its base model; give it with --base")
     return spec

@@ -14,6 +14,7 @@ Behind a `?` a spec may say how it is loaded: `SPEC?dtype=bfloat16&device_map=au
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -54,6 +55,35 @@ def portable(spec: str) -> str:
     name, settings = split_spec(spec)
     kept = settings.get("quantization")
     return name if kept is None else f"{name}?quantization={kept}"
+
+
+def place_of(spec: str | None, folder: str | Path) -> str | None:
+    """Where a spec's file or folder lies, seen from a folder; None for what has no place of its own here (a hub id, a
+    tool, a file of a package) or lies on another drive."""
+    if spec is None or is_tool(spec) or spec.startswith("pkg:"):
+        return None
+    name, _ = split_spec(spec)
+    path = Path(name)
+    if not path.exists():
+        return None
+    try:
+        return Path(os.path.relpath(path.resolve(), Path(folder).resolve())).as_posix()
+    except ValueError:
+        return None
+
+
+def seen_from(folder: str | Path, place: str | None, spec: str) -> str:
+    """The spec of what lies at `place`, seen from a folder; as it was written where that leads to the same, or where
+    there is nothing (the folder was moved by itself)."""
+    if place is None:
+        return spec
+    path = (Path(folder).resolve() / place).resolve()
+    name, _ = split_spec(spec)
+    if not path.exists() or Path(name).resolve() == path:
+        return spec
+    here = Path.cwd()
+    told = path.relative_to(here) if path.is_relative_to(here) else path
+    return f"{told}{spec.removeprefix(name)}"
 
 
 def locate(spec: str) -> str | Path:
@@ -129,6 +159,9 @@ def adapter_config(spec: str) -> dict[str, Any] | None:
     if is_tool(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
         return None
     config = read_object(path)
-    if not config.get("base_model_name_or_path"):
+    base = config.get("base_model_name_or_path")
+    if not base:
         raise CollmError(f"{path} does not name its base model (base_model_name_or_path)")
-    return config
+    ours = path.with_name("collm.json")
+    place = read_object(ours).get("base_place") if ours.is_file() else None
+    return {**config, "base_model_name_or_path": seen_from(spec, place, str(base))}

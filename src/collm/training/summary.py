@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
-from collm.models.info import CheckpointInfo, load_info
+from collm.models.info import CheckpointInfo, found, load_info
 from collm.models.specs import is_tool
 
 
@@ -40,7 +40,7 @@ def summary(folder: Path) -> list[tuple[str, str]]:
 def next_command(folder: Path, info: CheckpointInfo) -> str:
     """Calibration, or for a base without assistants its evaluation."""
     # Assistants that are found by themselves need not be given.
-    away = [a for a in info.assistants if not is_tool(a.spec) and not Path(a.spec).exists()]
+    away = [a for a in found(info, folder).assistants if not is_tool(a.spec) and not Path(a.spec).exists()]
     given = "".join(f" --assistant {shlex.quote(f'{a.name}={a.spec}')}" for a in away)
     name, data = ("calibrate", "CALIBRATION.jsonl") if info.assistants else ("eval", "TEST.jsonl")
     return f"collm {name} {shlex.quote(str(folder))}{given} --task TASK --data {data}"
@@ -70,8 +70,8 @@ def _table(before: dict[str, Any], after: dict[str, Any], rates: list[dict[str, 
     if "eval_base_accuracy" in after:
         name = "base after, alone" if lines else "base alone"
         lines.append((name, row(after["eval_base_accuracy"], after["eval_base_nll"])))
-    for found in rates:
-        lines.append((f"pair, {_number(found['rate']):.0%} deferred", row(found["accuracy"], found["nll"])))
+    for told in rates:
+        lines.append((f"pair, {_number(told['rate']):.0%} deferred", row(told["accuracy"], told["nll"])))
     return lines
 
 
