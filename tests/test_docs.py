@@ -78,6 +78,7 @@ def test_quoted_recipes_are_valid(page: str, text: str) -> None:
 
 
 WORDS = {str: "text", Path: "path", int: "integer", float: "number", bool: "true/false", list[str]: "list of texts"}
+WORDS |= {list[float]: "list of numbers"}
 
 
 def type_in_words(annotation: Any) -> str:
@@ -96,7 +97,8 @@ def recipe_keys(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[s
     found: dict[str, tuple[str, str]] = {}
     for name, field in section.model_fields.items():
         annotation: Any = field.annotation
-        inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        # A list of sections, or one that may be left out.
+        inner = next((kind for kind in get_args(annotation) if isinstance(kind, type)), annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             found |= recipe_keys(inner, f"{prefix}{name}.")
         else:

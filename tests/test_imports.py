@@ -38,6 +38,7 @@ ORDER = [
     "bench",
     "calibration",
     "serving",
+    "workflow",
     "demo",
     "cli",
 ]
@@ -122,7 +123,7 @@ def test_the_front_door_is_lazy_and_names_what_it_offers() -> None:
 
 
 def test_the_wheel_holds_the_whole_package(tmp_path: Path) -> None:
-    """Built offline with the hatchling that is installed; everything in src goes in, nothing else does."""
+    """Built offline with the hatchling that is installed; everything in src and recipes goes in, nothing else does."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(tmp_path), str(ROOT)], capture_output=True, text=True, timeout=120
@@ -134,6 +135,10 @@ def test_the_wheel_holds_the_whole_package(tmp_path: Path) -> None:
         [metadata] = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
         [entry_points] = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     sources = {f"collm/{path.relative_to(SOURCE).as_posix()}" for path in SOURCE.rglob("*") if path.is_file()}
+    recipes = ROOT / "recipes"
+    sources |= {
+        f"collm/recipes/{path.relative_to(recipes).as_posix()}" for path in recipes.rglob("*") if path.is_file()
+    }
     assert {name for name in names if name.startswith("collm/")} == {
         name for name in sources if "__pycache__" not in name
     }

@@ -17,10 +17,12 @@ from collm.cli.demo import demo
 from collm.cli.evaluate import evaluate
 from collm.cli.export import export
 from collm.cli.generate import generate
+from collm.cli.init import init
 from collm.cli.oracle import oracle
 from collm.cli.pair_info import pair_info
 from collm.cli.prepare import prepare
 from collm.cli.report import report
+from collm.cli.run import run
 from collm.cli.score import score
 from collm.cli.serve import serve
 from collm.cli.trace import trace
@@ -58,6 +60,8 @@ for command in (
     prepare,
     convert,
     pair_info,
+    init,
+    run,
     score,
     train,
     calibrate,

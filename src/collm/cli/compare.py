@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from collm.cli.console import Command, echo_json
 from collm.cli.options import EXISTING
+
+if TYPE_CHECKING:
+    from collm.evaluation.result import EvalResult
 
 
 @click.command(cls=Command, short_help="Put evaluations side by side, with paired tests.")
@@ -25,22 +29,31 @@ def compare(results: tuple[Path, ...], against: str | None, seed: int, as_json: 
     another task's rule stands in the table, and is not tested. Systems of one name are told apart by their files.
     """
     from collm.evaluation.comparison import compare_all, judged_alike, rival_of
-    from collm.evaluation.overview import system_row, told_apart
+    from collm.evaluation.overview import told_apart
     from collm.evaluation.result import EvalResult
-    from collm.report.systems import systems_table
-    from collm.report.terminal import print_table
 
     found = told_apart(results, [EvalResult.load(path) for path in results])
     try:
         rival = rival_of(found, against)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if as_json:
+        tested, untested = judged_alike(rival, found)
+        echo_json([asdict(comparison) for comparison in compare_all(rival, tested or untested, seed=seed)])
+        return
+    show_comparison(found, rival, seed=seed)
+
+
+def show_comparison(found: list[EvalResult], rival: EvalResult, *, seed: int = 0) -> None:
+    """The table of systems, and a line for each paired test."""
+    from collm.evaluation.comparison import compare_all, judged_alike
+    from collm.evaluation.overview import system_row
+    from collm.report.systems import systems_table
+    from collm.report.terminal import print_table
+
     tested, untested = judged_alike(rival, found)
     # Where nothing can be tested, the error says why.
     comparisons = compare_all(rival, tested or untested, seed=seed)
-    if as_json:
-        echo_json([asdict(comparison) for comparison in comparisons])
-        return
     title = f"{rival.num_examples} questions of {rival.task}"
     if rival.num_groups is not None:
         title += f" in {rival.num_groups} groups of near-duplicates"

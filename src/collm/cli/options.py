@@ -87,7 +87,13 @@ machine_options = _together(
     click.option(
         "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the models' weights."
     ),
-    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, mps, or auto: the GPU if there is one.",
+    ),
 )
 
 template_kwargs_option = click.option(

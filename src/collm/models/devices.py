@@ -13,6 +13,11 @@ META = torch.device("meta")
 """Where weights are said to lie that are fetched when they are needed."""
 
 
+def best_device() -> str:
+    """What `auto` stands for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def computes_on(module: nn.Module) -> torch.device:
     """Where a module computes: where its weights lie, or are brought to."""
     for hook in _hooks(module):

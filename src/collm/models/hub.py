@@ -12,7 +12,10 @@ from collm.models.info import CheckpointInfo, load_info, moved, save_info
 from collm.models.specs import split_spec
 
 CARD = "README.md"
-LEFTOVERS = ("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock")
+LEFTOVERS = (
+    *("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock"),
+    *("evaluation", "base_alone", "report.html"),
+)
 """What lies in a run's folder besides the checkpoint."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def load_model(spec: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
 def place_model(name: str, placement: Placement) -> PreTrainedModel:
     """`load_model` for a spec without settings, or with ones that count before those of the placement."""
     name, placement = placement.of(name)
+    if placement.device == "auto":
+        placement = replace(placement, device=devices.best_device())
     adapter = adapter_config(name)
     if adapter is not None:
         return _with_adapter(place_model(str(adapter["base_model_name_or_path"]), placement), name)

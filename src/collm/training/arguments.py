@@ -11,8 +11,8 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from collm.errors import CollmError
+from collm.models.devices import best_device
 from collm.training.batching import evaluation_steps
-from collm.training.dataset import best_device
 from collm.training.recipe import Recipe
 from collm.training.reporting import reporters
 

@@ -17,7 +17,7 @@ from collm.errors import CollmError
 from collm.files import write_text
 from collm.models.info import load_info
 from collm.training.made_from import DAY, FILES, MADE_FROM, RUN, begun, confirm_finished, first_day, load_run
-from collm.training.recipe import Recipe
+from collm.training.recipe import AFTER_TRAINING, Recipe
 
 OURS = (MADE_FROM, FILES, DAY)
 LOCK = ".lock"
@@ -66,7 +66,8 @@ def _claim(recipe: Recipe, restart: bool) -> None:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     # Without what changes nothing about the training.
-    return recipe.model_dump(mode="json", exclude={"out": True, "cache": True, "training": {"save_minutes": True}})
+    left_out: dict[str, Any] = dict.fromkeys(("out", "cache", *AFTER_TRAINING), True)
+    return recipe.model_dump(mode="json", exclude={**left_out, "training": {"save_minutes": True}})
 
 
 def _with_defaults(found: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -20,17 +20,17 @@ from collm.data.scores import load_info as load_scores_info
 from collm.files import write_text
 from collm.identity.finding import local_identity
 from collm.models.backbone import check_project
-from collm.models.devices import output_device
+from collm.models.devices import best_device, output_device
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
 from collm.models.loading import load_model, weights_fingerprint
 from collm.models.specs import portable
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
-from collm.training.dataset import ScoredSet, assemble, best_device, load_split
+from collm.training.dataset import ScoredSet, assemble, load_split
 from collm.training.hidden import all_hidden, collect_hidden, sample
 from collm.training.made_from import confirm, first_day
-from collm.training.recipe import Recipe
+from collm.training.recipe import AFTER_TRAINING, Recipe
 from collm.training.writers import SPLITS, assistant_info, make_writer, readers_of, scores_of
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,10 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             assistant_info(writer, paths["train"]) for writer, paths in zip(assistants, scores[1:], strict=True)
         ],
         cuts=None if readers is None else readers[0].cuts.fingerprint,
-        training={"recipe": recipe.model_dump(mode="json", exclude={"out", "cache"}), "initialisation": figures},
+        training={
+            "recipe": recipe.model_dump(mode="json", exclude={"out", "cache", *AFTER_TRAINING}),
+            "initialisation": figures,
+        },
     )
     return Prepared(
         recipe,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from collm.errors import CollmError, nearest
+from collm.sampling_params import Signal
 from collm.text import read_text
 
 
@@ -100,6 +101,56 @@ class TrainingSection(_Section):
     seed: int = 0
 
 
+class CalibrationSection(_Section):
+    """For `collm run`: thresholds for deferral rates (`collm calibrate`)."""
+
+    data: str
+    """Neither trained nor tested on."""
+    signal: Signal = "gate"
+    rates: list[float] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+    rounds: int = Field(2, ge=1)
+    """Steps towards each rate."""
+
+    @field_validator("rates")
+    @classmethod
+    def _shares(cls, rates: list[float]) -> list[float]:
+        if not rates or not all(0 <= rate <= 1 for rate in rates):
+            raise ValueError("rates are one or more numbers between 0 and 1")
+        return rates
+
+
+class EvaluationSection(_Section):
+    """For `collm run`: the pair on test data, beside its models alone (`collm eval`)."""
+
+    data: str
+    rates: list[float] = []
+    """Deferral rates of the pair; none: the one that did best on the calibration data."""
+    fine_tuned_base: bool = False
+    """Train the base alone on the same data as well: the fairest rival, for as much time again."""
+    at_random: bool = True
+    """A control: the pair that defers as often, but at random places."""
+
+    @field_validator("rates")
+    @classmethod
+    def _shares(cls, rates: list[float]) -> list[float]:
+        if not all(0 < rate <= 1 for rate in rates):
+            raise ValueError("rates are numbers above 0 and up to 1")
+        return rates
+
+
+class GenerationSection(_Section):
+    """How texts are written in calibration and evaluation."""
+
+    max_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(8, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+
+
+AFTER_TRAINING = ("task", "calibration", "evaluation", "generation")
+"""Keys that change nothing about a training run."""
+
+
 class Recipe(_Section):
     out: Path
     base: ModelSection
@@ -119,6 +170,11 @@ class Recipe(_Section):
     training: TrainingSection = TrainingSection()
     trainer: dict[str, Any] = {}
     """More of transformers' `TrainingArguments`, passed on as they are (report_to, deepspeed, fsdp, ...)."""
+    task: str | None = None
+    """For `collm run`: what answers are worth; a shipped task, or `MODULE:FUNCTION`."""
+    calibration: CalibrationSection | None = None
+    evaluation: EvaluationSection | None = None
+    generation: GenerationSection = GenerationSection()
 
     @property
     def cache_folder(self) -> Path:

@@ -72,7 +72,7 @@ def _table(before: dict[str, Any], after: dict[str, Any], rates: list[dict[str, 
         lines.append((name, row(after["eval_base_accuracy"], after["eval_base_nll"])))
     for told in rates:
         lines.append((f"pair, {_number(told['rate']):.0%} deferred", row(told["accuracy"], told["nll"])))
-    return lines
+    return list(dict.fromkeys(lines))  # where no higher rate is reached, the last one is told once
 
 
 def _nll(before: dict[str, Any], after: dict[str, Any], key: str) -> str:

@@ -23,13 +23,14 @@ from collm.files import write_text
 from collm.gate import log_gate
 from collm.models.backbone import rope_switches
 from collm.models.checkpoint import save_checkpoint
+from collm.models.devices import best_device
 from collm.models.head import DeferralHead
 from collm.models.hub import write_card
 from collm.models.info import load_info
 from collm.models.tokenizers import shared_vocab_size
 from collm.training.arguments import rows_per_step, training_arguments
 from collm.training.batching import evened
-from collm.training.dataset import ScoredSet, best_device
+from collm.training.dataset import ScoredSet
 from collm.training.folder import claimed
 from collm.training.gate_only import GateData, gate_figures, train_gate
 from collm.training.hidden import all_hidden

@@ -19,6 +19,7 @@ from collm.errors import CollmError
 from collm.identity.finding import writer_identity
 from collm.identity.known import Opened
 from collm.models.codec import ByteCodec
+from collm.models.devices import best_device
 from collm.models.info import AssistantInfo, same_weights
 from collm.models.loading import load_tokenizer
 from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
@@ -26,7 +27,7 @@ from collm.models.specs import is_tool, portable
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.models.tools import make_tool
 from collm.training.checking import not_at_hand
-from collm.training.dataset import best_device, digest
+from collm.training.dataset import digest
 from collm.training.recipe import ModelSection
 from collm.values import LanguageModel
 
