@@ -667,6 +667,7 @@ def test_what_a_cache_holds_of_a_view_is_still_its_text(actions: list[Any]) -> N
             valid = min(len(held), view.valid_since(rewinds))
             assert held[:valid] == view.token_ids[:valid]
         remembered.append((list(view.token_ids), view.rewinds))
+        assert len(view._shortest) <= own.length + 1, "what it remembers is bounded by its text"
 
 
 # -- what a hostile reading found

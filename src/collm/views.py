@@ -7,6 +7,7 @@ copied or compared for a token.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 
@@ -17,35 +18,39 @@ class View:
     assume so.
     """
 
-    __slots__ = ("_shortest", "prompt_length", "token_ids")
+    __slots__ = ("_shortest", "prompt_length", "rewinds", "token_ids")
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.token_ids = list(prompt)
         """`[T]`, the growing list itself: read it, never write or keep a copy of it."""
         self.prompt_length = len(self.token_ids)
-        self._shortest: list[int] = []
+        self.rewinds = 0
+        """How often tokens have been taken back so far."""
+        # Number and length of each rewind that no later one went behind: both rise, so there are at most as many as
+        # the text has tokens.
+        self._shortest: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def rewinds(self) -> int:
-        """How often tokens have been taken back so far."""
-        return len(self._shortest)
 
     def valid_since(self, rewinds: int) -> int:
         """The shortest length since there had been so many rewinds, the present one included.
 
         Of what a cache held then, so many tokens at most are still those of this text.
         """
-        return min(self._shortest[rewinds:], default=len(self.token_ids))
+        if rewinds == self.rewinds:
+            return len(self.token_ids)
+        return self._shortest[bisect_left(self._shortest, (rewinds, 0))][1]
 
     def rewind(self, length: int) -> None:
         """Take back all tokens behind the first `length`."""
         assert self.prompt_length <= length <= len(self.token_ids), (self.prompt_length, length, len(self.token_ids))
         if length < len(self.token_ids):
             del self.token_ids[length:]
-            self._shortest.append(length)
+            while self._shortest and self._shortest[-1][1] >= length:
+                self._shortest.pop()
+            self._shortest.append((self.rewinds, length))
+            self.rewinds += 1
 
 
 class Text:

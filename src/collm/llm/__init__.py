@@ -10,14 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collm.llm.model import CollaborativeLM, GenerationFailed
+    from collm.llm.model import CollaborativeLM
     from collm.llm.prompt import Prompt, TokenPrompt
     from collm.llm.sources import AssistantSource
-    from collm.llm.writing import Chunk
+    from collm.llm.writing import Chunk, GenerationFailed
 
 __all__ = ["AssistantSource", "Chunk", "CollaborativeLM", "GenerationFailed", "Prompt", "TokenPrompt"]
 
-_HOME = {"AssistantSource": "sources", "Prompt": "prompt", "TokenPrompt": "prompt", "Chunk": "writing"}
+_HOME = {
+    "AssistantSource": "sources",
+    "Prompt": "prompt",
+    "TokenPrompt": "prompt",
+    "Chunk": "writing",
+    "GenerationFailed": "writing",
+}
 """Where a name lives; the others are in `model`."""
 
 

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Lock
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from collm.data.formatting import Formatter, PromptFormat
+from collm.data.formatting import Formatter
 from collm.decoding.collaborative import single
 from collm.decoding.pace import AdaptivePace
 from collm.decoding.text import Transcript, stopping
-from collm.engine import Engine, Event, Finished
+from collm.engine import Engine
 from collm.errors import CollmError
-from collm.llm.assistants import AssistantSource, load_assistants
+from collm.llm.assistants import AssistantSource
+from collm.llm.loading import load
 from collm.llm.methods import Method, make_flow, make_method, require_defined
-from collm.llm.prompt import Prompt, TokenPrompt, require_prompt
-from collm.llm.writing import Chunk, Writing
-from collm.models.adapters import ModelStore
-from collm.models.checkpoint import load_base
+from collm.llm.prompt import Prompt, TokenIds, prompt_ids
+from collm.llm.reading import achunks, chunks, finished
+from collm.llm.samples import numbered
+from collm.llm.writing import Chunk, Writing, whole
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
-from collm.models.placement import Placement
-from collm.models.specs import adapter_config
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation
 from collm.values import LanguageModel
 from collm.views import Text
 
-TokenIds = tuple[int, ...]
 GREEDY = SamplingParams()
-
-
-class GenerationFailed(CollmError):
-    """A model failed in the middle of a text; `generation` holds what was written until then."""
-
-    def __init__(self, generation: Generation) -> None:
-        super().__init__(f"{generation.error} (after {generation.completion_tokens} tokens)")
-        self.generation = generation
 
 
 class CollaborativeLM:
@@ -120,35 +104,21 @@ class CollaborativeLM:
         Raises:
             CollmError: an assistant is missing, has another tokenizer, or is one too many.
         """
-        model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
-        formatter = Formatter(tokenizer, PromptFormat(**info.base_format))
-        own: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
-        folder, placement = Placement(dtype, device).of(str(path))
-        store = ModelStore()
-        # What the base was before training, if it still is that: assistants that are adapters of it share its weights.
-        untrained = {"gate": base or info.base_model, "full": None if head else folder}.get(info.kind)
-        shared = None
-        if untrained is not None and adapter_config(untrained) is None:
-            shared = store.put(untrained, model, placement)
-        found = load_assistants(assistants, info.assistants, formatter, store=store, dtype=dtype, device=device, **own)
-        if head is not None and head.num_assistants != len(found):
-            raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
-        local = LocalModel(
-            model,
-            tokenizer,
-            head,
-            name="base",
+        found = load(
+            path,
+            assistants,
+            base=base,
+            dtype=dtype,
+            device=device,
             cache=cache,
             max_cache_tokens=max_cache_tokens,
-            activate=None if shared is None else shared.activate,
         )
-        models, formatters = [m for m, _ in found], [f for _, f in found]
         return cls(
-            [local, *models],
-            [formatter, *formatters],
-            info,
-            has_gate=head is not None,
-            path=Path(folder),
+            found.models,
+            found.formatters,
+            found.info,
+            has_gate=found.has_gate,
+            path=found.path,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             timeout=timeout,
@@ -195,9 +165,7 @@ class CollaborativeLM:
             GenerationFailed: a model failed in the middle.
         """
         [generation] = self.generate_batch([prompt], params, policy=policy, alone=alone)
-        if generation.error is not None:
-            raise GenerationFailed(generation)
-        return generation
+        return whole(generation)
 
     def generate_batch(
         self,
@@ -242,30 +210,13 @@ class CollaborativeLM:
                 f"{len(prompts)} prompts but {len(each)} sampling params; give one for each, or one for all"
             )
         ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
-        # The same prompt under the same settings again is another sample.
-        again = Counter[tuple[object, SamplingParams]]()
-        writings = []
-        for i, (own, asked) in enumerate(zip(ids, each, strict=True)):
-            number = again[own, asked]
-            again[own, asked] += 1
-            numbered = replace(asked, sample=asked.sample + number) if number else asked
-            writings.append((i, self._writing(own, numbered, policy, alone)))
-        return self._finished(writings, min(batch_size, len(prompts)))
-
-    def _finished(self, writings: Sequence[tuple[int, Writing]], at_a_time: int) -> Iterator[tuple[int, Generation]]:
-        engine = self._engine_for(at_a_time)
-        done: SimpleQueue[tuple[int, Writing]] = SimpleQueue()
-        waiting, running = iter(writings), set[int]()
-        try:
-            for _ in writings:
-                for i, writing in islice(waiting, max(1, at_a_time) - len(running)):
-                    running.add(writing.start(engine, partial(_when_finished, done, (i, writing))))
-                i, writing = done.get()
-                running.discard(writing.number)
-                yield i, writing.generation()
-        finally:
-            for number in running:
-                engine.cancel(number)
+        settings = numbered(list(zip(ids, each, strict=True)))
+        writings = [
+            (i, self._writing(own, asked, policy, alone))
+            for i, (own, asked) in enumerate(zip(ids, settings, strict=True))
+        ]
+        at_a_time = min(batch_size, len(prompts))
+        return finished(self._engine_for(at_a_time), writings, at_a_time)
 
     def stream(
         self,
@@ -276,19 +227,9 @@ class CollaborativeLM:
         alone: int | str | None = None,
     ) -> Iterator[Chunk]:
         """As `generate`, token by token; the last chunk carries the same `Generation`."""
-        engine, writing = self._engine_for(1), self._writing(self._prompt_ids(prompt, 0), params, policy, alone)
-        events: SimpleQueue[Event] = SimpleQueue()
-        writing.start(engine, events.put)
-        try:
-            last = False
-            while not last:
-                chunk = writing.chunk(events.get())
-                last = chunk.generation is not None
-                yield chunk
-        finally:
-            engine.cancel(writing.number)
+        return chunks(self.engine, self._writing(self._prompt_ids(prompt, 0), params, policy, alone))
 
-    async def astream(
+    def astream(
         self,
         prompt: Prompt,
         params: SamplingParams = GREEDY,
@@ -297,17 +238,7 @@ class CollaborativeLM:
         alone: int | str | None = None,
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for asyncio. The text is cancelled where the iterator is closed, or its task cancelled."""
-        engine, writing = self._engine_for(1), self._writing(self._prompt_ids(prompt, 0), params, policy, alone)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        writing.start(engine, partial(_tell_loop, loop, events))
-        try:
-            last = False
-            while not last:
-                chunk = writing.chunk(await events.get())
-                last = chunk.generation is not None
-                yield chunk
-        finally:
-            engine.cancel(writing.number)
+        return achunks(self.engine, self._writing(self._prompt_ids(prompt, 0), params, policy, alone))
 
     async def agenerate(
         self,
@@ -322,23 +253,11 @@ class CollaborativeLM:
         Raises:
             GenerationFailed: a model failed in the middle.
         """
-        engine, writing = self._engine_for(1), self._writing(self._prompt_ids(prompt, 0), params, policy, alone)
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-
-        def told(event: Event) -> None:
-            if isinstance(event, Finished):
-                loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(None))
-
-        writing.start(engine, told)
-        try:
-            await done
-        finally:
-            engine.cancel(writing.number)
-        generation = writing.generation()
-        if generation.error is not None:
-            raise GenerationFailed(generation)
-        return generation
+        generation = None
+        async for chunk in self.astream(prompt, params, policy=policy, alone=alone):
+            generation = chunk.generation
+        assert generation is not None
+        return whole(generation)
 
     @property
     def engine(self) -> Engine:
@@ -366,22 +285,8 @@ class CollaborativeLM:
                 model.reserve(num_texts)
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
-        """The prompt as each model sees it."""
-        require_prompt(prompt, self.formatters)
-        if not isinstance(prompt, TokenPrompt):
-            ids = tuple(formatter.prompt(prompt) for formatter in self.formatters)
-        elif len(prompt.token_ids) == len(self.models):
-            ids = prompt.token_ids
-        else:
-            raise CollmError(f"prompt {number + 1} is given for {len(prompt.token_ids)} of {len(self.models)} models")
-        for z, (model, own) in enumerate(zip(self.models, ids, strict=True)):
-            context = self.context_lengths[z]
-            if context is not None and len(own) > context:
-                raise CollmError(
-                    f"prompt {number + 1} has {len(own)} tokens, more than the context of {context} tokens of "
-                    f"{model.name}; shorten it"
-                )
-        return ids
+        names, contexts = self.model_names, self.context_lengths
+        return prompt_ids(prompt, self.formatters, names, contexts, f"prompt {number + 1}")
 
     def _writing(
         self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Method | None, alone: int | str | None
@@ -420,12 +325,3 @@ class CollaborativeLM:
         if model in self.model_names:
             return self.model_names.index(str(model))
         raise CollmError(f"there is no model {model!r}; the models are {', '.join(self.model_names)}")
-
-
-def _when_finished(done: SimpleQueue[tuple[int, Writing]], end: tuple[int, Writing], event: Event) -> None:
-    if isinstance(event, Finished):
-        done.put(end)
-
-
-def _tell_loop(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    loop.call_soon_threadsafe(events.put_nowait, event)

@@ -11,6 +11,8 @@ from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
 
+TokenIds = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
@@ -19,7 +21,7 @@ class TokenPrompt:
     For callers that put prompts together themselves, such as an answer whose beginning is given.
     """
 
-    token_ids: tuple[tuple[int, ...], ...]
+    token_ids: tuple[TokenIds, ...]
 
 
 Prompt = Sequence[Message] | str | TokenPrompt
@@ -54,6 +56,33 @@ def require_prompt(prompt: object, formatters: Sequence[Formatter] = ()) -> None
         require_read(formatters, prompt.template_kwargs)
     else:
         read_messages(prompt, "the prompt")
+
+
+def prompt_ids(
+    prompt: Prompt,
+    formatters: Sequence[Formatter],
+    names: Sequence[str],
+    context_lengths: Sequence[int | None],
+    called: str = "the prompt",
+) -> tuple[TokenIds, ...]:
+    """The prompt as each model sees it, base first.
+
+    Raises:
+        CollmError: it is no prompt, not given for all models, or longer than the context of one.
+    """
+    require_prompt(prompt, formatters)
+    if not isinstance(prompt, TokenPrompt):
+        ids = tuple(formatter.prompt(prompt) for formatter in formatters)
+    elif len(prompt.token_ids) == len(formatters):
+        ids = prompt.token_ids
+    else:
+        raise CollmError(f"{called} is given for {len(prompt.token_ids)} of {len(formatters)} models")
+    for name, own, context in zip(names, ids, context_lengths, strict=True):
+        if context is not None and len(own) > context:
+            raise CollmError(
+                f"{called} has {len(own)} tokens, more than the context of {context} tokens of {name}; shorten it"
+            )
+    return ids
 
 
 def _named(value: object) -> str:

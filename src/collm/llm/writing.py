@@ -7,8 +7,19 @@ from dataclasses import dataclass
 from collm.decoding.collaborative import Flow
 from collm.decoding.text import Transcript
 from collm.engine import Engine, Event, Finished, Sink
+from collm.errors import CollmError
 from collm.types import BASE, Generation, Step
 from collm.views import Text
+
+CLOSED = "the system was closed while this text was written"
+
+
+class GenerationFailed(CollmError):
+    """A text did not come to its end: a model failed, or the system was closed. `generation` is what was written."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(f"{generation.error} (after {generation.completion_tokens} tokens)")
+        self.generation = generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,11 @@ class Writing:
         return self.number
 
     def chunk(self, event: Event) -> Chunk:
-        """What one event brings to a reader, who takes them in order."""
+        """What one event brings to a reader, who takes them in order.
+
+        Raises:
+            GenerationFailed: the system was closed meanwhile.
+        """
         if isinstance(event, Step):
             brought = self._transcript.at(self._told, event)
             self._told += 1
@@ -63,7 +78,11 @@ class Writing:
         return Chunk(*last, None, generation)
 
     def generation(self) -> Generation:
-        """The finished text."""
+        """The finished text.
+
+        Raises:
+            GenerationFailed: the system was closed meanwhile.
+        """
         return self._end()[0]
 
     def _end(self) -> tuple[Generation, tuple[str, str]]:
@@ -71,6 +90,8 @@ class Writing:
         for number in range(self._told, len(self.steps)):
             self._transcript.at(number, self.steps[number])
         last, text, pieces = self._transcript.finish()
+        # Whoever reads cancels no earlier than when nobody reads on.
+        closed = self.finished.finish_reason == "cancelled"
         generation = Generation(
             text=text,
             steps=tuple(self.steps),
@@ -79,6 +100,19 @@ class Writing:
             prompt_tokens=self._prompt_tokens,
             model_names=self._model_names,
             usage=self.finished.usage,
-            error=self.finished.error,
+            error=CLOSED if closed else self.finished.error,
         )
+        if closed:
+            raise GenerationFailed(generation)
         return generation, last
+
+
+def whole(generation: Generation) -> Generation:
+    """A text as it is, unless a model failed in the middle.
+
+    Raises:
+        GenerationFailed: it did.
+    """
+    if generation.error is not None:
+        raise GenerationFailed(generation)
+    return generation

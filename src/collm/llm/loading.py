@@ -1,0 +1,68 @@
+"""Load a checkpoint and its assistants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collm.data.formatting import Formatter, PromptFormat
+from collm.errors import CollmError
+from collm.llm.assistants import AssistantSource, load_assistants
+from collm.models.adapters import ModelStore
+from collm.models.checkpoint import load_base
+from collm.models.info import CheckpointInfo
+from collm.models.local import LocalModel
+from collm.models.placement import Placement
+from collm.models.specs import adapter_config
+from collm.values import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The models, base first, each with how it is shown its prompts; see `CollaborativeLM`."""
+
+    models: list[LanguageModel]
+    formatters: list[Formatter]
+    info: CheckpointInfo
+    has_gate: bool
+    path: Path
+
+
+def load(
+    path: str | Path,
+    assistants: Sequence[AssistantSource] = (),
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    cache: bool = True,
+    max_cache_tokens: int | float | None = None,
+) -> Loaded:
+    """See `CollaborativeLM.from_pretrained`."""
+    model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
+    formatter = Formatter(tokenizer, PromptFormat(**info.base_format))
+    own: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
+    folder, placement = Placement(dtype, device).of(str(path))
+    store = ModelStore()
+    # What the base was before training, if it still is that: assistants that are adapters of it share its weights.
+    untrained = {"gate": base or info.base_model, "full": None if head else folder}.get(info.kind)
+    shared = None
+    if untrained is not None and adapter_config(untrained) is None:
+        shared = store.put(untrained, model, placement)
+    found = load_assistants(assistants, info.assistants, formatter, store=store, dtype=dtype, device=device, **own)
+    if head is not None and head.num_assistants != len(found):
+        raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
+    local = LocalModel(
+        model,
+        tokenizer,
+        head,
+        name="base",
+        cache=cache,
+        max_cache_tokens=max_cache_tokens,
+        activate=None if shared is None else shared.activate,
+    )
+    return Loaded(
+        [local, *(m for m, _ in found)], [formatter, *(f for _, f in found)], info, head is not None, Path(folder)
+    )
