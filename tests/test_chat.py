@@ -222,6 +222,28 @@ def test_a_template_that_wants_parts_is_given_parts() -> None:
     assert own.prompt([user("a")]) == chatml.prompt([user("a")])
 
 
+def results(*ids: str | None) -> tuple[dict[str, Any], ...]:
+    """Two calls, and what came of them; the text is the id's, too, so that a template that shows no ids may be read."""
+    calls = [{**CALL, "id": id} for id in ("callaaaaa", "callbbbbb")]
+    told = [{"role": "tool", "content": f"of {id}", **({} if id is None else {"tool_call_id": id})} for id in ids]
+    return user("1 and 2?"), said(None, tool_calls=calls), *told, said("3 and 3")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_results_belong_to_their_calls(name: str) -> None:
+    """What came of the second call was once shown in the place of the first one's, by templates without ids."""
+    formatter = formatter_for(name)
+    for ids in (("callaaaaa", "callbbbbb"), (None, None), (None, "callbbbbb"), ("callaaaaa",)):
+        if name != MISTRAL or None not in ids:  # which shows ids, and wants them
+            formatter.encode(row(*results(*ids)))
+    for ids, told in ((("callbbbbb", "callaaaaa"), "callaaaaa"), (("callaaaaa", "callccccc"), "callbbbbb")):
+        if name == MISTRAL:
+            assert all(id in formatter.rendered(results(*ids)) for id in ids)
+            continue
+        with pytest.raises(CollmError, match=rf"message \d \(tool\) is the result of call .* that of '{told}' is due"):
+            formatter.encode(row(*results(*ids)))
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "told"),
     [

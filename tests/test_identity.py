@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import make_model, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from writers import PairWriter, questions
 
+from collm.cli import main
 from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scores import load_info, load_scores, scores_fingerprint
 from collm.data.scoring import score
@@ -252,6 +257,50 @@ def test_what_a_template_renders_is_a_part_of_it(tiny_tokenizer: PreTrainedToken
         return found
 
     assert prompts("2026-11-25") == prompts("2026-11-25") != prompts("2026-11-26")
+
+
+TELLS_DAY = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_another_day_is_told_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may tell the day: what was begun yesterday then goes on with yesterday's prompts, if that is said."""
+    monkeypatch.setattr("collm.data.formatting.date", Yesterday)
+    make_model().save_pretrained(tmp_path / "plain")
+    make_tokenizer(chat_template=TELLS_DAY).save_pretrained(tmp_path / "plain")
+    rows = [{"messages": [{"role": "user", "content": f"{n} + 1"}], "answer": "2"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learnt = [{"messages": [*row["messages"], {"role": "assistant", "content": "2"}]} for row in rows]
+    (tmp_path / "learnt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in learnt))
+    plain, out = str(tmp_path / "plain"), str(tmp_path / "out.jsonl")
+    asking = ["eval", plain, "--data", str(tmp_path / "rows.jsonl"), "--task", "exact_match", "--deferral", "never"]
+    asking += ["--max-tokens", "1", "--out", out]
+    scoring = ["score", str(tmp_path / "learnt.jsonl"), "--model", plain, "--out", str(tmp_path / "scores")]
+    for command in (asking, scoring):
+        run_cli(*command)
+    monkeypatch.undo()
+    for command in (asking, scoring):
+        told = re.sub(r"\s+", " ", run_cli(*command, fails=True))
+        assert "2026-07-25" in told and "; --date 2026-07-25 is the day of the earlier run" in told
+        run_cli(*command, "--date", "2026-07-25")
+    undated = ["eval", str(tmp_path / "undated"), *asking[2:-1], str(tmp_path / "other.jsonl"), "--date", "2026-07-25"]
+    make_model().save_pretrained(tmp_path / "undated")
+    make_tokenizer().save_pretrained(tmp_path / "undated")
+    assert "no chat template of this system tells the day" in run_cli(*undated, fails=True)
+
+
+class Yesterday(date):
+    @classmethod
+    def today(cls) -> date:
+        return date(2026, 7, 25)
+
+
+def run_cli(*arguments: str, fails: bool = False) -> str:
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == int(fails), found.output
+    return found.output
 
 
 # ---- scores

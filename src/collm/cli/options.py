@@ -104,13 +104,19 @@ template_kwargs_option = click.option(
     help='Variables of the chat templates that read them, such as {"enable_thinking": false}.',
 )
 
+date_option = click.option(
+    "--date",
+    metavar="DAY",
+    help="Told by chat templates that ask for it, as 2026-07-26.  [default: the checkpoint's, or today]",
+)
+
 format_options = _together(
     click.option("--system", metavar="TEXT", help="System prompt for conversations that have none."),
     click.option(
         "--chat-template", type=EXISTING, metavar="FILE", help="Jinja template instead of the tokenizer's own."
     ),
     template_kwargs_option,
-    click.option("--date", metavar="DAY", help="Told by templates that ask for it, as 2026-07-26.  [default: today]"),
+    date_option,
 )
 
 model_options = _together(
@@ -133,6 +139,7 @@ model_options = _together(
         help="Bounds each model's KV cache: texts at a time x their length.",
     ),
     template_kwargs_option,
+    date_option,
     machine_options,
 )
 
@@ -317,8 +324,8 @@ def load_llm(checkpoint: str, options: Mapping[str, Any], **settings: Any) -> Co
             max_cache_tokens=options["max_cache_tokens"],
             **settings,
         )
-        if options["template_kwargs"]:
-            _tell_templates(llm, options["template_kwargs"])
+        if options["template_kwargs"] or options["date"]:
+            _tell_templates(llm, options["template_kwargs"], options["date"])
         return llm
 
 
@@ -360,10 +367,12 @@ def prompt_format(options: Mapping[str, Any]) -> PromptFormat:
     )
 
 
-def _tell_templates(llm: CollaborativeLM, kwargs: Mapping[str, Any]) -> None:
+def _tell_templates(llm: CollaborativeLM, kwargs: Mapping[str, Any], day: str | None) -> None:
     """Each model's template is told what it reads; what none of them reads is refused."""
     from collm.data.formatting import Formatter, require_read
 
     require_read(llm.formatters, kwargs)
-    told = {id(formatter): formatter.told(kwargs) for formatter in llm.formatters}
+    if day is not None and all(formatter.day is None for formatter in llm.formatters):
+        raise CollmError("--date: no chat template of this system tells the day: leave it out")
+    told = {id(formatter): formatter.told(kwargs, day) for formatter in llm.formatters}
     llm.formatters = tuple[Formatter, ...](told[id(formatter)] for formatter in llm.formatters)

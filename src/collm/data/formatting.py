@@ -212,10 +212,16 @@ class Formatter:
         """Does the chat template read this variable?"""
         return any(template.reads(name) for template in self._templates)
 
-    def told(self, kwargs: Mapping[str, Any]) -> Formatter:
-        """This formatter with those of the template's variables set that the template reads."""
+    @property
+    def day(self) -> str | None:
+        """The day that its prompts tell, as 2026-07-26; None where the template tells none."""
+        return self.format.date if any(template.tells_date for template in self._templates) else None
+
+    def told(self, kwargs: Mapping[str, Any], day: str | None = None) -> Formatter:
+        """This formatter with those of the template's variables set that the template reads, and on another day."""
         own = {name: value for name, value in kwargs.items() if self.reads(name)}
-        return type(self)(self.tokenizer, replace(self.format, template_kwargs={**self.format.template_kwargs, **own}))
+        format = replace(self.format, template_kwargs={**self.format.template_kwargs, **own})
+        return type(self)(self.tokenizer, format if day is None or self.day is None else replace(format, date=day))
 
     def fingerprint(self) -> str:
         """A hash of all that decides how prompts look, apart from the vocabulary."""

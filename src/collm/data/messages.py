@@ -21,7 +21,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names under which servers and data sets keep what a model thought before it answered; the first is ours."""
 IDENTIFIERS = ("tool_call_id",)
-"""Keys that tie a tool's result to its call. Templates are given them, and may do without: order tells, too."""
+"""Keys that tie a tool's result to its call. Templates are given them, and may do without
+where the order tells, too."""
 
 
 class Conversation(list[Message]):

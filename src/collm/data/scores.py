@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
-from collm.identity.comparing import Identity, differing
+from collm.identity.comparing import DATE, Identity, differing, remedy
 from collm.identity.finding import RULES, prompts_identity
 from collm.models.tokenizers import tokenizer_fingerprint
 
@@ -44,6 +44,7 @@ MEANINGS = {
     "model.dtype": "the model's dtype",
     "model.probe": "the served model's log-probabilities of a fixed text",
     "tokenizer": "the tokenizer",
+    DATE: "the day that the chat template tells",
     "format": "the chat template, what it renders, the system prompt or BOS",
     "data": "the examples",
     "rules.prompts": "the rules by which text becomes tokens",
@@ -75,6 +76,7 @@ def scores_fingerprint(
         "model": dict(model),
         "tokenizer": tokenizer_fingerprint(formatter.tokenizer),
         "format": format,
+        **({} if formatter.day is None else {DATE: formatter.day}),
         "data": examples_fingerprint(examples),
         "max_length": max_length,
         "rules": {name: RULES[name] for name in ("prompts", "scores")},
@@ -98,10 +100,11 @@ def require_match(found: Fingerprint, expect: Fingerprint, what: str) -> None:
         CollmError: naming all that differs.
     """
     compared = {key: found.get(key) for key in expect}
-    told = [f"{MEANINGS.get(key, key)} ({a} there, {b} here)" for key, (a, b) in differing(compared, expect).items()]
+    found_out = differing(compared, expect)
+    told = [f"{MEANINGS.get(key, key)} ({a} there, {b} here)" for key, (a, b) in found_out.items()]
     if told:
         raise CollmError(
-            f"{what} is stale: it was made with something else in {', '.join(told)}; "
+            f"{what} is stale: it was made with something else in {', '.join(told)}{remedy(found_out)}; "
             "score again to another folder, or with --restart to replace it"
         )
 

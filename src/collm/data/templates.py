@@ -120,8 +120,13 @@ class ChatTemplate:
             raise TemplateError("the chat template shows no tools: leave tools out, or give a template that knows them")
         added = int(system_prompt is not None and all(m["role"] not in ("system", "developer") for m in messages))
         own = [self._own_form({"role": "system", "content": system_prompt}, "")] * added
+        calls: list[str | None] = []
         for number, message in enumerate(messages):
             which = named(message, number)
+            if message["role"] == "tool":
+                self._require_order(calls, message, which)
+            else:
+                calls = [call.get("id") for call in message.get("tool_calls", ())]
             if REASONING[0] in message and not self._knows(REASONING[0]):
                 raise TemplateError(
                     f"{which} has {REASONING[0]}, which the chat template never shows: put it into the content as the "
@@ -132,6 +137,34 @@ class ChatTemplate:
                 raise TemplateError(f"{which} has a name, which the chat template never shows: leave it out")
             own.append(self._own_form(message, which))
         return Shown(tuple(own), tuple(tools), kwargs, added)
+
+    def _require_order(self, calls: list[str | None], message: Message, which: str) -> None:
+        """Whose result is it? Where the template shows no ids, the order of the results must tell; takes off the first
+        of the calls that have no result yet."""
+        told, due = message.get("tool_call_id"), calls.pop(0) if calls else None
+        if told is None or due is None or told == due or self._knows_ids:
+            return
+        raise TemplateError(
+            f"{which} is the result of call {told!r}, where that of {due!r} is due, and the chat template shows no "
+            "ids: put the results in the order of their calls"
+        )
+
+    @cached_property
+    def _knows_ids(self) -> bool:
+        """Does it show which call a tool's result belongs to?"""
+        if self._call_form is None:
+            return False
+        turn, ids = call_of(*self._call_form), ("zqcall001", "zqcall002")
+        [call] = turn["tool_calls"]
+        named = [{**call, "id": id, "function": {**call["function"], "name": f"f{id}"}} for id in ids]
+        one, other = (
+            self._try(
+                [_USER, {**turn, "tool_calls": named}]
+                + [self.with_content({"role": "tool", "tool_call_id": id}, "b") for id in order]
+            )
+            for order in (ids, ids[::-1])
+        )
+        return one != other
 
     def _own_form(self, message: Message, which: str) -> Message:
         own = dict(message)

@@ -13,9 +13,10 @@ Identity = Mapping[str, Any]
 equals remote."""
 NAMED = "named"
 """Of an identity, what tells people which system it is: where a model lies decides nothing, and is not compared."""
-CONFIG, ENDS = "config", "ends"
-"""Of a local model, what its configuration says, and the tokens that end its texts. Compared where both sides tell it:
-versions of transformers differ in what they write of the same model, and older files tell nothing."""
+CONFIG, ENDS, DATE = "config", "ends", "date"
+"""Of a model, what its configuration says, the tokens that end its texts, the day that its prompts tell. Compared
+where both sides tell it: versions of transformers differ in what they write of the same model, and older files tell
+nothing."""
 PROBE_TOLERANCE = 0.2
 """Nats by which a server may differ from itself at a token of the probe: in 16 bits, batches change last digits."""
 
@@ -29,7 +30,14 @@ def differing(there: Identity, now: Identity) -> dict[str, tuple[Any, Any]]:
 def differences(there: Identity, now: Identity) -> str:
     """`differing` in words; empty if they agree."""
     found = differing(there, now)
-    return "; ".join(f"{key}: {_told(a)} there, {_told(b)} now" for key, (a, b) in found.items())
+    told = "; ".join(f"{key}: {_told(a)} there, {_told(b)} now" for key, (a, b) in found.items())
+    return told + remedy(found)
+
+
+def remedy(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """What may be done where it is the day that makes the difference, which a chat template tells the model."""
+    days = sorted({str(a) for key, (a, _) in found.items() if key.rpartition(".")[2] == DATE})
+    return f"; --date {days[0]} is the day of the earlier run" if len(days) == 1 else ""
 
 
 def _plain(value: Any) -> Any:
@@ -48,7 +56,7 @@ def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 
 
 def _same(key: str, a: Any, b: Any) -> bool:
-    if (a is None or b is None) and {CONFIG, ENDS} & set(key.split(".")):
+    if (a is None or b is None) and {CONFIG, ENDS, DATE} & set(key.split(".")):
         return True
     if key.rpartition(".")[2] != "probe" or not isinstance(a, list) or not isinstance(b, list):
         return bool(a == b)

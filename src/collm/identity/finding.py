@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from collm.identity.comparing import CONFIG, ENDS, Identity
+from collm.identity.comparing import CONFIG, DATE, ENDS, Identity
 from collm.models.contents import computation
 from collm.models.devices import stored
 from collm.models.head import DeferralHead
@@ -65,6 +65,9 @@ class Shown(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def day(self) -> str | None: ...
 
     def fingerprint(self) -> str: ...
 
@@ -162,6 +165,7 @@ def system_identity(models: Sequence[Named], formatters: Sequence[Shown]) -> dic
         model.name: {
             **writer_identity(model),
             **({ENDS: sorted(model.eos_token_ids)} if isinstance(model, LocalModel) else {}),
+            **({} if formatter.day is None else {DATE: formatter.day}),
             "tokenizer": tokenizers[id(formatter.tokenizer)],
             "prompts": prompts_identity(formatter),
         }
