@@ -6,10 +6,12 @@ laws. So a transformer in this process, a server and a calculator are the same k
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from collm.views import View
 
@@ -86,6 +88,12 @@ class Extend(NamedTuple):
     num_top: int = 0
 
 
+NO_TOKEN: Final = -1
+"""In place of a token that a model did not choose, for it stopped where it would defer."""
+UNKNOWN: Final = math.nan
+"""A number that a model does not tell (`LanguageModel.lacks` says so beforehand)."""
+
+
 class Answer(NamedTuple):
     """The next token of one prefix, and what its law says about it. Log-probabilities are natural logarithms under the
     model's own law, before temperature and truncation.
@@ -94,17 +102,26 @@ class Answer(NamedTuple):
     `log_gate`: `[1+K]` logs of the gate `P(Z = z | prefix)`, from a base that has one. On request: `given_log_prob`,
     `top` (the most probable tokens with their log-probabilities, best first) and `law`, `[V]` float32 log-probabilities
     over the shared vocabulary, where the model left them.
+
+    What a model behind a server does not tell is `UNKNOWN`, or None. `defers`: it has tested `Extend.until` itself, and
+    stops here to defer (then `token_id` is `NO_TOKEN`) or does not; None: whoever asked is to test it.
     """
 
     token_id: int
     log_prob: float
-    top_token_id: int
+    top_token_id: int | None
     top_log_prob: float
     entropy: float
     log_gate: tuple[float, ...] | None = None
     given_log_prob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     law: Tensor | None = None
+    defers: bool | None = None
+
+
+Told = Literal["law", "top", "entropy", "given", "blocks"]
+"""What answers may lack: the law, the most probable token with its log-probability, the entropy, log-probabilities of
+given tokens, answers after many prefixes for about the price of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +166,17 @@ class LanguageModel(ABC):
         """Where its passes run. Models of one device take turns, for each would slow the other down and spoil its
         batches; those of different devices run at the same time."""
         return "cpu"
+
+    @property
+    def lacks(self) -> Mapping[Told, str]:
+        """What its answers do not tell, each with the reason. What needs it is refused, or does without."""
+        return MappingProxyType({})
+
+    @property
+    def tests_deferral(self) -> bool:
+        """As a base it finds by itself where a threshold is exceeded (`Answer.defers`), and need not tell what it read
+        there."""
+        return False
 
     @property
     def instant(self) -> bool:

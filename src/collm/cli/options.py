@@ -127,10 +127,14 @@ model_options = _together(
         metavar="[NAME=]SPEC",
         help="An assistant: folder, hub id, .gguf file, pkg:PACKAGE/FILE.gguf, or calculator. Repeat it for several, "
         "in the order of training or by NAME. SPEC?dtype=bfloat16&device=cuda:1 places one by itself, "
-        "SPEC?device_map=auto lays it over several devices, SPEC?quantization=nf4 (or int8) packs it.",
+        "SPEC?device_map=auto lays it over several devices, SPEC?quantization=nf4 (or int8) packs it. Or a model "
+        "behind a server: vllm+http://host:8000?model=NAME, llamacpp+..., openai+... (docs/scaling.md).",
     ),
     click.option(
-        "--base", metavar="SPEC", help="Where the base model lies, for a checkpoint that holds an adapter or a gate."
+        "--base",
+        metavar="SPEC",
+        help="Where the base model lies, for a checkpoint that holds an adapter or a gate; for an export, the vLLM "
+        "that serves it (vllm+http://host:8000).",
     ),
     click.option(
         "--max-cache-tokens",

@@ -132,14 +132,14 @@ def _require_servable(checkpoint: str, options: dict[str, Any], defaults: Sampli
     """Tell what is wrong before the weights are loaded."""
     from collm.llm.sources import matched
     from collm.models.loading import load_tokenizer
-    from collm.models.specs import is_tool, split_spec
+    from collm.models.specs import is_tool, is_url, split_spec
     from collm.models.tokenizers import require_same_tokenizer
 
     found = check_llm(checkpoint, options, defaults)
     base = load_tokenizer(found.base)
     for each, source in zip(*matched(options["assistants"], found.info.assistants), strict=True):
         spec, _ = split_spec(str(source))
-        if not is_tool(spec):
+        if not is_tool(spec) and not is_url(spec):  # a server is compared when it is asked
             require_same_tokenizer(base, load_tokenizer(spec), ("the base", f"the assistant {each.name!r}"))
 
 

@@ -15,11 +15,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
-from collm.decoding.policies import Policy
+from collm.decoding.policies import Policy, decide
 from collm.errors import CollmError
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Drafted, FinishReason, Step
-from collm.values import Answer, Draw, Extend, Fault, Query, Replies, Reply
+from collm.values import NO_TOKEN, Answer, Draw, Extend, Fault, Query, Replies, Reply
 from collm.views import Text
 
 
@@ -89,7 +89,7 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
         assert replies is not None
         [[reply]] = replies
         base = required(reply)
-        decision = policy.decide(base, draw, position)
+        decision = decide(policy, base, draw, position)
         writers = Writers(base, decision.signal)
         writes_on = decision.authors[0] == BASE
         for candidate in decision.authors:
@@ -98,6 +98,10 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
             [reply] = yield from ask(text, [candidate], draw, num_top=params.top_log_probs)
             if writers.settled_by(candidate, reply, params):
                 break
+        if writers.answer is None and base.token_id == NO_TOKEN:
+            # It stopped to defer, and nobody else has written.
+            [reply] = yield from ask(text, [BASE], draw, num_top=params.top_log_probs)
+            writers.base = required(reply)
         step = writers.step()
         text.append(step.token_id)
         yield step

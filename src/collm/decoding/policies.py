@@ -91,6 +91,22 @@ def asked_while(exceeds: Callable[[Sequence[float]], bool], log_gate: Sequence[f
     return (*order[:asked], BASE)
 
 
+def decide(policy: Policy, base: Answer, draw: Draw, position: int) -> Decision:
+    """Who is to be asked for a token: as the policy says, unless the base has tested it where its logits are.
+
+    There it may have read what its answer does not tell (`UNKNOWN`); to whom it defers is the gate's affair anyway.
+    """
+    decision = policy.decide(base, draw, position)
+    if decision.signal is not None and math.isnan(decision.signal):
+        decision = decision._replace(signal=None)
+    if base.defers is None or base.defers == (decision.authors[0] != BASE):
+        return decision
+    if not base.defers:
+        return decision._replace(authors=(BASE,))
+    assert base.log_gate is not None, "only a gate can be tested elsewhere"
+    return decision._replace(authors=(by_gate(base.log_gate)[0], BASE))
+
+
 @dataclass(frozen=True, slots=True)
 class Threshold:
     """Defer where the gate's log-odds exceed `log_odds` (strictly), to the assistant with the largest gate.

@@ -22,7 +22,7 @@ from collections.abc import Generator, Sequence
 
 from collm.decoding.collaborative import MORE, Flow, Request, Writers, ends_text, required
 from collm.decoding.pace import Pace
-from collm.decoding.policies import Decision, Policy
+from collm.decoding.policies import Decision, Policy, decide
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Step
 from collm.values import Answer, Extend, Query, Replies, Reply
@@ -138,7 +138,7 @@ class _Draft:
         decision = self._decisions.get(position)
         if decision is None:
             base = required(self.known[BASE][position])
-            decision = self._decisions[position] = self._policy.decide(base, self._how, position)
+            decision = self._decisions[position] = decide(self._policy, base, self._how, position)
         return decision
 
     def first_author(self, position: int) -> int:

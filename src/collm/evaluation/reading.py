@@ -70,6 +70,10 @@ def read(
     Raises:
         CollmError: no gold tokens, a model cannot answer, or an `out` of something else.
     """
+    for model in models:
+        for what in ("entropy", "top", "blocks"):
+            if what in model.lacks:
+                raise CollmError(f"{model.name} cannot be read token by token: {model.lacks[what]}")
     header = {
         "reading": READING_VERSION,
         "examples": examples_fingerprint(examples),

@@ -12,7 +12,7 @@ from collm.models.checkpoint import warn_of_other_weights
 from collm.models.info import AssistantInfo
 from collm.models.loading import load_tokenizer
 from collm.models.local import LocalModel
-from collm.models.specs import is_tool, split_spec
+from collm.models.specs import is_tool, is_url, split_spec
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.values import LanguageModel
@@ -30,14 +30,17 @@ def load_assistants(
     cache: bool = True,
     max_cache_tokens: int | float | None = None,
     store: ModelStore | None = None,
+    vocab_size: int | None = None,
 ) -> list[tuple[LanguageModel, Formatter]]:
     """The assistants in the order of the gate, each with its prompt format.
 
     Args:
-        given: specs; `SPEC?dtype=bfloat16&device=cuda:1` loads one otherwise than the rest (`models.placement`).
+        given: specs; `SPEC?dtype=bfloat16&device=cuda:1` loads one otherwise than the rest (`models.placement`), and
+            `vllm+http://host:8000` is asked over the network (`remote.address`).
         trained: those of the checkpoint; none for a plain model, which takes whatever is given.
         base: the base's formatter; tools and models of one's own see the prompt as the base does.
         store: what is in memory already; adapters of one model share its weights.
+        vocab_size: tokens that the base can write, where its tokenizer has more.
 
     Raises:
         CollmError: one is missing, one too many, two have one name, or a tokenizer differs from the base's.
@@ -48,6 +51,7 @@ def load_assistants(
     infos, sources = matched(given, trained)
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "store": store or ModelStore()}
     cached: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
+    cached["vocab_size"] = vocab_size or shared_vocab_size(base.tokenizer)
     return [_load(source, info, base, **placed, **cached) for source, info in zip(sources, infos, strict=True)]
 
 
@@ -61,9 +65,14 @@ def _load(
     store: ModelStore,
     cache: bool,
     max_cache_tokens: int | float | None,
+    vocab_size: int,
 ) -> tuple[LanguageModel, Formatter]:
     if not isinstance(source, str):
         return source, base
+    if is_url(source):
+        from collm.llm.connecting import connect_assistant
+
+        return connect_assistant(source, info, base, vocab_size)
     if is_tool(split_spec(source)[0]):
         return make_tool(split_spec(source)[0], base.tokenizer, info.name), base
     tokenizer = load_tokenizer(source)
@@ -78,7 +87,7 @@ def _load(
         variant.model,
         tokenizer,
         name=info.name,
-        vocab_size=shared_vocab_size(base.tokenizer),
+        vocab_size=vocab_size,
         cache=cache,
         max_cache_tokens=max_cache_tokens,
         activate=variant.activate,

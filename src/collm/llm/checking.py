@@ -10,7 +10,7 @@ from collm.errors import CollmError, nearest
 from collm.llm.sources import AssistantSource, matched
 from collm.models.info import GATE_FILE, CheckpointInfo, base_spec, found, load_info
 from collm.models.placement import Placement
-from collm.models.specs import adapter_config, has_chat_template, is_tool, require_model
+from collm.models.specs import adapter_config, has_chat_template, is_tool, is_url, require_model
 from collm.sampling_params import SamplingParams
 
 
@@ -39,13 +39,21 @@ def outline(
         CollmError: a model is not where it should be, an assistant is missing or one too many, or a file is damaged.
     """
     placement = Placement(dtype)
-    path, _ = placement.of(str(path))
-    info = load_info(path)
-    if info is not None:
-        info = found(info, path)
-    spec = base_spec(path, info, base)
-    placement.of(spec)
-    _require(spec)
+    info: CheckpointInfo | None
+    if is_url(str(path)) or (base is not None and is_url(base)):
+        from collm.llm.servers import find_base
+
+        served = find_base(str(path), base)
+        info, spec, has_gate = served.info, served.folder, served.gate is not None
+    else:
+        path, _ = placement.of(str(path))
+        info = load_info(path)
+        if info is not None:
+            info = found(info, path)
+        spec = base_spec(path, info, base)
+        placement.of(spec)
+        _require(spec)
+        has_gate = info is not None and (Path(path) / GATE_FILE).is_file()
     infos, sources = matched(assistants, [] if info is None else info.assistants)
     tools = []
     for about, source in zip(infos, sources, strict=True):
@@ -55,7 +63,6 @@ def outline(
                 tools.append(about.name)
             else:
                 _require(own)
-    has_gate = info is not None and (Path(path) / GATE_FILE).is_file()
     info = info or CheckpointInfo()
     template = True if info.base_format.get("chat_template") else has_chat_template(spec)
     return Outline(("base", *(about.name for about in infos)), info, has_gate, tuple(tools), spec, template)
@@ -65,6 +72,11 @@ def _require(spec: str) -> None:
     """Raises:
     CollmError: there is no such model; of an adapter, no such base.
     """
+    if is_url(spec):
+        from collm.remote.address import Address
+
+        Address.parse(spec).key()
+        return
     adapter = adapter_config(spec)
     require_model(spec)
     if adapter is not None:

@@ -15,7 +15,7 @@ from collm.models.checkpoint import load_base
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
 from collm.models.placement import Placement
-from collm.models.specs import adapter_config
+from collm.models.specs import adapter_config, is_url
 from collm.values import LanguageModel
 
 
@@ -27,7 +27,8 @@ class Loaded:
     formatters: list[Formatter]
     info: CheckpointInfo
     has_gate: bool
-    path: Path
+    path: Path | None
+    """Of the checkpoint; None where the base is behind a server."""
 
 
 def load(
@@ -41,9 +42,11 @@ def load(
     max_cache_tokens: int | float | None = None,
 ) -> Loaded:
     """See `CollaborativeLM.from_pretrained`."""
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, "cache": cache, "max_cache_tokens": max_cache_tokens}
+    if is_url(str(path)) or (base is not None and is_url(base)):
+        return _beside_a_server(str(path), base, assistants, placed)
     model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
     formatter = Formatter(tokenizer, PromptFormat(**info.base_format))
-    own: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
     folder, placement = Placement(dtype, device).of(str(path))
     store = ModelStore()
     # What the base was before training, if it still is that: assistants that are adapters of it share its weights.
@@ -51,7 +54,7 @@ def load(
     shared = None
     if untrained is not None and adapter_config(untrained) is None:
         shared = store.put(untrained, model, placement)
-    found = load_assistants(assistants, info.assistants, formatter, store=store, dtype=dtype, device=device, **own)
+    found = load_assistants(assistants, info.assistants, formatter, store=store, **placed)
     if head is not None and head.num_assistants != len(found):
         raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
     local = LocalModel(
@@ -66,3 +69,15 @@ def load(
     return Loaded(
         [local, *(m for m, _ in found)], [formatter, *(f for _, f in found)], info, head is not None, Path(folder)
     )
+
+
+def _beside_a_server(
+    path: str, base: str | None, assistants: Sequence[AssistantSource], placed: dict[str, Any]
+) -> Loaded:
+    from collm.llm.connecting import connect_base
+
+    remote, formatter, info = connect_base(path, base)
+    vocab_size = None if remote.served is None else remote.served.vocab_size
+    found = load_assistants(assistants, info.assistants, formatter, vocab_size=vocab_size, **placed)
+    gated = remote.served is not None
+    return Loaded([remote, *(m for m, _ in found)], [formatter, *(f for _, f in found)], info, gated, None)

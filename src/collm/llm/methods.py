@@ -17,16 +17,17 @@ from collm.decoding.baselines import (
     combined,
 )
 from collm.decoding.collaborative import Flow, collaborative
-from collm.decoding.nudging import DEFAULT_THRESHOLD, Nudging, nudging
+from collm.decoding.nudging import DEFAULT_THRESHOLD, WRITER, Nudging, nudging
 from collm.decoding.pace import Pace
-from collm.decoding.policies import Policy
+from collm.decoding.policies import ByEntropy, ByTopProbability, ExpectedGain, Policy
 from collm.decoding.speculative import speculative
 from collm.errors import CollmError
 from collm.llm.deferral import make_policy, refuse_ignored, require_assistants, require_gate
 from collm.models.info import CalibrationTable
 from collm.models.tools import Tool
 from collm.sampling_params import Deferral, SamplingParams
-from collm.values import LanguageModel
+from collm.types import BASE
+from collm.values import LanguageModel, Told
 from collm.views import Text
 
 Method = Policy | Combination | Nudging
@@ -75,6 +76,7 @@ def require_defined(method: Method, params: SamplingParams, models: Sequence[Lan
     """
     if method.needs_gate:
         require_gate(params, has_gate)
+    require_told(method, params, models)
     if not isinstance(method, Combination | Nudging):
         return
     require_assistants(len(models) - 1)
@@ -90,13 +92,46 @@ def require_defined(method: Method, params: SamplingParams, models: Sequence[Lan
         raise CollmError(f"{name} is defined for {len(roles)} models ({parts}); here are {len(models)}")
 
 
-def make_flow(method: Method, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]], pace: Pace) -> Flow:
-    """The flow of one text; `pace` for those that can draft ahead."""
+def require_told(method: Method, params: SamplingParams, models: Sequence[LanguageModel]) -> None:
+    """Refuse models that do not tell what a method reads: they are behind servers.
+
+    Raises:
+        CollmError: naming the model and why.
+    """
+    asked: list[tuple[LanguageModel, Told, str]] = []
+    base = models[BASE]
+    tests = base.tests_deferral
+    if isinstance(method, Combination):
+        asked += [(model, "law", NAMES.get(type(method), type(method).__name__)) for model in models]
+    elif isinstance(method, Nudging):
+        asked += [(model, "top", "nudging") for model in models[WRITER : WRITER + 1]]
+    elif isinstance(method, ByEntropy) and not tests:
+        asked.append((base, "entropy", "entropy"))
+    elif isinstance(method, ByTopProbability | ExpectedGain) and not tests:
+        asked.append((base, "top", "top_probability"))
+    if params.top_log_probs and tests:
+        asked.append((base, "top", "top_log_probs"))
+    for model, what, name in asked:
+        if what in model.lacks:
+            raise CollmError(f"{name} cannot be had from {model.name}: {model.lacks[what]}")
+    tools = _tools(models)
+    if isinstance(method, ByEntropy | ByTopProbability | ExpectedGain) and tests and len(models) > 2 and tools:
+        raise CollmError(
+            f"where {tools[0]} has nothing to say, nobody knows whether the next assistant is to be asked: the base's "
+            "server tests this method and does not tell what it found; defer by threshold, or leave one of them out"
+        )
+
+
+def make_flow(
+    method: Method, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]], pace: Pace, base: LanguageModel
+) -> Flow:
+    """The flow of one text; `pace` for those that can draft ahead, which nobody can behind a `base` that judges no
+    blocks. (An assistant that judges none is asked token by token: no pace knows what its passes cost.)"""
     if isinstance(method, Combination):
         return combined(text, params, method, eos)
     if isinstance(method, Nudging):
         return nudging(text, params, method, eos)
-    if params.speculative:
+    if params.speculative and "blocks" not in base.lacks:
         return speculative(text, params, method, eos, pace)
     return collaborative(text, params, method, eos)
 

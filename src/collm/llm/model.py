@@ -91,10 +91,11 @@ class CollaborativeLM:
         Args:
             path: a checkpoint, or a plain model, which has no gate and can only defer never, always or at random.
                 It, `base` and the assistants may say how they are loaded: `SPEC?device_map=auto&quantization=nf4`
-                (`models.placement`).
+                (`models.placement`); or be models behind servers, `vllm+http://host:8000` (`remote.address`).
             assistants: in the order of training, or by name as `"NAME=SPEC"`; a spec, or a `LanguageModel` of one's
                 own. Tools that the checkpoint was trained with need not be given.
-            base: where the base model lies, for a checkpoint that holds an adapter or a gate alone.
+            base: where the base model lies, for a checkpoint that holds an adapter or a gate alone; for an export
+                (`collm export`) the vLLM that serves it.
             cache: False recomputes every token from the start: the plain twin, for tests.
             max_cache_tokens: bounds the KV cache of each model (texts at a time x their length), in tokens, or as a
                 share below 1 of the memory that is free once it is loaded. Texts wait until there is room; one that
@@ -307,7 +308,7 @@ class CollaborativeLM:
         else:
             found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
             require_defined(found, params, self.models, self.has_gate)
-            flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience))
+            flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience), self.models[BASE])
         transcript = Transcript(self.tokenizer, ids[BASE], params.stop, eos)
         if params.stop:
             flow = stopping(flow, transcript)

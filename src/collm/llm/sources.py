@@ -7,11 +7,11 @@ from pathlib import Path
 
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, load_info
-from collm.models.specs import is_tool, require_model, split_spec
+from collm.models.specs import is_tool, is_url, require_model, server_name, split_spec
 from collm.values import LanguageModel
 
 AssistantSource = str | LanguageModel
-"""A spec, `"NAME=SPEC"`, or a model of one's own."""
+"""A spec (a URL of a server, too), `"NAME=SPEC"`, or a model of one's own."""
 
 
 def matched(
@@ -51,7 +51,7 @@ def _matched(
             sources.append(unnamed.pop(unnamed.index(info.spec)))
         elif unnamed and not (is_tool(info.spec) and len(unnamed) < _wanting(trained, by_name, sources)):
             sources.append(unnamed.pop(0))
-        elif is_tool(info.spec) or Path(split_spec(info.spec)[0]).exists():
+        elif is_tool(info.spec) or is_url(info.spec) or Path(split_spec(info.spec)[0]).exists():
             sources.append(info.spec)
         else:
             raise CollmError(
@@ -73,7 +73,7 @@ def _matched(
 
 def _untrained(name: str | None, source: AssistantSource) -> AssistantInfo:
     """No gate was trained with it. One that is a checkpoint itself is shown its prompts as in its own training."""
-    own = load_info(split_spec(source)[0]) if isinstance(source, str) else None
+    own = load_info(split_spec(source)[0]) if isinstance(source, str) and not is_url(source) else None
     return AssistantInfo(name=name or _default_name(source), spec="", format={} if own is None else own.base_format)
 
 
@@ -92,4 +92,6 @@ def _named(source: AssistantSource, known: Sequence[str]) -> tuple[str | None, A
 
 
 def _default_name(source: AssistantSource) -> str:
-    return Path(split_spec(source)[0]).name if isinstance(source, str) else source.name
+    if not isinstance(source, str):
+        return source.name
+    return server_name(source) if is_url(source) else Path(split_spec(source)[0]).name

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from collm.models.specs import adapter_config, is_tool, locate, split_spec
+from collm.models.specs import adapter_config, is_tool, is_url, locate, split_spec
 from collm.models.whole import read_object, weight_files
 
 BLOCKS, BLOCK = 1024, 64
@@ -49,7 +49,7 @@ def contents(spec: str) -> str | None:
     Equal hashes mean one model. The converse does not hold: the same weights may be cut into files otherwise, or be
     kept in another precision.
     """
-    if is_tool(spec):
+    if is_tool(spec) or is_url(spec):
         return None
     spec, _ = split_spec(spec)
     adapter = adapter_config(spec)

@@ -6,7 +6,9 @@ A *spec* is a string:
 - a folder with a PEFT adapter, which names the spec of its base model;
 - `FILE.gguf`, dequantised on loading (its metadata bring the tokenizer);
 - `pkg:PACKAGE/FILE.gguf`, a file inside an installed Python package (found, not imported);
-- the name of a tool: `calculator`.
+- the name of a tool: `calculator`;
+- `vllm+http://host:8000?model=NAME`, `llamacpp+https://...`, `openai+http://...`: a model behind a server
+  (`remote.address`), which is asked and not loaded.
 
 Behind a `?` a spec may say how it is loaded: `SPEC?dtype=bfloat16&device_map=auto` (`models.placement`).
 """
@@ -17,7 +19,7 @@ import importlib.util
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from collm.errors import CollmError
 from collm.models.whole import read_object, require_whole_folder
@@ -31,6 +33,19 @@ SETTINGS = ("dtype", "device", "device_map", "quantization")
 
 def is_tool(spec: str) -> bool:
     return spec in TOOLS
+
+
+def is_url(spec: str) -> bool:
+    """Whether a spec means a server; a mistyped kind counts, so that it is named and not looked for as a folder."""
+    scheme, sign, _ = spec.partition("://")
+    return bool(sign) and scheme.rpartition("+")[2] in ("http", "https")
+
+
+def server_name(spec: str) -> str:
+    """What a model behind a server is called where nobody has named it: as the URL names it, or by its host."""
+    address, _, asked = spec.partition("?")
+    model = dict(parse_qsl(asked)).get("model")
+    return (model or urlsplit(address).netloc.rpartition("@")[2]).rstrip("/").rpartition("/")[2]
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -92,6 +107,11 @@ def locate(spec: str) -> str | Path:
     Raises:
         CollmError: there is no such package, file or folder, or it is a tool.
     """
+    if is_url(spec):
+        raise CollmError(
+            f"{spec.partition('?')[0]} is a server: its weights cannot be read from here, and this needs them (or its "
+            "tokenizer); give the model's own folder"
+        )
     spec, _ = split_spec(spec)
     if spec.startswith("pkg:"):
         package, _, inner = spec.removeprefix("pkg:").partition("/")
@@ -156,7 +176,7 @@ def adapter_config(spec: str) -> dict[str, Any] | None:
     """
     spec, _ = split_spec(spec)
     path = Path(spec) / "adapter_config.json"
-    if is_tool(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
+    if is_tool(spec) or is_url(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
         return None
     config = read_object(path)
     base = config.get("base_model_name_or_path")

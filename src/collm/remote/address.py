@@ -2,7 +2,8 @@
 
 After the `?`, joined by `&`: `model=NAME` (needed only where a server has several), `replica=http://other:8000`
 (repeat it for several servers of the same model), `key_env=VARIABLE` (whose value is sent as a bearer token), `ca=FILE`
-(certificates to trust), `timeout=SECONDS` (until the next token).
+(certificates to trust), `timeout=SECONDS` (until the next token), `tokenizer=SPEC` (whose tokenizer and chat template
+the model has; for an assistant, the base's unless it is given).
 
 A key never stands in a spec: specs are kept in checkpoints, results and logs.
 """
@@ -19,14 +20,8 @@ from collm.errors import CollmError, nearest
 
 Kind = Literal["vllm", "llamacpp", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SETTINGS = ("model", "replica", "key_env", "ca", "timeout")
+SETTINGS = ("model", "replica", "key_env", "ca", "timeout", "tokenizer")
 TIMEOUT = 60.0
-
-
-def is_url(spec: str) -> bool:
-    """Whether a spec means a server; a mistyped kind counts, so that it is named and not looked for as a folder."""
-    scheme, sign, _ = spec.partition("://")
-    return bool(sign) and scheme.rpartition("+")[2] in ("http", "https")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +34,7 @@ class Address:
     key_env: str | None = None
     ca: str | None = None
     timeout: float = TIMEOUT
+    tokenizer: str | None = None
 
     @classmethod
     def parse(cls, spec: str) -> Address:
@@ -72,7 +68,9 @@ class Address:
         urls = tuple(_url(url) for url in (f"{protocol}://{address}", *replicas))
         if "ca" in single and not Path(single["ca"]).is_file():
             raise CollmError(f"{urls[0]}: there is no file {single['ca']} with certificates (ca)")
-        return cls(kind, urls, single.get("model"), single.get("key_env"), single.get("ca"), timeout)
+        return cls(
+            kind, urls, single.get("model"), single.get("key_env"), single.get("ca"), timeout, single.get("tokenizer")
+        )
 
     def key(self) -> str | None:
         """The bearer token, from the environment.

@@ -72,11 +72,14 @@ class Client:
 
     # -- what is asked
 
-    async def complete(self, completion: Completion, text: Hashable | None = None) -> AsyncGenerator[Token | End, None]:
+    async def complete(
+        self, completion: Completion, text: Hashable | None = None, *, only: Replica | None = None
+    ) -> AsyncGenerator[Token | End, None]:
         """The tokens as they come, then an `End`. Where a connection breaks, the rest is asked for again.
 
         Args:
             text: whatever tells this text from others; its requests go to one replica, which has its prefix cached.
+            only: the replica to ask, whatever others have to do.
 
         Raises:
             ServerFault: the server refused, or did not answer for too long; tokens that came are good.
@@ -86,7 +89,7 @@ class Client:
         while True:
             rest = completion.after(written)
             try:
-                async with aclosing(self._stream(rest, text)) as events:
+                async with aclosing(self._stream(rest, text, only)) as events:
                     async for event in events:
                         if isinstance(event, Token):
                             patience.progress()
@@ -129,6 +132,29 @@ class Client:
         lengths = [card.context_length for card in cards if card.context_length is not None]
         return ModelCard(cards[0].name, min(lengths, default=None))
 
+    async def version(self) -> str:
+        """Of the server's software, the same on every replica; empty where it does not say.
+
+        Raises:
+            ServerFault: replicas differ, so that one text might come out of two.
+        """
+        path = self.dialect.version_path
+        if path is None:
+            return ""
+        found = {}
+        for replica in self.replicas.all:
+            answer = await self._ask("GET", path, only=replica)
+            found[replica.url] = self._read(partial(self.dialect.parse_version, answer))
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{version} at {url}" for url, version in found.items())
+            raise ServerFault(f"replicas of one model must be of one version; here are {told}")
+        return next(iter(found.values()))
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The ids that the server gives a text, special tokens understood and none added."""
+        answer = await self._ask("POST", self.dialect.tokenize_path, self.dialect.tokenize_body(text, self.model))
+        return self._read(lambda: self.dialect.parse_tokens(answer))
+
     async def compare_tokenizer(self, encode: Callable[[str], list[int]], texts: Sequence[str]) -> None:
         """Find out at once whether another model stands behind the URL than whoever wrote it believes.
 
@@ -166,9 +192,11 @@ class Client:
         assert name is not None
         return ModelCard(name, self.dialect.context_length(cards[name]))
 
-    async def _stream(self, completion: Completion, text: Hashable | None) -> AsyncGenerator[Token | End, None]:
+    async def _stream(
+        self, completion: Completion, text: Hashable | None, only: Replica | None
+    ) -> AsyncGenerator[Token | End, None]:
         body = self.dialect.body(completion, self.model)
-        async with self._response("POST", self.dialect.path, body, self.replicas.choose(text)) as response:
+        async with self._response("POST", self.dialect.path, body, only or self.replicas.choose(text)) as response:
             if not self.dialect.streams:
                 for event in self._events(json.loads(await response.aread()), completion):
                     yield event

@@ -89,6 +89,11 @@ class Dialect(ABC):
     block: int = 0
     path: str
     tokenize_path: str
+    version_path: str | None = None
+    scores: bool = True
+    """Whether log-probabilities of given tokens are told."""
+    plugin: bool = False
+    """Whether the server may run collm's plugin."""
 
     @abstractmethod
     def body(self, completion: Completion, model: str | None) -> dict[str, Any]: ...
@@ -119,6 +124,10 @@ class Dialect(ABC):
     def context_length(self, card: Mapping[str, Any]) -> int | None:
         """From an entry of `/v1/models`."""
 
+    def parse_version(self, answer: Mapping[str, Any]) -> str:
+        """From the answer of `version_path`."""
+        return str(answer["version"])
+
     def parse_tokens(self, answer: Mapping[str, Any]) -> list[int]:
         return [int(number) for number in answer["tokens"]]
 
@@ -127,8 +136,8 @@ class VLLM(Dialect):
     streams = True
     path = "/v1/completions"
     tokenize_path = "/tokenize"
-    settings = True
-    """Whether the server may run collm's plugin."""
+    version_path: str | None = "/version"
+    plugin = True
 
     def body(self, completion: Completion, model: str | None) -> dict[str, Any]:
         sampling = completion.sampling
@@ -202,7 +211,8 @@ class VLLM(Dialect):
 class OpenAI(VLLM):
     """Whatever takes token ids and gives them back, as vLLM does, but is not known to run collm's plugin."""
 
-    settings = False
+    version_path = None
+    plugin = False
 
 
 class LlamaCpp(Dialect):
@@ -213,6 +223,8 @@ class LlamaCpp(Dialect):
     block = 16
     path = "/completion"
     tokenize_path = "/tokenize"
+    version_path = "/props"
+    scores = False
 
     def body(self, completion: Completion, model: str | None) -> dict[str, Any]:
         sampling = completion.sampling
@@ -263,6 +275,9 @@ class LlamaCpp(Dialect):
 
     def parse_score(self, answer: Mapping[str, Any], token_ids: Sequence[int]) -> list[Given]:
         raise AssertionError("not asked")
+
+    def parse_version(self, answer: Mapping[str, Any]) -> str:
+        return str(answer["build_info"])
 
     def tokenize_body(self, text: str, model: str | None) -> dict[str, Any]:
         return {"content": text, "add_special": False}
