@@ -101,7 +101,7 @@ LEAST = -9999.0
 
 
 def number(log_prob: float) -> float:
-    return max(log_prob, LEAST)
+    return log_prob if log_prob > LEAST else LEAST  # NaN, which a server may leave, is not told either
 
 
 def chat_log_probs(tokens: Sequence[Token], texts: TokenTexts, num_top: int) -> dict[str, Any]:
