@@ -62,4 +62,6 @@ def _would(reply: Reply) -> Would | str | None:
     if reply is None:
         return None
     assert reply.given_log_prob is not None
+    if reply.top_token_id is None:
+        return "its server does not tell what it would have written"
     return Would(reply.top_token_id, reply.top_log_prob, reply.given_log_prob)
