@@ -13,8 +13,7 @@ from conftest import make_model, make_tokenizer
 from served import Pair, Served, Trouble, listening, make_pair
 
 from collm.errors import CollmError
-from collm.llm import CollaborativeLM
-from collm.llm.model import GenerationFailed
+from collm.llm import CollaborativeLM, GenerationFailed
 from collm.sampling_params import SamplingParams
 from collm.types import Generation
 
