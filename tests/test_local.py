@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from collm.models.head import DeferralHead
 from collm.models.kv_pool import may_support
 from collm.models.local import LocalModel
 from collm.types import ForwardPass
-from collm.values import Answer, Draw, Fault, Query, Reply
+from collm.values import GREEDY, Answer, Draw, Fault, Query, Reply
 from collm.views import Text, View
 
 TOLERANCE = 2e-4
@@ -121,19 +121,32 @@ def test_cached_equals_recomputed(kind: str, tiny_tokenizer: PreTrainedTokenizer
     cached = LocalModel(model, tiny_tokenizer, head, num_slots=5)
     plain = LocalModel(model, tiny_tokenizer, head, cache=False)
     assert cached._cache is not None and plain._cache is None
+    longest = 0
+    for queries in traffic(cached, rng, law=True):
+        longest = max(longest, *(query.length for query in queries))
+        for found, expected in zip(cached.predict(queries), plain.predict(queries), strict=True):
+            assert len(found) == len(expected)
+            assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+    assert longest > 2 * WINDOW
+
+
+def traffic(model: LocalModel, rng: random.Random, *, rounds: int = 12, law: bool = False) -> Iterator[list[Query]]:
+    """Queries about texts that grow, are taken back, end and begin anew with what others held."""
 
     def some(count: int) -> list[int]:
         return [rng.randrange(320) for _ in range(count)]
 
+    def drawn() -> Draw:
+        return Draw(rng.randrange(99), 0, rng.choice([0.0, 1.0]), rng.choice([1.0, 0.8]), rng.choice([0, 5]))
+
     texts = [Text([some(rng.randrange(1, 40))]) for _ in range(7)]
-    longest = 0
-    for _ in range(12):
+    for _ in range(rounds):
         members = rng.sample(range(len(texts)), rng.randrange(1, 8))
         queries = []
         for i in members:
             if rng.random() < 0.1:  # it ends; another one begins with some of it
                 ended = texts[i].views[0]
-                cached.release(ended)
+                model.release(ended)
                 texts[i] = Text([ended.token_ids[: rng.randrange(len(ended)) + 1]])
             if rng.random() < 0.3:
                 texts[i].rewind(rng.randrange(texts[i].length + 1))
@@ -141,12 +154,9 @@ def test_cached_equals_recomputed(kind: str, tiny_tokenizer: PreTrainedTokenizer
                 texts[i].append(token_id)
             view = texts[i].views[0]
             length = len(view) if rng.random() < 0.8 else rng.randrange(len(view)) + 1
-            longest = max(longest, length)
-            queries.append(Query(0, view, length, min(rng.choice([1, 1, 3]), length), law=True))
-        for found, expected in zip(cached.predict(queries), plain.predict(queries), strict=True):
-            assert len(found) == len(expected)
-            assert all(close(a, b) for a, b in zip(found, expected, strict=True))
-    assert longest > 2 * WINDOW
+            num_last, draw = min(rng.choice([1, 1, 3]), length), GREEDY if law else drawn()
+            queries.append(Query(0, view, length, num_last, draw, law=law))
+        yield queries
 
 
 def test_agrees_with_transformers(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,7 +12,7 @@ from test_local import ask, at_end, close, reasons, rewrite, stored_tensors, tin
 from transformers import PreTrainedTokenizerFast
 
 from collm.engine import Finished, run
-from collm.models import prefix_cache
+from collm.models import kv_pool, prefix_cache
 from collm.models.local import LocalModel
 from collm.models.prefix_cache import PrefixCache
 from collm.sampling_params import SamplingParams
@@ -351,15 +351,15 @@ def test_running_out_of_memory_leaves_an_empty_cache(
     it = watched()
     text = Text([A])
     it.computed(text)
-    real, calls = prefix_cache.KVPool.resize, iter([True, False])
+    real, calls = kv_pool.KVPool.resize, iter([True, False])
 
-    def resize(pool: prefix_cache.KVPool, *args: object) -> None:
+    def resize(pool: kv_pool.KVPool, *args: object) -> None:
         if next(calls, False):
             pool._stored[0] = None  # as far as it got
             raise MemoryError
         real(pool, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prefix_cache.KVPool, "resize", resize)
+    monkeypatch.setattr(kv_pool.KVPool, "resize", resize)
     with pytest.raises(MemoryError):
         it.model.predict([ask(tuple(range(100)))])
     assert it.computed(text) == 43

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from collm.models.attention import Row, Span, attend, spans
 from collm.models.backbone import causal_lm
 from collm.models.devices import input_device
+from collm.models.paged.pool import Layer
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """RoPE scalings that do not depend on the length of the sequence; `dynamic` and `longrope` do."""
@@ -138,6 +139,24 @@ class KVPool:
         self._groups = config.num_attention_heads // self._heads
         # For each layer keys and values [slot, kv_head, position, dim]; the first pass tells their shapes.
         self._stored: list[tuple[Tensor, Tensor] | None] = [None] * len(self._kinds)
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key head."""
+        found: int = self._groups
+        return found
+
+    @property
+    def layers(self) -> list[Layer]:
+        """What each layer stores, as the passes have shown; nothing where keys and values have different widths."""
+        found = []
+        for kind, pair in zip(self._kinds, self._stored, strict=True):
+            assert pair is not None, "no pass yet"
+            if pair[0].shape != pair[1].shape:
+                return []
+            _, heads, _, dim = pair[0].shape
+            found.append(Layer(heads, dim, self._windows[kind], pair[0].device))
+        return found
 
     def spans(self, rows: Sequence[Row], starts: Tensor, slots: Tensor) -> list[Span]:
         """Of a pass, on the device of `starts` and `slots`."""

@@ -32,6 +32,8 @@ class Asked:
     tops: Sequence[int] = ()
     """How many of the most probable tokens are wanted."""
     law: bool = False
+    how: Sequence[tuple[Draw, int]] = ()
+    """How each row is drawn, and its position in the completion."""
 
     @classmethod
     def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:
@@ -47,7 +49,7 @@ class Asked:
             any_given |= query.given is not None
             tops += [query.num_top] * (j - i)
             law = law or query.law
-        return cls(Draws.of(draws), given if any_given else None, tops, law)
+        return cls(Draws.of(draws), given if any_given else None, tops, law, draws)
 
     @property
     def num_top(self) -> int:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
 from collm.models import narrow
 from collm.models.attention import Row
 from collm.models.backbone import causal_lm, check_project, hidden_states
+from collm.models.caching import Found, caches
 from collm.models.crop_cache import CropCache
 from collm.models.devices import input_device
 from collm.models.head import DeferralHead
-from collm.models.kv_pool import KVPool
 from collm.models.laws import Asked, Laws
 from collm.models.loading import eos_ids
-from collm.models.memory import spare_tokens, tokens_in
+from collm.models.paged.cache import PagedCache
+from collm.models.paged.machinery import Machinery
+from collm.models.paged.stepping import is_lost
 from collm.models.prefix_cache import Job, PrefixCache, passes
-from collm.models.selftest import crop_serves, pool_serves
 from collm.models.tokenizers import shared_vocab_size
 from collm.models.turns import Network
 from collm.types import ForwardPass
@@ -53,6 +53,7 @@ class LocalModel(LanguageModel):
             length.
         on_pass: called after every forward pass.
         activate: called before `model` is used, if it is several models by turns (`adapters.Variant.activate`).
+        machinery: of blocks and graphs; None finds that of the device, if it is a GPU.
 
     Raises:
         CollmError: the tokenizer has more ordinary tokens than the model, or its logits cannot be computed rightly.
@@ -71,6 +72,7 @@ class LocalModel(LanguageModel):
         max_cache_tokens: int | float | None = None,
         on_pass: Callable[[ForwardPass], None] | None = None,
         activate: Callable[[], None] | None = None,
+        machinery: Machinery | None = None,
     ) -> None:
         if max_cache_tokens is not None and (max_cache_tokens <= 0 or (max_cache_tokens > 1 and max_cache_tokens % 1)):
             raise ValueError(f"max_cache_tokens must be at least 1, or a share below 1, not {max_cache_tokens}")
@@ -96,20 +98,18 @@ class LocalModel(LanguageModel):
             if activate is not None:
                 activate()
             check_project(lm)
-            self._cache: PrefixCache | CropCache | None = None
-            if cache and pool_serves(lm):
-                if max_cache_tokens is not None:
-                    share = max_cache_tokens < 1
-                    max_cache_tokens = tokens_in(lm, max_cache_tokens) if share else int(max_cache_tokens)
-                self._cache = PrefixCache(KVPool(lm), num_slots, max_cache_tokens, spare_tokens(lm))
-            elif cache and crop_serves(lm):
-                self._cache = CropCache(lm, num_slots)
-            elif cache:
-                warnings.warn(
-                    f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "
-                    "every token is recomputed from the start, which is right but slow",
-                    stacklevel=2,
+            found: Found = (None, None)
+            if cache:
+                found = caches(
+                    lm,
+                    head,
+                    self._laws.vocab_size,
+                    name=name,
+                    num_slots=num_slots,
+                    max_tokens=max_cache_tokens,
+                    machinery=machinery,
                 )
+            self._cache, self._stepper = found
             narrow.prepare(lm)
 
     @property
@@ -140,7 +140,7 @@ class LocalModel(LanguageModel):
         return self._cache.max_tokens if isinstance(self._cache, PrefixCache) else None
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        return not isinstance(self._cache, PrefixCache) or self._cache.fits(len(lengths), max(lengths, default=0))
+        return not isinstance(self._cache, PrefixCache) or self._cache.fits(lengths)
 
     def reserve(self, num_slots: int) -> None:
         """Be ready to keep the caches of this many texts at a time. It never frees what is held."""
@@ -170,14 +170,37 @@ class LocalModel(LanguageModel):
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
         faults = [self._too_long(query) for query in queries]
-        with self._network.lock, narrow.narrow_products():
+        try:
+            with self._network.lock, self._on_device(), narrow.narrow_products():
+                if self._activate is not None:
+                    self._activate()
+                served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
+                return [
+                    next(served) if fault is None else [fault] * max(1, query.num_last)
+                    for query, fault in zip(queries, faults, strict=True)
+                ]
+        except Exception as error:
+            if is_lost(error):
+                reason = str(error).partition("\n")[0]
+                raise CollmError(f"{self._name}: {self._device} failed ({reason}); start the process anew") from error
+            raise
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels are launched on the current device, whatever their tensors lie on."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def warm_up(self) -> float:
+        """Reserve the memory of the caches and capture all graphs, where there are any: seconds that it took.
+
+        Otherwise both are done when they are first needed.
+        """
+        if self._stepper is None or not isinstance(self._cache, PagedCache):
+            return 0.0
+        with self._network.lock, torch.inference_mode(), self._on_device():
             if self._activate is not None:
                 self._activate()
-            served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
-            return [
-                next(served) if fault is None else [fault] * max(1, query.num_last)
-                for query, fault in zip(queries, faults, strict=True)
-            ]
+            self._cache.open()
+            return self._stepper.warm_up()
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         if not isinstance(self._cache, PrefixCache):
@@ -227,7 +250,8 @@ class LocalModel(LanguageModel):
         prefixes = [(query, 0, query.num_last)]
         asked = Asked.of(prefixes)
         packed = torch.tensor(asked.numbers, dtype=torch.int64, device=hidden.device)
-        answers = list(self._answers(hidden, prefixes, asked, packed)) if query.num_last else []
+        found = self._laws.answers(hidden, asked, packed) if query.num_last else []
+        answers = list(self._checked(found, prefixes))
         self._tell(ForwardPass(1, missing, missing, query.length, perf_counter() - began))
         return answers
 
@@ -261,13 +285,12 @@ class LocalModel(LanguageModel):
                 prefixes.append((job.query, first - job.first, end - job.first))
             token_ids += job.query.view.token_ids[job.done : end]
         asked = Asked.of(prefixes)
-        numbers = asked.numbers
         try:
-            hidden, packed = cache.pool.forward(rows, token_ids, numbers + wanted)
-            packed, at = packed.split([len(numbers), len(wanted)])
-            if len(wanted) < len(token_ids):
-                hidden = hidden[at.to(hidden.device)]
-            found = self._answers(hidden, prefixes, asked, packed) if wanted else iter(())
+            if self._stepper is not None and self._stepper.takes(len(token_ids), asked):
+                told = self._stepper.step(rows, token_ids, wanted, asked)
+                found = self._checked(map(told.answer, wanted), prefixes)
+            else:
+                found = self._eager(cache, rows, token_ids, wanted, prefixes, asked)
         except BaseException:
             for job, _ in pieces:
                 cache.clear(job)
@@ -283,17 +306,31 @@ class LocalModel(LanguageModel):
             ForwardPass(len(rows), rows[-1].width, len(token_ids), max(row.end for row in rows), perf_counter() - began)
         )
 
-    def _answers(
-        self, hidden: Tensor, prefixes: Sequence[tuple[Query, int, int]], asked: Asked, packed: Tensor
+    def _eager(
+        self,
+        cache: PrefixCache,
+        rows: Sequence[Row],
+        token_ids: Sequence[int],
+        wanted: Sequence[int],
+        prefixes: Sequence[tuple[Query, int, int]],
+        asked: Asked,
     ) -> Iterator[Reply]:
-        found = iter(self._laws.answers(hidden, asked, packed))
+        """The answers behind the `wanted` tokens of a pass."""
+        numbers = asked.numbers
+        hidden, packed = cache.pool.forward(rows, token_ids, [*numbers, *wanted])
+        packed, at = packed.split([len(numbers), len(wanted)])
+        if len(wanted) < len(token_ids):
+            hidden = hidden[at.to(hidden.device)]
+        return self._checked(self._laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
+
+    def _checked(self, answers: Iterable[Answer | None], prefixes: Sequence[tuple[Query, int, int]]) -> Iterator[Reply]:
+        found = iter(answers)
         for query, i, j in prefixes:
             for n in range(i, j):
-                yield self._checked(next(found), query.length - query.num_last + n)
+                answer = next(found)
+                yield self._no_numbers(query.length - query.num_last + n) if answer is None else answer
 
-    def _checked(self, answer: Answer | None, position: int) -> Reply:
-        if answer is not None:
-            return answer
+    def _no_numbers(self, position: int) -> Fault:
         return Fault(
             f"{self._name}: the predictions after position {position} are not numbers (NaN); its weights are damaged "
             "or overflow in this dtype: try another dtype"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from collm.models.kv_pool import KVPool
+from torch import Tensor
+
+from collm.models.attention import Row
 from collm.values import Query, Reply
 from collm.views import View
 
 PASS_TOKENS = 1024
 """Tokens of one forward pass at most; what is longer goes through piece by piece, so that memory stays bounded."""
-POSITION_STEP = 64
-"""Positions by which the pool grows, at least; it also grows by a quarter."""
 GOES_ON = 0.9
 """Share of what an ended text left that a new one must begin with, to take over its slot instead of copying."""
 UNSEATED = 64
@@ -57,25 +59,53 @@ class Job:
         return self.query.length - self.query.num_last
 
 
-class PrefixCache:
-    """At most `num_slots` texts; slots x positions at most `max_tokens`, if given.
+class Pool(Protocol):
+    """Where keys and values lie, by slot and position."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of a slot, into another one."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Nothing of what a slot held can be read again."""
+        ...
+
+    def free(self) -> None:
+        """Give all memory back."""
+        ...
+
+    def forward(self, rows: Sequence[Row], token_ids: Sequence[int], more: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Hidden states `[token, H]` of the tokens of all rows; `more` numbers that are needed on the device, too."""
+        ...
+
+
+class PrefixCache(ABC):
+    """At most `num_slots` texts.
 
     A text has a slot from its first query on. What it shares with others is found then, once. When it has ended
     (`release`), its slot is given to others, the one used longest ago first, and a text that goes on where it ended
-    takes it over. The pool grows for the sake of ended texts up to `spare_tokens` (slots x positions).
+    takes it over. How much may be stored is the affair of those that know the storage: `SlotCache`, `PagedCache`.
     """
 
-    def __init__(self, pool: KVPool, num_slots: int, max_tokens: int | None, spare_tokens: int | None = None) -> None:
+    def __init__(self, pool: Pool, num_slots: int) -> None:
         self.pool = pool
-        self.num_slots, self.max_tokens, self.spare_tokens = num_slots, max_tokens, spare_tokens
+        self.num_slots = num_slots
         self.slots: list[Slot] = []
         self._places: dict[View, int] = {}
         self._ended: deque[View] = deque()
         self._clock = 0
 
-    def fits(self, num_texts: int, length: int) -> bool:
-        """Whether so many texts of at most so many tokens can be held at once."""
-        return num_texts <= self.num_slots and (self.max_tokens is None or num_texts * length <= self.max_tokens)
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int | None:
+        """What a text may have at most, alone."""
+
+    @abstractmethod
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether texts of so many tokens can be held at once."""
 
     def held(self, view: View) -> int:
         """Tokens of a text that are stored and still its own."""
@@ -96,7 +126,7 @@ class PrefixCache:
         batch: list[Query] = []
         for query in queries:
             again = any(each.view is query.view for each in batch)
-            if again or not self.fits(len(batch) + 1, max(each.length for each in [*batch, query])):
+            if again or not self.fits([each.length for each in [*batch, query]]):
                 yield batch
                 batch = []
             batch.append(query)
@@ -221,52 +251,9 @@ class PrefixCache:
         if other not in self._places or there >= shared:
             slot.source = None
 
+    @abstractmethod
     def _make_room(self, queries: Sequence[Query]) -> None:
         """Slots and positions for a batch."""
-        length = max(query.length for query in queries)
-        here = {self._places[query.view] for query in queries if query.view in self._places}
-        others = [(n, slot) for n, slot in enumerate(self.slots) if n not in here]
-        new = len(queries) - len(here)
-        empty = sum(slot.view is None for _, slot in others)
-        ended = sum(slot.ended for _, slot in others)
-        more = len(self.slots) + new - empty
-        full = more > self.num_slots or (self.spare_tokens is not None and more * length > self.spare_tokens)
-        if length <= self.pool.num_positions and (new <= empty or (new <= ended and full)):
-            return
-        if length <= self.pool.num_positions and len(self.slots) >= self.num_slots:
-            return  # texts that nobody has called ended make room
-        keep, positions = sorted(here), length
-        for n, slot in sorted(others, key=lambda other: (other[1].ended, -other[1].used)):
-            longest = max(positions, slot.held)
-            if slot.view is not None and self.fits(len(keep) + new + 1, longest):
-                keep.append(n)
-                positions = longest
-        num_slots = len(keep) + new
-        if num_slots > self.pool.num_slots or positions > self.pool.num_positions:
-            self._resize(sorted(keep), *self._generous(num_slots, positions))
-
-    def _generous(self, slots: int, positions: int) -> tuple[int, int]:
-        """Slots and positions to allocate where so many are needed: growing one by one would copy all each time."""
-        have_slots, have_positions = self.pool.num_slots, self.pool.num_positions
-        more_slots = min(max(slots, 3 * have_slots // 2), self.num_slots) if slots > have_slots else have_slots
-        more_positions = have_positions
-        if positions > have_positions:
-            more_positions = -(-max(positions, have_positions * 5 // 4) // POSITION_STEP) * POSITION_STEP
-        if self.max_tokens is None or more_slots * more_positions <= self.max_tokens:
-            return more_slots, more_positions
-        return slots, min(more_positions, max(positions, self.max_tokens // slots))
-
-    def _resize(self, keep: Sequence[int], num_slots: int, num_positions: int) -> None:
-        try:
-            self.pool.resize(keep, num_slots, num_positions)
-        except BaseException:  # out of memory, or interrupted, between two layers
-            self.forget()
-            raise
-        kept = [self.slots[n] for n in keep]
-        for slot in kept:
-            slot.held = min(slot.held, num_positions)
-        self.slots = kept + [Slot() for _ in range(num_slots - len(kept))]
-        self._places = {slot.view: n for n, slot in enumerate(self.slots) if slot.view is not None}
 
 
 def _shared(slot: Slot, token_ids: Sequence[int]) -> int:

@@ -6,35 +6,74 @@ import torch
 from transformers import PreTrainedModel
 
 from collm.models.attention import Row
-from collm.models.backbone import hidden_states
+from collm.models.backbone import hidden_states, project
 from collm.models.crop_cache import CropCache
 from collm.models.devices import input_device
 from collm.models.kv_pool import KVPool, may_support
+from collm.models.laws import Asked
+from collm.models.paged.pool import PagedPool
+from collm.models.paged.stepping import Stepper, is_lost
+from collm.models.prefix_cache import Pool
 from collm.views import Text
 
 _TEST_TOKENS = 24
 
 
 @torch.inference_mode()
-def pool_serves(lm: PreTrainedModel) -> bool:
-    """Whether the KV pool gives this model the same hidden states as a plain pass: in two pieces, after a rollback,
-    and for two texts at a time."""
+def pool_serves(lm: PreTrainedModel) -> KVPool | None:
+    """The KV pool if it gives this model the same hidden states as a plain pass: in two pieces, after a rollback, and
+    for two texts at a time."""
     if not may_support(lm):
-        return False
-    ids, cut = _test_ids(lm), _TEST_TOKENS // 2
-    expected = hidden_states(lm, torch.tensor([ids], device=input_device(lm)), use_cache=False)[0]
+        return None
     usual = lm.config._attn_implementation
     pool = KVPool(lm)
     pool.resize([], 2, _TEST_TOKENS)
     try:
-        pool.forward([Row(0, 0, cut + 2)], ids[: cut + 2])
-        found, _ = pool.forward([Row(1, 0, 5), Row(0, cut, _TEST_TOKENS - cut)], ids[:5] + ids[cut:])
-        serves = _same(found, torch.cat([expected[:5], expected[cut:]]), lm)
+        serves = _same(_in_pieces(lm, pool), _expected(lm), lm)
     except Exception:
         serves = False
     if not serves:
         lm.config._attn_implementation = usual
-    return serves
+    return pool if serves else None
+
+
+@torch.inference_mode()
+def paged_serves(lm: PreTrainedModel, pool: PagedPool, stepper: Stepper, vocab_size: int) -> str | None:
+    """None if blocks and graphs give this model what a plain pass does; else why they do not serve."""
+    ids, cut = _test_ids(lm), _TEST_TOKENS // 2
+    try:
+        if not pool.layers or any(layer.heads != pool.layers[0].heads for layer in pool.layers):
+            return "its layers store different things"
+        pool.reserve(2, 4, _TEST_TOKENS)
+        expected = _expected(lm)
+        if not _same(_in_pieces(lm, pool), expected, lm):
+            return "other hidden states than a plain pass"
+        told = stepper.step([Row(0, cut, _TEST_TOKENS - cut)], ids[cut:], [], Asked.of([]))
+        laws = torch.log_softmax(project(lm, expected[5:])[:, :vocab_size].float(), dim=-1).cpu()
+        answers = [told.answer(n) for n in range(_TEST_TOKENS - cut)]
+        if any(answer is None for answer in answers):
+            return None if bool(laws.isnan().any()) else "predictions that are not numbers"
+        found = torch.tensor([answer.top_log_prob for answer in answers if answer is not None])
+        tolerance = 1e-2 if lm.dtype == torch.float32 else 0.3
+        return None if torch.allclose(found, laws.max(-1).values, rtol=0.0, atol=tolerance) else "other predictions"
+    except Exception as error:
+        if is_lost(error):
+            raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _expected(lm: PreTrainedModel) -> torch.Tensor:
+    """Hidden states of a plain pass: those of a text's first five tokens, then from its middle on."""
+    ids = torch.tensor([_test_ids(lm)], device=input_device(lm))
+    hidden = hidden_states(lm, ids, use_cache=False)[0]
+    return torch.cat([hidden[:5], hidden[_TEST_TOKENS // 2 :]])
+
+
+def _in_pieces(lm: PreTrainedModel, pool: Pool) -> torch.Tensor:
+    """The same, over a pool with two slots."""
+    ids, cut = _test_ids(lm), _TEST_TOKENS // 2
+    pool.forward([Row(0, 0, cut + 2)], ids[: cut + 2])
+    return pool.forward([Row(1, 0, 5), Row(0, cut, _TEST_TOKENS - cut)], ids[:5] + ids[cut:])[0]
 
 
 @torch.inference_mode()

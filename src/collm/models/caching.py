@@ -1,0 +1,90 @@
+"""Which caches serve a network: found where it is loaded, by trying."""
+
+from __future__ import annotations
+
+import warnings
+
+from transformers import PreTrainedModel
+
+from collm.models.crop_cache import CropCache
+from collm.models.head import DeferralHead
+from collm.models.kv_pool import KVPool
+from collm.models.memory import spare_tokens, tokens_in
+from collm.models.paged.cache import PagedCache
+from collm.models.paged.machinery import Machinery, machinery_for
+from collm.models.paged.pool import PagedPool
+from collm.models.paged.stepping import Stepper
+from collm.models.prefix_cache import PrefixCache
+from collm.models.selftest import crop_serves, paged_serves, pool_serves
+from collm.models.slot_cache import SlotCache
+
+Found = tuple[PrefixCache | CropCache | None, Stepper | None]
+LONGEST = 32_768
+"""Tokens of a text that blocks are prepared for where a network does not say how many it reads."""
+
+
+def caches(
+    lm: PreTrainedModel,
+    head: DeferralHead | None,
+    vocab_size: int,
+    *,
+    name: str,
+    num_slots: int,
+    max_tokens: int | float | None,
+    machinery: Machinery | None,
+) -> Found:
+    """The caches of a network, and what runs its passes as graphs, where that can be.
+
+    Warns:
+        UserWarning: none serves, so that all is recomputed.
+    """
+    pool = pool_serves(lm)
+    if pool is not None:
+        machinery = machinery or machinery_for(lm, name)
+        found = (
+            None if machinery is None else _paged(lm, head, vocab_size, pool, machinery, name, num_slots, max_tokens)
+        )
+        if found is not None:
+            return found
+        if max_tokens is not None:
+            max_tokens = tokens_in(lm, max_tokens) if max_tokens < 1 else int(max_tokens)
+        return SlotCache(KVPool(lm), num_slots, max_tokens, spare_tokens(lm)), None
+    if crop_serves(lm):
+        return CropCache(lm, num_slots), None
+    warnings.warn(
+        f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "
+        "every token is recomputed from the start, which is right but slow",
+        stacklevel=3,
+    )
+    return None, None
+
+
+def _paged(
+    lm: PreTrainedModel,
+    head: DeferralHead | None,
+    vocab_size: int,
+    pool: KVPool,
+    machinery: Machinery,
+    name: str,
+    num_slots: int,
+    max_tokens: int | float | None,
+) -> Found | None:
+    def fresh() -> PagedPool:
+        return PagedPool(lm, pool.layers, pool.groups, machinery.ops, block=machinery.block)
+
+    def stepper(pool: PagedPool) -> Stepper:
+        return Stepper(lm, head, vocab_size, pool, machinery.capture, machinery.telling, name)
+
+    trial = fresh()
+    reason = paged_serves(lm, trial, stepper(trial), vocab_size)
+    trial.free()
+    if reason is not None:
+        warnings.warn(
+            f"{name}: keys and values in blocks do not serve this {lm.config.model_type} model here ({reason}); passes "
+            "run without graphs, which is right but slow",
+            stacklevel=4,
+        )
+        return None
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    lasting = fresh()
+    return PagedCache(lasting, num_slots, max_tokens, longest, name), stepper(lasting)

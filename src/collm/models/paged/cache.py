@@ -1,0 +1,133 @@
+"""Texts in a `PagedPool`: they take blocks as they grow, and what ended texts left makes room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from threading import Lock
+from weakref import WeakSet
+
+from collm.models.memory import free_bytes
+from collm.models.paged.pool import PagedPool
+from collm.models.prefix_cache import PrefixCache, Slot
+from collm.values import Query
+
+_log = logging.getLogger(__name__)
+
+SHARE = 0.75
+"""Of the free memory of a device: for the caches of all its networks together, unless a setting says otherwise. What
+is left is for graphs and for reading prompts."""
+MORE_SLOTS = 64
+"""Slots beyond those asked for that a reservation has room for."""
+_waiting: WeakSet[PagedCache] = WeakSet()
+_lock = Lock()
+
+
+class PagedCache(PrefixCache):
+    """The storage is reserved when it is first needed, once all networks are loaded: those of a device divide what is
+    free, so that each can hold the same number of tokens.
+
+    Args:
+        max_tokens: to reserve; a share below 1 is one of the free memory, None the share `SHARE`. Never more than
+            `num_slots` texts of `context_length`.
+    """
+
+    def __init__(
+        self, pool: PagedPool, num_slots: int, max_tokens: int | float | None, context_length: int, name: str
+    ) -> None:
+        super().__init__(pool, num_slots)
+        self._pool, self._asked, self._context_length, self.name = pool, max_tokens, context_length, name
+        self._num_blocks = 0
+        _waiting.add(self)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.num_blocks * self._pool.block
+
+    @property
+    def num_blocks(self) -> int:
+        with _lock:
+            if not self._num_blocks:
+                _divide([each for each in _waiting if each._pool.device == self._pool.device])
+            return self._num_blocks
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        # A block more for each text: a shared one that it writes to is copied.
+        needed = sum(-(-length // self._pool.block) + 1 for length in lengths)
+        alone = len(lengths) == 1 and lengths[0] <= self.max_tokens
+        return len(lengths) <= self.num_slots and (needed <= self.num_blocks or alone)
+
+    def forget(self) -> None:
+        super().forget()
+        self._num_blocks = 0
+        _waiting.add(self)
+
+    def open(self) -> None:
+        """Reserve the storage, if it is not."""
+        blocks = self._pool.blocks
+        if not blocks.num_blocks or blocks.num_slots < self.num_slots:
+            self.slots, self._places = [], {}
+            self._pool.reserve(self.num_slots + MORE_SLOTS, self.num_blocks, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return min(self._context_length, self.max_tokens)
+
+    def wanted(self) -> int:
+        """Blocks that could be used at all."""
+        return self.num_slots * (-(-self._context_length // self._pool.block) + 1)
+
+    def _make_room(self, queries: Sequence[Query]) -> None:
+        self.open()
+        while len(self.slots) < self.num_slots:
+            self.slots.append(Slot())
+        blocks = self._pool.blocks
+        here = {self._places[query.view] for query in queries if query.view in self._places}
+        needed = 0
+        for query in queries:
+            own = blocks.lengths[self._places[query.view]] if query.view in self._places else 0
+            # What is asked about again may be shared, and is then copied.
+            needed += max(0, blocks.needed(query.length) - own) + blocks.needed(query.num_last) + 1
+        others = [n for n, slot in enumerate(self.slots) if n not in here and slot.view is not None]
+        # Ended texts first, the one used longest ago first of all.
+        for n in sorted(others, key=lambda n: (not self.slots[n].ended, self.slots[n].used)):
+            if blocks.num_free >= needed:
+                return
+            self._drop(n)
+        for n in sorted(here, key=lambda n: self.slots[n].used):
+            # What they share and what they held before a rollback: rather read again than not at all.
+            if blocks.num_free >= needed:
+                return
+            needed += blocks.lengths[n]
+            self._pool.clear(n)
+            self.slots[n].held = 0
+
+    def _drop(self, n: int) -> None:
+        view = self.slots[n].view
+        if view is not None:
+            del self._places[view]
+        self.slots[n] = Slot()
+        self._pool.clear(n)
+
+
+def _divide(caches: Sequence[PagedCache]) -> None:
+    """Give each of the caches of a device its number of blocks."""
+    open_ended = [each for each in caches if each._asked is None or each._asked < 1]
+    for each in caches:
+        if each not in open_ended:
+            assert each._asked is not None
+            each._num_blocks = max(1, int(each._asked) // each._pool.block)
+    taken = sum(each._num_blocks * each._pool.block_bytes for each in caches)
+    if open_ended:
+        free = max(0, free_bytes(open_ended[0]._pool.device) - taken)
+        together = sum(each._pool.block_bytes for each in open_ended)
+        for each in open_ended:
+            share = SHARE if each._asked is None else float(each._asked)
+            each._num_blocks = max(1, min(int(share * free / together), each.wanted()))
+    for each in caches:
+        _waiting.discard(each)
+        _log.info(
+            "%s: %s keeps up to %d tokens of keys and values (%.1f GB)",
+            each._pool.device, each.name, each._num_blocks * each._pool.block,
+            each._num_blocks * each._pool.block_bytes / 1e9,
+        )  # fmt: skip

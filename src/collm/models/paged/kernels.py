@@ -1,0 +1,162 @@
+"""Triton kernels of a ragged pass. All that changes from pass to pass is read from the plan, on the device.
+
+Each has a twin in torch (`ops.py`, `telling.py`). Numbers of tokens are not specialised for: every bucket would compile
+anew.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from collm.models.paged import plan as lines
+
+_HEAD = tl.constexpr(lines.HEAD)
+_POSITIONS = tl.constexpr(lines.POSITIONS)
+_WHERE = tl.constexpr(lines.WHERE)
+_SLOTS = tl.constexpr(lines.SLOTS)
+_TOKEN = tl.constexpr(lines.TOKEN)
+_WIDTH = tl.constexpr(lines.WIDTH)
+_SLOT = tl.constexpr(lines.SLOT)
+_START = tl.constexpr(lines.START)
+_ITEM = tl.constexpr(lines.ITEM)
+_NO_ITEM = tl.constexpr(lines.NO_ITEM)
+
+
+@triton.jit(do_not_specialize=["T"])
+def enter(plan, table, T, table_width, BLOCK: tl.constexpr):
+    """Program (token): the block that it is written to, into the table."""
+    at = plan + _HEAD + tl.program_id(0)
+    slot = tl.load(at + _SLOTS * T).to(tl.int64)
+    place = tl.load(at + _POSITIONS * T) // BLOCK
+    tl.store(table + slot * table_width + place, tl.load(at + _WHERE * T) // BLOCK)
+
+
+@triton.jit(do_not_specialize=["T"])
+def store(
+    key, value, keys, values, plan, T, key_token, key_head, value_token, value_head,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (token, kv head)."""
+    t = tl.program_id(0)
+    h = tl.program_id(1)
+    d = tl.arange(0, DP)
+    where = tl.load(plan + _HEAD + _WHERE * T + t)
+    place = (((where // BLOCK).to(tl.int64) * KV + h) * BLOCK + where % BLOCK) * D + d
+    tl.store(keys + place, tl.load(key + t * key_token + h * key_head + d, mask=d < D), mask=d < D)
+    tl.store(values + place, tl.load(value + t * value_token + h * value_head + d, mask=d < D), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["T", "programs"])
+def attend(
+    query, keys, values, out, part, stats, plan, table, T, programs, table_width, scale, window, cap,
+    query_token, query_head,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (n, kv head): the n-th item, and every `programs`-th after it: one piece's queries, one chunk of keys.
+
+    A piece with a single chunk is done then; of others the parts go to `part` `[item, kv head, M, DP]` and the largest
+    score and the sum of weights to `stats` `[item, kv head, M, 2]`, float32.
+    """
+    h = tl.program_id(1)
+    KV: tl.constexpr = HQ // G
+    PER: tl.constexpr = M // G
+    items = tl.load(plan)
+    chunk = tl.load(plan + 1)
+    each = tl.arange(0, NP)
+    firsts = tl.load(plan + _HEAD + _ITEM * T + each, mask=each < T, other=_NO_ITEM)
+    m = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    n = tl.arange(0, N)
+    mine = m // G  # which of the piece's tokens a row of the tile is
+    for item in range(tl.program_id(0), items, programs):
+        p = tl.sum((firsts <= item).to(tl.int32), 0) - 1
+        at = plan + _HEAD + p
+        token = tl.load(at + _TOKEN * T)
+        width = tl.load(at + _WIDTH * T)
+        slot = tl.load(at + _SLOT * T).to(tl.int64)
+        start = tl.load(at + _START * T)
+        first = tl.load(at + _ITEM * T)
+        end = start + width
+        low = (item - first) * chunk
+        high = tl.minimum(end, low + chunk)
+        if WINDOW:
+            low = tl.maximum(low, tl.maximum(start + 1 - window, 0) // N * N)
+        valid = (mine < width) & (m < PER * G)
+        row = token + mine
+        head = h * G + m % G
+        seen_row = valid[:, None] & (d < D)[None, :]
+        whose = query + row[:, None] * query_token + head[:, None] * query_head
+        q = tl.load(whose + d[None, :], mask=seen_row, other=0.0)
+        position = (start + mine)[:, None]
+        top = tl.full([M], -1e30, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, DP], tl.float32)
+        # A loop inside a block, where addresses are affine, so that its loads are fetched ahead.
+        for b0 in range(low // BLOCK * BLOCK, high, BLOCK):
+            base = (tl.load(table + slot * table_width + b0 // BLOCK).to(tl.int64) * KV + h) * BLOCK * D
+            stop = tl.minimum(high, b0 + BLOCK)
+            for n0 in range(tl.maximum(low, b0), stop, N):
+                where = n0 + n
+                place = base + (where - b0)[:, None] * D + d[None, :]
+                known = (where < stop)[:, None] & (d < D)[None, :]
+                key = tl.load(keys + place, mask=known, other=0.0)
+                scores = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
+                if CAP:
+                    scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
+                seen = (where[None, :] <= position) & (where < stop)[None, :]
+                if WINDOW:
+                    seen = seen & (where[None, :] > position - window)
+                scores = tl.where(seen, scores, -1e30)
+                new = tl.maximum(top, tl.max(scores, 1))
+                weights = tl.where(seen, tl.exp(scores - new[:, None]), 0.0)
+                fade = tl.exp(top - new)
+                value = tl.load(values + place, mask=known, other=0.0)
+                acc = acc * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+                total = total * fade + tl.sum(weights, 1)
+                top = new
+        if end <= chunk:
+            there = (row * HQ + head)[:, None] * D + d[None, :]
+            tl.store(out + there, acc / tl.where(total > 0, total, 1.0)[:, None], mask=seen_row)
+        else:
+            at_part = (item * KV + h) * M + m
+            tl.store(part + at_part[:, None] * DP + d[None, :], acc)
+            tl.store(stats + at_part * 2, top)
+            tl.store(stats + at_part * 2 + 1, total)
+
+
+@triton.jit(do_not_specialize=["T"])
+def combine(
+    part, stats, out, plan, T,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Program (piece, kv head): the chunks of a piece put together, if there are several."""
+    p = tl.program_id(0)
+    h = tl.program_id(1)
+    KV: tl.constexpr = HQ // G
+    PER: tl.constexpr = M // G
+    at = plan + _HEAD + p
+    chunk = tl.load(plan + 1)
+    width = tl.load(at + _WIDTH * T)
+    end = tl.load(at + _START * T) + width
+    if (width > 0) & (end > chunk):
+        first = tl.load(at + _ITEM * T)
+        m = tl.arange(0, M)
+        d = tl.arange(0, DP)
+        top = tl.full([M], -1e30, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, DP], tl.float32)
+        for item in range(first, first + tl.cdiv(end, chunk)):
+            at_part = (item * KV + h) * M + m
+            other = tl.load(stats + at_part * 2)
+            new = tl.maximum(top, other)
+            fade = tl.exp(top - new)
+            weight = tl.exp(other - new)
+            acc = acc * fade[:, None] + tl.load(part + at_part[:, None] * DP + d[None, :]) * weight[:, None]
+            total = total * fade + tl.load(stats + at_part * 2 + 1) * weight
+            top = new
+        row = tl.load(at + _TOKEN * T) + m // G
+        valid = (m // G < width) & (m < PER * G)
+        there = (row * HQ + h * G + m % G)[:, None] * D + d[None, :]
+        tl.store(out + there, acc / tl.where(total > 0, total, 1.0)[:, None], mask=valid[:, None] & (d < D)[None, :])

@@ -1,0 +1,206 @@
+"""Passes of a network as graphs, one for each number of tokens: one launch and one wait a pass."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import struct
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from collm.models.attention import Row
+from collm.models.backbone import project
+from collm.models.head import DeferralHead
+from collm.models.laws import Asked
+from collm.models.paged import plan as planned
+from collm.models.paged.capture import Capture, Work
+from collm.models.paged.plan import DRAW, HEAD, LINES, Plan
+from collm.models.paged.pool import NARROW, PagedPool
+from collm.models.paged.telling import WORD, Telling, Told, columns
+from collm.noise import key_of
+
+_log = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW)
+"""Numbers of tokens for which there are graphs; a pass takes the next larger one."""
+
+
+@dataclass(slots=True)
+class Bucket:
+    """The fixed buffers of passes of up to `size` tokens, and what replays them."""
+
+    size: int
+    into: Tensor
+    out: Tensor
+    replay: Work
+
+
+@dataclass(slots=True)
+class Counts:
+    """What passes did, for tests and `collm bench`: by bucket how many, uploads, downloads."""
+
+    passes: dict[int, int] = field(default_factory=dict)
+    launches: int = 0
+    uploads: int = 0
+    downloads: int = 0
+    waits: int = 0
+
+
+class Stepper:
+    """The passes that decode: those of up to 256 tokens that ask for tokens, entropies and gates alone.
+
+    A graph is captured when its bucket is first met, or by `warm_up`. Where the memory does not suffice, or a network
+    cannot be captured, passes run without: slower, never otherwise.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        head: DeferralHead | None,
+        vocab_size: int,
+        pool: PagedPool,
+        capture: Capture,
+        telling: Telling,
+        name: str,
+    ) -> None:
+        self._lm, self._head, self._vocab_size = lm, head, vocab_size
+        self._pool, self._capture, self._telling, self._name = pool, capture, telling, name
+        self._buckets: dict[int, Bucket] = {}
+        self._refused: set[int] = set()
+        self._moves = pool.moves
+        self.counts = Counts()
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Those that are captured."""
+        return tuple(sorted(self._buckets))
+
+    def warm_up(self, largest: int = BUCKETS[-1]) -> float:
+        """Capture all graphs of up to so many tokens, large ones first, whose memory the others then share; returns
+        the seconds that it took."""
+        began = perf_counter()
+        for size in reversed(BUCKETS):
+            if size <= largest:
+                self._bucket(size)
+        return perf_counter() - began
+
+    def takes(self, num_tokens: int, asked: Asked) -> bool:
+        """Whether it answers such a pass."""
+        plain = asked.given is None and not asked.num_top and not asked.law
+        return plain and num_tokens <= BUCKETS[-1]
+
+    def _forget(self) -> None:
+        """Graphs know addresses."""
+        self._buckets, self._refused, self._moves = {}, set(), self._pool.moves
+
+    def step(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int], asked: Asked) -> Told:
+        """What one pass tells of each of its tokens.
+
+        Args:
+            rows, token_ids: as `PagedPool.forward`.
+            wanted: the tokens behind which something is asked.
+        """
+        count = len(token_ids)
+        bucket = self._bucket(next(size for size in BUCKETS if size >= count))
+        counts = self.counts
+        size = count if bucket is None else bucket.size
+        host = self._capture.host(planned.size(size)) if bucket is None else bucket.into
+        numbers = host.numpy()
+        tile = self._pool.tile(size)
+        items = self._pool.fill(numbers, rows, token_ids, tile)
+        _write_draws(numbers[HEAD:].reshape(LINES, -1), wanted, asked)
+        counts.uploads += 1
+        counts.downloads += 1
+        if bucket is None:
+            device = host.to(self._capture.device, non_blocking=True)
+            out = self._work(Plan(device, size, tile, items)).cpu()
+        else:
+            bucket.replay()
+            counts.launches += 1
+            counts.passes[bucket.size] = counts.passes.get(bucket.size, 0) + 1
+            self._capture.wait()
+            out = bucket.out
+        counts.waits += 1
+        return Told(out.numpy()[:count].copy(), self._head is not None)
+
+    def _work(self, plan: Plan) -> Tensor:
+        hidden = self._pool.run(plan)
+        logits = project(self._lm, hidden)
+        return self._telling.tell(logits, hidden, self._head, plan, self._vocab_size)
+
+    def _bucket(self, size: int) -> Bucket | None:
+        if self._moves != self._pool.moves:
+            self._forget()
+        bucket = self._buckets.get(size)
+        if bucket is None and size not in self._refused:
+            try:
+                bucket = self._buckets[size] = self._captured(size)
+            except torch.OutOfMemoryError:
+                self._refused.add(size)
+                _make_room()
+                warnings.warn(
+                    f"{self._name}: no memory for the graph of passes over {size} tokens; they run without, which is "
+                    "slower. A smaller max_cache_tokens leaves more",
+                    stacklevel=2,
+                )
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                self._refused.update(BUCKETS)
+                self._buckets.clear()
+                _log.info("capture failed", exc_info=error)
+                warnings.warn(
+                    f"{self._name}: passes of a {self._lm.config.model_type} model cannot be captured as CUDA graphs "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); they run without, "
+                    "which is slower",
+                    stacklevel=2,
+                )
+        return bucket
+
+    def _captured(self, size: int) -> Bucket:
+        began = perf_counter()
+        into = self._capture.host(planned.size(size))
+        out = self._capture.host(size, columns(self._head))
+        # Padding alone: no text is touched.
+        planned.fill_empty(into.numpy(), self._pool.blocks)
+        device = into.to(self._capture.device)
+        plan = Plan(device, size, self._pool.tile(size), planned.num_items(size))
+
+        def work() -> None:
+            device.copy_(into, non_blocking=True)
+            out.copy_(self._work(plan), non_blocking=True)
+
+        replay = self._capture.record(work)
+        _log.info("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
+        return Bucket(size, into, out, replay)
+
+
+def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) -> None:
+    for row in asked.draws.rows:
+        token, (how, position) = wanted[row], asked.how[row]
+        if how.temperature:
+            low, high = key_of(how.seed)
+            floats = struct.unpack("ii", struct.pack("ff", how.temperature, how.top_p))
+            words = (low, high, how.sample & WORD, position & WORD)
+            lines[DRAW : DRAW + 4, token] = np.array(words, dtype=np.uint32).view(np.int32)
+            lines[DRAW + 4 :, token] = how.top_k, *floats
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the device cannot be used any more by this process."""
+    accelerator = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
+def _make_room() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

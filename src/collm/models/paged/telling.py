@@ -1,0 +1,78 @@
+"""What a pass tells of each of its tokens, as one row of numbers that go to the host at once: the plain twin.
+
+Row: top token, its log-probability, entropy, whether something is not a number, the chosen token, its log-probability,
+and the logs of the gate; int32, floats by their bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collm.decoding.choosing import draw, race, truncated
+from collm.gate import log_gate
+from collm.models.head import DeferralHead
+from collm.models.paged.plan import DRAW, Plan
+from collm.values import Answer
+
+GATE = 6
+"""Column of the gate's first number."""
+WORD = 0xFFFFFFFF
+
+
+def columns(head: DeferralHead | None) -> int:
+    return GATE + (0 if head is None else 1 + head.num_assistants)
+
+
+class Telling(Protocol):
+    def tell(self, logits: Tensor, hidden: Tensor, head: DeferralHead | None, plan: Plan, vocab_size: int) -> Tensor:
+        """Rows `[T, columns]` of logits `[T, >= vocab_size or fewer]` and hidden states `[T, H]`."""
+        ...
+
+
+class TorchTelling:
+    """The plain twin of `TritonTelling`."""
+
+    def tell(self, logits: Tensor, hidden: Tensor, head: DeferralHead | None, plan: Plan, vocab_size: int) -> Tensor:
+        log_probs = torch.log_softmax(logits[:, :vocab_size].float(), dim=-1)
+        top_log_prob, top = log_probs.max(dim=-1)
+        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
+        bad = entropy.isnan() | top_log_prob.isnan()
+        chosen = top.clone()
+        temperature, top_p = (plan.line(DRAW + n).view(torch.float32) for n in (5, 6))
+        low, high, sample, position, top_k = (plan.line(DRAW + n).long() for n in range(5))
+        for row in temperature.nonzero().flatten().tolist():
+            own = slice(row, row + 1)
+            law = truncated(log_probs[own].double(), temperature[own].double(), top_p[own].double(), top_k[own])
+            seed = low[own] & WORD, high[own] & WORD
+            noise = race(seed, sample[own], position[own], law.shape[-1], torch.float64)
+            chosen[own] = draw(law, noise)
+        floats = [top_log_prob, entropy, log_probs.gather(-1, chosen[:, None])[:, 0]]
+        if head is not None:
+            gates = log_gate(head(hidden))
+            bad |= gates[:, 0].isnan()
+            floats += list(gates.T)
+        first, second, third, *rest = (each.contiguous().view(torch.int32) for each in floats)
+        return torch.stack([top.int(), first, second, bad.int(), chosen.int(), third, *rest], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The rows of a pass on the host."""
+
+    rows: NDArray[np.int32]
+    has_gate: bool
+
+    def answer(self, n: int) -> Answer | None:
+        """Of the n-th token of the pass; None where it is not a number."""
+        row = self.rows[n]
+        if row[3]:
+            return None
+        floats = row.view(np.float32)
+        gate = tuple(floats[GATE:].tolist()) if self.has_gate else None
+        return Answer(int(row[4]), float(floats[5]), int(row[0]), float(floats[1]), float(floats[2]), gate)
