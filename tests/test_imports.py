@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "collm"
 ORDER = [
+    "colours",
     "types",
     "views",
     "values",

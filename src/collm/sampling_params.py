@@ -88,11 +88,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         # As the OpenAI API: one string is one stop string, not its characters.
         stop: str | Sequence[str] = self.stop
+        if not isinstance(stop, str | Sequence) or not all(isinstance(part, str) for part in stop):
+            raise ValueError(f"stop must be a text or a list of texts, not {stop!r}")
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name in ("max_tokens", "top_k", "seed", "sample", "top_log_probs"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("temperature", "top_p", "threshold", "deferral_rate"):
+            value = getattr(self, name)
+            if value is None and name in ("threshold", "deferral_rate"):
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        if not isinstance(self.speculative, bool):
+            raise ValueError(f"speculative must be True or False, not {self.speculative!r}")
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be a number, not {self.temperature}")
         if self.max_tokens < 1:

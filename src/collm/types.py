@@ -138,3 +138,23 @@ class Generation:
     @cached_property
     def changed_tokens(self) -> int:
         return sum(step.changed for step in self.steps)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text, coloured by who wrote each token; hovering tells more."""
+        from collm.colours import coloured_html
+
+        notes = []
+        for step in self.steps:
+            note = f"{self.model_names[step.author]}, log-probability {step.log_prob:.3g}"
+            if step.gate:
+                gates = zip(self.model_names, step.gate, strict=False)
+                note += "; gate: " + ", ".join(f"{name} {gate:.3f}" for name, gate in gates)
+            if step.changed:
+                note += "; the base would have written another token"
+            notes.append(note)
+        summary = (
+            f"{self.completion_tokens} tokens, {self.deferral_rate:.1%} written by assistants; finished by "
+            f"{self.finish_reason}{'' if self.error is None else f' ({self.error})'}"
+        )
+        authors = [step.author for step in self.steps]
+        return coloured_html(self.pieces, authors, self.model_names, notes, summary)

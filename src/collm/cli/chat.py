@@ -243,7 +243,8 @@ class Talk:
             self.messages = [*asked, {"role": "assistant", "content": content}]
 
     def _show(self, piece: Piece) -> None:
-        from collm.report.terminal import printable, token_text
+        from collm.colours import printable
+        from collm.report.terminal import token_text
 
         if not self._colour:
             click.echo(printable(piece.text), nl=False)

@@ -87,7 +87,8 @@ def _show_stream(chunks: Iterable[Chunk], plain: bool) -> Generation:
     """Print tokens as they come: coloured on a terminal, as they are elsewhere."""
     from rich.console import Console
 
-    from collm.report.terminal import printable, token_text
+    from collm.colours import printable
+    from collm.report.terminal import token_text
 
     console = Console()
     coloured = console.is_terminal and not console.no_color and not plain

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from collm.data.formatting import Formatter, PromptFormat
-from collm.llm.sources import AssistantSource, matched
+from collm.errors import CollmError
+from collm.llm.sources import Assistants, AssistantSource, matched
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import warn_of_other_weights
 from collm.models.info import AssistantInfo
-from collm.models.loading import load_tokenizer
+from collm.models.loading import load_tokenizer, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.specs import is_tool, is_url, split_spec
 from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.values import LanguageModel
 
-__all__ = ["AssistantSource", "load_assistants"]
+__all__ = ["AssistantSource", "Assistants", "load_assistants"]
 
 
 def load_assistants(
-    given: Sequence[AssistantSource],
+    given: Assistants,
     trained: Sequence[AssistantInfo],
     base: Formatter,
     *,
@@ -67,8 +71,11 @@ def _load(
     max_cache_tokens: int | float | None,
     vocab_size: int,
 ) -> tuple[LanguageModel, Formatter]:
-    if not isinstance(source, str):
+    if isinstance(source, PreTrainedModel):
+        return _own_network(source, info, base, cache=cache, max_cache_tokens=max_cache_tokens)
+    if isinstance(source, LanguageModel):
         return source, base
+    source = str(source)
     if is_url(source):
         from collm.llm.connecting import connect_assistant
 
@@ -91,5 +98,27 @@ def _load(
         cache=cache,
         max_cache_tokens=max_cache_tokens,
         activate=variant.activate,
+    )
+    return model, Formatter(tokenizer, PromptFormat(**info.format))
+
+
+def _own_network(
+    network: PreTrainedModel, info: AssistantInfo, base: Formatter, *, cache: bool, max_cache_tokens: int | float | None
+) -> tuple[LanguageModel, Formatter]:
+    """A transformers model that the caller has loaded; it is read by the base's tokenizer."""
+    tokenizer = base.tokenizer
+    wanted, there = shared_vocab_size(tokenizer), network.config.get_text_config().vocab_size
+    if there < wanted:
+        raise CollmError(
+            f"assistant {info.name!r}: the model has {there} tokens, the base's tokenizer {wanted}: it is to be one "
+            "of the base's tokenizer"
+        )
+    warn_of_other_weights(
+        partial(weights_fingerprint, network),
+        info.weights_fingerprint,
+        f"the model does not hold the weights that the gate was trained with as assistant {info.name!r}",
+    )
+    model = LocalModel(
+        network.eval(), tokenizer, name=info.name, vocab_size=wanted, cache=cache, max_cache_tokens=max_cache_tokens
     )
     return model, Formatter(tokenizer, PromptFormat(**info.format))

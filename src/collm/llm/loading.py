@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
-from collm.llm.assistants import AssistantSource, load_assistants
+from collm.llm.assistants import Assistants, load_assistants
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import load_base
 from collm.models.info import CheckpointInfo
@@ -33,7 +32,7 @@ class Loaded:
 
 def load(
     path: str | Path,
-    assistants: Sequence[AssistantSource] = (),
+    assistants: Assistants = (),
     *,
     base: str | None = None,
     dtype: str = "float32",
@@ -71,9 +70,7 @@ def load(
     )
 
 
-def _beside_a_server(
-    path: str, base: str | None, assistants: Sequence[AssistantSource], placed: dict[str, Any]
-) -> Loaded:
+def _beside_a_server(path: str, base: str | None, assistants: Assistants, placed: dict[str, Any]) -> Loaded:
     from collm.llm.connecting import connect_base
 
     remote, formatter, info = connect_base(path, base)

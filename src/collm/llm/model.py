@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
+from typing import Unpack
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.data.formatting import Formatter
@@ -15,7 +17,8 @@ from collm.decoding.pace import AdaptivePace
 from collm.decoding.text import Transcript, stopping
 from collm.engine import Engine
 from collm.errors import CollmError
-from collm.llm.assistants import AssistantSource
+from collm.llm.asking import Settings, asked, asked_each
+from collm.llm.assistants import Assistants
 from collm.llm.loading import load
 from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenIds, prompt_ids
@@ -25,6 +28,7 @@ from collm.llm.writing import Chunk, Writing, whole
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
+from collm.models.placement import dtype_name
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation
 from collm.values import LanguageModel
@@ -75,11 +79,11 @@ class CollaborativeLM:
     def from_pretrained(
         cls,
         path: str | Path,
-        assistants: Sequence[AssistantSource] = (),
+        assistants: Assistants = (),
         *,
-        base: str | None = None,
-        dtype: str = "float32",
-        device: str = "cpu",
+        base: str | Path | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
         cache: bool = True,
         max_cache_tokens: int | float | None = None,
         max_num_seqs: int = 16,
@@ -92,10 +96,13 @@ class CollaborativeLM:
             path: a checkpoint, or a plain model, which has no gate and can only defer never, always or at random.
                 It, `base` and the assistants may say how they are loaded: `SPEC?device_map=auto&quantization=nf4`
                 (`models.placement`); or be models behind servers, `vllm+http://host:8000` (`remote.address`).
-            assistants: in the order of training, or by name as `"NAME=SPEC"`; a spec, or a `LanguageModel` of one's
-                own. Tools that the checkpoint was trained with need not be given.
+            assistants: in the order of training, or by name: `{"expert": ...}`, or `"expert=SPEC"`. Each a path or
+                another spec, a tool, a transformers model with the base's tokenizer, or a `LanguageModel` of one's
+                own. Those that lie where they lay in training, and tools, need not be given.
             base: where the base model lies, for a checkpoint that holds an adapter or a gate alone; for an export
                 (`collm export`) the vLLM that serves it.
+            dtype: of the weights: float32, bfloat16 or float16, or as torch has it.
+            device: cpu, cuda, cuda:1, mps; or auto, the GPU if there is one.
             cache: False recomputes every token from the start: the plain twin, for tests.
             max_cache_tokens: bounds the KV cache of each model (texts at a time x their length), in tokens, or as a
                 share below 1 of the memory that is free once it is loaded. Texts wait until there is room; one that
@@ -108,9 +115,9 @@ class CollaborativeLM:
         found = load(
             path,
             assistants,
-            base=base,
-            dtype=dtype,
-            device=device,
+            base=None if base is None else str(base),
+            dtype=dtype_name(dtype),
+            device=str(device),
             cache=cache,
             max_cache_tokens=max_cache_tokens,
         )
@@ -159,13 +166,14 @@ class CollaborativeLM:
         *,
         policy: Method | None = None,
         alone: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> Generation:
-        """Write one text; see `generate_batch`.
+        """Write one text: `generate("Once", max_tokens=40)`; see `generate_batch`.
 
         Raises:
             GenerationFailed: a model failed in the middle.
         """
-        [generation] = self.generate_batch([prompt], params, policy=policy, alone=alone)
+        [generation] = self.generate_batch([prompt], params, policy=policy, alone=alone, **settings)
         return whole(generation)
 
     def generate_batch(
@@ -176,6 +184,7 @@ class CollaborativeLM:
         *,
         policy: Method | None = None,
         alone: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> list[Generation]:
         """Write a text for each prompt, at most `batch_size` at a time. A text does not depend on its batch-mates.
 
@@ -183,6 +192,7 @@ class CollaborativeLM:
 
         Args:
             params: for all, or one for each prompt.
+            settings: fields of `SamplingParams` by name, set in all of them: `max_tokens=64, temperature=0.7`.
             policy: who writes, instead of what `params` says: a policy, or another way of decoding.
             alone: name or number of the only model to be used, the base being 0: the baselines.
 
@@ -190,7 +200,7 @@ class CollaborativeLM:
             CollmError: a prompt is longer than the context of a model; the checkpoint has no gate or no calibration
                 for what `params` asks.
         """
-        done = dict(self.generate_each(prompts, params, batch_size, policy=policy, alone=alone))
+        done = dict(self.generate_each(prompts, params, batch_size, policy=policy, alone=alone, **settings))
         return [done[i] for i in range(len(prompts))]
 
     def generate_each(
@@ -201,20 +211,16 @@ class CollaborativeLM:
         *,
         policy: Method | None = None,
         alone: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> Iterator[tuple[int, Generation]]:
         """As `generate_batch`, each text with its number as soon as it is finished."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise CollmError("generate_batch takes a list of prompts; for a single one there is generate")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise CollmError(
-                f"{len(prompts)} prompts but {len(each)} sampling params; give one for each, or one for all"
-            )
+        each = asked_each(params, settings, len(prompts))
         ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
-        settings = numbered(list(zip(ids, each, strict=True)))
+        each = numbered(list(zip(ids, each, strict=True)))
         writings = [
-            (i, self._writing(own, asked, policy, alone))
-            for i, (own, asked) in enumerate(zip(ids, settings, strict=True))
+            (i, self._writing(own, how, policy, alone)) for i, (own, how) in enumerate(zip(ids, each, strict=True))
         ]
         at_a_time = min(batch_size, len(prompts))
         return finished(self._engine_for(at_a_time), writings, at_a_time)
@@ -226,9 +232,10 @@ class CollaborativeLM:
         *,
         policy: Method | None = None,
         alone: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> Iterator[Chunk]:
         """As `generate`, token by token; the last chunk carries the same `Generation`."""
-        return chunks(self.engine, self._writing(self._prompt_ids(prompt, 0), params, policy, alone))
+        return chunks(self.engine, self._single(prompt, params, settings, policy, alone))
 
     def astream(
         self,
@@ -237,9 +244,10 @@ class CollaborativeLM:
         *,
         policy: Method | None = None,
         alone: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for asyncio. The text is cancelled where the iterator is closed, or its task cancelled."""
-        return achunks(self.engine, self._writing(self._prompt_ids(prompt, 0), params, policy, alone))
+        return achunks(self.engine, self._single(prompt, params, settings, policy, alone))
 
     async def agenerate(
         self,
@@ -248,6 +256,7 @@ class CollaborativeLM:
         *,
         policy: Method | None = None,
         alone: int | str | None = None,
+        **settings: Unpack[Settings],
     ) -> Generation:
         """As `generate`, for asyncio.
 
@@ -255,7 +264,7 @@ class CollaborativeLM:
             GenerationFailed: a model failed in the middle.
         """
         generation = None
-        async for chunk in self.astream(prompt, params, policy=policy, alone=alone):
+        async for chunk in self.astream(prompt, params, policy=policy, alone=alone, **settings):
             generation = chunk.generation
         assert generation is not None
         return whole(generation)
@@ -288,6 +297,16 @@ class CollaborativeLM:
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         names, contexts = self.model_names, self.context_lengths
         return prompt_ids(prompt, self.formatters, names, contexts, f"prompt {number + 1}")
+
+    def _single(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        settings: Settings,
+        policy: Method | None,
+        alone: int | str | None,
+    ) -> Writing:
+        return self._writing(self._prompt_ids(prompt, 0), asked(params, settings), policy, alone)
 
     def _writing(
         self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Method | None, alone: int | str | None

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, load_info
 from collm.models.specs import is_tool, is_url, require_model, server_name, split_spec
 from collm.values import LanguageModel
 
-AssistantSource = str | LanguageModel
-"""A spec (a URL of a server, too), `"NAME=SPEC"`, or a model of one's own."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AssistantSource: TypeAlias = "str | Path | LanguageModel | PreTrainedModel"
+"""A spec (a URL, too) or path, `"NAME=SPEC"`, a tool or another model of one's own, or a transformers model."""
+Assistants: TypeAlias = "AssistantSource | Sequence[AssistantSource] | Mapping[str, AssistantSource]"
+"""One, several in the order of training, or several by name."""
 
 
-def matched(
-    given: Sequence[AssistantSource], trained: Sequence[AssistantInfo]
-) -> tuple[list[AssistantInfo], list[AssistantSource]]:
+def matched(given: Assistants, trained: Sequence[AssistantInfo]) -> tuple[list[AssistantInfo], list[AssistantSource]]:
     """For each assistant, what is known about it and what to load.
 
     Raises:
@@ -29,12 +33,9 @@ def matched(
     return infos, sources
 
 
-def _matched(
-    given: Sequence[AssistantSource], trained: Sequence[AssistantInfo]
-) -> tuple[list[AssistantInfo], list[AssistantSource]]:
+def _matched(given: Assistants, trained: Sequence[AssistantInfo]) -> tuple[list[AssistantInfo], list[AssistantSource]]:
     """For each assistant, what is known about it and what to load."""
-    given = [given] if isinstance(given, str) else given
-    named = [_named(source, [info.name for info in trained]) for source in given]
+    named = _listed(given, [info.name for info in trained])
     if not trained:
         return [_untrained(name, s) for name, s in named], [s for _, s in named]
     by_name = {name: source for name, source in named if name is not None}
@@ -59,7 +60,7 @@ def _matched(
                 f"(it was trained with {info.spec})"
             )
     if unnamed:
-        raise CollmError(f"{len(given)} assistants were given, but the checkpoint was trained with {len(trained)}")
+        raise CollmError(f"{len(named)} assistants were given, but the checkpoint was trained with {len(trained)}")
     for info, source in zip(trained, sources, strict=True):
         if isinstance(source, str) and is_tool(source) != is_tool(info.spec):
             if not is_tool(source):
@@ -69,6 +70,26 @@ def _matched(
                 "writer, and the gate knows nothing about it"
             )
     return list(trained), sources
+
+
+def _listed(given: Assistants, known: Sequence[str]) -> list[tuple[str | None, AssistantSource]]:
+    if isinstance(given, Mapping):
+        return [(name, _spec(source)) for name, source in given.items()]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return [_named(_spec(given), known)]
+    return [_named(_spec(source), known) for source in given]
+
+
+def _spec(source: AssistantSource) -> AssistantSource:
+    if isinstance(source, str | LanguageModel):
+        return source
+    if isinstance(source, Path):
+        return str(source)
+    if hasattr(source, "config"):  # transformers' own; nothing here imports it
+        return source
+    raise CollmError(
+        f"an assistant is a path or another spec, a tool, a LanguageModel or a transformers model, not {source!r}"
+    )
 
 
 def _untrained(name: str | None, source: AssistantSource) -> AssistantInfo:
@@ -84,14 +105,19 @@ def _wanting(trained: Sequence[AssistantInfo], by_name: dict[str, AssistantSourc
 
 def _named(source: AssistantSource, known: Sequence[str]) -> tuple[str | None, AssistantSource]:
     """Split `NAME=SPEC`; a model of one's own counts as named if the checkpoint knows its name."""
-    if not isinstance(source, str):
+    if isinstance(source, LanguageModel):
         return (source.name if source.name in known or not known else None), source
+    if not isinstance(source, str):
+        return None, source
     name, sign, spec = source.partition("=")
     # A folder may have "=" in its name.
     return (name, spec) if sign and name and not set(name) & set("/?") and not Path(source).exists() else (None, source)
 
 
 def _default_name(source: AssistantSource) -> str:
-    if not isinstance(source, str):
+    if isinstance(source, LanguageModel):
         return source.name
-    return server_name(source) if is_url(source) else Path(split_spec(source)[0]).name
+    if isinstance(source, str) and is_url(source):
+        return server_name(source)
+    spec = source if isinstance(source, str) else str(getattr(source, "name_or_path", ""))
+    return Path(split_spec(spec)[0]).name or "assistant"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from collm.errors import CollmError
+from collm.models.reach import keep_to_this_machine
 from collm.models.whole import one_line, some
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -39,6 +40,8 @@ def guarded(what: str, folder: str | Path | None = None) -> Iterator[None]:
     Args:
         folder: where the files lie, if they do; a JSON file in it that is damaged is named.
     """
+    if folder is None or not Path(folder).exists():  # a hub id
+        keep_to_this_machine()
     try:
         yield
     except (CollmError, ModuleNotFoundError):

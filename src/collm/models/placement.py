@@ -23,6 +23,11 @@ QUANTIZATIONS = ("int8", "nf4")
 """Of bitsandbytes; the weights of linear layers, not of embeddings and the output head."""
 
 
+def dtype_name(dtype: object) -> str:
+    """`torch.bfloat16`, or its name, as its name."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How and where a model is loaded.

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from collm.colours import printable
 from collm.report.chart import key_svg
 from collm.report.samples import author_class, tokens_html
 from collm.report.systems import SystemRow, further_metrics, percent
-from collm.report.terminal import printable
 
 SCRIPTS, STYLES = ("tokens.js", "page.js"), ("page.css", "tokens.css")
 """What a page is given. `tokens.js` and `tokens.css` are the coloured text and its panel; they stand alone."""

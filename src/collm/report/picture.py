@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
-from collm.report.terminal import coloured, legend, printable, summary
+from collm.colours import printable
+from collm.report.terminal import coloured, legend, summary
 from collm.types import Generation
 
 # rich's picture asks for a font from a server; one that loads nothing looks the same wherever it is shown.

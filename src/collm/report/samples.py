@@ -6,7 +6,7 @@ import math
 
 from markupsafe import Markup, escape
 
-from collm.report.terminal import printable
+from collm.colours import printable
 from collm.report.tokens import is_special
 from collm.report.trace import Trace
 from collm.types import BASE, Step

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from rich.text import Text
 
-from collm.report.terminal import printable
+from collm.colours import printable
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from collm.colours import colour, printable
 from collm.report.tokens import TokenFigures
 from collm.report.trace import Trace
 from collm.types import BASE, Generation, Step
 
 # Background colours that black text stands out on and that colour-blind readers can tell apart (Okabe and Ito 2008).
-_COLOURS = ("#e69f00", "#56b4e9", "#3fbf95", "#cc9ac0", "#f0e442", "#e8804a")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """`text` with control characters shown, so that a model's text can neither steer the terminal nor reorder it."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] != "\r" else "", text)
 
 
 def author_style(author: int) -> Style:
     """How tokens of this author look: the base plain, assistants on a colour of their own."""
-    return Style() if author == BASE else Style(color="#000000", bgcolor=_COLOURS[(author - 1) % len(_COLOURS)])
+    return Style() if author == BASE else Style(color="#000000", bgcolor=colour(author))
 
 
 def token_text(piece: str, step: Step) -> Text:
