@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from collm.models.paged import kernels, telling_kernels
+from collm.models.paged import kernels, llama_kernels, telling_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 STRIDES = ("query_token", "query_head", "table_width", "stride", "width")
@@ -54,6 +54,12 @@ def main() -> None:
     told = of(kind, "hidden") | {"weight": "*fp32", "bias": "*fp32", "out": "*i32"}
     compiled(telling_kernels.tell, told, {"S": 8, "SP": 8, "BH": 4096, "K": 2, "KP": 4, "C": 9})
     compiled(telling_kernels.choose, of(kind, "logits") | {"out": "*i32"}, {"C": 9, "BV": 4096}, num_warps=8)
+    compiled(llama_kernels.add_norm, of(kind, "x delta weight out"), {"ADD": True, "B": 4096}, num_warps=8)
+    compiled(llama_kernels.gated, of(kind, "gate_up out"), {"B": 1024})
+    turned = of(kind, "qkv query keys values query_norm key_norm") | {"cos": "*fp32", "sin": "*fp32"}
+    for rotated, normed in ((128, False), (96, True), (0, False)):
+        constants = {"HQ": 32, "KV": 8, "D": 128, "DP": 128, "R": rotated, "BLOCK": 256, "NORM": normed}
+        compiled(llama_kernels.turn_and_store, turned, constants, num_warps=1)
 
 
 if __name__ == "__main__":

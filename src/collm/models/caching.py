@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
@@ -11,12 +13,16 @@ from collm.models.head import DeferralHead
 from collm.models.kv_pool import KVPool
 from collm.models.memory import spare_tokens, tokens_in
 from collm.models.paged.cache import PagedCache
+from collm.models.paged.llama import LlamaBody
 from collm.models.paged.machinery import Machinery, machinery_for
-from collm.models.paged.pool import PagedPool
+from collm.models.paged.pool import Body, PagedPool
+from collm.models.paged.products import CannotFuse
 from collm.models.paged.stepping import Stepper
 from collm.models.prefix_cache import PrefixCache
 from collm.models.selftest import crop_serves, paged_serves, pool_serves
 from collm.models.slot_cache import SlotCache
+
+_log = logging.getLogger(__name__)
 
 Found = tuple[PrefixCache | CropCache | None, Stepper | None]
 LONGEST = 32_768
@@ -69,22 +75,32 @@ def _paged(
     num_slots: int,
     max_tokens: int | float | None,
 ) -> Found | None:
-    def fresh() -> PagedPool:
-        return PagedPool(lm, pool.layers, pool.groups, machinery.ops, block=machinery.block)
+    def fresh(body: Body | None) -> tuple[PagedPool, Stepper]:
+        found = PagedPool(lm, pool.layers, pool.groups, machinery.ops, body, machinery.block)
+        return found, Stepper(lm, head, vocab_size, found, machinery.capture, machinery.telling, name)
 
-    def stepper(pool: PagedPool) -> Stepper:
-        return Stepper(lm, head, vocab_size, pool, machinery.capture, machinery.telling, name)
+    reason = None
+    for body in _bodies(lm, machinery):
+        trial, stepper = fresh(body)
+        reason = paged_serves(lm, trial, stepper, vocab_size)
+        trial.free()
+        if reason is None:
+            lasting, stepper = fresh(body)
+            longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+            return PagedCache(lasting, num_slots, max_tokens, longest, name), stepper
+    warnings.warn(
+        f"{name}: keys and values in blocks do not serve this {lm.config.model_type} model here ({reason}); passes "
+        "run without graphs, which is right but slow",
+        stacklevel=4,
+    )
+    return None
 
-    trial = fresh()
-    reason = paged_serves(lm, trial, stepper(trial), vocab_size)
-    trial.free()
-    if reason is not None:
-        warnings.warn(
-            f"{name}: keys and values in blocks do not serve this {lm.config.model_type} model here ({reason}); passes "
-            "run without graphs, which is right but slow",
-            stacklevel=4,
-        )
-        return None
-    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    lasting = fresh()
-    return PagedCache(lasting, num_slots, max_tokens, longest, name), stepper(lasting)
+
+def _bodies(lm: PreTrainedModel, machinery: Machinery) -> Iterator[Body | None]:
+    """Ways to run a network, the quickest first."""
+    if machinery.dense is not None:
+        try:
+            yield LlamaBody(lm, machinery.dense)
+        except CannotFuse as reason:
+            _log.info("%s: by transformers' modules: %s", lm.config.model_type, reason)
+    yield None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from collm.models.devices import input_device, is_spread
 from collm.models.paged.blocks import BLOCK
 from collm.models.paged.capture import Capture, CudaCapture
+from collm.models.paged.dense import Dense
 from collm.models.paged.ops import Ops
 from collm.models.paged.telling import Telling
 
@@ -21,11 +22,12 @@ OLDEST = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class Machinery:
-    """Kernels, or their twins, and what captures."""
+    """Kernels, or their twins, and what captures. Without `dense` every network runs by transformers' modules."""
 
     ops: Ops
     telling: Telling
     capture: Capture
+    dense: Dense | None = None
     block: int = BLOCK
 
 
@@ -45,10 +47,11 @@ def machinery_for(lm: PreTrainedModel, name: str) -> Machinery | None:
         lacking = f"{torch.cuda.get_device_name(device)} is older than Ampere"
     if lacking is None:
         try:
+            from collm.models.paged.triton_dense import TritonDense
             from collm.models.paged.triton_ops import TritonOps
             from collm.models.paged.triton_telling import TritonTelling
 
-            return Machinery(TritonOps(), TritonTelling(), CudaCapture(device))
+            return Machinery(TritonOps(), TritonTelling(), CudaCapture(device), TritonDense())
         except Exception as error:  # an installation that does not fit its driver fails in many ways
             lacking = f"Triton does not start ({type(error).__name__}: {error})"
     warnings.warn(f"{name}: {lacking}; passes run without graphs, which is right but slow", stacklevel=2)

@@ -177,6 +177,10 @@ class PagedPool:
         hidden = self.run(Plan(uploaded[: size // 2].view(torch.int32), count, tile, items))
         return hidden, uploaded[size // 2 :]
 
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[block, kv_head, position in the block, dim]`."""
+        return self._stored[layer]
+
     def store(self, layer: int, key: Tensor, value: Tensor, issued: Pass) -> None:
         """New keys and values `[token, kv_head, dim]`."""
         keys, values = self._stored[layer]

@@ -48,7 +48,7 @@ class TritonOps:
         query = _dense_heads(query)
         count, heads, dim = query.shape
         kv, size = keys.shape[1], keys.shape[2]
-        padded, tile = triton.next_power_of_2(dim), plan.tile
+        padded, tile = max(16, triton.next_power_of_2(dim)), plan.tile  # products have 16 rows and columns at least
         out = query.new_empty((count, heads, dim))
         part = query.new_empty((plan.items, kv, tile, padded), dtype=torch.float32)
         stats = query.new_empty((plan.items, kv, tile, 2), dtype=torch.float32)
