@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from conftest import CHAT_TEMPLATE, CORPUS
+from tiny import CHAT_TEMPLATE, CORPUS
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

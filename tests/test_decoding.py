@@ -37,7 +37,7 @@ from collm.decoding.policies import (
     to_nats,
     to_probability,
 )
-from collm.decoding.text import Detokenizer, TextStream, Transcript, stopping
+from collm.decoding.text import Detokenizer, TextStream, TokenPieces, Transcript, stopping
 from collm.engine import Event, Finished, Twin, run
 from collm.engine.twin import Writing
 from collm.models.fake import FakeModel
@@ -550,8 +550,8 @@ def scripted_text(
     eos = [frozenset({tokenizer.eos_token_id})]
     params = SamplingParams(max_tokens=len(ids), stop=stop)
     flow, text, max_tokens = alone(0, [PROMPT], params, eos)
-    transcript = Transcript(tokenizer, PROMPT, stop, eos)
-    stream, deltas, steps = TextStream(tokenizer, PROMPT, stop, eos), [], 0
+    transcript = Transcript.of_tokens(tokenizer, PROMPT, stop, eos)
+    stream, deltas, steps = TextStream(TokenPieces(tokenizer, PROMPT, eos), stop), [], 0
     for _, event in run([(stopping(flow, transcript), text, max_tokens)], [Scripted("base", ids, eos[0])]):
         if isinstance(event, Step):
             steps += 1
@@ -594,7 +594,7 @@ def test_a_step_is_told_after_its_text_is_made(tiny_tokenizer: PreTrainedTokeniz
     """Whoever reads it may do so in another thread at that very moment, and must not make it a second time."""
     ids = tiny_tokenizer.encode("12 + 30 = 42")
     flow, text, max_tokens = alone(0, [PROMPT], SamplingParams(max_tokens=len(ids)), [frozenset()])
-    transcript = Transcript(tiny_tokenizer, PROMPT, ("zz",), [frozenset()])
+    transcript = Transcript.of_tokens(tiny_tokenizer, PROMPT, ("zz",), [frozenset()])
     made: list[int] = []
     twin = Twin([Scripted("base", ids)])
 
@@ -656,7 +656,7 @@ def test_an_eos_token_is_never_text() -> None:
         ) -> str:
             return "".join(f"<{i}>" for i in token_ids)
 
-    stream = TextStream(Plain(), [], (), [frozenset({2}), frozenset({3})])
+    stream = TextStream(TokenPieces(Plain(), [], [frozenset({2}), frozenset({3})]), ())
     pushed = [stream.push(Step(t, a, 0.0)) for t, a in [(1, 0), (3, 0), (2, 1), (3, 1)]]
     assert pushed == ["<1>", "<3>", "", ""]
 

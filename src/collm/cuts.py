@@ -29,6 +29,8 @@ NEVER = -1
 """The "first byte" of a token that no text holds: special ones, and those that fill a vocabulary up."""
 LONGEST_CHUNK = 256
 """Tokens of a chunk, beyond which a text is refused: it has too few cuts."""
+FOLLOWERS = b"aA1( \n"
+"""Bytes that are tried as what follows a chunk."""
 FEW_CUTS = 0.5
 """Share of a base's tokens that start at a cut, below which a pair is warned of."""
 
@@ -46,8 +48,12 @@ class Codec(Protocol):
         """Of each token: its first byte, `END` or `NEVER`."""
         ...
 
+    def canonical(self, chunk: bytes) -> tuple[int, ...] | None:
+        """The tokens of a chunk, as they stand in any text that holds it; None where the tokenizer would change it."""
+        ...
+
     def chunk_ids(self, chunk: bytes) -> tuple[int, ...]:
-        """The tokens of a chunk, as they stand in any text that holds it.
+        """The same, by single bytes where the tokenizer would change it.
 
         Raises:
             CollmError: this tokenizer has no tokens for it.
@@ -104,4 +110,4 @@ class Cuts:
     def follower(self, last: int) -> bytes:
         """A byte that may open a chunk behind this one: pretokenizers look ahead, GPT-2's makes one token of two line
         breaks at the end of a text and two before a letter. Empty where none may."""
-        return next((bytes([b]) for b in b"aA1( \n" if self.allowed[last, b]), b"")
+        return next((bytes([b]) for b in FOLLOWERS if self.allowed[last, b]), b"")

@@ -37,7 +37,7 @@ class ForwardPass:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One written token.
+    """One written token; where models have different tokenizers, one written chunk.
 
     `log_prob` is the natural log-probability of the token under the law of its author (for `compose`: under the
     mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
@@ -46,6 +46,10 @@ class Step:
     `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say, or the
     logarithm of the expected gain. `top`: on request (`SamplingParams.top_log_probs`) the most probable tokens under
     the law of `log_prob`, with their log-probabilities, best first.
+
+    A chunk (`collm.cuts`) has its bytes in `data` (empty for the end of a text) and the base's tokens for it in
+    `token_ids`, of which `token_id` is the first; `log_prob` is that of the whole chunk, with its closing factors, and
+    `gate`, `base_token_id` and `signal` are those at its beginning.
 
     How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
     was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;
@@ -63,6 +67,13 @@ class Step:
     discarded: int = 0
     signal: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    token_ids: tuple[int, ...] = ()
+    data: bytes | None = None
+
+    @property
+    def all_token_ids(self) -> tuple[int, ...]:
+        """The base's tokens that were written."""
+        return self.token_ids or (self.token_id,)
 
     @property
     def deferred(self) -> bool:
@@ -120,7 +131,7 @@ class Generation:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(step.token_id for step in self.steps)
+        return tuple(token_id for step in self.steps for token_id in step.all_token_ids)
 
     @property
     def forward_passes(self) -> tuple[int, ...]:
@@ -128,11 +139,11 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        return len(self.steps)
+        return sum(len(step.all_token_ids) for step in self.steps)
 
     @cached_property
     def deferral_rate(self) -> float:
-        """Share of tokens written by an assistant (0 for an empty text)."""
+        """Share of tokens (or chunks) written by an assistant (0 for an empty text)."""
         return sum(step.deferred for step in self.steps) / max(1, len(self.steps))
 
     @cached_property

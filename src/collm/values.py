@@ -42,6 +42,10 @@ class Query(NamedTuple):
     `num_last` 0 reads without an answer (a piece of a long prompt). On request the answers carry the log-probability
     of *given* tokens, `given[i]` being the one behind the i-th of these prefixes, the `num_top` most probable tokens,
     or the whole law.
+
+    Where models share chunks (`collm.cuts`), `last_byte` is the byte behind which a chunk might open, `START` at the
+    beginning of a completion; else -1. Then only text and ends are chosen, with `opens` only what opens a chunk, and
+    the answer's `top_token_id`, `entropy` and `log_close` are of what opens one. About one prefix at a time.
     """
 
     model: int
@@ -52,6 +56,8 @@ class Query(NamedTuple):
     given: Sequence[int] | None = None
     num_top: int = 0
     law: bool = False
+    last_byte: int = -1
+    opens: bool = False
 
     @classmethod
     def of(
@@ -101,7 +107,8 @@ class Answer(NamedTuple):
     `token_id`: the model's choice. `top_token_id`: the most probable token. `entropy`: of the law, in nats.
     `log_gate`: `[1+K]` logs of the gate `P(Z = z | prefix)`, from a base that has one. On request: `given_log_prob`,
     `top` (the most probable tokens with their log-probabilities, best first) and `law`, `[V]` float32 log-probabilities
-    over the shared vocabulary, where the model left them.
+    over the shared vocabulary, where the model left them. Behind a `last_byte`: `log_close`, the logarithm of the
+    probability that a chunk opens there (0 where nothing else may come).
 
     What a model behind a server does not tell is `UNKNOWN`, or None. `defers`: it has tested `Extend.until` itself, and
     stops here to defer (then `token_id` is `NO_TOKEN`) or does not; None: whoever asked is to test it.
@@ -117,6 +124,7 @@ class Answer(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
     law: Tensor | None = None
     defers: bool | None = None
+    log_close: float = 0.0
 
 
 Told = Literal["law", "top", "entropy", "given", "blocks"]

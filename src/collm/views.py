@@ -14,11 +14,11 @@ from collections.abc import Sequence
 class View:
     """One model's token ids of a text: its own prompt, then the completion.
 
-    Today all models share a tokenizer, so the completions of all views of a text are equal. Nothing but `Text` may
-    assume so.
+    Where the models share a tokenizer, the completions of all views of a text are equal. Nothing but `Text` may assume
+    so.
     """
 
-    __slots__ = ("_shortest", "prompt_length", "rewinds", "token_ids")
+    __slots__ = ("_shortest", "prompt_length", "rewinds", "shift", "token_ids")
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.token_ids = list(prompt)
@@ -26,6 +26,9 @@ class View:
         self.prompt_length = len(self.token_ids)
         self.rewinds = 0
         """How often tokens have been taken back so far."""
+        self.shift = 0
+        """What is added to a token's place in the completion to find its random numbers: how many tokens were replaced
+        by others for good, so that no number is drawn twice (`decoding.chunk_text`)."""
         # Number and length of each rewind that no later one went behind: both rise, so there are at most as many as
         # the text has tokens.
         self._shortest: list[tuple[int, int]] = []
@@ -62,6 +65,10 @@ class Text:
         self.views = tuple(View(prompt) for prompt in prompts)
         self.length = 0
         """Tokens of the completion."""
+
+    def longest(self, max_tokens: int) -> tuple[int, ...]:
+        """Tokens that each model may have to hold of it, if so many more are written: the last one is never read."""
+        return tuple(len(view) + max_tokens - 1 for view in self.views)
 
     def append(self, token_id: int) -> None:
         for view in self.views:

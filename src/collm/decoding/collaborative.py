@@ -150,9 +150,16 @@ class Writers:
         )
 
 
-def single(model: int, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]]) -> Flow:
-    """One model on its own, the baseline. An assistant that abstains ends the text (`"abstained"`)."""
-    request: Request = Extend(model, text.views[model], params.max_tokens, params.draw, None, params.top_log_probs)
+def single(
+    model: int, text: Text, params: SamplingParams, eos: Sequence[frozenset[int]], draw: Draw | None = None
+) -> Flow:
+    """One model on its own, the baseline. An assistant that abstains ends the text (`"abstained"`).
+
+    Args:
+        draw: how it chooses, if not as `params` say.
+    """
+    own = draw or params.draw
+    request: Request = Extend(model, text.views[model], params.max_tokens, own, None, params.top_log_probs)
     while text.length < params.max_tokens:
         replies = yield request
         assert replies is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -99,31 +100,71 @@ class Detokenizer:
         return text
 
 
+class Pieces(Protocol):
+    """What steps bring, as text."""
+
+    def push(self, step: Step) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TokenPieces:
+    """Of steps that are tokens. `eos`: tokens of each model that are left out, base first; none: all are shown."""
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        prompt: Sequence[int],
+        eos: Sequence[frozenset[int]] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=bool(eos))
+        self._eos = eos
+
+    def push(self, step: Step) -> str:
+        # An end-of-sequence token need not be a special token of the tokenizer; it is never part of the text.
+        if self._eos and (step.token_id in self._eos[BASE] or step.token_id in self._eos[step.author]):
+            return ""
+        return self._detokenizer.push(step.token_id)
+
+    def flush(self) -> str:
+        return self._detokenizer.flush()
+
+
+class BytePieces:
+    """Of steps that are chunks. `end`: how the end of a text is shown."""
+
+    def __init__(self, end: str = "") -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._end = end
+
+    def push(self, step: Step) -> str:
+        return self._decoder.decode(step.data) if step.data else self.flush() + self._end
+
+    def flush(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
 class TextStream:
     """The text of a growing completion, cut at stop strings; what may yet become one is held back.
 
     `push` and `finish` return text that will not change any more; joined it is `Generation.text`.
     """
 
-    def __init__(
-        self, tokenizer: Decoder, prompt: Sequence[int], stop: tuple[str, ...], eos: Sequence[frozenset[int]]
-    ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt)
+    def __init__(self, pieces: Pieces, stop: tuple[str, ...]) -> None:
+        self._pieces = pieces
         self._stop = stop
-        self._eos = eos
         self._held = ""
         self.stopped = False
 
     def push(self, step: Step) -> str:
-        # An end-of-sequence token need not be a special token of the tokenizer; it is never part of the text.
-        if self.stopped or step.token_id in self._eos[BASE] or step.token_id in self._eos[step.author]:
-            return ""
-        return self._take(self._detokenizer.push(step.token_id))
+        return "" if self.stopped else self._take(self._pieces.push(step))
 
     def finish(self) -> str:
         if self.stopped:
             return ""
-        released = self._take(self._detokenizer.flush())
+        released = self._take(self._pieces.flush())
         rest, self._held = self._held, ""
         return released + rest
 
@@ -155,14 +196,28 @@ class Piece(NamedTuple):
 
 
 class Transcript:
-    """The text of one completion as it grows, made once: by its flow where there are stop strings, or by its reader."""
+    """The text of one completion as it grows, made once: by its flow where there are stop strings, or by its reader.
 
-    def __init__(
-        self, tokenizer: Decoder, prompt: Sequence[int], stop: tuple[str, ...], eos: Sequence[frozenset[int]]
-    ) -> None:
-        self._text = TextStream(tokenizer, prompt, stop, eos)
-        self._tokens = Detokenizer(tokenizer, prompt, skip_special_tokens=False)
+    Args:
+        text: what belongs to the text.
+        shown: what is shown of each step, special tokens too.
+    """
+
+    def __init__(self, text: Pieces, shown: Pieces, stop: tuple[str, ...]) -> None:
+        self._text = TextStream(text, stop)
+        self._tokens = shown
         self._pieces: list[Piece] = []
+
+    @classmethod
+    def of_tokens(
+        cls, tokenizer: Decoder, prompt: Sequence[int], stop: tuple[str, ...], eos: Sequence[frozenset[int]]
+    ) -> Transcript:
+        return cls(TokenPieces(tokenizer, prompt, eos), TokenPieces(tokenizer, prompt), stop)
+
+    @classmethod
+    def of_chunks(cls, end: str, stop: tuple[str, ...]) -> Transcript:
+        """`end`: what is shown for the end of a text."""
+        return cls(BytePieces(), BytePieces(end), stop)
 
     @property
     def stopped(self) -> bool:
@@ -171,7 +226,7 @@ class Transcript:
     def at(self, number: int, step: Step) -> Piece:
         """What the step of this number brings; they come in order."""
         if number == len(self._pieces):
-            self._pieces.append(Piece(self._text.push(step), self._tokens.push(step.token_id)))
+            self._pieces.append(Piece(self._text.push(step), self._tokens.push(step)))
         return self._pieces[number]
 
     def finish(self) -> tuple[Piece, str, tuple[str, ...]]:

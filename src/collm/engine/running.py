@@ -72,7 +72,7 @@ class Running:
         self.forward_passes, self.tokens_by_author = [0] * self.num_models, [0] * self.num_models
 
     def count(self, step: Step) -> None:
-        self.tokens_by_author[step.author] += 1
+        self.tokens_by_author[step.author] += len(step.token_ids) or 1
         if step.draft:
             self.accepted += step.draft == "accepted"
             self.recovered += step.draft == "recovered"

@@ -252,4 +252,4 @@ class Scheduler:
 
 def lengths_of(text: Text, max_tokens: int) -> tuple[int, ...]:
     """Tokens that each model may have to hold of a text: the last one written is never read."""
-    return tuple(len(view) + max_tokens - 1 for view in text.views)
+    return text.longest(max_tokens)

@@ -17,7 +17,7 @@ from collm.models.info import AssistantInfo
 from collm.models.loading import load_tokenizer, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.specs import is_tool, is_url, split_spec
-from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
+from collm.models.tokenizers import difference, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.values import LanguageModel
 
@@ -47,7 +47,7 @@ def load_assistants(
         vocab_size: tokens that the base can write, where its tokenizer has more.
 
     Raises:
-        CollmError: one is missing, one too many, two have one name, or a tokenizer differs from the base's.
+        CollmError: one is missing, one too many, or two have one name.
 
     Warns:
         UserWarning: an assistant has other weights than the one of training.
@@ -83,7 +83,6 @@ def _load(
     if is_tool(split_spec(source)[0]):
         return make_tool(split_spec(source)[0], base.tokenizer, info.name), base
     tokenizer = load_tokenizer(source)
-    require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
     variant = store.load(source, dtype=dtype, device=device)
     warn_of_other_weights(
         variant.fingerprint,
@@ -94,7 +93,7 @@ def _load(
         variant.model,
         tokenizer,
         name=info.name,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size if difference(base.tokenizer, tokenizer) is None else shared_vocab_size(tokenizer),
         cache=cache,
         max_cache_tokens=max_cache_tokens,
         activate=variant.activate,

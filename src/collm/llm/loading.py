@@ -9,6 +9,7 @@ from typing import Any
 from collm.data.formatting import Formatter, PromptFormat
 from collm.errors import CollmError
 from collm.llm.assistants import Assistants, load_assistants
+from collm.llm.sharing import Sharing, share
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import load_base
 from collm.models.info import CheckpointInfo
@@ -28,6 +29,8 @@ class Loaded:
     has_gate: bool
     path: Path | None
     """Of the checkpoint; None where the base is behind a server."""
+    sharing: Sharing | None = None
+    """Where the models have different tokenizers."""
 
 
 def load(
@@ -65,9 +68,9 @@ def load(
         max_cache_tokens=max_cache_tokens,
         activate=None if shared is None else shared.activate,
     )
-    return Loaded(
-        [local, *(m for m, _ in found)], [formatter, *(f for _, f in found)], info, head is not None, Path(folder)
-    )
+    models, formatters = [local, *(m for m, _ in found)], [formatter, *(f for _, f in found)]
+    sharing = share(models, formatters, info, head is not None)
+    return Loaded(models, formatters, info, head is not None, Path(folder), sharing)
 
 
 def _beside_a_server(path: str, base: str | None, assistants: Assistants, placed: dict[str, Any]) -> Loaded:
@@ -77,4 +80,5 @@ def _beside_a_server(path: str, base: str | None, assistants: Assistants, placed
     vocab_size = None if remote.served is None else remote.served.vocab_size
     found = load_assistants(assistants, info.assistants, formatter, vocab_size=vocab_size, **placed)
     gated = remote.served is not None
-    return Loaded([remote, *(m for m, _ in found)], [formatter, *(f for _, f in found)], info, gated, None)
+    models, formatters = [remote, *(m for m, _ in found)], [formatter, *(f for _, f in found)]
+    return Loaded(models, formatters, info, gated, None, share(models, formatters, info, gated))

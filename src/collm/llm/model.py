@@ -24,6 +24,7 @@ from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenIds, prompt_ids
 from collm.llm.reading import achunks, chunks, finished
 from collm.llm.samples import numbered
+from collm.llm.sharing import Sharing
 from collm.llm.writing import Chunk, Writing, whole
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
@@ -49,6 +50,7 @@ class CollaborativeLM:
         max_num_seqs: texts that are written at a time, and whose caches are kept; larger batches raise it.
         max_model_len: bounds a text, prompt included, where the contexts of the models are longer.
         timeout: seconds after which a forward pass is given up and its texts end with an error.
+        sharing: how models with different tokenizers share a text (`share`); None: they have one.
     """
 
     def __init__(
@@ -62,12 +64,14 @@ class CollaborativeLM:
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         timeout: float | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         assert len(models) == len(formatters) >= 1
         self.models = tuple(models)
         self.formatters = tuple(formatters)
         self.info = info or CheckpointInfo()
         self.has_gate = has_gate
+        self.sharing = sharing
         self.path = path
         self._max_num_seqs, self._max_model_len, self._timeout = max_num_seqs, max_model_len, timeout
         self._engine: Engine | None = None
@@ -110,7 +114,7 @@ class CollaborativeLM:
             max_num_seqs, max_model_len, timeout: see the class.
 
         Raises:
-            CollmError: an assistant is missing, has another tokenizer, or is one too many.
+            CollmError: an assistant is missing, cannot share a text with the base, or is one too many.
         """
         found = load(
             path,
@@ -130,6 +134,7 @@ class CollaborativeLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             timeout=timeout,
+            sharing=found.sharing,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -313,22 +318,28 @@ class CollaborativeLM:
     ) -> Writing:
         """A text that is ready to be written."""
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
+        bounds = list(zip(ids, self.context_lengths, strict=True))
+        # Where models share but chunks, an assistant's tokens are not the base's: its own context is watched.
         room = [
-            context - len(own) + 1
-            for own, context in zip(ids, self.context_lengths, strict=True)
-            if context is not None
+            context - len(own) + 1 for own, context in (bounds[:1] if self.sharing else bounds) if context is not None
         ]
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
-        text = Text(ids)
-        self.engine.require_room(text, own.max_tokens)
-        eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self._eos)
-        if alone is not None:
-            flow = single(self._number(alone), text, own, eos)
-        else:
+        found = None
+        if alone is None:
             found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
             require_defined(found, params, self.models, self.has_gate)
-            flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience), self.models[BASE])
-        transcript = Transcript(self.tokenizer, ids[BASE], params.stop, eos)
+        number = BASE if alone is None else self._number(alone)
+        eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self._eos)
+        text = Text(ids) if self.sharing is None or found is None else self.sharing.text(ids, self.context_lengths)
+        self.engine.require_room(text, own.max_tokens)
+        if self.sharing is not None:
+            flow, transcript = self.sharing.writing(text, own, found, number)
+        else:
+            if found is None:
+                flow = single(number, text, own, eos)
+            else:
+                flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience), self.models[BASE])
+            transcript = Transcript.of_tokens(self.tokenizer, ids[BASE], params.stop, eos)
         if params.stop:
             flow = stopping(flow, transcript)
         return Writing(flow, text, own.max_tokens, transcript, self.model_names)

@@ -53,7 +53,7 @@ class ByteCodec:
         self.ends = ends or frozenset({int(tokenizer.eos_token_id)})
         self.pieces: Sequence[bytes | None] = vocabulary(tokenizer)
         self._of_bytes = {piece[0]: v for v, piece in enumerate(self.pieces) if piece is not None and len(piece) == 1}
-        self.chunk_ids = lru_cache(maxsize=1 << 16)(self._chunk_ids)
+        self.canonical = lru_cache(maxsize=1 << 16)(self._canonical)
         self.encode(PROBE)
 
     @cached_property
@@ -96,18 +96,21 @@ class ByteCodec:
         """Bytes up to the end of each."""
         return list(accumulate(len(self.pieces[v] or b"") for v in token_ids))
 
-    def _chunk_ids(self, chunk: bytes) -> tuple[int, ...]:
-        """With one byte that may follow, for pretokenizers look ahead. What the tokenizer would change, or what is no
-        text, is made of single bytes."""
+    def chunk_ids(self, chunk: bytes) -> tuple[int, ...]:
+        """See `Codec`. What the tokenizer would change, or what is no text, is made of single bytes."""
+        return self.canonical(chunk) or self._bytewise(chunk)
+
+    def _canonical(self, chunk: bytes) -> tuple[int, ...] | None:
+        """With one byte that may follow, for pretokenizers look ahead."""
         assert chunk and self.cuts is not None
         hint = self.cuts.follower(chunk[-1])
         try:
             ids = self.encode((chunk + hint).decode())
         except (NotItsText, UnicodeDecodeError):
-            return self._bytewise(chunk)
+            return None
         ends = self.lengths(ids)
         if len(chunk) not in ends:
-            return self._bytewise(chunk)
+            return None
         return tuple(ids[: ends.index(len(chunk)) + 1])
 
     def _bytewise(self, chunk: bytes) -> tuple[int, ...]:

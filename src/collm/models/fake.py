@@ -82,7 +82,7 @@ class FakeModel(LanguageModel):
         return answer_of(log_probs, draw, position, log_gate)
 
     def _reply(self, query: Query, i: int, end: int) -> Reply:
-        reply = self.answer(query.view.token_ids[:end], query.draw, end - query.view.prompt_length)
+        reply = self.answer(query.view.token_ids[:end], query.draw, end - query.view.prompt_length + query.view.shift)
         return requested(reply, query, i) if isinstance(reply, Answer) else reply
 
     def _hash(self, purpose: str, prefix: tuple[int, ...]) -> np.random.Generator:

@@ -16,6 +16,7 @@ from collm.decoding.choosing import Draws
 from collm.gate import log_gate
 from collm.models.backbone import project
 from collm.models.head import DeferralHead
+from collm.models.openings import Openings, chosen_at_cuts
 from collm.values import Answer, Draw, Query
 
 LAWS = 1 << 24
@@ -34,6 +35,9 @@ class Asked:
     law: bool = False
     how: Sequence[tuple[Draw, int]] = ()
     """How each row is drawn, and its position in the completion."""
+    cuts: list[int] | None = None
+    """Where models share chunks: for each prefix the last byte (-1: it is none of theirs), and whether the choice has
+    to open a chunk (1 or 0)."""
 
     @classmethod
     def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:
@@ -41,15 +45,19 @@ class Asked:
         draws: list[tuple[Draw, int]] = []
         given: list[int] = []
         tops: list[int] = []
-        law, any_given = False, False
+        cuts: list[int] = []
+        law, any_given, any_cuts = False, False, False
         for query, i, j in queries:
-            first = query.length - query.num_last + 1 - query.view.prompt_length
+            first = query.length - query.num_last + 1 - query.view.prompt_length + query.view.shift
             draws += [(query.draw, first + n) for n in range(i, j)]
             given += [-1] * (j - i) if query.given is None else query.given[i:j]
             any_given |= query.given is not None
             tops += [query.num_top] * (j - i)
             law = law or query.law
-        return cls(Draws.of(draws), given if any_given else None, tops, law, draws)
+            cuts += (query.last_byte, int(query.opens)) * (j - i)
+            any_cuts |= query.last_byte >= 0
+        wanted = given if any_given else None
+        return cls(Draws.of(draws), wanted, tops, law, draws, cuts if any_cuts else None)
 
     @property
     def num_top(self) -> int:
@@ -58,7 +66,7 @@ class Asked:
     @property
     def numbers(self) -> list[int]:
         """As it goes to the device."""
-        return self.draws.words + (self.given or [])
+        return self.draws.words + (self.given or []) + (self.cuts or [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,8 @@ class Laws:
     lm: PreTrainedModel
     head: DeferralHead | None
     vocab_size: int
+    openings: Openings | None = None
+    """Where models share chunks, of this one's tokens."""
 
     @property
     def known_tokens(self) -> int:
@@ -84,9 +94,14 @@ class Laws:
             rows = slice(start, start + step)
             log_probs = self._log_probs(hidden[rows])
             packed = packed.to(log_probs.device)  # of a network on several devices, the head may lie on another
-            told = [*self._chosen(log_probs, packed[: len(draws.words)], draws)]
+            if asked.cuts is None:
+                told = [*self._chosen(log_probs, packed[: len(draws.words)], draws)]
+            else:
+                assert self.openings is not None
+                cuts = packed[-2 * len(hidden) :].view(-1, 2)[rows]
+                told = [*chosen_at_cuts(log_probs, packed[: len(draws.words)], draws, cuts, self.openings)]
             if asked.given is not None:
-                given = packed[len(draws.words) :]
+                given = packed[len(draws.words) : len(draws.words) + len(hidden)]
                 told.append(log_probs.gather(-1, given[rows].clamp(0, self.vocab_size - 1)[:, None]))
             if asked.num_top:
                 values, token_ids = log_probs.topk(min(asked.num_top, self.vocab_size))
@@ -118,6 +133,7 @@ class Laws:
         for n, row in enumerate(rows):
             values = iter(row)
             top, top_log_prob, entropy, chosen, log_prob = islice(values, 5)
+            log_close = 0.0 if asked.cuts is None else next(values)
             given = None
             if asked.given is not None:
                 given, wanted = next(values), asked.given[start + n]
@@ -137,7 +153,8 @@ class Laws:
                 yield None
             else:
                 law = None if laws is None else laws[n]
-                yield Answer(int(chosen), log_prob, int(top), top_log_prob, entropy, gate, given, best, law)
+                answer = Answer(int(chosen), log_prob, int(top), top_log_prob, entropy, gate, given, best, law)
+                yield answer._replace(log_close=log_close) if log_close else answer
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
         logits = project(self.lm, hidden)[:, : self.vocab_size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -19,6 +20,7 @@ from collm.models.devices import input_device
 from collm.models.head import DeferralHead
 from collm.models.laws import Asked, Laws
 from collm.models.loading import eos_ids
+from collm.models.openings import Openings
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.machinery import Machinery
 from collm.models.paged.stepping import is_lost
@@ -115,6 +117,11 @@ class LocalModel(LanguageModel):
     @property
     def name(self) -> str:
         return self._name
+
+    def share_chunks(self, openings: Openings) -> None:
+        """From now on it answers queries behind a `last_byte`: its tokens are those of `openings`."""
+        assert len(openings.first) == self._laws.vocab_size
+        self._laws = replace(self._laws, openings=openings)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from collm.cuts import END, NEVER, START, Cuts
+from collm.decoding.choosing import Draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,3 +109,34 @@ def _choices(logits: Tensor, gold: Tensor, last: Tensor, openings: Openings, end
     right = choice == gold
     right[ending] = openings.first[choice[ending]] == END
     return right.float(), opens.float()
+
+
+def chosen_at_cuts(
+    log_probs: Tensor, packed: Tensor, draws: Draws, cuts: Tensor, openings: Openings
+) -> Iterator[Tensor]:
+    """Columns `[N, 1]` of laws `[N, V]` (log-probabilities) behind last bytes: the top token among those that open a
+    chunk and its log-probability, the entropy of what opens one, the chosen token and its log-probability, the
+    logarithm of the closing factor.
+
+    Args:
+        packed: `draws.words` on the device.
+        cuts: `[N, 2]`: the last byte, and 1 where the choice has to open a chunk; -1 for a row that shares no chunks.
+    """
+    openings = openings.narrowed(log_probs.shape[-1]).to(log_probs.device)
+    last, opens = cuts.T
+    plain = (last < 0)[:, None]
+    before = last.clamp(min=0)
+    inside = log_probs.masked_fill(~(openings.mask(before) | plain), -torch.inf)
+    mass = inside.logsumexp(-1, keepdim=True)
+    top_log_prob, top = inside.max(dim=-1, keepdim=True)
+    yield top.float()
+    yield top_log_prob
+    yield torch.special.entr((inside - mass).exp()).sum(dim=-1, keepdim=True)
+    # A token that is asked for with nothing forbidden is text all the same.
+    choice = torch.where(opens[:, None] > 0, inside, log_probs.masked_fill(~(openings.text | plain), -torch.inf))
+    chosen = choice.argmax(dim=-1)
+    if draws.rows:
+        chosen = draws.choose(choice, chosen, packed)
+    yield chosen[:, None].float()
+    yield log_probs.gather(-1, chosen[:, None])
+    yield mass.masked_fill(openings.free[before][:, None] | plain, 0.0)

@@ -94,7 +94,7 @@ class Stepper:
 
     def takes(self, num_tokens: int, asked: Asked) -> bool:
         """Whether it answers such a pass."""
-        plain = asked.given is None and not asked.num_top and not asked.law
+        plain = asked.given is None and asked.cuts is None and not asked.num_top and not asked.law
         return plain and num_tokens <= BUCKETS[-1]
 
     def _forget(self) -> None:

@@ -1,0 +1,116 @@
+"""A system whose models have different tokenizers: what they share are chunks (`collm.cuts`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from collm.cuts import Cuts
+from collm.data.formatting import Formatter
+from collm.decoding.chunk_text import ChunkText
+from collm.decoding.chunked import chunked, draw_of
+from collm.decoding.collaborative import Flow, single
+from collm.decoding.policies import Policy
+from collm.decoding.text import Transcript
+from collm.errors import CollmError
+from collm.llm.methods import NAMES, Method
+from collm.models.codec import ByteCodec
+from collm.models.info import CheckpointInfo
+from collm.models.local import LocalModel
+from collm.models.openings import Openings
+from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
+from collm.models.tokenizers import shared_vocab_size
+from collm.models.tools import Tool
+from collm.sampling_params import SamplingParams
+from collm.types import BASE
+from collm.values import LanguageModel
+from collm.views import Text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """`codecs`: of all models, base first. `end_id`, `end`: the base's token for an end that another has written."""
+
+    cuts: Cuts
+    codecs: tuple[ByteCodec, ...]
+    end_id: int
+    end: str
+
+    def text(self, prompts: Sequence[Sequence[int]], limits: Sequence[int | None]) -> ChunkText:
+        return ChunkText(prompts, self.codecs, self.cuts, limits)
+
+    def writing(self, text: Text, params: SamplingParams, method: Method | None, alone: int) -> tuple[Flow, Transcript]:
+        """The flow of a text, and how its steps read.
+
+        Args:
+            method: None: the model of the number `alone` writes by itself, in its own tokens.
+
+        Raises:
+            CollmError: the method or a setting needs tokens that all models share.
+        """
+        if method is None:
+            codec = self.codecs[alone]
+            ends = [codec.ends | frozenset(params.stop_token_ids)] * len(self.codecs)
+            prompt = text.views[alone].token_ids[: text.views[alone].prompt_length]
+            flow = single(alone, text, params, ends, draw_of(params.draw, alone))
+            return flow, Transcript.of_tokens(codec.tokenizer, prompt, params.stop, ends)
+        if isinstance(method, tuple(NAMES)):
+            raise CollmError(
+                f"{NAMES[type(method)]} needs models with one tokenizer, and these have different ones, so that they "
+                "take turns between chunks; take threshold, expected_gain, sampled, entropy, top_probability, random, "
+                "never or always"
+            )
+        if params.stop_token_ids:
+            raise CollmError(
+                "stop_token_ids are not defined for models with different tokenizers: give stop, the text that ends it"
+            )
+        assert isinstance(text, ChunkText)
+        policy: Policy = method  # type: ignore[assignment]
+        return chunked(text, params, policy, self.end_id), Transcript.of_chunks(self.end, params.stop)
+
+
+def share(
+    models: Sequence[LanguageModel], formatters: Sequence[Formatter], info: CheckpointInfo, has_gate: bool
+) -> Sharing | None:
+    """Make models with different tokenizers write chunks together; None where all have one tokenizer.
+
+    Raises:
+        CollmError: a tokenizer does not keep texts as they are, a model cannot write chunks, or the gate was trained
+            with other tokenizers.
+
+    Warns:
+        UserWarning: there are few cuts.
+    """
+    names = [model.name for model in models]
+    cuts = cuts_between([formatter.tokenizer for formatter in formatters], names)
+    found = None if cuts is None else cuts.fingerprint
+    if has_gate and info.cuts != found:
+        raise CollmError(
+            "the gate was trained for models that take turns "
+            + ("at every token" if info.cuts is None else f"at other places (cuts {info.cuts})")
+            + (", and these have one tokenizer" if found is None else f", and these do so at cuts {found}")
+            + ": their tokenizers are not those of training; give the models of training, or train again"
+        )
+    if cuts is None:
+        return None
+    codecs = tuple(
+        ByteCodec(formatter.tokenizer, cuts, model.eos_token_ids | formatter.end_ids, name=model.name)
+        for model, formatter in zip(models, formatters, strict=True)
+    )
+    require_free_tools(cuts, [model.name for model in models if isinstance(model, Tool)])
+    for model, codec in zip(models, codecs, strict=True):
+        if isinstance(model, LocalModel):
+            model.share_chunks(Openings.of(cuts, codec.first_bytes, shared_vocab_size(codec.tokenizer)))
+        elif not isinstance(model, Tool):
+            raise CollmError(
+                f"{model.name} cannot say which of its tokens may open a chunk: between models with different "
+                "tokenizers, only transformers models in this process and tools can write; load it here"
+            )
+    told = tell_chunking([codec for codec, m in zip(codecs, models, strict=True) if not isinstance(m, Tool)], cuts)
+    logger.info("the models have different tokenizers and write in chunks: of common text %s", told)
+    base = formatters[BASE].tokenizer
+    end_id = int(base.eos_token_id)
+    return Sharing(cuts, codecs, end_id, str(base.convert_ids_to_tokens(end_id)))

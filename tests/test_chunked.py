@@ -1,0 +1,309 @@
+"""Models with different tokenizers write one text: what equals what, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from chunk_toys import MORE, byte_level, sentencepiece_like
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_model, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from collm.cuts import Cuts
+from collm.data.formatting import Formatter
+from collm.decoding.chunk_text import ChunkText
+from collm.decoding.policies import Threshold
+from collm.errors import CollmError
+from collm.llm import CollaborativeLM
+from collm.llm.sharing import share
+from collm.models.codec import ByteCodec, vocabulary
+from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo
+from collm.models.local import LocalModel
+from collm.models.pairing import cuts_between
+from collm.models.tools import Calculator
+from collm.sampling_params import SamplingParams
+from collm.types import Generation
+from collm.values import LanguageModel
+
+PROMPT = [{"role": "user", "content": "How many apples?"}]
+PROMPTS = [PROMPT, [{"role": "user", "content": "Write code."}], "12 + 30 ="]
+NAMES = ("base", "one", "two")
+
+
+def tokenizers() -> list[PreTrainedTokenizerFast]:
+    return [byte_level("gpt2", 400), byte_level("llama3", 460, seed=1), sentencepiece_like()]
+
+
+def local(
+    tokenizer: PreTrainedTokenizerFast, name: str, seed: int, heads: int | None = None, **more: Any
+) -> LocalModel:
+    """A random model that never chooses a special token by itself; nor does it end, unless `ends` is given."""
+    ends, ascii = more.pop("ends", None), more.pop("ascii", False)
+    model = make_model(seed=seed, vocab_size=len(tokenizer) + 3, initializer_range=0.35)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.all_special_ids] = 0.0
+        if ascii:  # what it writes is UTF-8
+            beyond = [v for v, piece in enumerate(vocabulary(tokenizer)) if piece and not piece.isascii()]
+            model.lm_head.weight[beyond] = 0.0
+        if ends is not None:
+            model.lm_head.weight[tokenizer.eos_token_id] = model.lm_head.weight[ends] * 1.01
+    head = None
+    if heads is not None:
+        head = DeferralHead(32, heads)
+        torch.manual_seed(7)
+        torch.nn.init.normal_(head.weight, std=0.3)
+    return LocalModel(model, tokenizer, head, name=name, **more)
+
+
+def system(
+    count: int = 2, *, ends: int | None = None, own: list[PreTrainedTokenizerFast] | None = None, **more: Any
+) -> CollaborativeLM:
+    own = own or tokenizers()[:count]
+    models: list[LanguageModel] = [
+        local(t, n, z, None if z else count - 1, ends=ends if z == 0 else None, **more)
+        for z, (t, n) in enumerate(zip(own, NAMES, strict=False))
+    ]
+    formatters = [Formatter(t) for t in own]
+    cuts = cuts_between(own, NAMES[:count])
+    assert cuts is not None
+    info = CheckpointInfo(cuts=cuts.fingerprint)
+    return CollaborativeLM(models, formatters, info, sharing=share(models, formatters, info, True))
+
+
+@pytest.fixture(scope="module")
+def pair() -> CollaborativeLM:
+    return system()
+
+
+def data(generation: Generation) -> bytes:
+    return b"".join(step.data or b"" for step in generation.steps)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+@pytest.mark.parametrize("max_tokens", [1, 7, 40])
+def test_never_is_the_base_and_always_the_assistant(temperature: float, max_tokens: int) -> None:
+    """Id for id: chunks do not change what one model writes by itself. (If it writes as its tokenizer would: a random
+    model does so with a tokenizer of single bytes.)"""
+    single, other = byte_level("gpt2", 259), byte_level("llama3", 460, seed=1)
+    llm = system(own=[single, other], ascii=True)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=3, deferral="never")
+    for prompt in PROMPTS:
+        never, alone = llm.generate(prompt, params), llm.generate(prompt, params, alone="base")
+        assert never.token_ids == alone.token_ids and never.completion_tokens == max_tokens
+        assert never.text == alone.text
+        assert never.finish_reason == alone.finish_reason == "length"
+        plain = sum(step.log_prob for step in alone.steps)
+        assert sum(step.log_prob for step in never.steps) == pytest.approx(plain, abs=0.5)
+    llm = system(own=[other, single], ascii=True)
+    for prompt in PROMPTS:
+        always = llm.generate(prompt, replace(params, deferral="always"))
+        alone = llm.generate(prompt, replace(params, max_tokens=4 * max_tokens, deferral="threshold"), alone="one")
+        written = b"".join(single_bytes(llm, alone.token_ids))
+        assert data(always) and written.startswith(data(always))
+        assert always.deferral_rate == 1.0 and always.completion_tokens <= max_tokens
+
+
+def single_bytes(llm: CollaborativeLM, token_ids: tuple[int, ...]) -> list[bytes]:
+    assert llm.sharing is not None
+    return [llm.sharing.codecs[1].pieces[v] or b"" for v in token_ids]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    "who", [{"deferral": "threshold"}, {"deferral": "sampled"}, {"deferral": "expected_gain", "threshold": 0.4},
+            {"deferral": "entropy", "threshold": 1.5}, {"deferral": "random", "threshold": 0.5},
+            {"deferral": "top_probability", "threshold": 0.5}]
+)  # fmt: skip
+def test_cached_batched_and_streamed_are_the_same(count: int, who: dict[str, Any]) -> None:
+    llm, plain = system(count), system(count, cache=False)
+    for temperature in (0.0, 0.9):
+        params = SamplingParams(max_tokens=24, temperature=temperature, seed=1, **who)
+        if who["deferral"] in ("entropy", "top_probability"):  # half of what the base alone doubts
+            signals = sorted(step.signal or 0.0 for step in llm.generate(PROMPT, replace(params, threshold=0.99)).steps)
+            middle = signals[len(signals) // 2]
+            params = replace(params, threshold=middle if who["deferral"] == "entropy" else math.exp(-middle))
+        each = [plain.generate(prompt, params) for prompt in PROMPTS]
+        batch = llm.generate_batch(PROMPTS, params)
+        for prompt, one, other in zip(PROMPTS, each, batch, strict=True):
+            assert [(s.data, s.author, s.token_ids) for s in one.steps] == [
+                (s.data, s.author, s.token_ids) for s in other.steps
+            ]
+            assert [s.log_prob for s in one.steps] == pytest.approx([s.log_prob for s in other.steps], abs=1e-3)
+            chunks = list(llm.stream(prompt, params))
+            assert "".join(chunk.text for chunk in chunks) == one.text == chunks[-1].generation.text  # type: ignore[union-attr]
+            assert "".join(one.pieces) == one.text
+        assert len({author for g in each for author in (s.author for s in g.steps)}) > 1
+        assert [s.data for g in each for s in g.steps] == [c for g in each for c in llm.sharing.cuts.chunks(data(g))]  # type: ignore[union-attr]
+
+
+def test_each_model_keeps_its_own_ids(pair: CollaborativeLM) -> None:
+    """At the end, a view holds what its tokenizer makes of the text, chunk by chunk."""
+    sharing = pair.sharing
+    assert sharing is not None
+    params = SamplingParams(max_tokens=40, deferral="random", threshold=0.5)
+    generation = pair.generate(PROMPT, params)
+    for model, codec in enumerate(sharing.codecs):
+        text = ChunkText([[1], [1]], sharing.codecs, sharing.cuts)
+        text.chunks += [step.data for step in generation.steps if step.data]
+        assert codec.data(text.read(model).token_ids[1:]) == data(generation)
+    assert generation.token_ids == tuple(v for step in generation.steps if step.data for v in (step.token_ids))
+    assert generation.usage.tokens_by_author[0] + generation.usage.tokens_by_author[1] == generation.completion_tokens
+
+
+def test_ends_and_stop_strings() -> None:
+    llm = system(ends=17)
+    ended = llm.generate_batch([f"{n} + {n} =" for n in range(12)], SamplingParams(max_tokens=60, deferral="never"))
+    assert {g.finish_reason for g in ended} >= {"stop"}
+    for generation in ended:
+        if generation.finish_reason == "stop":
+            last = generation.steps[-1]
+            assert last.data == b"" and generation.pieces[-1].endswith("<|im_end|>")
+            assert generation.text == data(generation).decode(errors="replace")
+    params = SamplingParams(max_tokens=40, deferral="random", threshold=0.5)
+    whole = system().generate(PROMPT, params)
+    text = whole.text
+    stop = next(text[a : a + 2] for a in range(5, len(text) - 2) if "\ufffd" not in text[a : a + 2])
+    stopped = system().generate(PROMPT, replace(params, stop=(stop,)))
+    assert stopped.text == text[: text.index(stop)] and stopped.finish_reason == "stop"
+
+
+@settings(max_examples=60)
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<"), max_size=40) | st.sampled_from(MORE))
+def test_cuts_lie_within_no_character_and_no_token(text: str) -> None:
+    """Whatever the script, of every tokenizer."""
+    whole = text.encode()
+    for codec in CODECS:
+        assert codec.cuts is not None
+        chunks = codec.cuts.chunks(whole)
+        for chunk in chunks:
+            chunk.decode()
+        ids = codec.encode(text) if codec.name != "two" or _known(codec, text) else []
+        ends = codec.lengths(ids)
+        for offset in codec.cuts.offsets(whole)[1:] if ids else ():
+            assert offset in ends
+        assert codec.data([v for chunk in chunks for v in codec.chunk_ids(chunk)]) == whole
+
+
+def _known(codec: ByteCodec, text: str) -> bool:
+    try:
+        codec.encode(text)
+    except CollmError:
+        return False
+    return True
+
+
+def _codecs() -> list[ByteCodec]:
+    own = tokenizers()
+    cuts = cuts_between(own, NAMES)
+    assert isinstance(cuts, Cuts)
+    return [ByteCodec(t, cuts, name=n) for t, n in zip(own, NAMES, strict=True)]
+
+
+CODECS = _codecs()
+
+
+def test_passes_are_those_that_the_rule_needs(pair: CollaborativeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model has a pass for each of its tokens and one to look ahead at the end of a chunk, unless that closes by
+    itself; the first token of a chunk is known if it was seen ahead. The base has one at each cut besides."""
+    own: list[tuple[int, int, bool]] = []
+    close = ChunkText.close
+
+    def noting(self: ChunkText, model: int, chunk: bytes) -> bool:
+        count = len(self.written(model))
+        own.append((model, count, close(self, model, chunk)))
+        return own[-1][2]
+
+    monkeypatch.setattr(ChunkText, "close", noting)
+    params = SamplingParams(max_tokens=40, deferral="random", threshold=0.5)
+    generation = pair.generate(PROMPT, params)
+    free = pair.sharing.cuts.free  # type: ignore[union-attr]
+    passes, seen = [0, 0], None
+    for n, (step, (author, count, holds)) in enumerate(zip(generation.steps, own, strict=True)):
+        assert step.data and step.author == author
+        passes[0] += seen != 0  # the cut
+        passes[author] += author != 0 and seen != author
+        looks = not free[step.data[-1]]
+        last = n + 1 == len(own)
+        passes[author] += count - 1 + (looks and not (last and author == 0))
+        seen = author if looks and holds else None
+    assert abs(generation.forward_passes[0] - passes[0]) <= 1 and abs(generation.forward_passes[1] - passes[1]) <= 1
+    assert sum(generation.forward_passes) > 40
+
+
+def test_a_failing_assistant(pair: CollaborativeLM) -> None:
+    params = SamplingParams(max_tokens=20, deferral="always")
+    llm = system()
+
+    class Breaks(LocalModel):
+        count = 0
+
+        def predict(self, queries: Any) -> Any:
+            Breaks.count += 1
+            if Breaks.count % 3 == 2:
+                raise RuntimeError("broken")
+            return super().predict(queries)
+
+    llm.models[1].__class__ = Breaks
+    [failed] = llm.generate_batch([PROMPT], params)
+    assert failed.finish_reason == "error" and "broken" in str(failed.error)
+    whole = llm.generate(PROMPT, replace(params, on_assistant_error="base"))
+    assert whole.completion_tokens == 20 and {step.author for step in whole.steps} == {0, 1}
+    assert any(step.fault for step in whole.steps)
+    assert [step.data for step in whole.steps] == llm.sharing.cuts.chunks(data(whole))  # type: ignore[union-attr]
+
+
+def test_tools_write_single_tokens() -> None:
+    own = [make_tokenizer(285), make_tokenizer(340)]
+    base = local(own[0], "base", 0, 2)
+    assert base.head is not None
+    with torch.no_grad():
+        base.head.bias[0] = 100.0  # the calculator is asked first
+    models: list[LanguageModel] = [base, Calculator(own[0]), local(own[1], "one", 1)]
+    formatters = [Formatter(own[0]), Formatter(own[0]), Formatter(own[1])]
+    cuts = cuts_between([f.tokenizer for f in formatters], ["base", "calculator", "one"])
+    assert cuts is not None
+    info = CheckpointInfo(cuts=cuts.fingerprint)
+    llm = CollaborativeLM(models, formatters, info, sharing=share(models, formatters, info, True))
+    generation = llm.generate("12 + 30 = ", SamplingParams(max_tokens=6, deferral="always"))
+    asked = llm.generate("12 + 30 = ", SamplingParams(max_tokens=6), policy=Threshold(-100.0))
+    # Whoever has the larger gate is asked first; the tool is silent but for the digits.
+    for found in (generation, asked):
+        assert {step.author for step in found.steps} <= {0, 1, 2}
+        for step in found.steps:
+            assert step.author != 1 or step.data in (b"4", b"2")
+    digits = [step for step in generation.steps if step.author == 1]
+    assert [step.data for step in digits] == [b"4", b"2"] and digits[0].log_prob == 0.0
+
+
+def test_refusals(pair: CollaborativeLM) -> None:
+    for deferral in ("compose", "mixture", "contrastive", "confident", "nudging"):
+        with pytest.raises(CollmError, match="needs models with one tokenizer"):
+            pair.generate(PROMPT, SamplingParams(deferral=deferral))  # type: ignore[arg-type]
+    with pytest.raises(CollmError, match="give stop, the text"):
+        pair.generate(PROMPT, SamplingParams(stop_token_ids=(5,)))
+    own = tokenizers()[:2]
+    models: list[LanguageModel] = [local(own[0], "base", 0, 1), local(own[1], "one", 1)]
+    formatters = [Formatter(t) for t in own]
+    with pytest.raises(CollmError, match="the gate was trained for models that take turns at other places"):
+        share(models, formatters, CheckpointInfo(cuts="0123"), True)
+    with pytest.raises(CollmError, match="take turns at every token"):
+        share(models, formatters, CheckpointInfo(), True)
+    from collm.models.fake import FakeModel
+
+    with pytest.raises(CollmError, match="cannot say which of its tokens may open a chunk"):
+        share([models[0], FakeModel("fake", 400)], formatters, CheckpointInfo(), False)
+
+
+def test_the_end_of_a_context_ends_a_text() -> None:
+    llm = system()
+    bounded = CollaborativeLM(llm.models, llm.formatters, llm.info, max_model_len=45, sharing=llm.sharing)
+    for deferral in ("never", "always"):
+        generation = bounded.generate(PROMPT, SamplingParams(max_tokens=200, deferral=deferral))  # type: ignore[arg-type]
+        assert generation.finish_reason == "length" and generation.error is None
+        assert 5 < generation.completion_tokens < 200
