@@ -17,12 +17,18 @@ from collm.cli.options import (
     prompt_format,
     read_examples,
 )
+from collm.errors import CollmError
 from collm.files import claimed
 
 
 @click.command(cls=ResumableCommand, short_help="Score gold tokens under one model (once per model).")
 @click.argument("data")
-@click.option("--model", required=True, metavar="SPEC", help="The model that is asked: base or assistant.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="SPEC",
+    help="The model that is asked: base or assistant; or a server of it, vllm+http://host:8000 (docs/scaling.md).",
+)
 @click.option("--out", required=True, type=OUTPUT_FOLDER, metavar="DIR", help="Where the scores go.")
 @click.option(
     "--base",
@@ -53,13 +59,17 @@ def score(
     DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
     A stopped run resumes.
     """
-    from collm.models.specs import is_tool, require_model
+    from collm.models.specs import is_tool, is_url, require_model
 
-    tool = is_tool(model)
+    tool, served = is_tool(model), is_url(model)
+    shown_by = model
+    """Whose tokenizer and chat template the model has."""
+    if served:
+        shown_by = _of_server(model, base)
     if tool and base is None:
         raise click.UsageError(f"{model} is a tool without a tokenizer of its own: give the base model with --base")
     others = tuple(spec for spec in others if not is_tool(spec) and spec not in (base, model))
-    for spec in (base, None if tool else model, *others):
+    for spec in (base, None if tool else shown_by, *others):
         if spec is not None:
             require_model(spec)
     examples = read_examples(data, options)
@@ -77,7 +87,7 @@ def score(
 
     format = prompt_format(options)
     base_tokenizer = None if base is None else load_tokenizer(base)
-    tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(model)
+    tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(shown_by)
     first = tokenizer if base_tokenizer is None else base_tokenizer
     cuts = cuts_between([first, tokenizer, *map(load_tokenizer, others)], [base or model, model, *others])
     formatter = Formatter(tokenizer, format)
@@ -97,7 +107,7 @@ def score(
             reader = Reader(formatter, ByteCodec(tokenizer, cuts, name=model), of_base)
         examples = usable_in_chunks(examples, [of_base, reader], skip_bad=options["skip_bad"])
     # As training does: scores for more than the base can read would not match.
-    context = load_context_length(base or model)
+    context = load_context_length(base or shown_by)
     max_length = min(options["max_length"], context or options["max_length"])
     settings: dict[str, Any] = {
         "completions_from": completions_from,
@@ -107,7 +117,12 @@ def score(
         "chunks": reader,
     }
     with claimed(out):  # before a model is loaded in vain
-        if tool:
+        if served:
+            from collm.data.served import score_served
+            from collm.remote.connecting import connect
+
+            path = score_served(examples, connect(model, tokenizer), formatter, out, **settings)
+        elif tool:
             path = score_tool(examples, make_tool(model, tokenizer), formatter, out, **settings)
         else:
             path = score_model(
@@ -115,6 +130,20 @@ def score(
             )
     _show(load_info(path))
     click.echo(f"scores written to {path}")
+
+
+def _of_server(url: str, base: str | None) -> str:
+    """Raises:
+    CollmError: it cannot be told what tokenizer the server's model should have.
+    """
+    from collm.remote.address import Address
+
+    address = Address.parse(url)
+    address.key()
+    spec = address.tokenizer or base
+    if spec is None:
+        raise CollmError(f"{address.urls[0]}: name the model's tokenizer (tokenizer=FOLDER in the URL), or give --base")
+    return spec
 
 
 def _show(info: Mapping[str, Any]) -> None:

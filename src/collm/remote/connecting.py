@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from collm.errors import CollmError
 from collm.models.served import ServedInfo
 from collm.models.specs import server_name
 from collm.models.tokenizers import PROBES, shared_vocab_size
@@ -14,6 +15,8 @@ from collm.remote.client import Client
 from collm.remote.faults import ServerFault
 from collm.remote.model import RemoteModel
 from collm.remote.wire import Completion, Token
+
+DEFER = "<|defer|>"
 
 
 def connect(
@@ -71,6 +74,19 @@ def connect(
             raise
 
     return background.wait(probed())
+
+
+def require_plain(model: RemoteModel) -> None:
+    """Refuse to score by an export, whose log-probabilities are shared with the rows of the gate.
+
+    Raises:
+        CollmError: it is one.
+    """
+    if len(background.wait(model.client.tokenize(DEFER))) == 1:
+        raise CollmError(
+            f"{model.name} is an export ({DEFER} is one of its tokens): among its log-probabilities are those of the "
+            "gate; score by a server of the plain model"
+        )
 
 
 async def _require_deciding(model: RemoteModel, served: ServedInfo) -> None:

@@ -27,11 +27,12 @@ from collm.remote.background import background
 from collm.remote.client import Client, ModelCard
 from collm.remote.faults import ServerFault
 from collm.remote.rules import hidden_share, log_gate_of, settings_of, writes_alone
-from collm.remote.wire import Completion, End, Sampling, Token
+from collm.remote.wire import Completion, End, Given, Sampling, Token
 from collm.values import NO_TOKEN, UNKNOWN, Answer, Draw, Extend, Fault, Query, Replies, Reply, StreamingModel, Told
 
 _log = logging.getLogger(__name__)
 
+SCORED_AT_ONCE = 64
 NO_LAW = "a server tells tokens and log-probabilities, not whole laws"
 NO_BLOCKS = (
     "a server would have to read a whole text again to judge a block of it: vLLM leaves its prefix cache unread where "
@@ -100,6 +101,32 @@ class RemoteModel(StreamingModel):
             return await asyncio.gather(*(self._answers(each, each.view.token_ids[: each.length]) for each in queries))
 
         return background.wait(answers())
+
+    def given(self, texts: Sequence[Sequence[int]]) -> list[list[Given]]:
+        """Log-probabilities of the tokens of whole texts, the first left out, `SCORED_AT_ONCE` texts at a time.
+
+        Raises:
+            CollmError: the server does not tell them, or is gone.
+        """
+        if "given" in self.lacks:
+            raise CollmError(f"{self.name}: {self.lacks['given']}")
+
+        async def scores() -> list[list[Given]]:
+            turns = asyncio.Semaphore(SCORED_AT_ONCE)
+
+            async def one(ids: Sequence[int]) -> list[Given]:
+                async with turns:
+                    return await self.client.score(ids)
+
+            async with asyncio.TaskGroup() as group:  # one that fails ends the others
+                asked = [group.create_task(one(ids)) for ids in texts]
+            return [task.result() for task in asked]
+
+        try:
+            return background.wait(scores())
+        except ExceptionGroup as failed:
+            first = failed.exceptions[0]
+            raise CollmError(f"{self.name}: {first}") from first
 
     def identity(self) -> Mapping[str, Any]:
         return self._identity

@@ -9,7 +9,7 @@ from collm.data.examples import JSON_SUFFIXES, load_examples
 from collm.errors import CollmError, nearest
 from collm.files import require_place
 from collm.models.placement import Placement
-from collm.models.specs import adapter_config, is_tool, require_model, split_spec
+from collm.models.specs import adapter_config, is_tool, is_url, require_model, split_spec
 from collm.training.recipe import ModelSection, Recipe
 
 LOGGERS = {
@@ -55,7 +55,7 @@ def check_recipe(recipe: Recipe) -> None:
         if not lacking:
             continue  # it is not opened, and may lie on another machine
         try:
-            _check_model(assistant)
+            _check_assistant(assistant)
         except CollmError as error:
             raise not_at_hand(assistant.name, error, lacking) from error
     for key in ("train", "validation"):
@@ -91,6 +91,15 @@ def _check_scores(whose: str, section: ModelSection) -> None:
         path = getattr(section, name)
         if path is not None and not path.is_dir():
             raise CollmError(f"{whose}: {name}: there is no folder {path}; collm score makes it")
+
+
+def _check_assistant(section: ModelSection) -> None:
+    if not is_url(section.model):
+        _check_model(section)
+        return
+    from collm.remote.address import Address
+
+    Address.parse(section.model).key()
 
 
 def _check_model(section: ModelSection) -> None:

@@ -37,7 +37,8 @@ class FormatSection(_Section):
 
 class ModelSection(_Section):
     model: str
-    """A spec: folder, hub id, `FILE.gguf`, `pkg:PACKAGE/FILE.gguf`; for an assistant also `calculator`."""
+    """A spec: folder, hub id, `FILE.gguf`, `pkg:PACKAGE/FILE.gguf`; for an assistant also `calculator`, or a server
+    (`vllm+http://host:8000`), which is asked for scores."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     format: FormatSection = FormatSection()
     scores: Path | None = None

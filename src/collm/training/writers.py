@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.data.chunks import Reader
 from collm.data.examples import Example
@@ -23,13 +23,13 @@ from collm.models.devices import best_device
 from collm.models.info import AssistantInfo, same_weights
 from collm.models.loading import load_tokenizer
 from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
-from collm.models.specs import is_tool, portable
+from collm.models.specs import is_tool, is_url, portable
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.models.tools import make_tool
 from collm.training.checking import not_at_hand
 from collm.training.dataset import digest
 from collm.training.recipe import ModelSection
-from collm.values import LanguageModel
+from collm.values import LanguageModel, StreamingModel
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def make_writer(
     ):
         return Writer(name, section, None, None, given)
     try:
-        tokenizer = load_tokenizer(section.model)
+        tokenizer = _tokenizer_of(section.model, base)
     except CollmError as error:
         if base is None:
             raise
@@ -91,6 +91,16 @@ def make_writer(
     if formatter.format.date is not None and section.format.date is None:
         formatter = Formatter(tokenizer, replace(formatter.format, date=day))
     return Writer(name, section, formatter, None, given)
+
+
+def _tokenizer_of(spec: str, base: Writer | None) -> PreTrainedTokenizerBase:
+    """A server's model has the tokenizer that its URL names, or the base's; that is found out when it is asked."""
+    if base is None or not is_url(spec):
+        return load_tokenizer(spec)
+    from collm.remote.address import Address
+
+    named = Address.parse(spec).tokenizer
+    return base.open_formatter.tokenizer if named is None else load_tokenizer(named)
 
 
 def readers_of(writers: Sequence[Writer]) -> list[Reader] | None:
@@ -147,6 +157,10 @@ def scores_of(
     formatter, tool = writer.formatter, writer.tool
     options: dict[str, Any] = {"completions_from": None if formatter is base else base, "max_length": max_length}
     made: dict[str, Any] = {"progress": progress, "wait": True}  # recipes share a cache
+    if is_url(writer.section.model):
+        from collm.remote.connecting import connect
+
+        tool = connect(writer.section.model, formatter.tokenizer, name=writer.name)
     opened = Opened(writer.section.model, dtype=writer.section.dtype, device=best_device(), model=model)
     who = opened.identity if tool is None else writer_identity(tool)
     weights = opened.fingerprint if tool is None else None
@@ -160,7 +174,13 @@ def scores_of(
             continue
         # Named by what it depends on, so that recipes can share a folder.
         paths[split] = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
-        if tool is not None:
+        if isinstance(tool, StreamingModel):
+            from collm.data.served import score_served
+            from collm.remote.model import RemoteModel
+
+            assert isinstance(tool, RemoteModel)
+            score_served(examples, tool, formatter, paths[split], **made, **options, chunks=chunks)
+        elif tool is not None:
             score_tool(examples, tool, formatter, paths[split], **made, **options, chunks=chunks)
         else:
             score(examples, opened, formatter, paths[split], **made, **options, chunks=chunks)
