@@ -549,7 +549,7 @@ def test_the_least_busy_is_chosen_and_texts_stay_where_their_prefix_is(moves: li
         elif running:
             replica = running.pop(0)
             if move == "fail":
-                replica.failed(ServerFault("down"), now)
+                replica.failed(ServerFault("down"), now, now)
             else:
                 replica.succeeded()
             replica.ended(False)

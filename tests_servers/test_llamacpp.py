@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 from conftest import ask, free_port, python_of, running
 
+from collm.errors import CollmError
+from collm.llm import CollaborativeLM, GenerationFailed
 from collm.models.tokenizers import PROBES
 from collm.remote import Address, Client, Completion, End, ServerFault, Token
+from collm.sampling_params import OnAssistantError, SamplingParams
 
 SERVER = """
 import sys, time
@@ -166,6 +169,28 @@ def test_its_context_is_told(spec: str) -> None:
     assert card.context_length == 1024
 
 
+# -- as an assistant: a laptop with a workstation
+
+
+PAIR = SamplingParams(max_tokens=48, deferral="random", threshold=0.3)
+CHAT = [{"role": "user", "content": "What is the capital of France, and of Italy?"}]
+
+
+def test_it_is_an_assistant_of_a_base_in_this_process(spec: str) -> None:
+    """The base is the same file, dequantised: every token of the server's is one that it finds likely."""
+    llm = CollaborativeLM.from_pretrained(SPEC, assistants=[f"big={spec}"])
+    generation = llm.generate(CHAT, PAIR)
+    by_server = [step for step in generation.steps if step.author == 1]
+    assert len(by_server) >= 5 and "Paris" in generation.text
+    assert sum(step.token_id == step.base_token_id for step in by_server) >= 0.7 * len(by_server)
+    alone = llm.generate(CHAT, SamplingParams(max_tokens=30), alone="big")
+    assert "Paris" in alone.text and alone.finish_reason in ("stop", "length")
+    told = llm.models[1].identity()  # type: ignore[attr-defined]
+    assert told["kind"] == "remote" and len(told["probe"]) == 12 and all(value < 0 for value in told["probe"])
+    with pytest.raises(CollmError, match="mixture cannot be had from base|mixture cannot be had from big"):
+        llm.generate(CHAT, SamplingParams(deferral="mixture"))
+
+
 # -- what goes wrong, with the real thing; each ends within its time-outs, and says what it was
 
 
@@ -205,3 +230,32 @@ def test_a_server_that_hangs_and_comes_back_and_one_that_is_killed(tmp_path: Pat
         with pytest.raises(ServerFault, match=f"127.0.0.1:{port}: (no connection|the connection broke)"):
             ask(spec, killed)
         assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("on_error", ["fail", "base"])
+def test_an_assistant_that_is_killed_in_the_middle_of_a_text(tmp_path: Path, on_error: OnAssistantError) -> None:
+    """The text ends with an error, or the base goes on and says so; both within the attempts."""
+    port = free_port()
+    (tmp_path / "server.py").write_text(SERVER)
+    command = [str(python_of("llamacpp")), str(tmp_path / "server.py"), str(model_path()), str(port)]
+    params = SamplingParams(max_tokens=60, deferral="random", threshold=0.3, on_assistant_error=on_error)
+    with running(command, tmp_path / "log", "READY") as process:
+        llm = CollaborativeLM.from_pretrained(SPEC, assistants=[f"big=llamacpp+http://127.0.0.1:{port}?timeout=10"])
+        steps, began = [], time.monotonic()
+        try:
+            for chunk in llm.stream(CHAT, params):
+                if chunk.step is not None:
+                    steps.append(chunk.step)
+                    if sum(step.author == 1 for step in steps) == 2:
+                        process.kill()
+                elif chunk.generation is not None:
+                    generation = chunk.generation
+        except GenerationFailed as failed:
+            generation = failed.generation
+        assert time.monotonic() - began < 60
+        if on_error == "fail":
+            assert generation.finish_reason == "error" and "big: http://127.0.0.1" in str(generation.error)
+        else:
+            assert generation.finish_reason in ("stop", "length")
+            assert any("no connection" in str(step.fault) or "broke" in str(step.fault) for step in steps)
+            assert steps[-1].fault is None or "left alone" in steps[-1].fault or "no connection" in steps[-1].fault

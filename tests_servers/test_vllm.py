@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from collm.decoding.policies import to_log_odds
 from collm.gate import log_gate
+from collm.llm import CollaborativeLM
 from collm.models.checkpoint import load_base, save_checkpoint
 from collm.models.export import export
 from collm.models.head import DeferralHead
@@ -26,6 +28,8 @@ from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable, C
 from collm.models.served import ServedInfo
 from collm.models.tokenizers import PROBES
 from collm.remote import Client, Completion, End, Sampling, ServerFault, Token
+from collm.sampling_params import SamplingParams
+from collm.types import Generation
 from collm.vllm_plugin.columns import Gate
 from collm.vllm_plugin.request import rule
 
@@ -50,6 +54,7 @@ class Pair:
     base: PreTrainedModel
     head: DeferralHead
     assistants: Sequence[PreTrainedModel]
+    root: Path
 
     @torch.inference_mode()
     def signals(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,6 +68,9 @@ class Pair:
 def make_pair(root: Path, num_assistants: int) -> tuple[Path, list[PreTrainedModel]]:
     shape = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     assistants = [tiny.make_model(seed=k + 1, **shape) for k in range(num_assistants)]
+    for k, assistant in enumerate(assistants):
+        assistant.save_pretrained(root / f"expert{k}")
+        tiny.make_tokenizer().save_pretrained(root / f"expert{k}")
     torch.manual_seed(5)
     head = DeferralHead(64, num_assistants)
     torch.nn.init.normal_(head.weight, std=0.3)
@@ -81,8 +89,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     base, head, _, _ = load_base(root / "checkpoint")
     assert head is not None
     served = ServedInfo.from_config(json.loads((root / "exported" / "config.json").read_text())["collm"])
-    with vllm(root / "exported", "--dtype", "float32", "--max-model-len", "256") as url:
-        yield Pair(f"vllm+{url}?model=base", url, served, base, head, assistants)
+    # The second time with a cache that 200 texts fill many times over.
+    small = ("--num-gpu-blocks-override", "48") if request.param == 1 else ()
+    with vllm(root / "exported", "--dtype", "float32", "--max-model-len", "256", *small) as url:
+        yield Pair(f"vllm+{url}?model=base", url, served, base, head, assistants, root)
 
 
 async def written(client: Client, completion: Completion) -> tuple[list[Token], End]:
@@ -138,6 +148,64 @@ def test_texts_are_those_of_this_process(pair: Pair) -> None:
     assert found == [plain(ids, 32) for ids in prompts]
     authors = {who for text in found for _, who in text}
     assert authors == set(range(1 + len(pair.assistants))), "the test is worth nothing unless all of them write"
+
+
+ASKED = (
+    SamplingParams(threshold=0.5),
+    SamplingParams(threshold=0.85),
+    SamplingParams(deferral_rate=0.2),
+    SamplingParams(deferral="expected_gain", threshold=0.4),
+    SamplingParams(deferral="entropy", threshold=3.2),
+    SamplingParams(deferral="top_probability", threshold=0.12),
+    SamplingParams(deferral="sampled"),
+    SamplingParams(deferral="random", threshold=0.3),
+    SamplingParams(deferral="never"),
+)
+
+
+def systems(pair: Pair, **served: Any) -> tuple[CollaborativeLM, CollaborativeLM]:
+    """All of it in this process, and with something on the server."""
+    here = [f"expert{k}={pair.root / f'expert{k}'}" for k in range(len(pair.assistants))]
+    return (
+        CollaborativeLM.from_pretrained(pair.root / "checkpoint", assistants=here),
+        CollaborativeLM.from_pretrained(**{"path": pair.root / "exported", "assistants": here, **served}),
+    )
+
+
+def same(plain: CollaborativeLM, found: CollaborativeLM, count: int, longest: int) -> list[Generation]:
+    """So many texts at once, each with its own rule, are the same token for token, by the same authors."""
+    texts = [f"What is {i} + {7 * i}?" for i in range(count)]
+    asked = [replace(ASKED[i % len(ASKED)], max_tokens=4 + i % longest) for i in range(count)]
+    expected, written = plain.generate_batch(texts, asked, 16), found.generate_batch(texts, asked, count)
+    for one, other in zip(expected, written, strict=True):
+        assert other.error is None
+        assert one.token_ids == other.token_ids
+        assert [step.author for step in one.steps] == [step.author for step in other.steps]
+        for a, b in zip(one.steps, other.steps, strict=True):
+            assert abs(a.log_prob - b.log_prob) < NEAR
+    return written
+
+
+def test_the_engine_writes_with_a_served_base_as_in_one_process(pair: Pair) -> None:
+    """200 at once with mixed rules; base on the server, assistants here."""
+    plain, served = systems(pair, base=pair.spec)
+    written = same(plain, served, 200, 40)
+    authors = {step.author for generation in written for step in generation.steps}
+    assert authors == set(range(1 + len(pair.assistants)))
+    for generation, asked in zip(written, itertools.cycle(ASKED), strict=False):
+        if asked.deferral == "threshold":  # round trips are counted in deferrals
+            deferrals = sum(step.deferred for step in generation.steps)
+            assert generation.usage.forward_passes[0] <= deferrals + 1
+
+
+def test_the_engine_writes_with_a_served_assistant_as_in_one_process(pair: Pair) -> None:
+    """The server's base is the first assistant here; it never defers when it is one."""
+    names = [f"expert{k}" for k in range(len(pair.assistants))]
+    others = [f"{name}={pair.root / name}" for name in names[1:]]
+    path = pair.root / "checkpoint"
+    plain = CollaborativeLM.from_pretrained(path, assistants=[f"{names[0]}={path}", *others])
+    served = CollaborativeLM.from_pretrained(path, assistants=[f"{names[0]}=openai+{pair.url}?model=base", *others])
+    same(plain, served, 36, 24)
 
 
 def test_two_hundred_requests_at_once_each_with_its_own_rule(pair: Pair) -> None:

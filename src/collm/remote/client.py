@@ -260,7 +260,7 @@ class Client:
         self, method: str, path: str, body: Mapping[str, Any] | None, replica: Replica
     ) -> AsyncIterator[httpx.Response]:
         """A good answer of one replica, whose health is kept; what goes wrong while it is read is a `ServerFault`."""
-        trying = replica.began()
+        trying, began = replica.began(), self.clock()
         try:
             async with self._http.stream(method, f"{replica.url}{path}", json=body) as response:
                 if response.status_code != 200:
@@ -270,13 +270,13 @@ class Client:
         except ServerFault as fault:
             # One that refuses, or asks for patience, is alive.
             if fault.repeatable and not fault.busy:
-                replica.failed(fault, self.clock())
+                replica.failed(fault, self.clock(), began)
             else:
                 replica.succeeded()
             raise fault.of(replica.url) from fault.__cause__
         except (httpx.HTTPError, TimeoutError, json.JSONDecodeError) as error:
             found = fault_of(error, self.address)
-            replica.failed(found, self.clock())
+            replica.failed(found, self.clock(), began)
             raise found.of(replica.url) from error
         finally:
             replica.ended(trying)

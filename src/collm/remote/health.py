@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from collm.remote.faults import ServerFault
 
 FAILURES = 5
-"""In a row, until a server is called broken."""
+"""In a row, until a server is called broken. Requests that fail while they are under way together count as one: a hiccup
+ends many of them, and says as little as one does."""
 COOLDOWN = 15.0
 """Seconds for which nobody asks a broken server; then one request tries it."""
 SLACK = 4
@@ -25,6 +26,7 @@ class Replica:
     url: str
     in_flight: int = 0
     failures: int = 0
+    failed_at: float | None = None
     retry_at: float | None = None
     trying: bool = False
     reason: str = ""
@@ -47,8 +49,9 @@ class Replica:
     def succeeded(self) -> None:
         self.failures, self.retry_at, self.trying = 0, None, False
 
-    def failed(self, fault: ServerFault, now: float) -> None:
-        self.failures += 1
+    def failed(self, fault: ServerFault, now: float, began: float) -> None:
+        if self.failed_at is None or began >= self.failed_at or self.trying:
+            self.failures, self.failed_at = self.failures + 1, now
         self.reason = str(fault)
         if self.trying or self.failures >= FAILURES:
             self.retry_at = now + COOLDOWN

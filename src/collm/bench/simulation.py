@@ -1,0 +1,256 @@
+"""What a pair behind servers would write a second, from what steps and calls cost: the engine's own scheduler and flows
+on a clock of their own, with servers that take time and compute nothing.
+
+A server steps as vLLM does: all texts that it writes get a token in each step, and one that comes joins the next. Its
+prefix cache keeps whole blocks; what a text has gained since is read when it comes again. Requests go to replicas by
+the client's own rule (`remote.health`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from collm.decoding.collaborative import collaborative
+from collm.decoding.policies import Random
+from collm.engine.running import Event, Finished
+from collm.engine.scheduler import Scheduler
+from collm.remote.health import Replica, Replicas
+from collm.remote.rules import writes_alone
+from collm.sampling_params import SamplingParams
+from collm.types import BASE
+from collm.values import NO_TOKEN, Answer, Extend, Query, Replies, Reply, StreamingModel
+from collm.views import Text, View
+
+TOKEN = 7
+_WRITTEN = Answer(TOKEN, -1.0, TOKEN, -1.0, 1.0, (0.0, -20.0), defers=False)
+_DEFERRED = Answer(NO_TOKEN, -1.0, None, -1.0, 1.0, (-20.0, 0.0), defers=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCosts:
+    """Seconds: of a step, of each text in it beyond the first, of reading a token of a prompt, of a call on its way
+    there and back, and of the server's time that a request takes from everybody (its front end, its scheduler).
+
+    `block`: tokens that the prefix cache keeps together; 0: it keeps none. `seats`: texts in a step at most.
+    `company`, `patience`: an idle server begins a step once so many requests wait, or the first has waited so long.
+    """
+
+    step: float
+    row: float = 0.0
+    read: float = 0.0
+    call: float = 0.0
+    admit: float = 0.0
+    block: int = 16
+    seats: int = 256
+    company: int = 1
+    patience: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.step, self.row, self.read, self.call, self.admit, self.block, self.patience)
+        if self.step <= 0 or any(number < 0 for number in numbers) or self.seats < 1 or self.company < 1:
+            raise ValueError(f"a step takes time, and nothing takes less than none: {self}")
+
+
+START = 1.0
+"""Of time; 0 stands for what has not begun."""
+
+
+class Clock:
+    """Time passes from one event to the next."""
+
+    def __init__(self) -> None:
+        self.now = START
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def at(self, when: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._count), call))
+
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        self.at(self.now + seconds, call)
+
+    def tick(self) -> bool:
+        """Do what comes next; False if nothing does."""
+        if not self._events:
+            return False
+        self.now, _, call = heapq.heappop(self._events)
+        call()
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """`left` tokens are to be written behind the first `length` of a view."""
+
+    view: View
+    length: int
+    left: int
+    done: Callable[[], None]
+    came: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Machine:
+    """One replica."""
+
+    costs: ServerCosts
+    clock: Clock
+    waiting: list[_Request] = field(default_factory=list)
+    writing: list[_Request] = field(default_factory=list)
+    stepping: bool = False
+    cached: dict[int, int] = field(default_factory=dict)
+    busy: float = 0.0
+
+    def take(self, request: _Request) -> None:
+        request.came = self.clock.now
+        self.waiting.append(request)
+        self._begin()
+        if not self.stepping:
+            self.clock.at(request.came + self.costs.patience, self._begin)
+
+    def _begin(self) -> None:
+        if self.stepping or not (self.waiting or self.writing):
+            return
+        costs = self.costs
+        alone = not self.writing and len(self.waiting) < costs.company
+        if alone and self.clock.now < self.waiting[0].came + costs.patience:
+            return
+        room = costs.seats - len(self.writing)
+        coming, self.waiting = self.waiting[:room], self.waiting[room:]
+        reading = sum(self._missing(request) for request in coming)
+        self.writing += coming
+        seconds = costs.step + costs.row * (len(self.writing) - 1) + costs.read * reading + costs.admit * len(coming)
+        self.stepping = True
+        self.busy += seconds
+        self.clock.after(seconds, self._end)
+
+    def _missing(self, request: _Request) -> int:
+        block = self.costs.block
+        kept = 0 if not block else self.cached.get(id(request.view), 0) // block * block
+        return max(0, request.length - kept - 1)  # the last one is the step's own
+
+    def _end(self) -> None:
+        self.stepping = False
+        for request in self.writing:
+            request.left -= 1
+            request.length += 1
+        ended = [request for request in self.writing if not request.left]
+        self.writing = [request for request in self.writing if request.left]
+        for request in ended:
+            self.cached[id(request.view)] = request.length - 1
+            request.done()
+        self._begin()
+
+
+class SimulatedServer(StreamingModel):
+    """A model behind replicas. What it writes is always the same token; a base defers where its policy draws so."""
+
+    def __init__(self, name: str, costs: ServerCosts, clock: Clock, replicas: int = 1) -> None:
+        self._name, self._costs, self._clock = name, costs, clock
+        self.machines = {str(n): _Machine(costs, clock) for n in range(replicas)}
+        self._replicas = Replicas([Replica(url) for url in self.machines], clock)
+        self.calls = 0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        raise AssertionError("it is asked by start alone")
+
+    def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
+        self.calls += 1
+        view, count = request.view, 1
+        answers: list[Reply] = [_WRITTEN]
+        if isinstance(request, Extend):
+            position = len(view) - view.prompt_length
+            count = writes_alone(request.until, request.draw, position, request.max_tokens)
+            last = None if request.until is None else request.until.decide(_WRITTEN, request.draw, position + count - 1)
+            answers = [_WRITTEN] * count
+            if last is not None and last.authors[0] != BASE:
+                answers[-1] = _DEFERRED
+        replica = self._replicas.choose(id(view))
+        replica.began()
+
+        def told() -> None:
+            deliver(answers)
+            if isinstance(request, Extend):
+                deliver(None)
+
+        def done() -> None:
+            replica.ended(False)
+            self._clock.after(self._costs.call / 2, told)
+
+        length = request.length if isinstance(request, Query) else len(view)
+        asked = _Request(view, length, count, done)
+        self._clock.after(self._costs.call / 2, lambda: self.machines[replica.url].take(asked))
+        return lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`streams` texts are written at any time, one after another has ended, `texts` in all; an assistant writes a share
+    `rate` of each text's tokens, at random places."""
+
+    streams: int
+    rate: float
+    tokens: int = 256
+    prompt: int = 256
+    texts: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.texts or 2 * self.streams
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """`tokens_per_second` of all texts together; `text_seconds`: what one takes on average; `busy`: the share of time
+    that base and assistant (each replica) compute; `calls_per_token`: requests of both."""
+
+    tokens_per_second: float
+    text_seconds: float
+    busy: tuple[float, float]
+    calls_per_token: float
+
+
+def simulate(
+    base: ServerCosts, assistant: ServerCosts, load: Load, *, base_replicas: int = 1, assistant_replicas: int = 1
+) -> Simulated:
+    """Drive the engine's scheduler over simulated servers until all texts are written."""
+    clock = Clock()
+    models = [
+        SimulatedServer("base", base, clock, base_replicas),
+        SimulatedServer("assistant", assistant, clock, assistant_replicas),
+    ]
+    scheduler = Scheduler(models, max_num_seqs=load.streams, clock=clock, post=lambda call: call())
+    policy, took, written, texts = Random(load.rate, 1), list[float](), 0, list[Text]()
+    for number in range(load.count):
+        text = Text([[TOKEN] * load.prompt] * 2)
+        texts.append(text)  # caches know texts by their views, which must not come again
+        params = SamplingParams(max_tokens=load.tokens, seed=number, speculative=False)
+        flow = collaborative(text, params, policy, (frozenset(), frozenset()))
+
+        def told(event: Event) -> None:
+            nonlocal written
+            if isinstance(event, Finished):
+                assert event.finish_reason == "length", event
+                took.append(event.usage.seconds)
+            else:
+                written += 1
+
+        scheduler.submit(number, flow, text, load.tokens, told)
+    scheduler.admit()
+    while len(took) < load.count:
+        assert clock.tick(), "texts wait, and nothing happens"
+        scheduler.admit()
+    seconds = clock.now - START
+    busy = [sum(each.busy for each in model.machines.values()) / seconds / len(model.machines) for model in models]
+    calls = sum(model.calls for model in models) / written
+    return Simulated(written / seconds, sum(took) / len(took), (busy[0], busy[1]), calls)
