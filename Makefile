@@ -60,7 +60,7 @@ test-serve: venv .venvs/clients/.stamp  ## collm serve in a browser, and with Li
 	.venvs/clients/bin/python -m pip install -qq --requirement tests_serve/requirements.txt
 	touch $@
 
-test-servers: weights .venvs/vllm/.stamp .venvs/llamacpp/.stamp  ## against real servers on the CPU: vLLM and llama.cpp
+test-servers: weights .venvs/vllm/.stamp .venvs/llamacpp/.stamp .venvs/manifests/.stamp  ## against real servers on the CPU: vLLM and llama.cpp; manifests
 	$(BIN)/python -m pytest tests_servers
 
 # Not run by CI, nor yet by anybody: give the Python of an environment with vLLM for CUDA and this package in it.
@@ -75,9 +75,9 @@ test-vllm-gpu: venv  ## the same on a GPU, vLLM alone: VLLM_PYTHON=.../bin/pytho
 	.venvs/vllm/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venvs/llamacpp/.stamp: tests_servers/requirements-llamacpp.txt
-	test -x .venvs/llamacpp/bin/python || $(PYTHON) -m venv .venvs/llamacpp
-	.venvs/llamacpp/bin/python -m pip install -qq --requirement tests_servers/requirements-llamacpp.txt
+.venvs/%/.stamp: tests_servers/requirements-%.txt
+	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python -m pip install -qq --requirement $<
 	touch $@
 
 lint: venv  ## style and types

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from collm.bench.simulation import Load, ServerCosts, simulate
+from collm.bench.simulation import Load, ServerCosts, gpu_costs, simulate
 
 FREE = ServerCosts(step=1e-9)
 
@@ -80,3 +80,11 @@ def test_thousands_of_streams_are_simulated_in_seconds() -> None:
 def test_costs_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="takes time"):
         ServerCosts(**wrong)  # type: ignore[arg-type]
+
+
+def test_gpus_are_reckoned_from_bytes_and_operations() -> None:
+    """70 billion parameters of 2 bytes over 4 GPUs that read 2 TB/s: 17.5 ms and what launching costs."""
+    costs = gpu_costs(70, 4)
+    assert math.isclose(costs.step, 0.0175 + 0.002)
+    assert math.isclose(costs.read, 140e9 / 1600e12)
+    assert math.isclose(costs.row, 0.13e6 * 1024 / 8e12)

@@ -172,7 +172,9 @@ def systems(pair: Pair, **served: Any) -> tuple[CollaborativeLM, CollaborativeLM
     )
 
 
-def same(plain: CollaborativeLM, found: CollaborativeLM, count: int, longest: int) -> list[Generation]:
+def same(
+    plain: CollaborativeLM, found: CollaborativeLM, count: int, longest: int, near: float = NEAR
+) -> list[Generation]:
     """So many texts at once, each with its own rule, are the same token for token, by the same authors."""
     texts = [f"What is {i} + {7 * i}?" for i in range(count)]
     asked = [replace(ASKED[i % len(ASKED)], max_tokens=4 + i % longest) for i in range(count)]
@@ -182,7 +184,7 @@ def same(plain: CollaborativeLM, found: CollaborativeLM, count: int, longest: in
         assert one.token_ids == other.token_ids
         assert [step.author for step in one.steps] == [step.author for step in other.steps]
         for a, b in zip(one.steps, other.steps, strict=True):
-            assert abs(a.log_prob - b.log_prob) < NEAR
+            assert abs(a.log_prob - b.log_prob) < near
     return written
 
 
@@ -205,7 +207,8 @@ def test_the_engine_writes_with_a_served_assistant_as_in_one_process(pair: Pair)
     path = pair.root / "checkpoint"
     plain = CollaborativeLM.from_pretrained(path, assistants=[f"{names[0]}={path}", *others])
     served = CollaborativeLM.from_pretrained(path, assistants=[f"{names[0]}=openai+{pair.url}?model=base", *others])
-    same(plain, served, 36, 24)
+    # What a plain client is told of an export's law holds the rows of the gate, a percent or so.
+    same(plain, served, 36, 24, near=0.03)
 
 
 def test_two_hundred_requests_at_once_each_with_its_own_rule(pair: Pair) -> None:

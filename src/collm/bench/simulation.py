@@ -54,6 +54,38 @@ class ServerCosts:
             raise ValueError(f"a step takes time, and nothing takes less than none: {self}")
 
 
+def gpu_costs(
+    billions: float,
+    gpus: int = 1,
+    *,
+    bytes_each: float = 2.0,
+    terabytes: float = 2.0,
+    teraflops: float = 400.0,
+    kv_megabytes: float = 0.13,
+    context: int = 1024,
+    overhead: float = 0.002,
+    call: float = 0.004,
+    admit: float = 0.0003,
+) -> ServerCosts:
+    """What a model would cost on GPUs, by the arithmetic of docs/scaling.md: a step reads all weights once and each
+    text's keys and values; a prompt is limited by computing.
+
+    Args:
+        billions: parameters; `bytes_each`: of each.
+        terabytes: that a GPU reads in a second; `teraflops`: it computes in one. About 60 and 40 % of an H100's.
+        kv_megabytes: that a token of a text leaves behind; `context`: tokens of a text, about.
+        overhead, call, admit: seconds, of launching a step, of a call, of taking in a request.
+    """
+    reads = terabytes * 1e12 * gpus
+    return ServerCosts(
+        step=billions * 1e9 * bytes_each / reads + overhead,
+        row=kv_megabytes * 1e6 * context / reads,
+        read=2 * billions * 1e9 / (teraflops * 1e12 * gpus),
+        call=call,
+        admit=admit,
+    )
+
+
 START = 1.0
 """Of time; 0 stands for what has not begun."""
 

@@ -73,6 +73,7 @@ def serve(checkpoint: str, **options: Any) -> None:
     below, unless a request says otherwise (field "collm"; docs/serving.md). It listens on this machine alone unless
     --host says otherwise; SIGTERM and Ctrl-C finish what is being written.
     """
+    from collm.models.specs import is_url, server_name
     from collm.serving.server import address, bind, log_to_stderr, make_server
 
     defaults = sampling_params({**options, **DRAWING})
@@ -90,7 +91,7 @@ def serve(checkpoint: str, **options: Any) -> None:
     from collm.serving.app import make_app
     from collm.serving.limits import Limits
 
-    name = options["name"] or Path(checkpoint).name or checkpoint
+    name = options["name"] or (server_name(checkpoint) if is_url(checkpoint) else Path(checkpoint).name or checkpoint)
     if name in llm.model_names:
         name = f"{name}-pair"
     limits = Limits(max_queue=options["max_queue"], request_timeout=options["request_timeout"])

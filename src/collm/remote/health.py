@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from collm.remote.faults import ServerFault
 
 FAILURES = 5
-"""In a row, until a server is called broken. Requests that fail while they are under way together count as one: a hiccup
-ends many of them, and says as little as one does."""
+"""In a row, until a server is called broken. Requests that fail while they are under way together count as one: a
+hiccup ends many of them, and says as little as one does."""
 COOLDOWN = 15.0
 """Seconds for which nobody asks a broken server; then one request tries it."""
 SLACK = 4
