@@ -4,9 +4,9 @@
     python benchmarks/simulate_servers.py --costs costs.json
 
 The engine's own scheduler and flows run on a clock of their own, over servers that take time
-(`collm.bench.simulation`). What steps and calls cost comes from sizes in billions of parameters (docs/scaling.md has the
-arithmetic), or from a JSON file with what was measured: {"base": {"step": 0.01, ...}, "assistant": {...}}, the fields of
-`ServerCosts`.
+(`collm.bench.simulation`). What steps and calls cost comes from sizes in billions of parameters (the arithmetic is in
+docs/scaling.md), or from a JSON file with what was measured: {"base": {"step": 0.01, ...}, "assistant": {...}}, the
+fields of `ServerCosts`.
 """
 
 from __future__ import annotations
