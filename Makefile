@@ -7,7 +7,7 @@ WORKERS ?= 2
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
 
-.PHONY: help venv weights weights-qwen demo test test-slow test-serve test-servers test-vllm-gpu lint format bench wheel docs constraints clean
+.PHONY: help venv weights weights-qwen demo test test-slow test-serve test-servers test-vllm-gpu lint format bench wheel check-wheel site readme docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
@@ -17,6 +17,7 @@ venv: .venv/.stamp  ## .venv with the package (editable), every extra, and the v
 # torch comes in a command of its own: where a CPU wheel lies in a local folder, pip finds it by its exact version, and
 # the packages after it are content with what is installed.
 .venv/.stamp: pyproject.toml constraints.txt
+	@echo "making .venv: torch and some 150 packages, 1 GB, a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[all]'
@@ -93,8 +94,31 @@ bench: venv  ## what writing, training and scoring cost, as paired runs with int
 	$(BIN)/collm bench --quick
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
-wheel: venv  ## dist/collm-*.whl
+wheel: venv .venvs/site/.stamp  ## dist/: the wheel and the source distribution, checked
+	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -m hatchling build -t sdist -d dist
+	.venvs/site/bin/twine check --strict dist/*
+
+# An environment of its own each time: what the wheel asks for, and nothing of its extras.
+check-wheel: wheel  ## the wheel in a fresh environment without extras: collm --help, a text by the toy model
+	rm -rf .venvs/wheel
+	$(PYTHON) -m venv .venvs/wheel
+	.venvs/wheel/bin/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
+	.venvs/wheel/bin/python -m pip install -qq --constraint constraints.txt dist/collm-*.whl
+	.venvs/wheel/bin/python -I tests/check_wheel.py
+
+site: weights .venvs/site/.stamp  ## the website, build/site: links checked, its notebook executed; no network
+	.venvs/site/bin/python docs/run_notebook.py
+	NO_MKDOCS_2_WARNING=1 .venvs/site/bin/mkdocs build --strict --quiet
+
+.venvs/site/.stamp: docs/requirements-site.txt
+	test -x .venvs/site/bin/python || $(PYTHON) -m venv .venvs/site
+	.venvs/site/bin/python -m pip install -qq --requirement docs/requirements-site.txt
+	touch $@
+
+readme: weights  ## what the README tells people to type, verbatim, with tiny models; times are printed
+	$(BIN)/python docs/run_readme.py
 
 docs: venv  ## rewrite docs/cli.md from the help pages
 	$(BIN)/python docs/write_cli.py

@@ -16,8 +16,16 @@ INTRODUCTION = """\
 
 Written from the help pages by `make docs`; a test keeps it true. Results go to standard output, progress and errors to
 standard error. Exit codes: 0 done; 1 something you can put right, told in one line (`--debug` shows the traceback);
-2 usage; 130 stopped by Ctrl-C. `collm score`, `train`, `eval --out`, `answer`, `bench --out` and `demo` go on where
-they were stopped when they are run again.
+2 usage; 130 stopped by Ctrl-C. `collm run`, `score`, `train`, `eval --out`, `answer`, `bench --out` and `demo` go on
+where they were stopped when they are run again.
+
+**Shell completion** of commands, options and files, for good:
+
+```
+echo 'eval "$(_COLLM_COMPLETE=bash_source collm)"' >> ~/.bashrc
+echo 'eval "$(_COLLM_COMPLETE=zsh_source collm)"' >> ~/.zshrc
+_COLLM_COMPLETE=fish_source collm > ~/.config/fish/completions/collm.fish
+```
 """
 
 

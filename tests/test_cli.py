@@ -85,6 +85,21 @@ def test_python_m_collm() -> None:
     assert done.returncode == 0 and done.stdout.startswith("collm, version ")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell: str) -> None:
+    """As docs/cli.md says; without importing torch, for it is run at each start of a shell and at each Tab."""
+    code = "import sys; sys.argv = ['collm']\nfrom collm.cli import main\ntry:\n    main()\nfinally:\n"
+    code += "    assert 'torch' not in sys.modules"
+    told = []
+    for more in ({}, {"COMP_WORDS": "collm calib", "COMP_CWORD": "1" if shell != "fish" else "calib"}):
+        kind = "complete" if more else "source"
+        environment = {**os.environ, "_COLLM_COMPLETE": f"{shell}_{kind}", **more}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        assert "AssertionError" not in done.stderr, done.stderr
+        told.append(done.stdout)
+    assert "_COLLM_COMPLETE" in told[0] and "calibrate" in told[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -50,9 +50,20 @@ def test_help_pages_in_the_docs_are_the_real_ones() -> None:
 
 
 def test_the_readme_quotes_commands() -> None:
-    assert {"score", "train", "calibrate", "generate", "eval"} <= {
+    assert {"init", "run", "compare", "generate", "eval", "serve"} <= {
         shlex.split(line)[1] for page, line in quoted_commands() if page == "README.md"
     }
+
+
+def test_the_readme_is_short_and_its_python_is_in_the_notebook() -> None:
+    """The notebook is executed by `make site`, the README's commands by `make readme`."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    cells = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text())["cells"]
+    notebook = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+    [python] = [code for kind, code in FENCE.findall(text) if kind == "python"]
+    lines = [line for line in python.splitlines() if line and not line.startswith("print")]
+    assert lines and all(line in notebook for line in lines)
 
 
 @pytest.mark.parametrize(("page", "line"), quoted_commands(), ids=lambda value: str(value)[:60])

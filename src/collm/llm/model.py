@@ -111,7 +111,7 @@ class CollaborativeLM:
             max_cache_tokens: bounds the KV cache of each model (texts at a time x their length), in tokens, or as a
                 share below 1 of the memory that is free once it is loaded. Texts wait until there is room; one that
                 cannot fit at all is refused. None: as much as is asked for.
-            max_num_seqs, max_model_len, timeout: see the class.
+            max_num_seqs: see the class, as `max_model_len` and `timeout`.
 
         Raises:
             CollmError: an assistant is missing, cannot share a text with the base, or is one too many.

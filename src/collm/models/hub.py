@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from collm.errors import CollmError
 from collm.files import refuse_full, write_text
 from collm.models.info import CheckpointInfo, load_info, moved, save_info
@@ -24,14 +26,10 @@ def model_card(info: CheckpointInfo) -> str:
     recipe: dict[str, Any] = info.training.get("recipe", {})
     weights = {a.name: f" (weights {a.weights_fingerprint})" if a.weights_fingerprint else "" for a in info.assistants}
     names = ", ".join(name + of for name, of in weights.items()) or "none"
-    lines = ["---", "library_name: collm", "pipeline_tag: text-generation"]
-    name, _ = split_spec(info.base_model or "")
-    if name.count("/") == 1 and ":" not in name and not Path(name).exists():
-        lines += [f"base_model: {name}"]
-    lines += ["tags: [collm, collaborative-decoding]", "---", "", "# A base that writes together with assistants", ""]
+    lines = ["# A base that writes together with assistants", ""]
     lines += [
         "Trained with collm by maximising the marginal likelihood over who writes each token (Shen et al., ACL 2024, "
-        "arXiv 2403.03870): the base writes itself or hands the token to an assistant.",
+        "arXiv 2403.03870): the base writes itself or defers to an assistant.",
         "",
         "| | |",
         "|---|---|",
@@ -53,7 +51,19 @@ def model_card(info: CheckpointInfo) -> str:
         title = f"Calibration: {table.task}{by} ({table.num_prompts} prompts, seed {table.seed})"
         lines += ["", f"## {title}", "", f"| target rate | achieved rate | {table.metric} |", "|---|---|---|"]
         lines += [f"| {r.target_rate:.2f} | {r.achieved_rate:.3f} | {r.metric_value:.3f} |" for r in table.rows]
-    return "\n".join(lines) + "\n"
+    return str(ModelCard(f"---\n{_card_data(info).to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _card_data(info: CheckpointInfo) -> ModelCardData:
+    """The front matter that the hub reads."""
+    name, _ = split_spec(info.base_model or "")
+    on_the_hub = name.count("/") == 1 and ":" not in name and not Path(name).exists()
+    return ModelCardData(
+        base_model=name if on_the_hub else None,
+        library_name="collm",
+        pipeline_tag="text-generation",
+        tags=["collm", "collaborative-decoding"],
+    )
 
 
 def write_card(folder: str | Path) -> None:
