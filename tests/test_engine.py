@@ -239,6 +239,47 @@ def test_a_long_prompt_delays_the_others_by_a_usual_round_at_most() -> None:
     assert max(model.held.values()) >= 6000, "and it gets on"
 
 
+def test_prompts_that_come_together_are_read_together() -> None:
+    """Each may delay the others by a usual pass; in passes of their own they would never share one again."""
+    clock = [0.0]
+    base, helper = Reading(clock=clock), Reading("a1", clock)
+    engine = Twin([base, helper], clock=lambda: clock[0])
+    warm = [alone(model, [[9] * 5] * 2, SamplingParams(max_tokens=20), EOS) for model in (0, 1)]
+    for own in warm:
+        engine.submit(*own)
+    drain(engine)
+    base.passes.clear()
+    helper.passes.clear()
+    engine.submit(*alone(0, [[8] * 5] * 2, SamplingParams(max_tokens=30), EOS))
+    engine.step()
+    for n in range(6):
+        engine.submit(*alone(1, [[n] * 90] * 2, SamplingParams(max_tokens=5), EOS))
+    drain(engine)
+    assert helper.passes == [(6, 6 * 90)] + [(6, 6)] * 4
+
+
+def test_between_two_pieces_of_an_assistant_the_base_has_its_turn() -> None:
+    clock = [0.0]
+    order: list[str] = []
+
+    class Noted(Reading):
+        def predict(self, queries: Sequence[Query]) -> Replies:
+            order.append(self.name)
+            return super().predict(queries)
+
+    engine = Twin([Noted(clock=clock), Noted("a1", clock)], clock=lambda: clock[0])
+    for model in (0, 1):
+        engine.submit(*alone(model, [[9] * 5] * 2, SamplingParams(max_tokens=20), EOS))
+    drain(engine)
+    engine.submit(*alone(0, [[8] * 5] * 2, SamplingParams(max_tokens=200), EOS))
+    engine.step()
+    order.clear()
+    engine.submit(*alone(1, [[7] * 3000] * 2, SamplingParams(max_tokens=1), EOS))
+    drain(engine)
+    pieces = [n for n, name in enumerate(order) if name == "a1"]
+    assert len(pieces) > 5 and all(later - sooner > 1 for sooner, later in zip(pieces, pieces[1:], strict=False))
+
+
 @settings(max_examples=60)
 @given(
     plan=st.lists(
@@ -273,6 +314,70 @@ def test_whatever_happens_every_text_has_one_end_and_is_its_own(plan: list[tuple
         assert tokens(found[number]) == whole[: len(found[number]) - 1]
         assert end.finish_reason == ("length" if len(tokens(found[number])) == length else "cancelled")
         assert number in cancelled or end.finish_reason == "length"
+
+
+@settings(max_examples=60)
+@given(
+    plan=st.lists(
+        st.tuples(
+            st.sampled_from(["submit", "breaks", "reads", "cancel", "step", "step"]),
+            st.integers(0, 30),
+            st.integers(1, 9),
+        ),
+        max_size=30,
+    ),
+    every=st.integers(2, 7),
+    how=st.sampled_from(["raises", "forgets", "mumbles"]),
+    served=st.booleans(),
+)
+def test_whatever_fails_every_text_has_one_end(
+    plan: list[tuple[str, int, int]], every: int, how: str, served: bool
+) -> None:
+    """Flows that raise, models that fail now and then, long prompts, servers, and texts cancelled in every state."""
+    clock = [0.0]
+    base = Reading(clock=clock)
+    helper: LanguageModel = Streaming(MODELS[1], 3) if served else Faulty(every, how)
+    engine, found = Twin([base, helper], 3, clock=lambda: clock[0]), dict[int, list[Event]]()
+    submitted = 0
+    for what, which, length in plan:
+        if what == "cancel":
+            engine.cancel(which % max(1, submitted))
+        elif what == "step":
+            clock[0] += 0.001
+            for number, event in engine.step():
+                found.setdefault(number, []).append(event)
+        else:
+            long = alone(0, [[which % V] * 700] * 2, SamplingParams(max_tokens=length), EOS)
+            own = {"submit": flow(which, length), "breaks": raises_at(length // 2, which), "reads": long}[what]
+            engine.submit(*own)
+            submitted += 1
+    drain(engine, found)
+    assert set(found) == set(range(submitted))
+    for events in found.values():
+        end = once(events)
+        assert end.usage.completion_tokens == len(events) - 1
+        assert (end.error is not None) == (end.finish_reason == "error")
+    assert engine.num_unfinished == 0 and all(
+        engine.scheduler.next_pass(key) is None for key in engine.scheduler.devices
+    )
+
+
+def test_a_text_is_cancelled_while_its_pass_runs_or_hangs() -> None:
+    model = Hangs(at=1)
+    engine = Engine([MODELS[0], model])
+    number, events = told_by(engine, alone(1, [prompt_of(1)] * 2, SamplingParams(max_tokens=5), EOS))
+    waiting, others = told_by(engine, alone(1, [prompt_of(2)] * 2, SamplingParams(max_tokens=5), EOS))
+    while not model.count:
+        time.sleep(0.005)
+    for each, own in ((number, events), (waiting, others)):
+        engine.cancel(each)
+        assert once(read(own)).finish_reason == "cancelled"
+    assert engine.load.running == 0
+    model.go.set()
+    _, again = told_by(engine, alone(1, [prompt_of(3)] * 2, SamplingParams(max_tokens=5), EOS))
+    assert once(read(again)).finish_reason == "length"
+    engine.cancel(number)
+    engine.close()
 
 
 # -- faults

@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm.decoding.collaborative import collaborative
-from collm.decoding.pace import AdaptivePace, Experience, FixedPace, Pace, PassCosts, best_draft, draft_cost, run_cost
+from collm.decoding.pace import (
+    AdaptivePace,
+    Experience,
+    FixedPace,
+    Pace,
+    PassCosts,
+    best_draft,
+    draft_cost,
+    plain_cost,
+    run_cost,
+)
 from collm.decoding.policies import (
     Always,
     ByEntropy,
@@ -218,11 +228,13 @@ def test_costs_by_hand() -> None:
     def assistant(tokens: float) -> float:
         return 8 + 0.2 * (tokens - 1)
 
-    # Two deferrals, a gap of 2: four base steps and a block of three, for 1 + 0.5 deferrals; less one step in between.
-    assert draft_cost(2, 2, 0.5, base, assistant) == pytest.approx((4 + 8.4) / 1.5 - 1)
-    assert draft_cost(1, 2, 0.5, base, assistant) == pytest.approx(9) == run_cost(0, 0.5, base, assistant)
+    # Two deferrals, a gap of 2: four base steps and a block of four, for 1 + 0.5 deferrals; less one step in between.
+    assert draft_cost(2, 2, 0.5, base, assistant) == pytest.approx((4 + 8.6) / 1.5 - 1)
+    # Plain decoding reads what the assistant has missed since it was last asked.
+    plain = plain_cost(2, base, assistant)
+    assert draft_cost(1, 2, 0.5, base, assistant) == pytest.approx(9.2) == plain == run_cost(0, 2, 0.5, base, assistant)
     # One token further: two steps of the assistant, a block of two, for 1 + 0.5 tokens.
-    assert run_cost(1, 0.5, base, assistant) == pytest.approx((16 + 1.1) / 1.5)
+    assert run_cost(1, 2, 0.5, base, assistant) == pytest.approx((16.2 + 1.1) / 1.5)
     assert best_draft(3.3, 0.0, 0.0, base, assistant) == (1, 0)
     deferrals, run_length = best_draft(3.3, 0.9, 0.3, base, assistant)
     assert deferrals > 3 and run_length == 0

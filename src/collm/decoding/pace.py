@@ -8,9 +8,9 @@ Two ways to look ahead, with `c_B(n)`, `c_A(n)` the seconds of a pass over `n` t
   With the agreement a = P(the assistant writes what the base drafted | deferred) and the gap g = tokens per deferral,
   a cycle costs `D g c_B(1) + c_A(D g)` and settles `1 + a + ... + a^(D-1)` deferrals (Leviathan et al. 2023, eq. 1).
 - The assistant drafts n tokens beyond one of its own, then the base checks all their gates in one pass: with
-  b = P(the next token is deferred to it, too), `(n+1) c_A(1) + c_B(n+1)` for `1 + b + ... + b^n` tokens.
+  b = P(the next token is deferred to it, too), `c_A(g) + n c_A(1) + c_B(n+1)` for `1 + b + ... + b^n` tokens.
 
-D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(1)` per deferred token.
+D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(g)` per deferred token, for the assistant reads what it has missed.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ class PassCosts:
         """Of a pass over so many tokens, of all its rows together."""
         return max(self._seconds + self.slope * (tokens - self._tokens), 0.1 * self._seconds)
 
+    def usual(self, tokens: float) -> float:
+        """Of a pass as they have been lately, or over so many tokens if that is more."""
+        return max(self._seconds, self.pass_seconds(tokens))
+
     def block(self, tokens: float) -> float:
         """One row's share of a pass in which every row brings so many tokens."""
         return self.pass_seconds(tokens * self.rows) / self.rows
@@ -137,18 +141,11 @@ class Experience:
         self.reading[model] = known + 0.3 * (found - known)
 
     def reading_tokens(self, model: int, decoding: int) -> int:
-        """Tokens of a prompt that may go along with so many that decode, without doubling the time of their pass."""
+        """Tokens of a prompt that take as long as a usual pass, or one over so many that decode."""
         cost, reading = self.costs.get(model), self.reading.get(model)
         if cost is None or not reading:
             return FIRST_PIECE
-        return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(cost.pass_seconds(max(1, decoding)) / reading)))
-
-    def seconds(self, model: int, decoding: int, reading: int) -> float:
-        """Of a model's next pass: so many tokens that decode, and as many of prompts as go along with them."""
-        found = self.costs[model].pass_seconds(max(1, decoding))
-        if reading:
-            found += min(reading, self.reading_tokens(model, decoding)) * self.reading.get(model, 0.0)
-        return found
+        return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(cost.usual(decoding) / reading)))
 
     def knows(self, assistant: int) -> bool:
         return all(model in self.costs and self.costs[model].seen >= 3 for model in (BASE, assistant))
@@ -218,9 +215,9 @@ class BlockCost(Protocol):
     def __call__(self, tokens: float, /) -> float: ...
 
 
-def plain_cost(base: BlockCost, assistant: BlockCost) -> float:
+def plain_cost(gap: float, base: BlockCost, assistant: BlockCost) -> float:
     """Seconds per deferred token of plain decoding."""
-    return base(1) + assistant(1)
+    return base(1) + assistant(gap)
 
 
 def draft_cost(num_deferrals: int, gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> float:
@@ -228,23 +225,23 @@ def draft_cost(num_deferrals: int, gap: float, agreement: float, base: BlockCost
 
     The base steps between two deferrals, which plain decoding takes as well, are not counted.
     """
-    settled = _geometric(agreement, num_deferrals)
-    cycle = num_deferrals * gap * base(1) + assistant(1 + (num_deferrals - 1) * gap)
-    return cycle / settled - (gap - 1) * base(1)
+    cycle = num_deferrals * gap * base(1) + assistant(num_deferrals * gap)
+    return cycle / _geometric(agreement, num_deferrals) - (gap - 1) * base(1)
 
 
-def run_cost(num_run: int, continuation: float, base: BlockCost, assistant: BlockCost) -> float:
+def run_cost(num_run: int, gap: float, continuation: float, base: BlockCost, assistant: BlockCost) -> float:
     """Expected seconds per deferred token if the assistant drafts `num_run` tokens beyond each of its own."""
-    return ((num_run + 1) * assistant(1) + base(num_run + 1)) / _geometric(continuation, num_run + 1)
+    cycle = assistant(gap) + num_run * assistant(1) + base(num_run + 1)
+    return cycle / _geometric(continuation, num_run + 1)
 
 
 def best_draft(
     gap: float, agreement: float, continuation: float, base: BlockCost, assistant: BlockCost
 ) -> tuple[int, int]:
     """The number of pending deferrals and the length of a run that are expected to cost least; at most one drafts."""
-    plain = plain_cost(base, assistant)
+    plain = plain_cost(gap, base, assistant)
     by_base = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
-    by_assistant = {n: run_cost(n, continuation, base, assistant) for n in range(1, MAX_RUN + 1)}
+    by_assistant = {n: run_cost(n, gap, continuation, base, assistant) for n in range(1, MAX_RUN + 1)}
     deferrals, run = min(by_base, key=by_base.__getitem__), min(by_assistant, key=by_assistant.__getitem__)
     if min(by_base[deferrals], by_assistant[run]) > (1 - MIN_GAIN) * plain:
         return 1, 0

@@ -53,7 +53,10 @@ class Batch:
 def plan_pass(
     number: int, model: LanguageModel, waiting: Sequence[Waiting], others: int, experience: Experience
 ) -> Batch:
-    """The next pass of a model: all that decode, and of the prompts as much as delays nobody by more than a pass.
+    """The next pass of a model: all that decode, and a piece of each prompt.
+
+    A prompt delays the others by no more than a usual pass of the model. Prompts that are shorter than such a piece are
+    read whole, all that wait together: texts that begin together stay together, and share their passes later.
 
     Args:
         others: texts that run and do not wait for this model.
@@ -64,24 +67,22 @@ def plan_pass(
         tokens = sum(sizes)
         return Batch(number, waiting, queries, [False] * len(queries), [], tokens, tokens)
     decoding = [n for n, size in enumerate(sizes) if size <= max(LONG, queries[n].num_last)]
-    long = [n for n, size in enumerate(sizes) if size > max(LONG, queries[n].num_last)]
+    prompts = [n for n, size in enumerate(sizes) if size > max(LONG, queries[n].num_last)]
     tokens = sum(sizes[n] for n in decoding)
-    takes = dict.fromkeys(range(len(sizes)), 0) | {n: sizes[n] for n in decoding}
-    room = experience.reading_tokens(number, tokens) if decoding or others else LONGEST_PIECE
-    room = max(SHORTEST_PIECE, min(room, LONGEST_PIECE - tokens))
-    # Short prompts first; but half of the room is kept for the one that has waited longest, or they would starve it.
-    kept = min(sizes[long[0]], room // 2) if long else 0
-    for n in sorted(long, key=sizes.__getitem__):
-        kept = 0 if n == long[0] else kept
-        takes[n] = min(sizes[n], room - kept)
-        room -= takes[n]
-    going = [n for n in decoding + sorted(long, key=sizes.__getitem__) if takes[n]]
+    takes = {n: sizes[n] for n in decoding}
+    room = max(SHORTEST_PIECE, LONGEST_PIECE - tokens)
+    piece = experience.reading_tokens(number, tokens) if decoding or others else LONGEST_PIECE
+    for n in prompts:
+        take = min(sizes[n], piece, room)
+        room -= take
+        if take:
+            takes[n] = take
     return Batch(
         number,
-        [waiting[n] for n in going],
-        [_piece(queries[n], sizes[n] - takes[n]) for n in going],
-        [takes[n] < sizes[n] for n in going],
-        [each for n, each in enumerate(waiting) if not takes[n]],
+        [waiting[n] for n in takes],
+        [_piece(queries[n], sizes[n] - take) for n, take in takes.items()],
+        [take < sizes[n] for n, take in takes.items()],
+        [each for n, each in enumerate(waiting) if n not in takes],
         sum(takes.values()),
         tokens,
     )

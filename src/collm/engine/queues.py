@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 from collm.decoding.pace import Experience
@@ -60,7 +60,8 @@ class Queues:
             number = next(iter(wanted))
             try:
                 if len(wanted) > 1:
-                    number = whose_turn(wanted, device.served, partial(self._dear, wanted), now, self._patience)
+                    dear = partial(dear_seconds, experience=self._experience)
+                    number = whose_turn(wanted, device.served, dear, now, self._patience)
                 others = num_running - len(wanted[number])
                 batch = plan_pass(number, self._models[number], wanted[number], others, self._experience)
             except Exception as error:  # what a model says of itself
@@ -72,12 +73,6 @@ class Queues:
             device.begins(batch)
             return batch
         return None
-
-    def _dear(self, wanted: Mapping[int, Sequence[Waiting]], number: int) -> float:
-        try:
-            return dear_seconds(number, self._models[number], wanted[number], self._experience)
-        except Exception:
-            return 0.0  # its pass will tell why
 
     def _fail(self, number: int, reason: str) -> None:
         """Faults for all who wait for a model."""
@@ -107,10 +102,14 @@ class Queues:
             elif any(isinstance(each, Fault) for each in reply):
                 self._take(item, place, reply[:1] * max(1, query.num_last))
             else:
-                item.asked = self._clock()  # it has had its turn
                 unfinished.append(Waiting(item, place, query))
         if unfinished:
             self.of_model[number] = unfinished + (self.of_model[number] or [])
+        if any(batch.unfinished) or batch.left:
+            # A piece is read so that others have their turn before the next.
+            now = self._clock()
+            for waiting in self.of_model[number] or ():
+                waiting.item.asked = now
 
     def expire(self, timeout: float) -> None:
         """Give up passes that have run for too long; what is asked of such a model meanwhile fails at once."""

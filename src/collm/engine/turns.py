@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from collm.decoding.pace import Experience
-from collm.engine.passes import LONG, Batch, Waiting
+from collm.engine.passes import Batch, Waiting
 from collm.types import BASE
-from collm.values import LanguageModel
 
 
 @dataclass(slots=True, eq=False)
@@ -66,11 +65,12 @@ def whose_turn(
     return BASE
 
 
-def dear_seconds(number: int, model: LanguageModel, waiting: Sequence[Waiting], experience: Experience) -> float:
-    """Seconds of an assistant's next pass if that is known to be dearer than one of the base, else 0."""
+def dear_seconds(number: int, experience: Experience) -> float:
+    """Seconds of an assistant's pass as they have been lately if it is known to be dearer than one of the base, else 0.
+
+    Not of the tokens that wait to be read: those cost the same whenever they are, and nobody shares that.
+    """
     if not experience.knows(number):
         return 0.0
-    sizes = [(model.missing(each.query), each.query.num_last) for each in waiting]
-    decoding = sum(size for size, num_last in sizes if size <= max(LONG, num_last))
-    seconds = experience.seconds(number, decoding, sum(size for size, _ in sizes) - decoding)
+    seconds = experience.costs[number].usual(1)
     return seconds if seconds > 1.5 * experience.costs[BASE].pass_seconds(1) else 0.0
