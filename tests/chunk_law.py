@@ -113,7 +113,7 @@ class Toy(LanguageModel):
             log_probs[0, v] = math.log(p)
         position = query.length - query.view.prompt_length + query.view.shift
         draws = Draws.of([(query.draw, position)])
-        cuts = torch.tensor([[query.last_byte, int(query.opens)]])
+        cuts = torch.tensor([[query.last_bytes[0], int(query.opens)]])
         columns = chosen_at_cuts(log_probs, torch.tensor(draws.words, dtype=torch.int64), draws, cuts, self.openings)
         top, top_log_prob, entropy, chosen, log_prob, close = (float(column) for column in columns)
         gate = tuple(map(math.log, gate_at(self.data(ids)))) if self.base else None

@@ -43,9 +43,9 @@ class Query(NamedTuple):
     of *given* tokens, `given[i]` being the one behind the i-th of these prefixes, the `num_top` most probable tokens,
     or the whole law.
 
-    Where models share chunks (`collm.cuts`), `last_byte` is the byte behind which a chunk might open, `START` at the
-    beginning of a completion; else -1. Then only text and ends are chosen, with `opens` only what opens a chunk, and
-    the answer's `top_token_id`, `entropy` and `log_close` are of what opens one. About one prefix at a time.
+    Where models share chunks (`collm.cuts`), `last_bytes` are for each of these prefixes the byte behind which a chunk
+    might open, `START` at the beginning of a completion. Then only text and ends are chosen, with `opens` only what
+    opens a chunk, and the answers' `top_token_id`, `entropy` and `log_close` are of what opens one.
     """
 
     model: int
@@ -56,7 +56,7 @@ class Query(NamedTuple):
     given: Sequence[int] | None = None
     num_top: int = 0
     law: bool = False
-    last_byte: int = -1
+    last_bytes: Sequence[int] = ()
     opens: bool = False
 
     @classmethod
@@ -107,7 +107,7 @@ class Answer(NamedTuple):
     `token_id`: the model's choice. `top_token_id`: the most probable token. `entropy`: of the law, in nats.
     `log_gate`: `[1+K]` logs of the gate `P(Z = z | prefix)`, from a base that has one. On request: `given_log_prob`,
     `top` (the most probable tokens with their log-probabilities, best first) and `law`, `[V]` float32 log-probabilities
-    over the shared vocabulary, where the model left them. Behind a `last_byte`: `log_close`, the logarithm of the
+    over the shared vocabulary, where the model left them. Behind one of `last_bytes`: `log_close`, the logarithm of the
     probability that a chunk opens there (0 where nothing else may come).
 
     What a model behind a server does not tell is `UNKNOWN`, or None. `defers`: it has tested `Extend.until` itself, and

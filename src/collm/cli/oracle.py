@@ -62,6 +62,7 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
             max_length=options["max_length"],
             out=out,
             identity=identity(checkpoint, options),
+            sharing=llm.sharing,
         )
         found = report(
             reading, llm.model_names, threshold=options["threshold"], rates=options["rates"], seed=options["seed"]

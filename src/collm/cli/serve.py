@@ -130,18 +130,18 @@ def _access(options: dict[str, Any]) -> Access:
 
 
 def _require_servable(checkpoint: str, options: dict[str, Any], defaults: SamplingParams) -> None:
-    """Tell what is wrong before the weights are loaded."""
+    """Tell what is wrong before the weights are loaded: models must be able to share a text."""
     from collm.llm.sources import matched
     from collm.models.loading import load_tokenizer
+    from collm.models.pairing import cuts_between
     from collm.models.specs import is_tool, is_url, split_spec
-    from collm.models.tokenizers import require_same_tokenizer
 
     found = check_llm(checkpoint, options, defaults)
-    base = load_tokenizer(found.base)
-    for each, source in zip(*matched(options["assistants"], found.info.assistants), strict=True):
-        spec, _ = split_spec(str(source))
-        if not is_tool(spec) and not is_url(spec):  # a server is compared when it is asked
-            require_same_tokenizer(base, load_tokenizer(spec), ("the base", f"the assistant {each.name!r}"))
+    pairs = zip(*matched(options["assistants"], found.info.assistants), strict=True)
+    specs = {each.name: str(source) for each, source in pairs}
+    # A server is compared when it is asked.
+    own = {name: s for name, s in specs.items() if not is_tool(split_spec(s)[0]) and not is_url(split_spec(s)[0])}
+    cuts_between([load_tokenizer(found.base), *map(load_tokenizer, own.values())], ["base", *own])
 
 
 def _tell(llm: CollaborativeLM, name: str, url: str, guarded: bool) -> None:

@@ -123,7 +123,7 @@ def _query(text: ChunkText, model: int, draw: Draw, last_byte: int, *, opens: bo
     view, limit = text.views[model], text.limits[model]
     if limit is not None and len(view) > limit:
         raise _Full
-    query = Query(model, view, len(view), draw=draw, num_top=num_top, last_byte=last_byte, opens=opens)
+    query = Query(model, view, len(view), draw=draw, num_top=num_top, last_bytes=(last_byte,), opens=opens)
     replies = yield (query,)
     assert replies is not None
     return [reply for [reply] in replies]

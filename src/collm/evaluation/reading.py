@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from collm.cuts import END, START
+from collm.data.chunks import Chunked, Reader
 from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Encoded, Formatter
 from collm.data.journal import Journal
@@ -23,6 +25,8 @@ from collm.errors import CollmError
 from collm.files import claimed
 from collm.identity.comparing import differences
 from collm.identity.finding import system_identity
+from collm.llm.sharing import Sharing
+from collm.models.codec import ByteCodec
 from collm.types import BASE
 from collm.values import Answer, Fault, LanguageModel, Query, Reply
 
@@ -59,10 +63,12 @@ def read(
     out: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
+    sharing: Sharing | None = None,
 ) -> Reading:
-    """Ask every model about every gold token.
+    """Ask every model about every gold token; where they have different tokenizers, about every chunk.
 
     Args:
+        sharing: how models with different tokenizers share a text.
         max_length: tokens of each model's sequence; what any model has no room for is left out.
         out: a `.jsonl` file that keeps each example as it is finished; a stopped run goes on from there.
         identity: tells this system from others, see `evaluate`.
@@ -79,8 +85,10 @@ def read(
         "examples": examples_fingerprint(examples),
         "models": [model.name for model in models],
         "max_length": max_length,
+        **({} if sharing is None else {"cuts": sharing.cuts.fingerprint}),
         "identity": {**(identity or {}), **system_identity(models, formatters)},
     }
+    readers = None if sharing is None else sharing.readers(formatters)
     lengths = [len(formatters[BASE].encode(example, max_length)) for example in examples]
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -94,7 +102,10 @@ def read(
         advance = stack.enter_context(progress_bar(sum(lengths), progress, "reading"))
         advance(sum(lengths[: len(rows)]))
         for example, length in list(zip(examples, lengths, strict=True))[len(rows) :]:
-            rows.append(_read_one(models, formatters, example, max_length))
+            if readers is None:
+                rows.append(_read_one(models, formatters, example, max_length))
+            else:
+                rows.append(_read_chunks(models, readers, example, max_length))
             if journal is not None:
                 journal.append(rows[-1])
             advance(length)
@@ -125,14 +136,65 @@ def _read_one(
     seen = [formatter.encode(example, max_length, completions) for formatter in formatters]
     count = min(item.num_labelled for item in seen)
     columns = [_of_model(model, z, item, count) for z, (model, item) in enumerate(zip(models, seen, strict=True))]
-    base = [tokens["doubt"] for tokens in columns[BASE]]
+    return _row(example, columns, count)
+
+
+def _read_chunks(
+    models: Sequence[LanguageModel], readers: Sequence[Reader], example: Example, max_length: int
+) -> dict[str, Any]:
+    """As `_read_one`, of one example's chunks."""
+    seen = [reader.read(example, max_length) for reader in readers]
+    count = min(item.num_starts for item in seen)
+    columns = [
+        _of_chunks(model, z, item.first(count), reader.codec)
+        for z, (model, item, reader) in enumerate(zip(models, seen, readers, strict=True))
+    ]
+    return _row(example, columns, count)
+
+
+def _row(example: Example, columns: Sequence[Sequence[Mapping[str, Any]]], count: int) -> dict[str, Any]:
     return {
         "id": example.id,
         "right": [[int(column[t]["right"]) for column in columns] for t in range(count)],
         "top": [[column[t]["top"] for column in columns] for t in range(count)],
-        "entropy": base,
-        "gate": [tokens["gate"] for tokens in columns[BASE]],
+        "entropy": [told["doubt"] for told in columns[BASE]],
+        "gate": [told["gate"] for told in columns[BASE]],
     }
+
+
+def _of_chunks(model: LanguageModel, number: int, item: Chunked, codec: ByteCodec) -> list[dict[str, Any]]:
+    """The chunks of an example under one model. It is right where it would write the whole chunk, and then open one."""
+    answers: dict[int, Reply] = {}
+    for start, end in _runs([t for t, scored in enumerate(item.scored) if scored]):
+        query = Query.of(item.token_ids[: end - 1], end - start, model=number)
+        # Within a chunk nothing is to open: any byte will do.
+        query = query._replace(last_bytes=[last if last >= 0 else START for last in item.opens[start:end]])
+        [replies] = model.predict([query])
+        model.release(query.view)
+        answers |= dict(zip(range(start, end), replies, strict=True))
+    return [_chunk(answers, start, stop, item, codec, number) for start, stop in item.spans]
+
+
+def _chunk(
+    answers: Mapping[int, Reply], start: int, stop: int | None, item: Chunked, codec: ByteCodec, number: int
+) -> dict[str, Any]:
+    first = answers[start]
+    if isinstance(first, Fault):
+        raise CollmError(first.reason)
+    if first is None:
+        return {"right": False, "top": None}
+    gold, choice = item.token_ids[start], first.top_token_id
+    assert choice is not None
+    right = codec.first_bytes[choice] == END if stop is None else choice == gold
+    for t in range(start + 1, stop or start + 1):
+        inner = answers[t]
+        right = right and isinstance(inner, Answer) and inner.token_id == item.token_ids[t]
+    closing = None if stop is None else answers[stop]
+    if stop is not None and isinstance(closing, Answer):  # a tool that says no more has closed its chunk
+        assert codec.cuts is not None
+        right = right and codec.cuts.opens(item.opens[stop], codec.first_bytes[closing.token_id])
+    told: dict[str, Any] = {"right": right, "top": first.top_log_prob - first.log_close}
+    return told if number != BASE else {**told, **_of_base(first)}
 
 
 def _of_model(model: LanguageModel, number: int, item: Encoded, count: int) -> list[dict[str, Any]]:
@@ -162,7 +224,10 @@ def _of_base(answer: Answer) -> dict[str, Any]:
 
 def _pieces(item: Encoded, count: int) -> Iterator[tuple[int, int]]:
     """Runs of labelled positions, from `start` to before `end`: the first `count` of them, `LAWS` at a time."""
-    at = [position for position, labelled in enumerate(item.labelled) if labelled][:count]
+    return _runs([position for position, labelled in enumerate(item.labelled) if labelled][:count])
+
+
+def _runs(at: Sequence[int]) -> Iterator[tuple[int, int]]:
     starts = [i for i in range(len(at)) if i == 0 or at[i] != at[i - 1] + 1]
     for first, last in zip(starts, [*starts[1:], len(at)], strict=True):
         for i in range(first, last, LAWS):

@@ -185,7 +185,7 @@ def summarise(
         ci95=bootstrap_ci(scores, groups=groups or None),
         num_examples=len(traces),
         deferral_rate=sum(step.deferred for step in steps) / max(1, len(steps)),
-        tokens=len(steps),
+        tokens=sum(len(step.all_token_ids) for step in steps),
         written_by=dict(written),
         changed_tokens=changed,
         changed_share=changed / max(1, len(steps)),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from collm.cuts import Cuts
+from collm.data.chunks import Reader
 from collm.data.formatting import Formatter
 from collm.decoding.chunk_text import ChunkText
 from collm.decoding.chunked import chunked, draw_of
@@ -39,8 +40,20 @@ class Sharing:
     end_id: int
     end: str
 
+    def refuse(self, what: str) -> CollmError:
+        return CollmError(f"{what}: these have different tokenizers, and take turns between chunks")
+
     def text(self, prompts: Sequence[Sequence[int]], limits: Sequence[int | None]) -> ChunkText:
         return ChunkText(prompts, self.codecs, self.cuts, limits)
+
+    def readers(self, formatters: Sequence[Formatter]) -> list[Reader]:
+        """How the models read given texts."""
+        base = Reader(formatters[BASE], self.codecs[BASE])
+        same = [formatter.tokenizer is formatters[BASE].tokenizer for formatter in formatters]
+        return [
+            base if own else Reader(formatter, codec, base)
+            for formatter, codec, own in zip(formatters, self.codecs, same, strict=True)
+        ]
 
     def writing(self, text: Text, params: SamplingParams, method: Method | None, alone: int) -> tuple[Flow, Transcript]:
         """The flow of a text, and how its steps read.

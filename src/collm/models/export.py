@@ -73,6 +73,11 @@ def export(
     info = load_info(checkpoint)
     if info is None:
         raise CollmError(f"{checkpoint} is not a collm checkpoint; it has no collm.json, and servers load it as it is")
+    if info.cuts is not None:
+        raise CollmError(
+            f"{checkpoint} was trained with assistants of other tokenizers, which take turns between chunks; servers "
+            "hand over at tokens only: it runs with collm generate and collm serve"
+        )
     target = Path(folder)
     refuse_full(target)
     # An adapter is added in full precision and rounded once.

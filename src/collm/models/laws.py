@@ -54,8 +54,9 @@ class Asked:
             any_given |= query.given is not None
             tops += [query.num_top] * (j - i)
             law = law or query.law
-            cuts += (query.last_byte, int(query.opens)) * (j - i)
-            any_cuts |= query.last_byte >= 0
+            lasts = query.last_bytes[i:j] if query.last_bytes else [-1] * (j - i)
+            cuts += [number for last in lasts for number in (last, int(query.opens))]
+            any_cuts |= bool(query.last_bytes)
         wanted = given if any_given else None
         return cls(Draws.of(draws), wanted, tops, law, draws, cuts if any_cuts else None)
 

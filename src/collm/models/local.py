@@ -119,7 +119,7 @@ class LocalModel(LanguageModel):
         return self._name
 
     def share_chunks(self, openings: Openings) -> None:
-        """From now on it answers queries behind a `last_byte`: its tokens are those of `openings`."""
+        """From now on it answers queries with `last_bytes`: its tokens are those of `openings`."""
         assert len(openings.first) == self._laws.vocab_size
         self._laws = replace(self._laws, openings=openings)
 

@@ -67,7 +67,7 @@ def _tiles(traces: Sequence[Trace]) -> list[tuple[str, str]]:
     steps = [step for trace in traces for step in trace.generation.steps]
     total = max(1, len(steps))
     scores = [trace.score for trace in traces if trace.score is not None]
-    tiles = [(str(len(traces)), "texts"), (f"{len(steps):,}", "tokens")]
+    tiles = [(str(len(traces)), "texts"), (f"{sum(len(step.all_token_ids) for step in steps):,}", "tokens")]
     if scores:
         tiles.insert(0, (f"{sum(scores) / len(scores):.1%}", "answered right"))
     tiles.append((f"{sum(step.deferred for step in steps) / total:.1%}", "tokens written by assistants"))

@@ -43,6 +43,8 @@ def _token(step: Step, piece: str, base: str | None) -> Markup:
     if step.gate:
         data.append(f'data-g="{" ".join(f"{gate:.4g}" for gate in step.gate)}"')
         data.append(f'style="--g:{1 - step.gate[0]:.3f}"')
+    if len(step.token_ids) > 1:
+        data.append(f'data-c="{len(step.token_ids)}"')
     if step.changed and base is not None:
         data.append(f'data-b="{text(base)}"')
     shown = str(text(piece))

@@ -4,6 +4,7 @@
      "steps": [{"piece", "token_id", "author", "log_prob", "gate", "changed", "abstained", "fault", "draft",
      "discarded", "base_token_id", "base_piece"}], "score", "answer", "gold", "seconds"}
 
+Where models have different tokenizers a step is a chunk, and has "token_ids", the base's, too.
 `log_prob` is null where it is -inf (JSON has no infinity). A line that is an object with the key `collm_run` is the
 header of a run; readers of traces skip it.
 """
@@ -70,6 +71,8 @@ def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ..
             "signal": step.signal,
             "base_token_id": step.base_token_id,
             "base_piece": base,
+            # What a chunk is made of; what few texts have is left out of the others.
+            **({} if step.data is None else {"token_ids": list(step.token_ids)}),
         }
         for step, piece, base in zip(generation.steps, generation.pieces, bases, strict=True)
     ]
@@ -105,6 +108,8 @@ def trace_from_dict(row: Mapping[str, Any]) -> Trace:
             draft=step.get("draft", ""),
             discarded=int(step.get("discarded", 0)),
             signal=step.get("signal"),
+            token_ids=tuple(int(each) for each in step.get("token_ids", ())),
+            data=str(step["piece"]).encode() if "token_ids" in step else None,
         )
         for step in row["steps"]
     )

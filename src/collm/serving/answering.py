@@ -21,7 +21,7 @@ from collm.serving.desk import Desk, Order
 from collm.serving.fields import ChatRequest, CompletionRequest, OthersRequest, read_fields
 from collm.serving.limits import Limits
 from collm.serving.metrics import Metrics
-from collm.serving.prompts import chat_prompt, completion_prompts, finished_text, given_tokens
+from collm.serving.prompts import chat_prompt, completion_prompts, finished_text, given_tokens, require_one_tokenizer
 from collm.serving.refusals import Refusal
 from collm.serving.streams import EventStream, until_gone
 from collm.serving.tokens import TokenTexts, read_tokens
@@ -65,6 +65,7 @@ class Answering:
         params = params_of(self.served, fields, max(1, limit), fields.logprobs or 0, alone=number is not None)
         answer = CompletionAnswer(self.served, self.texts, fields, asked)
         if fields.echo and fields.logprobs is not None:
+            require_one_tokenizer(self.llm, "echo with logprobs reads a text that models with one tokenizer share")
             await until_gone(request, self._score(answer, fields.logprobs, number), self.metrics)
         return await self._answer(request, answer, params, number, writes=limit > 0)
 

@@ -85,6 +85,7 @@ def finished_text(llm: CollaborativeLM, request: OthersRequest) -> GivenText:
     """
     if (request.messages is None) == (request.prompt is None):
         raise Refusal("give messages or a prompt, as in the request that the text was written for", param="messages")
+    require_one_tokenizer(llm, "what each model would have written is told of models with one tokenizer", "token_ids")
     if request.messages is not None:
         asked = chat_prompt(llm, request)
     else:
@@ -110,8 +111,17 @@ def _completion_prompt(llm: CollaborativeLM, given: Any, which: str) -> Asked:
             raise Refusal(str(error), param="prompt", code="invalid_value") from error
     if not isinstance(given, list) or not given or not all(_is_id(each) for each in given):
         raise Refusal(f"{which} is neither a text nor a list of token ids", param="prompt", code="invalid_value")
+    require_one_tokenizer(llm, f"{which} is given as token ids, which mean one text to models with one tokenizer")
     _require_known(llm, given, "prompt", which)
     return _fitting(llm, Asked((tuple(given),) * len(llm.models)), "prompt")
+
+
+def require_one_tokenizer(llm: CollaborativeLM, what: str, param: str = "prompt") -> None:
+    """Raises:
+    Refusal: the models have different ones.
+    """
+    if llm.sharing is not None:
+        raise Refusal(str(llm.sharing.refuse(what)), param=param, code="invalid_value")
 
 
 def _require_known(llm: CollaborativeLM, ids: Sequence[int], param: str, which: str | None = None) -> None:

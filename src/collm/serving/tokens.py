@@ -180,6 +180,8 @@ def told_tokens(tokens: Sequence[Token], names: Sequence[str], texts: TokenTexts
             "gate": dict(zip(names, step.gate, strict=True)) if step.gate else None,
             "draft": step.draft or None,
         }
+        if step.data is not None:
+            one["token_ids"] = list(step.token_ids)
         if step.changed and step.base_token_id is not None:
             one["base_text"] = texts(step.base_token_id)
         if step.abstained:

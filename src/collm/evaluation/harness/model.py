@@ -201,6 +201,8 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
 
     def _scored(self, requests: Sequence[Instance], texts: Sequence[GivenText], quiet: bool) -> list[Likelihood]:
         law = law_of(self.llm, self.params, self.policy, self.alone)
+        if self.llm.sharing is not None and law != BASE:
+            raise self.llm.sharing.refuse("likelihoods of given texts need models with one tokenizer (or --alone base)")
         names = [fingerprint("likelihood", text.prompts, text.completion) for text in texts]
         for request, name in zip(requests, names, strict=True):
             self._asked[_task(request)][name] = None

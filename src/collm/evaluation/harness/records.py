@@ -116,7 +116,7 @@ def generation_figures(traces: Sequence[Trace], names: Sequence[str]) -> Row:
     passes = [trace.generation.forward_passes for trace in traces]
     return {
         "texts": len(traces),
-        "tokens": len(steps),
+        "tokens": sum(len(step.all_token_ids) for step in steps),
         "deferral_rate": sum(step.deferred for step in steps) / max(1, len(steps)),
         "written_by": {name: sum(step.author == z for step in steps) for z, name in enumerate(names)},
         "changed_tokens": sum(step.changed for step in steps),

@@ -1,0 +1,121 @@
+"""Commands over a pair with different tokenizers: from training text to a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny import make_model, make_tokenizer
+
+from collm.cli import main
+from collm.models.info import load_info
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained gate over a base and an assistant of another tokenizer, calibrated."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name, tokenizer, seed in (("base", make_tokenizer(285), 0), ("other", make_tokenizer(340), 1)):
+        make_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = [
+        {"id": str(n), "answer": str(n + 1), "messages": [{"role": "user", "content": f"{n} + 1"},
+                                    {"role": "assistant", "content": f"Anna has {n + 1} apples"}]}
+        for n in range(16)
+    ]  # fmt: skip
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "out": str(folder / "pair"),
+        "cache": str(folder / "cache"),
+        "tune": "gate",
+        "base": {"model": str(folder / "base")},
+        "assistants": [{"name": "other", "model": str(folder / "other")}],
+        "data": {"train": str(folder / "data.jsonl"), "validation": str(folder / "data.jsonl")},
+        "training": {"epochs": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    run("train", str(folder / "recipe.yaml"))
+    return folder
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(main, list(arguments))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_pair_info(place: Path) -> None:
+    told = run("pair-info", str(place / "base"), str(place / "other"))
+    assert "another tokenizer" in told and "start at a cut" in told and "sums" in told
+    figures = json.loads(
+        run("pair-info", str(place / "base"), str(place / "other"), "--data", str(place / "data.jsonl"), "--json")
+        .splitlines()[-1]
+    )  # fmt: skip
+    [texts] = figures["texts"].values()
+    info = load_info(place / "pair")
+    assert info is not None and figures["cuts"] == info.cuts
+    assert 0 < texts["at_cut"] <= 1 and texts["refused"] == 0 and texts["chunks"] <= texts["tokens"]
+    assert "one tokenizer" in run("pair-info", str(place / "base"), str(place / "base"))
+
+
+def test_score_names_all_models(place: Path) -> None:
+    base, other, data = str(place / "base"), str(place / "other"), str(place / "data.jsonl")
+    told = run("score", data, "--model", base, "--with", other, "--out", str(place / "of-base"))
+    assert "chunks scored" in told
+    run("score", data, "--model", other, "--base", base, "--out", str(place / "of-other"))
+    prints = [json.loads((place / name / "scores.json").read_text())["fingerprint"] for name in ("of-base", "of-other")]
+    assert prints[0]["cuts"] == prints[1]["cuts"]
+
+
+def test_generate_trace_and_oracle(place: Path) -> None:
+    pair, other = str(place / "pair"), str(place / "other")
+    shared = ["--assistant", f"other={other}"]
+    written = json.loads(
+        run("generate", pair, "3 + 1", *shared, "--deferral", "random", "--threshold", "0.5", "--max-tokens", "12",
+            "--json", "--trace", str(place / "trace.jsonl")).splitlines()[-1]
+    )  # fmt: skip
+    assert sum(len(step["token_ids"]) for step in written["steps"]) == 12
+    run("trace", str(place / "trace.jsonl"), "--html", str(place / "page.html"))
+    assert "data-c=" in (place / "page.html").read_text() or all(len(s["token_ids"]) == 1 for s in written["steps"])
+    told = run("oracle", pair, *shared, "--data", str(place / "data.jsonl"), "--json")
+    figures = json.loads(told.splitlines()[-1])
+    info = load_info(place / "pair")
+    assert info is not None
+    # Chunks, the same ones as in training's figures.
+    [base] = [row for row in figures["rows"] if row["name"] == "base"]
+    assert base["accuracy"] == pytest.approx(info.training["figures"]["eval_base_accuracy"], abs=1e-6)
+    assert figures["tokens"] > 16
+
+
+def test_calibrate_and_eval(place: Path) -> None:
+    pair = str(place / "pair")
+    shared = ["--assistant", f"other={place / 'other'}"]
+    run("calibrate", pair, *shared, "--data", str(place / "data.jsonl"), "--task", "exact_match", "--rates", "0,0.5,1",
+        "--max-tokens", "12", "--limit", "6")  # fmt: skip
+    info = load_info(place / "pair")
+    assert info is not None
+    [table] = info.calibration
+    assert [row.achieved_rate for row in table.rows][0] == 0 and table.rows[-1].achieved_rate == 1
+    out = place / "eval"
+    run("eval", pair, *shared, "--data", str(place / "data.jsonl"), "--task", "exact_match", "--max-tokens", "12",
+        "--limit", "4", "--deferral-rate", "0.5", "--out", str(out))  # fmt: skip
+    [result] = [json.loads(path.read_text()) for path in place.glob("eval*.json")]
+    assert result["tokens"] == 48 and 0 < result["deferral_rate"] < 1
+
+
+def test_what_needs_one_tokenizer_says_so(place: Path) -> None:
+    pair = str(place / "pair")
+    shared = ["--assistant", f"other={place / 'other'}"]
+    for arguments in (
+        ["generate", pair, "3", *shared, "--deferral", "compose"],
+        ["export", pair, str(place / "e")],
+    ):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 1 and "tokenizer" in done.output, done.output
+    other = make_tokenizer(300)
+    make_model(vocab_size=len(other)).save_pretrained(place / "changed")
+    other.save_pretrained(place / "changed")
+    done = CliRunner().invoke(main, ["generate", pair, "3", "--assistant", f"other={place / 'changed'}"])
+    assert done.exit_code == 1 and "their tokenizers are not those of training" in done.output
