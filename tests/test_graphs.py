@@ -67,7 +67,9 @@ def growing(length: int = 20) -> tuple[Text, Query]:
 def test_a_pass_is_one_upload_one_launch_one_wait(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = LocalModel(tiny("llama"), tiny_tokenizer, max_cache_tokens=4000, machinery=machinery())
     assert model._stepper is not None
-    assert model.warm_up() > 0 and model._stepper.buckets == BUCKETS
+    assert model.pass_curve == () and model.warm_up() > 0 and model._stepper.buckets == BUCKETS
+    assert [tokens for tokens, _ in model.pass_curve] == list(BUCKETS)
+    capture(model).replayed = capture(model).waits = 0
     texts = [growing(n)[0] for n in (5, 9, 20)]
     model.predict([Query(0, text.views[0], len(text.views[0])) for text in texts])
     recorded, before = capture(model).recorded, (capture(model).replayed, capture(model).waits)

@@ -273,6 +273,23 @@ class Clocked(LanguageModel):
         return self._model.predict(queries)
 
 
+def test_a_measured_curve_has_a_knee() -> None:
+    """As on a GPU: 128 tokens cost what one costs, then they begin to count. A machine that is busy is slower by a
+    factor, which is learnt."""
+    experience = Experience()
+    experience.expect(0, [(1, 1.0), (128, 1.0), (256, 2.0)])
+    experience.expect(1, [])
+    assert not experience.knows(1) and 1 not in experience.costs
+    experience.expect(1, [(1, 4.0), (128, 4.0), (256, 8.0)])
+    assert experience.knows(1)
+    costs = experience.costs[0]
+    assert [costs.pass_seconds(tokens) for tokens in (0.5, 1, 100, 192, 256, 384)] == [1, 1, 1, 1.5, 2, 3]
+    for _ in range(100):
+        experience.observe_pass(0, 16, 64, 1.5)
+    assert costs.pass_seconds(192) == pytest.approx(2.25) and costs.block(8) == pytest.approx(1.5 / 16, rel=0.05)
+    assert AdaptivePace(experience).deferrals(1) > 1
+
+
 @pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("ratio", [0.2, 1.0, 8.0])
 def test_the_adaptive_pace_gains_where_there_is_something_to_gain(agreement: float, ratio: float) -> None:

@@ -191,6 +191,11 @@ class LanguageModel(ABC):
         """It answers within microseconds, so that nobody should wait for it, nor it for company."""
         return False
 
+    @property
+    def pass_curve(self) -> Sequence[tuple[int, float]]:
+        """Seconds of its passes by their tokens, if they have been measured: where more tokens begin to cost."""
+        return ()
+
     @abstractmethod
     def predict(self, queries: Sequence[Query]) -> Replies:
         """The answers of one pass. Those to one query depend on no other query, nor on earlier calls."""

@@ -94,6 +94,7 @@ def serve(checkpoint: str, **options: Any) -> None:
     name = options["name"] or (server_name(checkpoint) if is_url(checkpoint) else Path(checkpoint).name or checkpoint)
     if name in llm.model_names:
         name = f"{name}-pair"
+    llm.warm_up()
     limits = Limits(max_queue=options["max_queue"], request_timeout=options["request_timeout"])
     app = make_app(llm, name, defaults=defaults, limits=limits, access=access)
     _tell(llm, name, address(listening), bool(access.api_keys))

@@ -16,6 +16,7 @@ D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(g)` per deferred token, for th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,12 +68,17 @@ class PassCosts:
     """Seconds of a model's passes as a line over their tokens, fitted as they come; old ones are forgotten slowly.
 
     Until passes of several widths have been seen, a token more is taken to cost `PRIOR_SLOPE` of a pass.
+
+    Where passes were measured beforehand (`LanguageModel.pass_curve`: on a GPU a hundred tokens may cost as much as
+    one, and then suddenly twice as much), it is that curve, by a factor that is fitted.
     """
 
     PRIOR_SLOPE = 0.04
     FORGETTING = 0.97
     seen: int = 0
     rows: float = 1.0
+    curve: tuple[tuple[int, float], ...] = ()
+    _factor: float = 1.0
     _weight: float = 0.0
     _tokens: float = 0.0
     _seconds: float = 0.0
@@ -86,6 +92,9 @@ class PassCosts:
         self._weight = 1 + self.FORGETTING * self._weight
         share = 1 / self._weight
         self.rows += share * (rows - self.rows)
+        if self.curve:
+            self._factor += share * (seconds / _on_curve(self.curve, tokens) - self._factor)
+            return
         off_tokens, off_seconds = tokens - self._tokens, seconds - self._seconds
         self._tokens += share * off_tokens
         self._seconds += share * off_seconds
@@ -98,6 +107,8 @@ class PassCosts:
 
     def pass_seconds(self, tokens: float) -> float:
         """Of a pass over so many tokens, of all its rows together."""
+        if self.curve:
+            return self._factor * _on_curve(self.curve, tokens)
         return max(self._seconds + self.slope * (tokens - self._tokens), 0.1 * self._seconds)
 
     def usual(self, tokens: float) -> float:
@@ -107,6 +118,13 @@ class PassCosts:
     def block(self, tokens: float) -> float:
         """One row's share of a pass in which every row brings so many tokens."""
         return self.pass_seconds(tokens * self.rows) / self.rows
+
+
+def _on_curve(curve: Sequence[tuple[int, float]], tokens: float) -> float:
+    """Linear between the points; beyond the last one, as between the last two."""
+    last = next((n for n, (at, _) in enumerate(curve) if tokens <= at), len(curve) - 1)
+    (low, below), (high, above) = curve[max(0, last - 1)], curve[max(1, last)]
+    return max(below, below + (tokens - low) * (above - below) / (high - low))
 
 
 @dataclass(slots=True)
@@ -127,6 +145,11 @@ class Experience:
     """By model: seconds for a token of a prompt."""
     tokens: float = 0.0
     tallies: dict[int, Tally] = field(default_factory=dict)
+
+    def expect(self, model: int, curve: Sequence[tuple[int, float]]) -> None:
+        """What the passes of a model have been measured to cost: seconds by tokens, ascending, two points or more."""
+        if len(curve) > 1 and model not in self.costs:
+            self.costs[model] = PassCosts(seen=3, curve=tuple(curve))
 
     def observe_pass(self, model: int, rows: int, tokens: int, seconds: float) -> None:
         self.costs.setdefault(model, PassCosts()).observe(rows, tokens, seconds)

@@ -33,6 +33,8 @@ class Queues:
         clock: Callable[[], float],
         take: Callable[[Running, int, list[Reply]], None],
     ) -> None:
+        for number, model in enumerate(models):
+            experience.expect(number, model.pass_curve)
         self.devices: dict[Hashable, Device] = {}
         self.of_model: list[list[Waiting] | None] = []
         """None for models that are asked at once."""

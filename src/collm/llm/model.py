@@ -279,6 +279,14 @@ class CollaborativeLM:
         """What all callers share; it lives as long as this system."""
         return self._engine_for(1)
 
+    def warm_up(self) -> float:
+        """Take the memory of the caches and capture the graphs of all models on GPUs; seconds that it took.
+
+        Otherwise that happens with the first texts.
+        """
+        self._reserve(self._max_num_seqs)
+        return sum(model.warm_up() for model in self.models if isinstance(model, LocalModel))
+
     def close(self) -> None:
         """End what is being written and stop the engine's threads. Nothing can be written afterwards."""
         self._engine_for(1).close()

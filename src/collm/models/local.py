@@ -95,6 +95,8 @@ class LocalModel(LanguageModel):
             )
         self._context_length: int | None = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         self._activate = activate
+        self._stream: torch.cuda.Stream | None = None
+        self._pass_curve: Sequence[tuple[int, float]] = ()
         self.on_pass = on_pass
         with self._network.lock:
             if activate is not None:
@@ -133,7 +135,7 @@ class LocalModel(LanguageModel):
 
     @property
     def device(self) -> str:
-        return str(self._device)
+        return str(self._device) if self._stream is None else f"{self._device}, stream of {self._name}"
 
     @property
     def cache_bytes(self) -> int:
@@ -194,12 +196,14 @@ class LocalModel(LanguageModel):
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Kernels are launched on the current device, whatever their tensors lie on."""
+        if self._stream is not None:
+            return torch.cuda.stream(self._stream)
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def warm_up(self) -> float:
         """Reserve the memory of the caches and capture all graphs, where there are any: seconds that it took.
 
-        Otherwise both are done when they are first needed.
+        Otherwise both are done when they are first needed. What passes cost (`pass_curve`) is measured here alone.
         """
         if self._stepper is None or not isinstance(self._cache, PagedCache):
             return 0.0
@@ -207,7 +211,19 @@ class LocalModel(LanguageModel):
             if self._activate is not None:
                 self._activate()
             self._cache.open()
-            return self._stepper.warm_up()
+            seconds = self._stepper.warm_up()
+            self._pass_curve = self._stepper.measured()
+            return seconds
+
+    @property
+    def pass_curve(self) -> Sequence[tuple[int, float]]:
+        return self._pass_curve
+
+    def overlap(self) -> None:
+        """Run the passes on a stream of their own from now on, beside those of the other networks of the device,
+        instead of taking turns with them. Before an engine is made of this model."""
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         if not isinstance(self._cache, PrefixCache):

@@ -92,6 +92,20 @@ class Stepper:
                 self._bucket(size)
         return perf_counter() - began
 
+    def measured(self, repeats: int = 3) -> list[tuple[int, float]]:
+        """Seconds of a replay of each graph, over padding: the shortest of some. They do not fall with the tokens."""
+        found: list[tuple[int, float]] = []
+        for size, bucket in sorted(self._buckets.items()):
+            planned.fill_empty(bucket.into.numpy(), self._pool.blocks)
+            times = []
+            for _ in range(repeats):
+                began = perf_counter()
+                bucket.replay()
+                self._capture.wait()
+                times.append(perf_counter() - began)
+            found.append((size, max(min(times), found[-1][1] if found else 0.0)))
+        return found
+
     def takes(self, num_tokens: int, asked: Asked) -> bool:
         """Whether it answers such a pass."""
         plain = asked.given is None and asked.cuts is None and not asked.num_top and not asked.law

@@ -1,0 +1,618 @@
+"""Everything that a GPU has to show, in five minutes on a bare machine: torch 2.11 or newer, Triton, transformers, and
+this repository's source.
+
+    PYTHONPATH=src python benchmarks/gpu.py OUT [--device cuda] [--seconds 290] [--shape gpu]
+
+Each section is measured by itself, the most telling ones first; what fails is written down and costs the others
+nothing. OUT/gpu.json is written anew after each. `--device cpu` tries the script out on tiny models, with the twins of
+the kernels. The demands are those of docs/results.md; nothing else may use the card meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+try:
+    import pydantic  # noqa: F401
+except ImportError:  # it describes checkpoints, of which there are none here
+    shim: Any = types.ModuleType("pydantic")
+    shim.BaseModel, shim.ValidationError = object, ValueError
+    shim.ConfigDict, shim.Field = dict, lambda *_, **__: None
+    sys.modules["pydantic"] = shim
+
+import torch
+
+DEMANDS: dict[str, tuple[str, float]] = {
+    **{f"pass.{name}.T{t}": ("<=", most) for name in ("base", "assistant")
+       for t, most in ((1, 1.30), (16, 1.40), (64, 1.50), (128, 1.65))},
+    "modules.base.T16": ("<=", 2.5),
+    "compiled.base.T16": ("<=", 1.8),
+    "long.assistant.rows1": ("<=", 1.35),
+    "long.assistant.rows16": ("<=", 1.25),
+    "long.assistant.one_of_16": ("<=", 1.4),
+    "overhead.b1": ("<=", 1.10),
+    "overhead.b16": ("<=", 1.15),
+    "launches_a_pass": ("<=", 1.0),
+    "waits_a_pass": ("<=", 1.0),
+    "alone.b1 : generate.b1": (">=", 4.5),
+    "plain.b1 : alone.b1": (">=", 1.9),
+    "speculative.b1 : alone.b1": (">=", 3.5),
+    "plain.b16 : alone.b16": (">=", 1.35),
+    "speculative.b16 : alone.b16": (">=", 2.4),
+    "sampled.b16 : greedy.b16": (">=", 0.85),
+    "ready_seconds": ("<=", 15.0),
+}  # fmt: skip
+"""Ratios, but for the last: pass times over the bandwidth bound, tokens a second over others."""
+
+
+class Bench:
+    """What the sections share: the pair, what was found, and how much time is left."""
+
+    def __init__(self, out: Path, device: str, shape: str, seconds: float) -> None:
+        self.out, self.device, self.shape = out, torch.device(device), shape
+        self.cuda = self.device.type == "cuda"
+        self.began, self.seconds = time.perf_counter(), seconds
+        self.found: dict[str, Any] = {"figures": {}, "ratios": {}, "errors": {}, "took": {}, "warnings": []}
+        self.networks: dict[str, Any] = {}
+        self.models: dict[str, Any] = {}
+        self.bandwidth = 0.0
+        out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.began)
+
+    def note(self, key: str, value: Any) -> None:
+        self.found["figures"][key] = value
+        print(f"[{time.perf_counter() - self.began:6.1f}] {key}: {json.dumps(value, default=str)[:300]}", flush=True)
+
+    def ratio(self, key: str, value: float) -> None:
+        self.found["ratios"][key] = value
+        sign, limit = DEMANDS.get(key, ("", 0.0))
+        holds = {"<=": value <= limit, ">=": value >= limit, "": None}[sign]
+        print(f"[{time.perf_counter() - self.began:6.1f}] {key} = {value:.3f} {sign} {limit or ''} {holds}", flush=True)
+
+    def section(self, name: str, work: Callable[[Bench], None], least: float = 3.0) -> None:
+        if self.left < least:
+            self.found["errors"][name] = "no time left"
+            return
+        began = time.perf_counter()
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                work(self)
+            self.found["warnings"] += sorted({str(each.message)[:300] for each in told})[:10]
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self.found["errors"][name] = "".join(traceback.format_exception(error))[-3000:]
+            print(f"!! {name}: {error!r}", flush=True)
+        self.found["took"][name] = round(time.perf_counter() - began, 1)
+        self.save()
+
+    def save(self) -> None:
+        demands = {
+            key: {"limit": f"{sign} {limit}", "found": self.found["ratios"].get(key),
+                  "holds": None if key not in self.found["ratios"]
+                  else (self.found["ratios"][key] <= limit) == (sign == "<=") or self.found["ratios"][key] == limit}
+            for key, (sign, limit) in DEMANDS.items()
+        }  # fmt: skip
+        path = self.out / "gpu.json"
+        whole = json.dumps({**self.found, "demands": demands}, indent=1, default=str)
+        path.with_suffix(".tmp").write_text(whole + "\n")
+        path.with_suffix(".tmp").replace(path)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, work: Callable[[], Any], repeats: int = 10, rounds: int = 3) -> float:
+        """Milliseconds: the median of some means."""
+        work()
+        self.wait()
+        means = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            for _ in range(repeats):
+                work()
+            self.wait()
+            means.append((time.perf_counter() - began) / repeats * 1e3)
+        return statistics.median(means)
+
+
+def machine(bench: Bench) -> None:
+    import numpy
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": numpy.__version__,
+                "python": platform.python_version()}  # fmt: skip
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        versions["triton"] = None
+    bench.note("versions", versions)
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+        bench.note("commit", commit.stdout.strip() or None)
+    except (OSError, subprocess.SubprocessError):
+        bench.note("commit", None)
+    if bench.cuda:
+        found = torch.cuda.get_device_properties(bench.device)
+        bench.note("card", {"name": found.name, "memory_gb": found.total_memory / 1e9, "cuda": torch.version.cuda})
+        try:
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            bench.note("driver", subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip())
+        except (OSError, subprocess.SubprocessError):
+            bench.note("driver", None)
+    size = 2**31 if bench.cuda else 2**25
+    a = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    b = torch.empty_like(a)
+    bench.bandwidth = 2 * size / bench.timed(lambda: b.copy_(a), 5) * 1e3
+    bench.note("copy_bytes_per_second", bench.bandwidth)
+
+
+def build(bench: Bench) -> None:
+    """The pair of `collm bench --shape gpu`: its dial is the one that gave agreement 0.9 on the probe."""
+    from collm.bench.synthetic import SHAPES, Dial, Shape, make_model
+
+    shape = SHAPES[bench.shape] if bench.shape != "tiny" else Shape(64, 96, 1, 4, 2, 320)
+    dtype = "bfloat16" if bench.cuda else "float32"
+    layers = {"base": 0, "assistant": 28 if bench.shape == "gpu" else 2}
+    for name, extra in layers.items():
+        bench.networks[name] = make_model(shape, extra, dtype=dtype, device=str(bench.device))
+    Dial(bench.networks["assistant"], shape.num_layers).set(0.078125)
+    bench.wait()
+    sizes = {name: network.num_parameters() for name, network in bench.networks.items()}
+    bench.note("parameters", sizes)
+
+
+def own_machinery(bench: Bench, **changed: Any) -> Any:
+    """None leaves it to the package; on a CPU the twins, captured by the fake."""
+    from collm.models.paged.machinery import Machinery, machinery_for
+
+    if bench.cuda:
+        found = machinery_for(bench.networks["base"], "bench")
+        if found is None:
+            raise RuntimeError("the package finds no kernels or graphs for this card; see the warnings")
+    else:
+        from collm.models.paged.capture import FakeCapture
+        from collm.models.paged.dense import TorchDense
+        from collm.models.paged.ops import TorchOps
+        from collm.models.paged.telling import TorchTelling
+
+        found = Machinery(TorchOps(), TorchTelling(), FakeCapture(), TorchDense())
+    values = {"ops": found.ops, "telling": found.telling, "capture": found.capture, "dense": found.dense, **changed}
+    return Machinery(**values)
+
+
+def loaded(bench: Bench, name: str, *, tokens: int = 16 * 1024, slots: int = 16, **changed: Any) -> Any:
+    from collm.bench.synthetic import make_tokenizer
+    from collm.models.head import DeferralHead
+    from collm.models.local import LocalModel
+
+    network = bench.networks[name]
+    head = None
+    if name == "base":
+        head = DeferralHead(network.config.hidden_size, 1).to(bench.device)
+
+    class Endless(LocalModel):
+        @property
+        def eos_token_ids(self) -> frozenset[int]:
+            return frozenset()
+
+    tokenizer = make_tokenizer(network.config.vocab_size)
+    return Endless(network, tokenizer, head, name=name, num_slots=slots, max_cache_tokens=tokens,
+                   machinery=own_machinery(bench, **changed))  # fmt: skip
+
+
+def ready(bench: Bench) -> None:
+    """From loaded networks to all graphs; kernels are compiled afresh where Triton's cache is empty."""
+    total = 0.0
+    for name in ("base", "assistant"):
+        began = time.perf_counter()
+        bench.models[name] = loaded(bench, name)
+        tried = time.perf_counter() - began
+        captured = bench.models[name].warm_up()
+        total += tried + captured
+        stepper = bench.models[name]._stepper
+        bench.note(f"ready.{name}", {"trial_s": tried, "graphs_s": captured, "graphs": list(stepper.buckets),
+                                     "body": type(bench.models[name]._cache._pool.body).__name__})  # fmt: skip
+    bench.ratio("ready_seconds", total)
+    if bench.cuda:
+        bench.note("memory_gb", torch.cuda.memory_reserved(bench.device) / 1e9)
+
+
+def bound(bench: Bench, name: str, keys: int = 0) -> float:
+    """Milliseconds of reading the weights once (but for the embedding), and so many positions of keys and values."""
+    network = bench.networks[name]
+    weights = sum(p.nbytes for n, p in network.named_parameters() if "embed" not in n)
+    config = network.config
+    size = config.hidden_size // config.num_attention_heads
+    per = 2 * config.num_hidden_layers * config.num_key_value_heads * size * network.dtype.itemsize
+    return float((weights + keys * per) / bench.bandwidth * 1e3)
+
+
+def emptied(model: Any) -> None:
+    """Nothing is in the caches any more, and graphs stay."""
+    cache = model._cache
+    with model._network.lock:
+        cache.slots, cache._places = [], {}
+        cache._ended.clear()
+        for slot in range(cache._pool.blocks.num_slots):
+            cache._pool.blocks.clear(slot)
+
+
+def filled(bench: Bench, model: Any, starts: Sequence[int], widths: Sequence[int]) -> tuple[Any, float]:
+    """The bucket of a pass over texts of these lengths, filled; and what filling it took, in ms. Their keys are what
+    the storage holds: what a pass costs does not depend on them."""
+    from collm.models.attention import Row
+    from collm.models.laws import Asked
+    from collm.models.paged.stepping import BUCKETS
+
+    stepper, pool = model._stepper, model._cache._pool
+    emptied(model)
+    rows = [Row(n, start, width) for n, (start, width) in enumerate(zip(starts, widths, strict=True))]
+    for row in rows:
+        pool.blocks.write(row.slot, 0, row.end)
+    table = torch.from_numpy(pool.blocks.table).to(bench.device)
+    with torch.inference_mode():
+        for own in pool.tables.values():
+            own[: len(table)] = table
+    count = sum(widths)
+    ids = [n % 300 for n in range(count)]
+    with torch.inference_mode():
+        stepper.step(rows, ids, list(range(count)), Asked.of([]))
+        bucket = stepper._buckets.get(next(size for size in BUCKETS if size >= count))
+        if bucket is None:
+            raise RuntimeError(f"no graph of {count} tokens; see the warnings")
+        whole = bench.timed(lambda: stepper.step(rows, ids, list(range(count)), Asked.of([])), 5)
+    return bucket, whole
+
+
+def passes(bench: Bench) -> None:
+    """Pass time by number of tokens, context 100: replays alone, and with the work of the host."""
+    for name, model in bench.models.items():
+        limit = bound(bench, name)
+        for count in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256):
+            rows = min(count, 16)
+            bucket, whole = filled(bench, model, [100] * rows, [count // rows] * rows)
+            with torch.inference_mode():
+                replayed = bench.timed(bucket.replay)
+            bench.note(f"pass_ms.{name}.T{count}", {"replay": replayed, "with_host": whole, "bound": limit})
+            bench.ratio(f"pass.{name}.T{count}", replayed / limit)
+
+
+def counts(bench: Bench) -> None:
+    """Launches, copies and waits of the CUDA runtime in a pass, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from collm.models.attention import Row
+    from collm.models.laws import Asked
+
+    model = bench.models["base"]
+    filled(bench, model, [100] * 16, [1] * 16)
+    rows, asked = [Row(n, 100, 1) for n in range(16)], Asked.of([])
+    own = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cuda else [])
+    with torch.inference_mode(), profile(activities=own) as seen:
+        for _ in range(5):
+            model._stepper.step(rows, [1] * 16, range(16), asked)
+    calls = {e.key: e.count / 5 for e in seen.key_averages() if e.key.startswith(("cuda", "cu")) and "::" not in e.key}
+    bench.note("runtime_calls_a_pass", calls)
+    if bench.cuda:
+        launches = sum(n for key, n in calls.items() if "Launch" in key)
+        waits = sum(n for key, n in calls.items() if "Synchronize" in key)
+        bench.ratio("launches_a_pass", launches)
+        bench.ratio("waits_a_pass", waits - 0.4)  # the profiler's own two, over five passes
+
+
+Written = tuple[list[list[int]], float, float]
+
+
+def write(bench: Bench, engine: Any, batch: int, limit: int, how: str, seed: int, rate: float = 0.3) -> Written:
+    """Texts, the seconds that they took, and those spent in passes."""
+    from queue import SimpleQueue
+
+    from collm.decoding.collaborative import collaborative, single
+    from collm.decoding.pace import AdaptivePace
+    from collm.decoding.policies import Random
+    from collm.decoding.speculative import speculative
+    from collm.engine import Finished
+    from collm.sampling_params import SamplingParams
+    from collm.views import Text
+
+    vocab = bench.networks["base"].config.vocab_size
+    done: SimpleQueue[Any] = SimpleQueue()
+    eos = [frozenset[int]()] * len(engine.models)
+    spent = [0.0]
+
+    def counted(one: Any) -> None:
+        spent[0] += one.seconds
+
+    for model in engine.models:
+        model.on_pass = counted
+        emptied(model)
+    texts = []
+    began = time.perf_counter()
+    for n in range(batch):
+        rng = random.Random(f"{seed} {n}")
+        prompt = [rng.randrange(vocab) for _ in range(64)]
+        text = Text([prompt] * len(engine.models))
+        own = {"temperature": 1.0, "top_p": 0.9} if how == "sampled" else {}
+        params = SamplingParams(max_tokens=limit, seed=seed * 1000 + n, **own)
+        if how in ("alone", "sampled", "base"):
+            flow = single(0 if how == "base" else 1, text, params, eos)
+        elif how == "speculative":
+            flow = speculative(text, params, Random(rate, 1), eos, AdaptivePace(engine.experience))
+        else:
+            flow = collaborative(text, params, Random(rate, 1), eos)
+        texts.append(text)
+
+        def sink(event: Any) -> None:
+            if isinstance(event, Finished):
+                done.put(event)
+
+        engine.submit(flow, text, limit, sink)
+    for _ in range(batch):
+        event = done.get(timeout=max(5.0, bench.left))
+        if event.error is not None:
+            raise RuntimeError(event.error)
+    seconds = time.perf_counter() - began
+    return [text.views[0].token_ids[64:] for text in texts], seconds, spent[0]
+
+
+def decoding(bench: Bench, batches: Sequence[int] = (1, 16), overlapped: bool = False) -> None:
+    """Tokens a second of the whole engine: each alone, the pair plain and speculative."""
+    from collm.engine import Engine
+
+    limit, rounds = (128, 2) if bench.cuda else (6, 1)
+    models = [bench.models["base"], bench.models["assistant"]]
+    if overlapped:
+        for model in models:
+            model.overlap()
+    speeds: dict[str, float] = {}
+    mark = ".two_streams" if overlapped else ""
+    for batch in batches:
+        engine = Engine(models, max_num_seqs=batch)
+        try:
+            plain: list[list[int]] = []
+            for how in ("base", "alone", "plain", "speculative", "sampled"):
+                write(bench, engine, batch, max(4, limit // 4), how, 99)
+                best, share, same = 0.0, [], None
+                for seed in range(rounds):
+                    texts, seconds, spent = write(bench, engine, batch, limit, how, seed)
+                    best = max(best, sum(map(len, texts)) / seconds)
+                    share.append(seconds / spent if spent else 0.0)
+                    if how == "plain":
+                        plain += texts
+                    elif how == "speculative":
+                        same = [a == b for a, b in zip(texts, plain[seed * batch :], strict=False)]
+                speeds[f"{how}.b{batch}"] = best
+                equal = None if same is None else sum(same) / len(same)
+                told = {"tok_s": best, "wall_over_passes": min(share), "equal_to_plain": equal}
+                bench.note(f"tok_s.{how}.b{batch}{mark}", told)
+            for how in ("plain", "speculative"):
+                key = f"{how}.b{batch} : alone.b{batch}{mark}"
+                bench.ratio(key, speeds[f"{how}.b{batch}"] / speeds[f"alone.b{batch}"])
+            if batch == max(batches):
+                key = f"sampled.b{batch} : greedy.b{batch}{mark}"
+                bench.ratio(key, speeds[f"sampled.b{batch}"] / speeds[f"alone.b{batch}"])
+        finally:
+            engine.close()
+    bench.found.setdefault("speeds", {}).update({key + mark: value for key, value in speeds.items()})
+
+
+def overhead(bench: Bench) -> None:
+    """Wall time over the times of the replays of the very passes that were run, for the pair with its policy."""
+    from collm.engine import Engine
+
+    limit = 96 if bench.cuda else 6
+    models = [bench.models["base"], bench.models["assistant"]]
+    curves = []
+    for model in models:
+        with torch.inference_mode():
+            curves.append(dict(model._stepper.measured()))
+    for batch in (1, 16):
+        engine = Engine(models, max_num_seqs=batch)
+        try:
+            write(bench, engine, batch, limit, "plain", 7)
+            before = [dict(model._stepper.counts.passes) for model in models]
+            _, seconds, _ = write(bench, engine, batch, limit, "plain", 8)
+            pure = 0.0
+            for model, curve, old in zip(models, curves, before, strict=True):
+                for size, number in model._stepper.counts.passes.items():
+                    pure += (number - old.get(size, 0)) * curve[size]
+            bench.ratio(f"overhead.b{batch}", seconds / pure)
+        finally:
+            engine.close()
+
+
+def generate(bench: Bench) -> None:
+    """transformers' own `generate`, batch 1."""
+    network = bench.networks["assistant"]
+    ids = torch.randint(0, 300, (1, 64), device=bench.device)
+    limit = 48 if bench.cuda else 4
+
+    def once() -> None:
+        network.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False, pad_token_id=0
+        )
+
+    with torch.inference_mode():
+        once()
+        bench.wait()
+        began = time.perf_counter()
+        once()
+        bench.wait()
+    speed = limit / (time.perf_counter() - began)
+    bench.note("tok_s.generate.b1", speed)
+    alone = bench.found.get("speeds", {}).get("alone.b1")
+    if alone:
+        bench.ratio("alone.b1 : generate.b1", alone / speed)
+
+
+def long_texts(bench: Bench) -> None:
+    length = 8000 if bench.cuda else 600
+    model = loaded(bench, "assistant", tokens=17 * (length + 600))
+    model._cache.open()
+    for key, starts in (("rows1", [length]), ("rows16", [length] * 16), ("one_of_16", [length] + [100] * 15)):
+        bucket, _ = filled(bench, model, starts, [1] * len(starts))
+        with torch.inference_mode():
+            replayed = bench.timed(bucket.replay, 5)
+        limit = bound(bench, "assistant", sum(starts))
+        bench.note(f"long_ms.{key}", {"replay": replayed, "bound": limit})
+        bench.ratio(f"long.assistant.{key}", replayed / limit)
+    model.forget()
+
+
+def by_modules(bench: Bench) -> None:
+    """The way of every architecture that has no pass of its own: its modules under a graph, our attention."""
+    model = loaded(bench, "base", tokens=4096, dense=None)
+    model._cache.open()
+    for count in (1, 16):
+        bucket, _ = filled(bench, model, [100] * count, [1] * count)
+        with torch.inference_mode():
+            replayed = bench.timed(bucket.replay)
+        bench.ratio(f"modules.base.T{count}", replayed / bound(bench, "base"))
+    model.forget()
+
+
+def exact(bench: Bench) -> None:
+    """Log-probabilities in this precision against the modules' without a cache, and texts of the pair in float32."""
+    from collm.values import Query
+
+    vocab = bench.networks["base"].config.vocab_size
+    ids = [random.Random(5).randrange(vocab) for _ in range(96)]
+    for name, model in bench.models.items():
+        network = bench.networks[name]
+        with torch.inference_mode():
+            logits = network(torch.tensor([ids], device=bench.device), use_cache=False).logits[0].float()
+        laws = logits.log_softmax(-1)
+        [found] = model.predict([Query.of(ids, 90)])
+        tops = torch.tensor([a.top_log_prob for a in found], device=bench.device)
+        same = [a.top_token_id == int(t) for a, t in zip(found, laws[-90:].argmax(-1), strict=True)]
+        off = (tops - laws[-90:].max(-1).values).abs()
+        entropies = torch.special.entr(laws[-90:].exp()).sum(-1).tolist()
+        off_entropy = max(abs(a.entropy - e) for a, e in zip(found, entropies, strict=True))
+        told = {"top_log_prob_off": float(off.max()), "same_top": sum(same) / len(same), "entropy_off": off_entropy}
+        bench.note(f"exact.{name}", told)
+
+
+def attention(bench: Bench) -> None:
+    """The kernels against their twins on this device, float32, ragged rows, several chunks, windows, soft-caps."""
+    import numpy as np
+
+    from collm.models.attention import Row
+    from collm.models.paged import plan as planned
+    from collm.models.paged.blocks import Blocks
+    from collm.models.paged.ops import TorchOps
+    from collm.models.paged.plan import Plan, fill
+
+    ops, worst = own_machinery(bench).ops, dict[str, float]()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from collm.models.paged.triton_ops import TritonOps
+
+        ops = TritonOps(programs=1)
+    rows = [Row(0, 700, 3), Row(1, 5, 1), Row(2, 255, 2), Row(3, 0, 9)]
+    shapes = ((32, 8, 128), (8, 2, 64), (8, 1, 96), (4, 4, 128)) if bench.cuda else ((4, 2, 24),)
+    for heads, kv, dim in shapes:
+        for window, cap in ((0, None), (100, 20.0)):
+            torch.manual_seed(0)
+            blocks = Blocks(16, 4, 8)
+            for row in rows:
+                blocks.write(row.slot, 0, row.end)
+            count, tile = sum(row.width for row in rows), max(16, 1 << (heads // kv - 1).bit_length())
+            numbers = np.zeros(planned.size(16), dtype=np.int32)
+            items = fill(numbers, rows, [0] * count, blocks, tile // (heads // kv))
+            plan = Plan(torch.from_numpy(numbers).to(bench.device), 16, tile, items)
+            table = torch.zeros(5, 8, dtype=torch.int32, device=bench.device)
+            table[:4] = torch.from_numpy(blocks.table)
+            keys, values = (torch.randn(17, kv, 256, dim, device=bench.device) for _ in range(2))
+            query = torch.randn(16, heads, dim, device=bench.device)
+            ways = [each.attend(query, keys, values, plan, table, dim**-0.5, window, cap) for each in (ops, TorchOps())]
+            both = [way[:count] for way in ways]
+            worst[f"{heads}:{kv}x{dim} window {window} cap {cap}"] = float((both[0] - both[1]).abs().max())
+    bench.note("attention_off", worst)
+
+
+def two_streams(bench: Bench) -> None:
+    """Last of those that decode: the models do not go back."""
+    decoding(bench, batches=(16,), overlapped=True)
+
+
+def compiled(bench: Bench) -> None:
+    """The modules compiled, under a graph."""
+    if not bench.cuda:
+        return
+    from collm.models.paged.pool import Modules
+
+    model = loaded(bench, "base", tokens=4096, dense=None)
+    pool = model._cache._pool
+    modules = Modules(bench.networks["base"])
+    began = time.perf_counter()
+    pool.body = torch.compile(modules.__call__, dynamic=False)
+    model._cache.open()
+    bucket, _ = filled(bench, model, [100] * 16, [1] * 16)
+    bench.note("compile_s", time.perf_counter() - began)
+    with torch.inference_mode():
+        replayed = bench.timed(bucket.replay)
+    bench.ratio("compiled.base.T16", replayed / bound(bench, "base"))
+    model.forget()
+
+
+SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
+    ("machine", machine, 0),
+    ("build", build, 0),
+    ("ready", ready, 0),
+    ("attention", attention, 5),
+    ("exact", exact, 5),
+    ("passes", passes, 5),
+    ("decoding", decoding, 10),
+    ("overhead", overhead, 5),
+    ("generate", generate, 5),
+    ("counts", counts, 5),
+    ("long texts", long_texts, 10),
+    ("modules", by_modules, 10),
+    ("two streams", two_streams, 10),
+    ("compiled", compiled, 30),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", default=None, help="gpu, or tiny for a trial (the default on a CPU)")
+    parser.add_argument("--seconds", type=float, default=290.0)
+    parser.add_argument("--only", nargs="*", help="sections, besides machine, build and ready")
+    given = parser.parse_args(arguments)
+    shape = given.shape or ("gpu" if given.device.startswith("cuda") else "tiny")
+    bench = Bench(given.out, given.device, shape, given.seconds)
+    for name, work, least in SECTIONS:
+        if given.only is None or name in given.only or name in ("machine", "build", "ready"):
+            bench.section(name, work, least)
+    print(f"{bench.out / 'gpu.json'} after {time.perf_counter() - bench.began:.0f} s", flush=True)
+    return 1 if bench.found["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
