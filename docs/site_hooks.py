@@ -48,6 +48,8 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     from latex2mathml.converter import convert
 
     def formula(match: re.Match[str]) -> str:
-        return str(convert(html.unescape(match[3]).strip(), display="inline" if match[2] == "(" else "block"))
+        inline = match[2] == "("
+        shown = str(convert(html.unescape(match[3]).strip(), display="inline" if inline else "block"))
+        return shown if inline else f'<div class="formula">{shown}</div>'
 
     return FORMULA.sub(formula, content)

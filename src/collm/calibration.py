@@ -4,8 +4,8 @@ The gate (or the base's entropy, or another `Signal`) is read on the pair's *own
 threshold: where an assistant writes, the text goes on otherwise. So each candidate is run, the rate it really achieves
 is measured, and the next candidate is taken between the two measured thresholds around the target, until the rate is
 met or no gate value lies between them.
-A deferral that a tool hands back is no deferred token: a calculator that abstains at most places makes high rates
-unreachable; such targets keep the nearest rate there is, and the table tells what was achieved (`missed`).
+A deferral to which a tool gives no answer is no deferred token: a calculator that abstains at most places makes high
+rates unreachable; such targets keep the nearest rate there is, and the table tells what was achieved (`missed`).
 
 Thresholds are cuts (`llm.deferral`): log-odds for the gate, logarithms or nats for the other signals.
 """

@@ -42,7 +42,7 @@ class Step:
     `log_prob` is the natural log-probability of the token under the law of its author (for `compose`: under the
     mixture) before temperature and truncation. `gate` is the base's `P(Z = z | prefix)`, `[1+K]`; it is empty where
     no gate was computed. `base_token_id` is what the base would have written greedily; `abstained` marks a deferral
-    that the assistant handed back, so that the base wrote the token after all; `fault` says why if it failed.
+    to which the assistant gave no answer, so that the base wrote the token after all; `fault` says why if it failed.
     `signal` is what the policy compared with its threshold where that is not the gate: the base's entropy, say, or the
     logarithm of the expected gain. `top`: on request (`SamplingParams.top_log_probs`) the most probable tokens under
     the law of `log_prob`, with their log-probabilities, best first.

@@ -26,8 +26,8 @@ class Run(_Strict):
 
     `seconds`: wall time from the prompts to the last token (of `growth` cells: from the first token to the last).
     `deferred`: tokens an assistant wrote, `again` of them right behind one that it wrote as well, `changed` where the
-    base would have written another; `abstained`: deferrals it handed back. `queries`: forward passes of each model as
-    single texts count them; `issued`: those that the models really made. `distinct`: share of pairs of neighbouring
+    base would have written another; `abstained`: deferrals without its answer. `queries`: forward passes of each model
+    as single texts count them; `issued`: those that the models really made. `distinct`: share of pairs of neighbouring
     tokens that are new in their text.
     """
 

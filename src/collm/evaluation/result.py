@@ -28,7 +28,7 @@ class EvalResult:
     """One system on one task. Shares are of written tokens, `ci95` is a bootstrap over examples, or over groups.
 
     `written_by`: tokens per model. `changed_tokens`: written by an assistant where the base would have written another
-    token. `abstained`: deferrals that an assistant handed back, so that the base wrote the token.
+    token. `abstained`: deferrals to which the assistant gave no answer, so that the base wrote the token.
     `no_answer`: texts in which no answer was found (they count as wrong). `equations_right` of `equations_shown` are
     computed right, where the task shows arithmetic. `ids` and `scores` are per example, for paired comparisons; so are
     `groups`: examples of one group are near-duplicates of one another; empty where the data tell of none.
@@ -88,7 +88,7 @@ class EvalResult:
             f"{self.name}: {self.metric.replace('_', ' ')} {self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, "
             f"{self.num_examples} examples{grouped} of {self.task} v{self.task_version})",
             f"  {self.tokens} tokens, {self.deferral_rate:.1%} written by assistants, {self.changed_tokens} changed "
-            f"({self.changed_share:.1%}), {self.abstained} deferrals handed back",
+            f"({self.changed_share:.1%}), {self.abstained} deferrals without an answer",
             "  forward passes: " + (", ".join(passes) or "not told"),
             f"  no answer found in {self.no_answer} texts; {self.seconds:.1f} s",
         ]

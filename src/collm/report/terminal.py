@@ -85,11 +85,11 @@ def summary(generation: Generation) -> str:
     passes = ", ".join(
         f"{name} {count}" for name, count in zip(generation.model_names, generation.forward_passes, strict=False)
     )
-    handed_back = sum(step.abstained for step in generation.steps)
+    unanswered = sum(step.abstained for step in generation.steps)
     faults = sum(step.fault is not None for step in generation.steps)
     parts = [
         f"{generation.completion_tokens} tokens, {generation.deferral_rate:.1%} deferred, "
-        f"{generation.changed_tokens} changed, {handed_back} handed back"
+        f"{generation.changed_tokens} changed, {unanswered} deferrals without an answer"
         + (f" ({faults} by a failing assistant)" if faults else "")
         + f", finished by {generation.finish_reason}"
         + (f" ({printable(generation.error)})" if generation.error is not None else ""),

@@ -6,7 +6,7 @@
    models' names, the base first. Of a span: `data-a` number of the author (0, the base, if it is missing), `data-l`
    log-probability, `data-g` the gate (a chance for each model, the base first, with spaces between), `data-b` what the
    base would have written, `data-c` of how many of the base's tokens a chunk is, `data-p` the piece itself where it is
-   shown otherwise, `data-d` what became of a draft, `data-f` why an assistant gave no answer, `data-o` what each model would have written. Classes: `changed`, `back` (handed back). */
+   shown otherwise, `data-d` what became of a draft, `data-f` why an assistant gave no answer, `data-o` what each model would have written. Classes: `changed`, `back` (the assistant gave no answer). */
 const collmTokens = (() => {
   const COLOURS = 6;
   let panel = null;
@@ -44,7 +44,7 @@ const collmTokens = (() => {
     if (data.l) told += ", probability " + percent(Math.exp(Number(data.l))) + " (log " + Number(data.l).toFixed(3) + ")";
     panel.append(element("div", "what", told));
     if (data.b !== undefined && !data.o) panel.append(element("div", "what", models[0] + " would have written " + quoted(data.b)));
-    if (token.classList.contains("back")) panel.append(element("div", "what", "deferred, and handed back by the assistant"));
+    if (token.classList.contains("back")) panel.append(element("div", "what", "deferred, but the assistant gave no answer"));
     if (data.f) panel.append(element("div", "what", data.f));
     if (data.c) panel.append(element("div", "what", "a chunk of " + data.c + " tokens of " + models[0]));
     if (data.d) panel.append(element("div", "what", "drafted ahead, and " + data.d));
