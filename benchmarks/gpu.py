@@ -92,6 +92,7 @@ class Bench:
     def section(self, name: str, work: Callable[[Bench], None], least: float = 3.0) -> None:
         if self.left < least:
             self.found["errors"][name] = "no time left"
+            self.save()
             return
         began = time.perf_counter()
         try:
