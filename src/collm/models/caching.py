@@ -55,8 +55,10 @@ def caches(
         if max_tokens is not None:
             max_tokens = tokens_in(lm, max_tokens) if max_tokens < 1 else int(max_tokens)
         return SlotCache(KVPool(lm), num_slots, max_tokens, spare_tokens(lm)), None
-    if crop_serves(lm):
-        return CropCache(lm, num_slots), None
+    cropped = crop_serves(lm)
+    if cropped is not None:
+        cropped.num_slots = num_slots
+        return cropped, None
     warnings.warn(
         f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "
         "every token is recomputed from the start, which is right but slow",

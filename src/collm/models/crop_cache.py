@@ -1,20 +1,30 @@
-"""transformers' own KV cache where the pool does not serve: a text at a time, rolled back by `crop`."""
+"""transformers' own KV caches where the pool does not serve, one for each text, rolled back by `crop`.
+
+Texts that bring as many new tokens share a pass: their caches are put side by side for it, padded on the left, and what
+is new is handed back. That copies what they hold, as one more reading of it.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from collm.models.backbone import hidden_states
+from collm.models.backbone import hidden_states, rope_switches
 from collm.models.devices import input_device
 from collm.views import View
 
 PIECE = 1024
 """Tokens of one forward pass at most."""
+WIDEST = 64
+"""New tokens of each text that share a pass, at most."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,14 +36,22 @@ class Kept:
     rewinds: int = 0
     used: int = 0
     ended: bool = False
+    side: int = 0
+    """Of the switches of RoPE, on which its keys were made."""
+
+
+Wanted = tuple[View, int, int]
+"""A text, how many of its tokens, and of how many of the last of them hidden states are wanted."""
 
 
 class CropCache:
-    """The caches of at most `num_slots` texts."""
+    """The caches of at most `num_slots` texts. `together`: texts may share a pass, as a trial has shown."""
 
     def __init__(self, lm: PreTrainedModel, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.together = False
         self._lm = lm
+        self._switches = rope_switches(lm)
         self._kept: dict[View, Kept] = {}
         self._ended: deque[View] = deque()
         self._clock = 0
@@ -60,26 +78,88 @@ class CropCache:
     def forget(self) -> None:
         self._kept = {}
 
-    def read(self, view: View, length: int, num_last: int) -> Tensor:
-        """Hidden states `[num_last, H]` of the last of the first `length` tokens; computed is what is not held."""
-        kept = self._of(view)
-        start = min(kept.held, view.valid_since(kept.rewinds), length - num_last)
+    def read(self, texts: Sequence[Wanted]) -> list[Tensor]:
+        """For each text the hidden states `[num_last, H]` of the last of its first `length` tokens; computed is what is
+        not held. No view comes twice."""
+        rows = [self._ready(*text) for text in texts]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for n, ((_, length, _), kept) in enumerate(zip(texts, rows, strict=True)):
+            width = length - kept.held
+            together = self.together and 0 < width <= WIDEST
+            groups.setdefault((width, kept.side) if together else (width, kept.side, n), []).append(n)
+        found: dict[int, Tensor] = {}
+        try:
+            for members in groups.values():
+                if len(members) == 1:
+                    [n] = members
+                    found[n] = self._read_alone(rows[n], *texts[n])
+                else:
+                    hidden = self._read_together([rows[n] for n in members], [texts[n] for n in members])
+                    for n, own in zip(members, hidden, strict=True):
+                        found[n] = own[len(own) - texts[n][2] :]
+        except BaseException:
+            for view, _, _ in texts:
+                self._kept.pop(view, None)
+            raise
+        return [found[n] for n in range(len(texts))]
+
+    def _ready(self, view: View, length: int, num_last: int) -> Kept:
+        """What a text keeps, rolled back to what of it can be used."""
+        kept, side = self._of(view), self._side(length)
+        start = min(kept.held, view.valid_since(kept.rewinds), length - num_last) if kept.side == side else 0
         surplus = kept.cache.get_seq_length() - start
         if surplus:
             kept.cache.crop(-surplus)
-        kept.held, kept.rewinds = start, view.rewinds
+        kept.held, kept.rewinds, kept.side = start, view.rewinds, side
+        return kept
+
+    def _side(self, length: int) -> int:
+        """Texts on different sides of a switch of RoPE are read otherwise from their first token on."""
+        return bisect_left(self._switches, length)
+
+    def _read_alone(self, kept: Kept, view: View, length: int, num_last: int) -> Tensor:
         found: list[Tensor] = []
-        try:
-            while kept.held < length:
-                end = min(length, kept.held + PIECE)
-                ids = torch.tensor([view.token_ids[kept.held : end]], device=input_device(self._lm))
-                hidden = hidden_states(self._lm, ids, past_key_values=kept.cache, use_cache=True)[0]
-                found.append(hidden[max(0, length - num_last - kept.held) :])
-                kept.held = end
-        except BaseException:
-            del self._kept[view]
-            raise
+        # Behind a switch the factors are those of the longest position of a pass: no piece may lie before it.
+        piece = length if kept.side else PIECE
+        while kept.held < length:
+            end = min(length, kept.held + piece)
+            ids = torch.tensor([view.token_ids[kept.held : end]], device=input_device(self._lm))
+            hidden = hidden_states(self._lm, ids, past_key_values=kept.cache, use_cache=True)[0]
+            found.append(hidden[max(0, length - num_last - kept.held) :])
+            kept.held = end
         return torch.cat(found)[-num_last:] if num_last else torch.empty(0)
+
+    def _read_together(self, rows: Sequence[Kept], texts: Sequence[Wanted]) -> Tensor:
+        """Hidden states `[B, W, H]` of as many new tokens of each text."""
+        past, device = max(kept.held for kept in rows), input_device(self._lm)
+        ids = torch.tensor(
+            [view.token_ids[kept.held : length] for kept, (view, length, _) in zip(rows, texts, strict=True)],
+            device=device,
+        )
+        held = torch.tensor([[kept.held] for kept in rows], device=device)
+        width = ids.shape[1]
+        shared = DynamicCache()
+        fullest = max(rows, key=lambda kept: kept.held).cache
+        for n, like in enumerate(fullest.layers if past else ()):
+            columns = ([_padded(kept, n, past, like, part) for kept in rows] for part in ("keys", "values"))
+            keys, values = map(torch.cat, columns)
+            shared.update(keys, values, n)
+        hidden = hidden_states(
+            self._lm,
+            ids,
+            (torch.arange(past + width, device=device) >= past - held).long(),
+            position_ids=held + torch.arange(width, device=device),
+            past_key_values=shared,
+            use_cache=True,
+        )
+        layers: Sequence[Any] = shared.layers
+        for n, (keys, values) in enumerate((layer.keys, layer.values) for layer in layers):
+            for row, kept in enumerate(rows):
+                # A copy: a slice would keep what all of them hold.
+                kept.cache.update(keys[row : row + 1, :, past:].clone(), values[row : row + 1, :, past:].clone(), n)
+        for kept in rows:
+            kept.held += width
+        return hidden
 
     def _of(self, view: View) -> Kept:
         while self._ended:
@@ -97,3 +177,12 @@ class CropCache:
         kept = self._kept[view]
         kept.used, kept.ended = self._clock, False
         return kept
+
+
+def _padded(kept: Kept, n: int, length: int, like: Any, part: str) -> Tensor:
+    """Keys or values of one layer `[1, head, length, dim]`, padded on the left; `like`: another text's layer."""
+    if not kept.held:
+        tensor: Tensor = getattr(like, part)
+        return torch.zeros_like(tensor)
+    own: Tensor = getattr(kept.cache.layers[n], part)
+    return F.pad(own, (0, 0, length - kept.held, 0))

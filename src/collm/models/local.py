@@ -41,7 +41,7 @@ class LocalModel(LanguageModel):
     to rounding.
 
     What is loaded is checked: the logits against the model's own, the pool against a plain pass. Architectures that the
-    pool does not serve rightly keep transformers' own cache, one text in a pass; what that cannot roll back either is
+    pool does not serve rightly keep transformers' own caches; what those cannot roll back either is
     recomputed, with a warning.
 
     Args:
@@ -226,12 +226,19 @@ class LocalModel(LanguageModel):
             self._stream = torch.cuda.Stream(self._device)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
-        if not isinstance(self._cache, PrefixCache):
-            for query in queries:
-                yield self._one_by_one(query)
-        else:
+        if isinstance(self._cache, PrefixCache):
             for batch in self._cache.batches(queries):
                 yield from self._cached(self._cache, batch)
+            return
+        # No text twice in a pass of texts together; without caches, each by itself.
+        batch = []
+        for query in queries:
+            if batch and (self._cache is None or any(each.view is query.view for each in batch)):
+                yield from self._uncached(batch)
+                batch = []
+            batch.append(query)
+        if batch:
+            yield from self._uncached(batch)
 
     def _too_long(self, query: Query) -> Fault | None:
         if self._context_length is not None and query.length > self._context_length:
@@ -256,27 +263,40 @@ class LocalModel(LanguageModel):
             "knows; give the tokenizer that belongs to it"
         )
 
-    def _one_by_one(self, query: Query) -> list[Reply]:
-        """The plain way: all tokens from the start, or with transformers' own cache those that it does not hold."""
-        # What is held has been looked at before.
-        missing = query.length if self._cache is None else self.missing(query)
-        unknown = self._unknown(query.view.token_ids[query.length - missing : query.length])
-        if unknown is not None:
-            return [unknown] * max(1, query.num_last)
+    def _uncached(self, queries: Sequence[Query]) -> list[list[Reply]]:
+        """The plain way: all tokens from the start, or with transformers' own caches those that they do not hold."""
         began = perf_counter()
+        # What is held has been looked at before.
+        missing = [query.length if self._cache is None else self.missing(query) for query in queries]
+        replies: list[list[Reply]] = []
+        known: list[Query] = []
+        for query, tokens in zip(queries, missing, strict=True):
+            unknown = self._unknown(query.view.token_ids[query.length - tokens : query.length])
+            replies.append([] if unknown is None else [unknown] * max(1, query.num_last))
+            if unknown is None:
+                known.append(query)
+        if not known:
+            return replies
         if self._cache is None:
+            [query] = known
             ids = torch.tensor([query.view.token_ids[: query.length]], device=self._device)
-            hidden = hidden_states(self._lm, ids, use_cache=False)[0, query.length - query.num_last :]
+            states = [hidden_states(self._lm, ids, use_cache=False)[0, query.length - query.num_last :]]
         else:
             assert isinstance(self._cache, CropCache)
-            hidden = self._cache.read(query.view, query.length, query.num_last)
-        prefixes = [(query, 0, query.num_last)]
-        asked = Asked.of(prefixes)
-        packed = torch.tensor(asked.numbers, dtype=torch.int64, device=hidden.device)
-        found = self._laws.answers(hidden, asked, packed) if query.num_last else []
-        answers = list(self._checked(found, prefixes))
-        self._tell(ForwardPass(1, missing, missing, query.length, perf_counter() - began))
-        return answers
+            states = self._cache.read([(query.view, query.length, query.num_last) for query in known])
+        answered = [(query, own) for query, own in zip(known, states, strict=True) if query.num_last]
+        if answered:
+            prefixes = [(query, 0, query.num_last) for query, _ in answered]
+            hidden = torch.cat([own for _, own in answered])
+            asked = Asked.of(prefixes)
+            packed = torch.tensor(asked.numbers, dtype=torch.int64, device=hidden.device)
+            found = iter(self._checked(self._laws.answers(hidden, asked, packed), prefixes))
+            for query, reply in zip(queries, replies, strict=True):
+                if not reply:
+                    reply += [next(found) for _ in range(query.num_last)]
+        longest = max(query.length for query in known)
+        self._tell(ForwardPass(len(known), max(missing), sum(missing), longest, perf_counter() - began))
+        return replies
 
     def _cached(self, cache: PrefixCache, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         """Compute only what the slots do not hold."""

@@ -77,24 +77,46 @@ def _in_pieces(lm: PreTrainedModel, pool: Pool) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def crop_serves(lm: PreTrainedModel) -> bool:
-    """The same of transformers' own cache, rolled back by `crop`."""
+def crop_serves(lm: PreTrainedModel) -> CropCache | None:
+    """transformers' own caches if they do the same, rolled back by `crop`; together, if they do that, too."""
     ids, cut = _test_ids(lm), _TEST_TOKENS // 2
     expected = hidden_states(lm, torch.tensor([ids], device=input_device(lm)), use_cache=False)[0]
-    text, cache = Text([ids[: cut + 2]]), CropCache(lm, 1)
+    text, cache = Text([ids[: cut + 2]]), CropCache(lm, 2)
     view = text.views[0]
     try:
-        cache.read(view, cut + 2, 1)
+        cache.read([(view, cut + 2, 1)])
         for token_id in (0, 1, 2):
             text.append(token_id)
-        cache.read(view, len(view), 1)
+        cache.read([(view, len(view), 1)])
         text.rewind(1)
         text.rewind(0)
         for token_id in ids[cut + 2 :]:
             text.append(token_id)
-        return _same(cache.read(view, len(view), 4), expected[-4:], lm)
+        [found] = cache.read([(view, len(view), 4)])
+        if not _same(found, expected[-4:], lm):
+            return None
+    except Exception:
+        return None
+    cache.together = _crop_serves_together(lm, ids, expected)
+    cache.forget()
+    return cache
+
+
+def _crop_serves_together(lm: PreTrainedModel, ids: list[int], expected: torch.Tensor) -> bool:
+    cache, views = CropCache(lm, 3), [Text([ids]).views[0] for _ in range(3)]
+    cache.together = True
+    lengths = (_TEST_TOKENS - 2, 5, 0)
+    try:
+        for view, length in zip(views[:2], lengths, strict=False):
+            cache.read([(view, length, 1)])
+        for _ in range(2):  # the second time what the first one handed back is read
+            lengths = (lengths[0] + 1, lengths[1] + 1, lengths[2] + 1)
+            found = cache.read([(view, length, 1) for view, length in zip(views, lengths, strict=True)])
+            if not _same(torch.cat(found), expected[[length - 1 for length in lengths]], lm):
+                return False
     except Exception:
         return False
+    return True
 
 
 def _test_ids(lm: PreTrainedModel) -> list[int]:
