@@ -69,6 +69,9 @@ class Served:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.seconds_per_token = 0.0
+        self.buffers = False
+        """As a proxy in between may: an answer comes as one piece."""
+        self.port = 0
         self.url = ""
 
     @property
@@ -107,7 +110,10 @@ class Served:
             return JSONResponse({"error": {"message": str(error)}}, 400)
         if "prompt_logprobs" in body:
             return JSONResponse(self._score(body["prompt"]))
-        return StreamingResponse(self._stream(body, found, trouble), media_type="text/event-stream")
+        stream = self._stream(body, found, trouble)
+        if self.buffers:
+            return Response("".join([piece async for piece in stream]), media_type="text/event-stream")
+        return StreamingResponse(stream, media_type="text/event-stream")
 
     @torch.inference_mode()
     def _logits(self, ids: Sequence[int]) -> Tensor:
@@ -166,8 +172,9 @@ def listening(*servers: Served, **ssl: Any) -> Iterator[None]:
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
     try:
         for served in servers:
-            taken = bind("127.0.0.1", 0)
+            taken = bind("127.0.0.1", served.port)
             served.url = address(taken)
+            served.port = int(served.url.rpartition(":")[2])  # where it comes back, if it does
             if ssl:
                 served.url = served.url.replace("http:", "https:")
             config = uvicorn.Config(

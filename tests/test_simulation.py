@@ -64,6 +64,7 @@ def test_company_is_worth_waiting_for() -> None:
     both = Load(2, 1.0, tokens=64, prompt=1)
     one, other = (simulate(FREE, costs, both).tokens_per_second for costs in (eager, patient))
     assert other > 1.8 * one and math.isclose(other, 2 / 0.0305, rel_tol=0.03)
+    simulate(eager, replace(patient, company=8), Load(16, 0.3, tokens=32, prompt=1))  # nobody waits for ever
     alone = replace(both, streams=1)
     one, other = (simulate(FREE, costs, alone).tokens_per_second for costs in (eager, patient))
     assert math.isclose(other, 1 / 0.032, rel_tol=0.01) and one > other

@@ -143,16 +143,16 @@ class _Machine:
         request.came = self.clock.now
         self.waiting.append(request)
         self._begin()
-        if not self.stepping:
-            self.clock.at(request.came + self.costs.patience, self._begin)
 
     def _begin(self) -> None:
         if self.stepping or not (self.waiting or self.writing):
             return
         costs = self.costs
-        alone = not self.writing and len(self.waiting) < costs.company
-        if alone and self.clock.now < self.waiting[0].came + costs.patience:
-            return
+        if not self.writing and len(self.waiting) < costs.company:
+            until = self.waiting[0].came + costs.patience
+            if self.clock.now < until:
+                self.clock.at(until, self._begin)
+                return
         room = costs.seats - len(self.writing)
         coming, self.waiting = self.waiting[:room], self.waiting[room:]
         reading = sum(self._missing(request) for request in coming)

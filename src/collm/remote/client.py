@@ -85,11 +85,12 @@ class Client:
             ServerFault: the server refused, or did not answer for too long; tokens that came are good.
         """
         written: list[int] = []
-        patience = Patience(self.clock, self.sleep)
+        patience, replica = Patience(self.clock, self.sleep), only
         while True:
             rest = completion.after(written)
             try:
-                async with aclosing(self._stream(rest, text, only)) as events:
+                replica = only or self.replicas.choose(text, failed=replica)
+                async with aclosing(self._stream(rest, replica)) as events:
                     async for event in events:
                         if isinstance(event, Token):
                             patience.progress()
@@ -192,11 +193,9 @@ class Client:
         assert name is not None
         return ModelCard(name, self.dialect.context_length(cards[name]))
 
-    async def _stream(
-        self, completion: Completion, text: Hashable | None, only: Replica | None
-    ) -> AsyncGenerator[Token | End, None]:
+    async def _stream(self, completion: Completion, replica: Replica) -> AsyncGenerator[Token | End, None]:
         body = self.dialect.body(completion, self.model)
-        async with self._response("POST", self.dialect.path, body, only or self.replicas.choose(text)) as response:
+        async with self._response("POST", self.dialect.path, body, replica) as response:
             if not self.dialect.streams:
                 for event in self._events(json.loads(await response.aread()), completion):
                     yield event
@@ -247,10 +246,11 @@ class Client:
         only: Replica | None = None,
     ) -> Any:
         """One whole answer; asked again as long as that may help."""
-        patience = Patience(self.clock, self.sleep)
+        patience, replica = Patience(self.clock, self.sleep), only
         while True:
             try:
-                async with self._response(method, path, body, only or self.replicas.choose(text)) as response:
+                replica = only or self.replicas.choose(text, failed=replica)
+                async with self._response(method, path, body, replica) as response:
                     return json.loads(await response.aread())
             except ServerFault as fault:
                 await patience.after(fault)

@@ -66,8 +66,11 @@ class Replicas:
     clock: Callable[[], float]
     _homes: OrderedDict[Hashable, Replica] = field(default_factory=OrderedDict)
 
-    def choose(self, text: Hashable | None = None) -> Replica:
+    def choose(self, text: Hashable | None = None, failed: Replica | None = None) -> Replica:
         """The one that this text was sent to last, unless it has much more to do than others; else the least busy.
+
+        Args:
+            failed: where it has just come to nothing, so that another one is tried if there is one.
 
         Raises:
             ServerFault: all of them are broken.
@@ -81,6 +84,7 @@ class Replicas:
                 f"{first.url} is left alone for {wait:.0f} s more after {first.failures} failures in a row, the last: "
                 f"{first.reason}"
             )
+        there = [replica for replica in there if replica is not failed] or there
         least = min(there, key=lambda replica: replica.in_flight)
         home = self._homes.get(text) if text is not None else None
         chosen = home if home in there and home.in_flight <= least.in_flight + SLACK else least
