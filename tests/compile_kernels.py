@@ -47,7 +47,7 @@ def main() -> None:
         {"KV": 8, "D": 128, "DP": 128, "BLOCK": 256},
     )
     for windowed in (False, True):
-        constants = {"BLOCK": 256, "N": 64, "NP": 16, "WINDOW": windowed, "CAP": windowed, "PRECISION": "tf32"}
+        constants = {"BLOCK": 256, "N": 64, "NP": 256, "WINDOW": windowed, "CAP": windowed, "PRECISION": "tf32"}
         compiled(kernels.attend, of(kind, "query keys values out"), shape | constants, num_warps=4, num_stages=3)
     compiled(kernels.combine, of(kind, "out"), shape, num_warps=2)
     compiled(telling_kernels.look, of(kind, "logits"), {"SHARE": 4096, "BV": 4096, "S": 8})

@@ -21,6 +21,7 @@ from collm.models.paged.machinery import Machinery
 from collm.models.paged.ops import TorchOps
 from collm.models.paged.stepping import BUCKETS
 from collm.models.paged.telling import TorchTelling
+from collm.types import ForwardPass
 from collm.values import Answer, Fault, Query, Reply
 from collm.views import Text
 
@@ -128,6 +129,20 @@ def test_memory_makes_texts_wait_and_ended_ones_go(tiny_tokenizer: PreTrainedTok
     assert_same(model.predict([query])[0][0], plain.predict([query])[0][0])
 
 
+def test_a_text_that_fills_the_storage_is_not_read_again(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = LocalModel(tiny("llama"), tiny_tokenizer, num_slots=2, max_cache_tokens=80, machinery=machinery())
+    text = Text([list(range(3, 63))])
+    passes: list[ForwardPass] = []
+    model.on_pass = passes.append
+    for token_id in range(20):
+        model.predict([Query(0, text.views[0], len(text.views[0]))])
+        text.append(token_id)
+    assert [each.tokens for each in passes] == [60] + [1] * 19
+    text.append(5)
+    [[refused]] = model.predict([Query(0, text.views[0], 81)])
+    assert isinstance(refused, Fault) and "raise it to at least 81" in refused.reason
+
+
 def test_networks_of_a_device_divide_its_memory(
     tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +181,7 @@ def test_without_memory_for_graphs_passes_run_without(tiny_tokenizer: PreTrained
 
 def test_what_cannot_be_captured_runs_without(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     def fails() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     network = tiny("mixtral")
     with pytest.warns(UserWarning, match=r"base: passes of a mixtral model cannot be captured .*not permitted"):

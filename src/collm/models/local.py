@@ -98,7 +98,7 @@ class LocalModel(LanguageModel):
         self._stream: torch.cuda.Stream | None = None
         self._pass_curve: Sequence[tuple[int, float]] = ()
         self.on_pass = on_pass
-        with self._network.lock:
+        with self._network.lock, self._on_device():
             if activate is not None:
                 activate()
             check_project(lm)
@@ -223,6 +223,7 @@ class LocalModel(LanguageModel):
         """Run the passes on a stream of their own from now on, beside those of the other networks of the device,
         instead of taking turns with them. Before an engine is made of this model."""
         if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # weights may still be on their way, on another stream
             self._stream = torch.cuda.Stream(self._device)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:

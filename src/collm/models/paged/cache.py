@@ -83,11 +83,14 @@ class PagedCache(PrefixCache):
             self.slots.append(Slot())
         blocks = self._pool.blocks
         here = {self._places[query.view] for query in queries if query.view in self._places}
-        needed = 0
+        # What a new text shares saves it at least as many blocks as it has to copy.
+        needed = sum(blocks.needed(query.length) for query in queries if query.view not in self._places)
         for query in queries:
-            own = blocks.lengths[self._places[query.view]] if query.view in self._places else 0
-            # What is asked about again may be shared, and is then copied.
-            needed += max(0, blocks.needed(query.length) - own) + blocks.needed(query.num_last) + 1
+            if query.view in self._places:
+                place = self._places[query.view]
+                held = blocks.lengths[place]
+                needed += max(0, blocks.needed(query.length) - held)
+                needed += min(held - blocks.own(place), blocks.needed(query.num_last) + 1)
         others = [n for n, slot in enumerate(self.slots) if n not in here and slot.view is not None]
         # Ended texts first, the one used longest ago first of all.
         for n in sorted(others, key=lambda n: (not self.slots[n].ended, self.slots[n].used)):

@@ -101,7 +101,7 @@ class PagedPool:
     ) -> None:
         self.ops, self.layers, self.groups = ops, tuple(layers), groups
         self.body: Body = body or Modules(lm)
-        self.device = input_device(lm)
+        self.device = self.layers[0].device if self.layers else input_device(lm)
         self.dtype = lm.dtype
         self.block = block
         self.blocks = Blocks(0, 0, 0, block)

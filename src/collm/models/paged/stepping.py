@@ -87,6 +87,11 @@ class Stepper:
         """Capture all graphs of up to so many tokens, large ones first, whose memory the others then share; returns
         the seconds that it took."""
         began = perf_counter()
+        # Reading has larger tiles, whose kernels are compiled for themselves.
+        numbers = np.empty(planned.size(NARROW + 1), dtype=np.int32)
+        planned.fill_empty(numbers, self._pool.blocks)
+        uploaded = torch.from_numpy(numbers).to(self._capture.device)
+        self._pool.run(Plan(uploaded, NARROW + 1, self._pool.tile(NARROW + 1), 1))
         for size in reversed(BUCKETS):
             if size <= largest:
                 self._bucket(size)
@@ -208,10 +213,22 @@ def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) 
             lines[DRAW + 4 :, token] = how.top_k, *floats
 
 
+STICKY = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+    "launch timed out",
+    "uncorrectable",
+    "unknown error",
+)
+"""What CUDA says when nothing works any more in this process. A capture that fails is not among it."""
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether the device cannot be used any more by this process."""
-    accelerator = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    return isinstance(error, RuntimeError) and any(what in str(error) for what in STICKY)
 
 
 def _make_room() -> None:

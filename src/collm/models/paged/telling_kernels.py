@@ -110,7 +110,7 @@ def _far(logits, v, V, best, temperature):
 @triton.jit
 def _philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10; see `collm.noise`. All are uint32."""
-    for _ in tl.static_range(10):
+    for _ in range(10):
         p0 = c0
         p2 = c2
         c0 = tl.umulhi(p2, tl.full(p2.shape, 0xCD9E8D57, tl.uint32)) ^ c1 ^ k0

@@ -16,6 +16,9 @@ PROGRAMS = 264
 KEYS = 64
 """Positions that the attention kernel reads at a time."""
 
+PIECES = 256, 1024
+"""Pieces among which a program looks for its own: two numbers for all passes, for each is compiled by itself."""
+
 
 class TritonOps:
     """`Ops` by Triton's kernels; `programs`, `keys`: see `PROGRAMS`, `KEYS`."""
@@ -54,10 +57,11 @@ class TritonOps:
         stats = query.new_empty((plan.items, kv, tile, 2), dtype=torch.float32)
         programs = max(count, -(-self._programs // kv))
         shape = {"HQ": heads, "G": heads // kv, "D": dim, "DP": padded, "M": tile}
+        pieces = PIECES[0] if count <= PIECES[0] else max(PIECES[1], triton.next_power_of_2(count))
         kernels.attend[(programs, kv)](
             query, keys, values, out, part, stats, plan.numbers, table, count, programs, table.shape[1],
             scale, window, softcap or 0.0, *query.stride()[:2], **shape, BLOCK=size,
-            N=min(self._keys, size), NP=max(16, triton.next_power_of_2(count)),
+            N=min(self._keys, size), NP=pieces,
             WINDOW=window > 0, CAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
         )  # fmt: skip
