@@ -131,6 +131,18 @@ def test_questions_of_one_group_stay_together(here: Path) -> None:
     assert len(groups["train"]) > 15
 
 
+@pytest.mark.parametrize("names", [("question", "answer"), ("instruction", "output")])
+def test_questions_and_answers_become_conversations(here: Path, names: tuple[str, str]) -> None:
+    told = [{names[0]: f"{n} + 1?", names[1]: f"{n} + 1 = {n + 1}\n#### {n + 1}", "input": ""} for n in range(60)]
+    (here / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    options = ("--preset", "tool", "--base", "base", "--data", "told.jsonl", "--task", "exact_match", "--force")
+    done = collm("init", "told.yaml", *options)
+    assert done.exit_code == 0, done.output
+    row = json.loads(Path("told-data/test.jsonl").read_text().splitlines()[0])
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+    assert row["messages"][0]["content"].endswith("+ 1?") and "count as right" not in done.stderr
+
+
 def test_on_a_terminal_what_is_missing_is_asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from collm.cli import init
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from collm.data.examples import JSON_SUFFIXES, Example, load_examples, parse_example
 from collm.data.prepare import part_of
@@ -14,13 +15,17 @@ from collm.evaluation.task import Task
 from collm.files import require_apart, write_text
 
 PARTS = {"train": 0.8, "calibration": 0.1, "test": 0.1}
+QUESTION_AND_ANSWER = (
+    *(("question", "answer"), ("instruction", "output"), ("question", "response"), ("instruction", "response")),
+    *(("problem", "solution"), ("query", "response"), ("input", "output")),
+)
 FEW = 100
 """Of fewer questions a share has an interval of 10 points to either side, or more."""
 
 
 def split(source: Path, folder: Path) -> dict[str, Path]:
     """Write `folder/PART.jsonl` for each of `PARTS`, by a hash of each row's question, or of its field `group`: so that
-    equal questions, and near-duplicates that are told, stay together.
+    equal questions, and near-duplicates that are told, stay together. Rows of a question and an answer become messages.
 
     Raises:
         CollmError: a row that cannot be read, or too few of them; nothing is written.
@@ -33,6 +38,7 @@ def split(source: Path, folder: Path) -> dict[str, Path]:
     for where, row in json_lines(source):
         if isinstance(row, CollmError):
             raise row
+        row = as_conversation(row)
         example = parse_example(row, where, where)
         group = example.fields.get("group")
         part = part_of(str(example.question) if group is None else f"group {group}", PARTS)
@@ -48,6 +54,19 @@ def split(source: Path, folder: Path) -> dict[str, Path]:
         require_apart(path, [source])
         write_text(path, "".join(rows[name]))
     return paths
+
+
+def as_conversation(row: Any) -> Any:
+    """A row of a question and an answer, under the names that data sets mostly have, as messages; others as is."""
+    if not isinstance(row, dict) or {"messages", "prompt"} & row.keys():
+        return row
+    for asked, answered in QUESTION_AND_ANSWER:
+        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
+            given = row.get("input")  # Alpaca's, which may be empty
+            question = f"{row[asked]}\n\n{given}" if asked == "instruction" and given else row[asked]
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row[answered]}]
+            return {**row, "messages": turns}
+    return row
 
 
 def look(task: Task, train: str, calibration: str, test: str) -> list[str]:
