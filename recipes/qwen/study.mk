@@ -44,7 +44,7 @@ LONG_ifeval := 1280
 WRITE = --task $(RULE_$(1)) --max-tokens $(LONG_$(1)) --batch-size 16 --dtype $(DTYPE) --device $(DEVICE)
 MACHINE := --dtype $(DTYPE) --device $(DEVICE)
 
-# Fine-tuned alone; the gate alone beside the untouched base; LoRA and gate together.
+# Fine-tuned alone; the gate alone beside the base as it was published; LoRA and gate together.
 MODELS := sft gate pair
 RATES := 10 20 40
 SIGNALS := gate expected_gain entropy

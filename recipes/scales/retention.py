@@ -5,7 +5,7 @@ python recipes/scales/retention.py runs/scales/test_b --bench runs/scales/cost.j
 Cost is in passes of the large model for each written token: a pass of the small one counts what a bare pass of it takes
 beside one of the large (`collm bench`). Gain kept: (system - small base) : (large fine-tuned - small base), with a
 paired bootstrap interval over the same questions. p: paired tests over whole groups against both models alone, the
-small base fine-tuned and the large one untouched (which is given every chance: any number in its answer counts).
+small base fine-tuned and the large one not fine-tuned (which is given every chance: any number in its answer counts).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from collm.evaluation.stats import paired_difference
 from collm.files import replacing, write_text
 
 SMALL, UNTOUCHED, LARGE = "small", "full", "full_tuned"
-"""Results (file names) of the small base alone and of the large model, untouched and fine-tuned."""
+"""Results (file names) of the small base alone and of the large model, as published and fine-tuned."""
 LARGE_ALONE = (UNTOUCHED, LARGE)
 """Results in which `base` is the large model."""
 SMALL_MODELS = ("base", "untuned")
@@ -35,7 +35,7 @@ RESAMPLES = 10_000
 class Row:
     """One system. `cost` in passes of the large model for each token, `kept` with its 95 % interval.
 
-    `p_values`: against the small base alone and against the large model untouched.
+    `p_values`: against the small base alone and against the large model not fine-tuned.
     """
 
     name: str

@@ -1,4 +1,4 @@
-# Across scales: a small base, SmolLM2's first layers, asks the whole model; untouched, or fine-tuned on the same data.
+# Across scales: a small base, SmolLM2's first layers, asks the whole model, as published or fine-tuned on the same data.
 #
 #     make study-scales PROBLEMS=problems.jsonl GSM8K=train.jsonl    # from the repository's root
 #
@@ -14,7 +14,7 @@ TUNED := runs/word_problems/sft
 RATES := 10 20 30
 TASK := word_problems
 ASKED = --task $(TASK) --batch-size 32 --dtype $(DTYPE)
-# With the gate alone trained, beside an untouched and a tuned assistant; and with base and gate trained together.
+# With the gate alone trained, beside the assistant as published and a tuned one; and base and gate trained together.
 PAIRS := untouched tuned joint
 # Other gates for the first two: fitted on what the base was fine-tuned on; fitted on the pair's own right answers, too.
 OTHERS := untouched_seen tuned_seen untouched_own tuned_own
