@@ -28,6 +28,7 @@ CASES = [
     ("predict", 16, 100),
     ("predict", 16, 32_000),
     ("adaptive pace", 1, 100),
+    ("fixed pace", 1, 100),
 ]
 TOKENS = 64
 
@@ -98,13 +99,15 @@ def free_models() -> list[Any]:
     return [Old(True), Old(False)]
 
 
-def write(batch: int, context: int, adaptive: bool) -> float:
+def write(what: str, batch: int, context: int) -> float:
     """Seconds of process time for a token."""
     from collm.decoding.collaborative import collaborative
-    from collm.decoding.pace import AdaptivePace, Experience, PassCosts
+    from collm.decoding.pace import AdaptivePace, Experience, FixedPace, PassCosts
     from collm.decoding.policies import Always
     from collm.decoding.speculative import speculative
     from collm.sampling_params import SamplingParams
+
+    drafts = what.endswith("pace")
 
     class Settled(Experience):
         """What passes cost is known, and stays so."""
@@ -112,10 +115,10 @@ def write(batch: int, context: int, adaptive: bool) -> float:
         def observe_pass(self, model: int, rows: int, tokens: int, seconds: float) -> None:
             pass
 
-    models, experience = free_models(), Settled() if adaptive else Experience()
+    models, experience = free_models(), Settled() if drafts else Experience()
     eos, prompt = [frozenset[int]()] * 2, tuple(i % 7 for i in range(context))
-    make: Callable[..., Any] = speculative if adaptive else collaborative
-    if adaptive:
+    make: Callable[..., Any] = speculative if drafts else collaborative
+    if drafts:
         # Where a token more costs twice a pass, no draft pays, so both commits go token by token and make their plans
         # from the same figures, not from what the clock says of models that cost nothing.
         for model in (0, 1):
@@ -127,7 +130,8 @@ def write(batch: int, context: int, adaptive: bool) -> float:
     def flows() -> Iterator[tuple[Any, Any]]:
         for n in range(batch):
             params = SamplingParams(max_tokens=TOKENS, seed=n)
-            more = [AdaptivePace(experience)] if adaptive else []
+            pace = FixedPace() if what == "fixed pace" else AdaptivePace(experience)
+            more = [pace] if drafts else []
             if _new():
                 from collm.views import Text
 
@@ -233,7 +237,7 @@ def measure() -> list[float]:
     for what, batch, context in CASES:
 
         def once(what: str = what, batch: int = batch, context: int = context) -> float:
-            return predict(batch, context) if what == "predict" else write(batch, context, what == "adaptive pace")
+            return predict(batch, context) if what == "predict" else write(what, batch, context)
 
         once()
         found.append(min(once() for _ in range(3)))

@@ -92,12 +92,12 @@ class PassCosts:
         self._weight = 1 + self.FORGETTING * self._weight
         share = 1 / self._weight
         self.rows += share * (rows - self.rows)
-        if self.curve:
-            self._factor += share * (seconds / _on_curve(self.curve, tokens) - self._factor)
-            return
         off_tokens, off_seconds = tokens - self._tokens, seconds - self._seconds
         self._tokens += share * off_tokens
         self._seconds += share * off_seconds
+        if self.curve:
+            self._factor += share * (seconds / _on_curve(self.curve, tokens) - self._factor)
+            return
         self._variance += share * (off_tokens * (tokens - self._tokens) - self._variance)
         self._covariance += share * (off_tokens * (seconds - self._seconds) - self._covariance)
 
@@ -117,7 +117,15 @@ class PassCosts:
 
     def block(self, tokens: float) -> float:
         """One row's share of a pass in which every row brings so many tokens."""
-        return self.pass_seconds(tokens * self.rows) / self.rows
+        return self.blocks()(tokens)
+
+    def blocks(self) -> BlockCost:
+        """`block` as it stands now, for many numbers of tokens at once."""
+        if self.curve:
+            return lambda tokens: self.pass_seconds(tokens * self.rows) / self.rows
+        rows, slope, least = self.rows, self.slope, 0.1 * self._seconds
+        fixed = self._seconds - slope * self._tokens
+        return lambda tokens: max(fixed + slope * rows * tokens, least) / rows
 
 
 def _on_curve(curve: Sequence[tuple[int, float]], tokens: float) -> float:
@@ -217,7 +225,7 @@ class AdaptivePace:
         if seen >= until:
             gap, agreement, continuation = self._estimates(assistant)
             costs = self._engine.costs
-            plan = best_draft(gap, agreement, continuation, costs[BASE].block, costs[assistant].block)
+            plan = best_draft(gap, agreement, continuation, costs[BASE].blocks(), costs[assistant].blocks())
             self._plans[assistant] = (seen + min(max(1.0, seen), self.RENEWED), plan)
         return plan
 
