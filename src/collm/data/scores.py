@@ -24,6 +24,7 @@ from collm.errors import CollmError
 from collm.identity.comparing import DATE, Identity, differing, remedy
 from collm.identity.finding import RULES, prompts_identity
 from collm.models.tokenizers import tokenizer_fingerprint
+from collm.models.whole import one_line
 
 FORMAT_VERSION = 2
 """2: fingerprints tell dtype, prompts as they are rendered and versions of the rules, and all of the weights."""
@@ -122,17 +123,24 @@ def load_info(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        info: dict[str, Any] = json.loads((path / INFO).read_text())
-    except (OSError, ValueError) as error:
+        info: Any = json.loads((path / INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         if partial_path(path).exists() and not path.exists():
             raise CollmError(
                 f"{path}: scoring was interrupted; run the same `collm score` again to finish it"
             ) from error
         state = "is not a folder of scores" if path.exists() else "does not exist"
         raise CollmError(f"{path} {state}; make scores with `collm score DATA --model M --out {path}`") from error
-    if info.get("format_version", 0) > FORMAT_VERSION:
+    found: dict[str, Any] = info if isinstance(info, dict) else {}
+    version = found.get("format_version", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise CollmError(f"{path}: scores of a newer format than this collm knows; upgrade collm")
-    return info
+    kinds = {"fingerprint": dict, "num_examples": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]
+    if wrong or not isinstance(version, int):
+        what = wrong[0] if wrong else "format_version"
+        raise CollmError(f"{path / INFO} is damaged (it has no {what}); remove the folder and score again")
+    return found
 
 
 def require_current(path: Path, info: Mapping[str, Any]) -> None:
@@ -170,8 +178,10 @@ def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datas
         data = datasets.load_from_disk(str(path))
         assert isinstance(data, datasets.Dataset)
         complete = len(data) == info["num_examples"]
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise CollmError(f"{path}: the scores are damaged ({error}); remove the folder and score again") from error
+    except Exception as error:  # of a damaged folder, datasets and Arrow raise nearly anything
+        raise CollmError(
+            f"{path}: the scores are damaged ({one_line(error)}); remove the folder and score again"
+        ) from error
     if not complete:
         raise CollmError(
             f"{path}: {len(data)} rows of {info['num_examples']}: damaged; remove the folder and score again"

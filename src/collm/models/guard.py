@@ -60,7 +60,7 @@ def _damaged_json(folder: str | Path | None) -> Path | None:
     for path in [] if folder is None else sorted(Path(folder).glob("*.json")):
         try:
             json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError):
             return path
     return None
 

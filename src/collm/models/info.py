@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.models.specs import place_of, seen_from
+from collm.models.whole import one_line
 from collm.sampling_params import Signal
 
 FORMAT_VERSION = 3
@@ -106,7 +107,7 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise CollmError(
@@ -115,8 +116,8 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
         return CheckpointInfo.model_validate(raw)
     except CollmError:
         raise
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise CollmError(f"{path} is damaged: {error}") from error
+    except (ValueError, AttributeError, RecursionError, ValidationError) as error:
+        raise CollmError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def save_info(folder: str | Path, info: CheckpointInfo) -> None:

@@ -94,6 +94,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     with quiet(), guarded(f"the tokenizer of {spec!r}", place):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a 1")["input_ids"])  # a setting of the wrong kind shows at the first use
         except OSError as error:
             raise not_found(spec, error) from error
     return tokenizer

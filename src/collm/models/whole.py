@@ -48,13 +48,16 @@ def refuse_pickle(name: str) -> None:
 
 
 def require_content(path: Path) -> None:
-    """Refuse an empty file and a pointer of Git LFS.
+    """Refuse what is no file that can be read, an empty one, and a pointer of Git LFS.
 
     Raises:
         CollmError: naming the file.
     """
-    with path.open("rb") as file:
-        start = file.read(len(POINTER))
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError as error:
+        raise CollmError(f"{path} cannot be read ({error.strerror or error}); fetch it again") from error
     if not start:
         raise CollmError(f"{path} is empty; fetch it again")
     if start == POINTER:
