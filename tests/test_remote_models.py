@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 
 import pytest
-from remote_systems import SYSTEMS, local, remote_base, same
-from served import Pair, listening, make_pair
+from conftest import make_model
+from remote_systems import SYSTEMS, local, remote_base, same, urls
+from served import Pair, Served, listening, make_pair
 
 from collm.errors import CollmError
+from collm.identity.comparing import differences, differing
+from collm.identity.finding import system_identity
 from collm.llm import CollaborativeLM
 from collm.sampling_params import SamplingParams
 
@@ -134,3 +138,25 @@ def test_specs_that_cannot_be_are_refused_before_anything_is_asked(
     places = {"exported": pair.exported, "checkpoint": pair.checkpoint}
     with pytest.raises(CollmError, match=message):
         CollaborativeLM.from_pretrained(path.format(**places), base=base and base.format(**places))
+
+
+def test_what_is_served_is_known_by_what_it_says_and_not_by_where_it_is(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of a system on servers are taken up again through other addresses, and refused with another model."""
+    monkeypatch.setenv("COLLM_TEST_KEY", "sesame-123")
+    again = [Served(each.network, each.tokenizer, each.info, name=each.name) for each in (pair.base, *pair.others)]
+    with listening(*again):
+        moved = Pair(pair.checkpoint, pair.exported, pair.assistants, again[0], again[1:])
+        spec = f"vllm+{again[0].url}?tokenizer={pair.exported}&key_env=COLLM_TEST_KEY"
+        one, other = SYSTEMS["all served"](pair), CollaborativeLM.from_pretrained(spec, urls(moved))
+        told, now = (system_identity(llm.models, llm.formatters) for llm in (one, other))
+        assert differences(told, now) == ""
+        assert set(again[0].keys) == {"Bearer sesame-123"} and set(again[1].keys) == {None}
+        assert "sesame" not in json.dumps(now) and "127.0.0.1" not in json.dumps(now)
+        again[1].network = make_model(seed=77, num_hidden_layers=1)
+        fake = CollaborativeLM.from_pretrained(spec, urls(moved))
+        found = differing(told, system_identity(fake.models, fake.formatters))
+        assert list(found) == ["models.expert0.probe"]
+    here = local(pair)
+    assert "models.base.kind" in differing(told, system_identity(here.models, here.formatters))

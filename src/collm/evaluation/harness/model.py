@@ -26,7 +26,6 @@ from collm.evaluation.harness.prompts import ChatPrompt, cut_to, pair_ids, promp
 from collm.evaluation.harness.records import Records, fingerprint
 from collm.evaluation.likelihood import GivenText, Likelihood, likelihoods
 from collm.llm import CollaborativeLM, TokenPrompt
-from collm.models.local import LocalModel
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Message
@@ -78,7 +77,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
             raise CollmError(f"there is no model {alone!r}; the models are {', '.join(llm.model_names)}")
         self.llm, self.params, self.policy, self.alone = llm, params, policy, alone
         self.batch_size, self.progress = batch_size, progress
-        self._contexts = [model.context_length if isinstance(model, LocalModel) else None for model in llm.models]
+        self._contexts = [model.context_length for model in llm.models]
         self._records = Records(None if out is None else Path(out), harness_settings(llm, params, policy, alone))
         self._asked: dict[str, dict[str, None]] = defaultdict(dict)
         self._cut: Counter[str] = Counter()

