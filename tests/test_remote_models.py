@@ -6,12 +6,16 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import make_model
 from remote_systems import SYSTEMS, local, remote_base, same, urls
 from served import Pair, Served, listening, make_pair
 
+from collm.cli import main
+from collm.cli.serve import _require_servable
 from collm.errors import CollmError
 from collm.identity.comparing import differences, differing
 from collm.identity.finding import system_identity
@@ -160,3 +164,22 @@ def test_what_is_served_is_known_by_what_it_says_and_not_by_where_it_is(
         assert list(found) == ["models.expert0.probe"]
     here = local(pair)
     assert "models.base.kind" in differing(told, system_identity(here.models, here.formatters))
+
+
+def test_on_the_command_line(pair: Pair) -> None:
+    """`collm generate` with URLs says what it says without; `collm serve` takes them as they are."""
+    shared = ["--max-tokens", "10", "--threshold", "0.6", "--json", PROMPTS[0]]
+
+    def said(*arguments: object) -> dict[str, Any]:
+        found = CliRunner().invoke(main, ["generate", *map(str, arguments), *shared])
+        assert found.exit_code == 0, found.output
+        told: dict[str, Any] = json.loads(found.stdout)
+        return told
+
+    given = [word for url in urls(pair) for word in ("--assistant", url)]
+    one, other = said(pair.checkpoint), said(pair.exported, "--base", f"vllm+{pair.base.url}", *given)
+    assert one["text"] == other["text"] and one["deferral_rate"] == other["deferral_rate"] > 0
+    options: dict[str, Any] = {"assistants": urls(pair), "base": None, "dtype": "float32"}
+    _require_servable(f"vllm+{pair.base.url}?tokenizer={pair.exported}", options, PARAMS["rate"])
+    refused = CliRunner().invoke(main, ["generate", str(pair.exported), "--base", "vllm+http://h?modle=x", "hi"])
+    assert refused.exit_code == 1 and "did you mean 'model'" in refused.output
