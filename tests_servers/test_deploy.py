@@ -55,7 +55,7 @@ def test_the_dockerfile_s_run_lines_in_an_empty_environment(tmp_path: Path) -> N
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     runs = [line.removeprefix("RUN ") for line in lines if line.startswith("RUN ")]
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    assert len(runs) == 3 and {"src", "pyproject.toml"} <= set(copied)
+    assert len(runs) == 4 and {"src", "pyproject.toml"} <= set(copied)
     place, environment = tmp_path / "app", tmp_path / "venv"
     place.mkdir()
     for name in copied:
