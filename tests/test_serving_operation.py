@@ -372,7 +372,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
             if name == "listening":
                 break
         url = told["listening"].split()[0]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list()] == ["tiny", "base", "helper"]
         stream = client.completions.create(
             model="helper", prompt="Rome", max_tokens=100, stream=True, extra_body={"stop_token_ids": []}

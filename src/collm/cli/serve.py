@@ -74,7 +74,7 @@ def serve(checkpoint: str, **options: Any) -> None:
     --host says otherwise; SIGTERM and Ctrl-C finish what is being written.
     """
     from collm.models.specs import is_url, server_name
-    from collm.serving.server import address, bind, log_to_stderr, make_server
+    from collm.serving.server import BACKLOG, address, bind, log_to_stderr, run
 
     defaults = sampling_params({**options, **DRAWING})
     access = _access(options)
@@ -97,18 +97,11 @@ def serve(checkpoint: str, **options: Any) -> None:
     llm.warm_up()
     limits = Limits(max_queue=options["max_queue"], request_timeout=options["request_timeout"])
     app = make_app(llm, name, defaults=defaults, limits=limits, access=access)
-    _tell(llm, name, address(listening), bool(access.api_keys))
     log_to_stderr()
-    _run(make_server(app), listening)
-
-
-def _run(server: Any, listening: Any) -> None:
-    import signal
-
-    # The server raises the signal that ended it once more when it is done; that it ended in order is no error.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    server.run(sockets=[listening])
+    # From here on nobody is turned away, so that whoever reads the next line may ask.
+    listening.listen(BACKLOG)
+    _tell(llm, name, address(listening), bool(access.api_keys))
+    run(app, listening)
 
 
 def _access(options: dict[str, Any]) -> Access:

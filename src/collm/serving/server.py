@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from typing import Any
@@ -15,6 +16,8 @@ from collm.errors import CollmError
 DRAIN = 60
 """Seconds that a server which is told to stop gives to what it is writing."""
 HEADER_BYTES = 32 << 10
+BACKLOG = 2048
+"""Connections that wait to be taken."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -54,9 +57,18 @@ def make_server(app: ASGIApp, **settings: Any) -> uvicorn.Server:
         # Nobody but the client is believed about who it is.
         "proxy_headers": False,
         "http": "h11",
+        "backlog": BACKLOG,
         "ws": "none",
     }
     return uvicorn.Server(uvicorn.Config(app, **{**own, **settings}))
+
+
+def run(app: ASGIApp, listening: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, in the main thread."""
+    # The server raises the signal that ended it once more when it is done; that it ended in order is no error.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    make_server(app).run(sockets=[listening])
 
 
 def log_to_stderr() -> None:
