@@ -91,7 +91,7 @@ def test_float32_every_method_greedy_and_sampled(num_assistants: int) -> None:
 
 
 def test_bfloat16_up_to_ties() -> None:
-    """Where texts part, the two had been as good as equal: a token of nearly the same probability, a gate at its edge."""
+    """Where texts part, both were as good: a token of nearly the same probability, or a gate at its edge."""
     methods: tuple[Deferral, ...] = ("threshold", "compose", "never", "always")
     wanted = [(prompt, params(method, 0)) for method in methods for prompt in PROMPTS]
     with live(system(1, torch.bfloat16)) as server:

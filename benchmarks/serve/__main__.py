@@ -58,9 +58,7 @@ def main() -> None:
         result, ratios = speed(system, options.rounds, options.tokens or 48, options.texts)
         wrong = any(ratio.high < ASKED for ratio in ratios.values())
     else:
-        result, ratios = long_prompt(
-            system, options.rounds, options.tokens or 200, options.length, options.streams
-        )
+        result, ratios = long_prompt(system, options.rounds, options.tokens or 200, options.length, options.streams)
         wrong = any(ratio.low > 2 for ratio in ratios.values())
     report(result, ratios, options.json)
     sys.exit("outside of what is asked" if wrong else 0)

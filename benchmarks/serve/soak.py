@@ -99,7 +99,7 @@ async def load(
             try:
                 told = await asyncio.wait_for(_asked(url, body, leaves, path), 300)
                 outcomes["left" if told == 0 else str(told)] += 1
-            except (OSError, asyncio.TimeoutError, ValueError, IndexError) as error:
+            except (TimeoutError, OSError, ValueError, IndexError) as error:
                 outcomes[f"{type(error).__name__}: {error}"[:100]] += 1
 
     async def watch() -> None:

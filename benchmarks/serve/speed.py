@@ -64,7 +64,9 @@ def speed(system: str, rounds: int, tokens: int, texts: int) -> tuple[dict[str, 
                 firsts: list[float] = []
                 count = max(streams, texts)
 
-                def through_server(number: int, streams: int = streams, count: int = count) -> float:
+                def through_server(
+                    number: int, streams: int = streams, count: int = count, firsts: list[float] = firsts
+                ) -> float:
                     told = client.run(url, [body(question(system, rng), tokens) for _ in range(count)], streams)
                     if number:
                         firsts.extend(each["first"] for each in told["told"] if each["first"] is not None)

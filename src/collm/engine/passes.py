@@ -10,7 +10,7 @@ from typing import NamedTuple
 from collm.decoding.pace import LONGEST_PIECE, SHORTEST_PIECE, Experience
 from collm.engine.running import Running
 from collm.errors import CollmError
-from collm.values import Fault, LanguageModel, Query, Replies
+from collm.values import Answer, Fault, LanguageModel, Query, Replies
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +93,10 @@ def _piece(query: Query, left: int) -> Query:
     return query._replace(length=query.length - left, num_last=0, given=None) if left else query
 
 
+KINDS = frozenset((Answer, Fault, type(None)))
+"""What a reply is."""
+
+
 def answers(model: LanguageModel, queries: Sequence[Query]) -> Replies:
     """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault."""
     try:
@@ -115,5 +119,8 @@ def _complete(replies: Replies, queries: Sequence[Query]) -> bool:
     for reply, query in zip(replies, queries, strict=True):
         # What is only read is not answered, unless by a fault.
         if len(reply) != query.num_last and (len(reply), query.num_last) != (1, 0):
+            return False
+        # Anything else would be taken for a model that abstains.
+        if not KINDS.issuperset(map(type, reply)):
             return False
     return True

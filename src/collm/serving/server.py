@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from collm.errors import CollmError
+from collm.serving.connection import Connection
 
 DRAIN = 60
 """Seconds that a server which is told to stop gives to what it is writing."""
@@ -56,7 +57,7 @@ def make_server(app: ASGIApp, **settings: Any) -> uvicorn.Server:
         "h11_max_incomplete_event_size": HEADER_BYTES,
         # Nobody but the client is believed about who it is.
         "proxy_headers": False,
-        "http": "h11",
+        "http": Connection,
         "backlog": BACKLOG,
         "ws": "none",
     }
