@@ -494,6 +494,11 @@ def test_generate_prints_text_authors_and_figures(pair: str) -> None:
     assert plain.exit_code == 0 and plain.stdout == streamed.stdout != "\n"
     shown = collm("generate", pair, QUESTION, *TOGETHER)
     assert "written by:" in shown.stdout and "deferred" in shown.stdout
+    # In a pipe, authors are told by brackets, streamed or not.
+    marked = collm("generate", pair, QUESTION, *TOGETHER, "--threshold", "0")
+    streamed = collm("generate", pair, QUESTION, *TOGETHER, "--threshold", "0", "--stream")
+    text = marked.stdout.partition("written by:")[0]
+    assert streamed.stdout == text and "[" in text and "[2:...] helper" in streamed.stderr
 
 
 def test_generate_keeps_what_was_written_before_an_assistant_failed(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:

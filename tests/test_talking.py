@@ -12,6 +12,7 @@ from servers import Live, fake_pair, live
 
 from collm.cli.chat import InProcess, Partner, Served, Talk
 from collm.errors import CollmError
+from collm.report.terminal import plain
 from collm.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=12, threshold=0.3)
@@ -72,6 +73,7 @@ def test_turns(
     whole = [*third, {"role": "assistant", "content": three.text}]
     assert json.loads(file.read_text())["messages"] == whole and talk.messages == whole[:-2]
     out = capsys.readouterr()
+    assert plain(one) in out.out and plain(two) in out.out and "[" in plain(one), "brackets, where there is no colour"
     assert "deferred" in out.err and "no command /nothing" in out.err and "deferral_rate must lie" in out.err
     assert "number between 0 and 1" in out.err
 

@@ -22,6 +22,7 @@ from collm.types import Message, Step
 
 if TYPE_CHECKING:
     from collm.llm import CollaborativeLM
+    from collm.report.terminal import Brackets
 
 HELP = """\
 /rate 0.3        the share of tokens that assistants may write (needs a calibration)
@@ -222,32 +223,35 @@ class Talk:
 
     @property
     def _colour(self) -> bool:
-        return self.console.is_terminal and not self.console.no_color
+        from collm.report.terminal import in_colour
+
+        return in_colour(self.console)
 
     def _answer(self, question: str) -> None:
         """Ask, and show what comes. Ctrl-C stops the answer and keeps what there is of it."""
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
-        content, told = "", ""
+        from collm.report.terminal import Brackets
+
+        content, told, brackets = "", "", Brackets(len(self.partner.names))
         try:
             for piece in self.partner.answer(asked, self.params, self.alone):
                 content += piece.text
                 told = piece.summary or told
-                self._show(piece)
+                self._show(piece, brackets)
         except KeyboardInterrupt:
             told = "stopped"
         finally:
-            click.echo()
+            click.echo(brackets.end())
         if told:
             click.echo(told, err=True)
         if content:
             self.messages = [*asked, {"role": "assistant", "content": content}]
 
-    def _show(self, piece: Piece) -> None:
-        from collm.colours import printable
+    def _show(self, piece: Piece, brackets: Brackets) -> None:
         from collm.report.terminal import token_text
 
-        if not self._colour:
-            click.echo(printable(piece.text), nl=False)
+        if piece.step is not None and not self._colour:
+            click.echo(brackets.push(piece.shown, piece.step), nl=False)
         elif piece.step is not None:
             self.console.print(token_text(piece.shown, piece.step), end="", soft_wrap=True, highlight=False)
 

@@ -20,7 +20,7 @@ from collm.errors import CollmError
 from collm.text import require_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from collm.llm import Chunk
     from collm.llm.checking import Outline
@@ -66,7 +66,8 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     if not raw and outline.has_chat_template is None:  # of a hub id, say, it is known only now
         _require_template(outline, bool(llm.tokenizer.chat_template))
     if options["stream"]:
-        generation = _show_stream(llm.stream(request, params, alone=options["alone"]), options["plain"])
+        chunks = llm.stream(request, params, alone=options["alone"])
+        generation = _show_stream(chunks, llm.model_names, options["plain"])
     else:
         [generation] = llm.generate_batch([request], params, alone=options["alone"])
     _show(generation, options)
@@ -83,23 +84,27 @@ def _require_template(outline: Outline, there: bool | None) -> None:
         )
 
 
-def _show_stream(chunks: Iterable[Chunk], plain: bool) -> Generation:
-    """Print tokens as they come: coloured on a terminal, as they are elsewhere."""
+def _show_stream(chunks: Iterable[Chunk], names: Sequence[str], plain: bool) -> Generation:
+    """Print tokens as they come: coloured on a terminal, with brackets elsewhere, or the text alone."""
     from rich.console import Console
 
     from collm.colours import printable
-    from collm.report.terminal import token_text
+    from collm.report.terminal import Brackets, in_colour, token_text
 
-    console = Console()
-    coloured = console.is_terminal and not console.no_color and not plain
+    console, brackets = Console(), Brackets(len(names))
+    coloured = in_colour(console)
     generation = None
     for chunk in chunks:
-        if coloured and chunk.step is not None:
-            console.print(token_text(chunk.piece, chunk.step), end="", soft_wrap=True, highlight=False)
-        elif not coloured:
+        if plain:
             click.echo(printable(chunk.text), nl=False)
+        elif chunk.step is not None and coloured:
+            console.print(token_text(chunk.piece, chunk.step), end="", soft_wrap=True, highlight=False)
+        elif chunk.step is not None:
+            click.echo(brackets.push(chunk.piece, chunk.step), nl=False)
+        else:  # the rest of a character that the last token began
+            click.echo(printable(chunk.piece), nl=False)
         generation = chunk.generation or generation
-    click.echo()
+    click.echo(brackets.end())
     assert generation is not None, "the last chunk carries the generation"
     return generation
 
@@ -108,7 +113,7 @@ def _show(generation: Generation, options: dict[str, Any]) -> None:
     """What is still to be shown: all of it, or after streaming the legend and the figures."""
     from rich.console import Console
 
-    from collm.report.terminal import legend, print_generation, summary
+    from collm.report.terminal import in_colour, legend, print_generation, summary
     from collm.report.trace import generation_to_dict
 
     if options["as_json"]:
@@ -121,7 +126,7 @@ def _show(generation: Generation, options: dict[str, Any]) -> None:
             click.echo(f"nothing was written: finished by {generation.finish_reason}", err=True)
     elif options["stream"]:
         console = Console(stderr=True)
-        console.print(legend(generation.model_names), soft_wrap=True)
+        console.print(legend(generation.model_names, in_colour(Console())), soft_wrap=True, highlight=False)
         console.print(summary(generation), soft_wrap=True, highlight=False, markup=False)
     else:
         print_generation(generation)

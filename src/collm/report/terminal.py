@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -52,13 +51,37 @@ def coloured(generation: Generation) -> Text:
 def plain(generation: Generation) -> str:
     """The text with assistants' tokens in brackets, for pipes and files: `56 * 9 = [504]`, with several assistants
     `[2:504]`."""
-    several = len(generation.model_names) > 2
-    parts = []
+    brackets = Brackets(len(generation.model_names))
     pairs = zip(generation.steps, generation.pieces, strict=True)
-    for author, members in groupby(pairs, key=lambda pair: pair[0].author):
-        written = printable("".join(piece for _, piece in members))
-        parts.append(written if author == BASE else f"[{author}:{written}]" if several else f"[{written}]")
-    return "".join(parts)
+    return "".join([brackets.push(piece, step) for step, piece in pairs]) + brackets.end()
+
+
+class Brackets:
+    """Around what assistants write, token by token, where there is no colour: opened and closed as authors change."""
+
+    def __init__(self, num_models: int) -> None:
+        self._several = num_models > 2
+        self._author = BASE
+
+    def push(self, piece: str, step: Step) -> str:
+        """What a token adds."""
+        before = "" if step.author == self._author else self.end() + self._open(step.author)
+        return before + printable(piece)
+
+    def end(self) -> str:
+        """What closes the text."""
+        closing = "" if self._author == BASE else "]"
+        self._author = BASE
+        return closing
+
+    def _open(self, author: int) -> str:
+        self._author = author
+        return "" if author == BASE else f"[{author}:" if self._several else "["
+
+
+def in_colour(console: Console) -> bool:
+    """Whether a console shows colours; where it does not, there are brackets."""
+    return console.is_terminal and console.color_system is not None and not console.no_color
 
 
 def legend(model_names: Sequence[str], colour: bool = True) -> Text:
@@ -105,7 +128,7 @@ def summary(generation: Generation) -> str:
 def print_generation(generation: Generation, console: Console | None = None, *, with_legend: bool = True) -> None:
     """Print a generation to a terminal in colour, to a pipe (or with `NO_COLOR`) with brackets."""
     console = console or Console()
-    colour = console.is_terminal and console.color_system is not None and not console.no_color
+    colour = in_colour(console)
     body = coloured(generation) if colour else Text(plain(generation))
     console.print(body, soft_wrap=True, highlight=False)
     if with_legend:
@@ -151,8 +174,7 @@ def print_traces(traces: Iterable[Trace], console: Console | None = None) -> Non
         console.print()
         names = trace.generation.model_names
     if names:
-        colour = console.is_terminal and console.color_system is not None and not console.no_color
-        console.print(legend(names, colour), soft_wrap=True, highlight=False)
+        console.print(legend(names, in_colour(console)), soft_wrap=True, highlight=False)
 
 
 def classes_table(figures: TokenFigures) -> Table:
