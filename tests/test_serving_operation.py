@@ -20,7 +20,7 @@ from conftest import make_model, make_tokenizer
 from servers import Live, fake_pair, live
 
 from collm.cli import main
-from collm.cli.serve import _access
+from collm.cli.serve import _access, _examples
 from collm.errors import CollmError
 from collm.serving.limits import Access, Limits
 from collm.serving.server import bind
@@ -348,6 +348,14 @@ def test_keys_come_from_the_environment_and_from_a_file(tmp_path: Path, monkeypa
     options = {"api_keys": ("one",), "api_key_file": file, "hosts": (), "origins": (), "host": "0.0.0.0"}
     assert _access(options) == Access(("one", "two", "three", "four"), (), ())
     assert "127.0.0.1" in _access({**options, "host": "127.0.0.1"}).hosts
+
+
+def test_examples_come_from_the_checkpoint_or_a_file(tmp_path: Path) -> None:
+    ready = Path(__file__).parent.parent / "pretrained" / "smollm2-135m-calculator"
+    assert len(_examples(str(ready), None)) >= 3
+    assert _examples(str(tmp_path), None) == []
+    (tmp_path / "mine.txt").write_text("What is 1 + 1?\n\n  And 2 + 2?\n", encoding="utf-8")
+    assert _examples(str(ready), tmp_path / "mine.txt") == ["What is 1 + 1?", "And 2 + 2?"]
 
 
 def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:

@@ -16,7 +16,7 @@ from collm.llm import CollaborativeLM
 from collm.models.fake import FakeModel
 from collm.serving.app import make_app
 from collm.serving.limits import Limits
-from collm.serving.server import BACKLOG, address, bind, make_server, run
+from collm.serving.server import address, bind, listen, make_server, run
 from collm.values import Query, Replies
 
 CHECKPOINT = Path(__file__).parents[2] / "pretrained" / "smollm2-135m-calculator"
@@ -83,6 +83,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     listening = bind("127.0.0.1", 0)
     app = make_app(load(arguments.name, pass_seconds=arguments.pass_seconds), "pair", limits=Limits(max_queue=64))
-    listening.listen(BACKLOG)
+    listen(listening)
     print(address(listening), flush=True)
     run(app, listening)

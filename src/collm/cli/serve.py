@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collm.serving.limits import Access
 
 KEY_VARIABLE = "COLLM_API_KEY"
+EXAMPLES = "examples.txt"
 DRAWING = {"max_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "stop": ()}
 """A request says these itself."""
 
@@ -64,6 +65,12 @@ DRAWING = {"max_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "see
     metavar="SECONDS",
     help="How long one pass of a model may take; then its texts end with an error.",
 )
+@click.option(
+    "--examples",
+    type=EXISTING,
+    metavar="FILE",
+    help="Questions that the page offers, one a line.  [default: examples.txt in the checkpoint]",
+)
 @writer_options
 @model_options
 def serve(checkpoint: str, **options: Any) -> None:
@@ -74,10 +81,11 @@ def serve(checkpoint: str, **options: Any) -> None:
     --host says otherwise; SIGTERM and Ctrl-C finish what is being written.
     """
     from collm.models.specs import is_url, server_name
-    from collm.serving.server import BACKLOG, address, bind, log_to_stderr, run
+    from collm.serving.server import address, bind, listen, log_to_stderr, run
 
     defaults = sampling_params({**options, **DRAWING})
     access = _access(options)
+    examples = _examples(checkpoint, options["examples"])
     listening = bind(options["host"], options["port"])
     _require_servable(checkpoint, options, defaults)
     llm = load_llm(
@@ -96,10 +104,9 @@ def serve(checkpoint: str, **options: Any) -> None:
         name = f"{name}-pair"
     llm.warm_up()
     limits = Limits(max_queue=options["max_queue"], request_timeout=options["request_timeout"])
-    app = make_app(llm, name, defaults=defaults, limits=limits, access=access)
+    app = make_app(llm, name, defaults=defaults, limits=limits, access=access, examples=examples)
     log_to_stderr()
-    # From here on nobody is turned away, so that whoever reads the next line may ask.
-    listening.listen(BACKLOG)
+    listen(listening)  # whoever reads the next line may ask
     _tell(llm, name, address(listening), bool(access.api_keys))
     run(app, listening)
 
@@ -121,6 +128,16 @@ def _access(options: dict[str, Any]) -> Access:
     local = host in LOOPBACK
     hosts = (*LOOPBACK, host, *map(str.lower, options["hosts"])) if local or options["hosts"] else ()
     return Access(tuple(keys), hosts, tuple(options["origins"]))
+
+
+def _examples(checkpoint: str, given: Path | None) -> list[str]:
+    """Questions that show what the pair is good for."""
+    from collm.text import read_text
+
+    own = Path(checkpoint) / EXAMPLES
+    file = given or (own if own.is_file() else None)
+    lines = [] if file is None else read_text(file).splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _require_servable(checkpoint: str, options: dict[str, Any], defaults: SamplingParams) -> None:

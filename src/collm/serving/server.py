@@ -34,10 +34,24 @@ def bind(host: str, port: int) -> socket.socket:
         taken.bind((host.strip("[]"), port))
     except OSError as error:
         taken.close()
-        raise CollmError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port"
-        ) from error
+        raise _taken(f"{host}:{port}", error) from error
     return taken
+
+
+def listen(bound: socket.socket) -> None:
+    """Let connections come: from here on nobody is turned away.
+
+    Raises:
+        CollmError: another process has begun to listen there meanwhile.
+    """
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise _taken(address(bound).removeprefix("http://"), error) from error
+
+
+def _taken(where: str, error: OSError) -> CollmError:
+    return CollmError(f"cannot listen on {where}: {error.strerror or error}; choose another --host or --port")
 
 
 def address(listening: socket.socket) -> str:
