@@ -320,9 +320,6 @@ def test_what_is_wrong_is_told_before_weights_are_loaded(
     taken = bind("127.0.0.1", 0)
     taken.listen()
     port = str(taken.getsockname()[1])
-    other = tmp_path / "other"
-    make_model(vocab_size=300).save_pretrained(other)
-    make_tokenizer(vocab_size=300).save_pretrained(other)
     cases = {
         "Address already in use": [str(folder), "--port", port],
         "no calibration of random": [
@@ -330,7 +327,6 @@ def test_what_is_wrong_is_told_before_weights_are_loaded(
             *("--deferral", "random", "--deferral-rate", "0.2", "--calibration-task", "sums"),
         ],
         "nowhere": [str(folder), "--port", "0", "--assistant", "nowhere/at-all", "--deferral", "always"],
-        "tokenizer": [str(folder), "--port", "0", "--assistant", str(other), "--deferral", "always"],
     }
     for words, arguments in cases.items():
         with pytest.raises(SystemExit) as ended:

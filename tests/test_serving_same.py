@@ -90,6 +90,29 @@ def test_float32_every_method_greedy_and_sampled(num_assistants: int) -> None:
     assert len(authors) == 1 + num_assistants
 
 
+def test_models_with_different_tokenizers() -> None:
+    """They write chunks: the text is the same, and what is told of it joins to it."""
+    tokenizers = (make_tokenizer(), make_tokenizer(vocab_size=300))
+
+    def mixed() -> CollaborativeLM:
+        models = [
+            LocalModel(make_model(vocab_size=size, seed=z), own, None if z else gate(1), name=f"m{z}")
+            for z, (own, size) in enumerate(zip(tokenizers, (320, 300), strict=True))
+        ]
+        return CollaborativeLM(models, [Formatter(own) for own in tokenizers])
+
+    wanted = [(prompt, params(method, t)) for method in METHODS[:1] for t in (0, 0.8) for prompt in PROMPTS]
+    with live(mixed()) as server:
+        found = all_at_once(server, wanted)
+        refused = server.post("/v1/collm/others", json={"prompt": "Rome", "token_ids": [5]})
+        assert refused.status_code == 400 and "one tokenizer" in refused.json()["error"]["message"]
+    alone = mixed()
+    for (prompt, own), (text, tokens) in zip(wanted, found, strict=True):
+        expected = alone.generate(prompt, own)
+        assert text == expected.text
+        assert [author for _, author in tokens] == [alone.model_names[step.author] for step in expected.steps]
+
+
 def test_bfloat16_up_to_ties() -> None:
     """Where texts part, both were as good: a token of nearly the same probability, or a gate at its edge."""
     methods: tuple[Deferral, ...] = ("threshold", "compose", "never", "always")
