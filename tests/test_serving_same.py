@@ -15,6 +15,8 @@ from tiny import make_model, make_tokenizer
 
 from collm.data.formatting import Formatter
 from collm.llm import CollaborativeLM
+from collm.llm.sharing import share
+from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
 from collm.sampling_params import Deferral, SamplingParams
 from collm.types import Generation, Step
@@ -96,12 +98,14 @@ def test_models_with_different_tokenizers() -> None:
 
     def mixed() -> CollaborativeLM:
         models = [
-            LocalModel(make_model(vocab_size=size, seed=z), own, None if z else gate(1), name=f"m{z}")
+            LocalModel(make_model(vocab_size=size, seed=z), own, name=f"m{z}")
             for z, (own, size) in enumerate(zip(tokenizers, (320, 300), strict=True))
         ]
-        return CollaborativeLM(models, [Formatter(own) for own in tokenizers])
+        formatters = [Formatter(own) for own in tokenizers]
+        sharing = share(models, formatters, CheckpointInfo(), False)
+        return CollaborativeLM(models, formatters, has_gate=False, sharing=sharing)
 
-    wanted = [(prompt, params(method, t)) for method in METHODS[:1] for t in (0, 0.8) for prompt in PROMPTS]
+    wanted = [(prompt, params("random", t)) for t in (0, 0.8) for prompt in PROMPTS]
     with live(mixed()) as server:
         found = all_at_once(server, wanted)
         refused = server.post("/v1/collm/others", json={"prompt": "Rome", "token_ids": [5]})

@@ -37,7 +37,7 @@ class Paced(FakeModel):
 
 def load(name: str, *, pass_seconds: float = 0.02, max_num_seqs: int = 16) -> CollaborativeLM:
     if name == "smollm2":
-        return CollaborativeLM.from_pretrained(CHECKPOINT, max_num_seqs=max_num_seqs, timeout=120)
+        return CollaborativeLM.from_pretrained(CHECKPOINT, max_num_seqs=max_num_seqs, timeout=600)
     tokenizer = make_tokenizer(WORDS)
     tokenizer.chat_template = TEMPLATE
     models = [
@@ -47,7 +47,7 @@ def load(name: str, *, pass_seconds: float = 0.02, max_num_seqs: int = 16) -> Co
     models[0].seconds, models[1].seconds = pass_seconds, 2 * pass_seconds
     # A pass has a time limit, as in `collm serve`.
     return CollaborativeLM(
-        models, [Formatter(tokenizer)] * 2, max_num_seqs=max_num_seqs, max_model_len=8192, timeout=120
+        models, [Formatter(tokenizer)] * 2, max_num_seqs=max_num_seqs, max_model_len=8192, timeout=600
     )
 
 
