@@ -19,6 +19,8 @@ from collm.data.formatting import Formatter
 from collm.decoding.chunk_text import ChunkText
 from collm.decoding.policies import Threshold
 from collm.errors import CollmError
+from collm.evaluation.chunk_likelihood import chunk_likelihoods
+from collm.evaluation.likelihood import GivenText
 from collm.llm import CollaborativeLM
 from collm.llm.sharing import share
 from collm.models.codec import ByteCodec, vocabulary
@@ -29,7 +31,8 @@ from collm.models.pairing import cuts_between
 from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams
 from collm.types import Generation
-from collm.values import LanguageModel
+from collm.values import Answer, LanguageModel, Query
+from collm.views import View
 
 PROMPT = [{"role": "user", "content": "How many apples?"}]
 PROMPTS = [PROMPT, [{"role": "user", "content": "Write code."}], "12 + 30 ="]
@@ -307,3 +310,43 @@ def test_the_end_of_a_context_ends_a_text() -> None:
         generation = bounded.generate(PROMPT, SamplingParams(max_tokens=200, deferral=deferral))  # type: ignore[arg-type]
         assert generation.finish_reason == "length" and generation.error is None
         assert 5 < generation.completion_tokens < 200
+
+
+def test_likelihoods_are_those_of_the_chunks(pair: CollaborativeLM) -> None:
+    """The log-probability of a text under the marginal, against scores of its chunks; alone, of its own tokens."""
+    sharing = pair.sharing
+    assert sharing is not None
+    base, codec = pair.formatters[0].tokenizer, sharing.codecs[1]
+    text = "Paris is the capital of 12 + 30 = 42\n\nx"
+    given = GivenText((tuple(base.encode("a")), tuple(codec.tokenizer.encode("a"))), tuple(base.encode(text)))
+    [found] = chunk_likelihoods(pair.models, sharing, [given])
+    chunks = sharing.cuts.chunks(text.encode())
+    total = 0.0
+    left = ChunkText(given.prompts, sharing.codecs, sharing.cuts)
+    for chunk in chunks:
+        scores = []
+        for model, own in enumerate(sharing.codecs):
+            view, ids = left.read(model), own.chunk_ids(chunk)
+            score, before = 0.0, left.last_byte
+            for n, token_id in enumerate((*ids, 0)):
+                last = before if n == 0 else chunk[-1]
+                query = Query(
+                    model, View([*view.token_ids, *ids[:n]]), len(view) + n, given=[token_id], last_bytes=[last]
+                )
+                [[answer]] = pair.models[model].predict([query])
+                assert isinstance(answer, Answer) and answer.given_log_prob is not None
+                score += answer.given_log_prob if n < len(ids) else answer.log_close
+                score -= answer.log_close if n == 0 else 0.0
+                if n == 0 and model == 0:
+                    gate = answer.log_gate
+            scores.append(score)
+        assert gate is not None
+        total += math.log(sum(math.exp(g + s) for g, s in zip(gate, scores, strict=True)))
+        left.chunks.append(chunk)
+    assert found.log_prob == pytest.approx(total, abs=1e-3) and found.tokens == len(given.completion)
+    for model in (0, 1):
+        [alone] = chunk_likelihoods(pair.models, sharing, [given], alone=model)
+        ids = sharing.codecs[model].encode(text)
+        query = Query.of([*given.prompts[model], *ids[:-1]], len(ids), model=model, given=ids)
+        [answers] = pair.models[model].predict([query])
+        assert alone.log_prob == pytest.approx(sum(a.given_log_prob for a in answers), abs=1e-3)  # type: ignore[union-attr]

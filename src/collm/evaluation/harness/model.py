@@ -18,6 +18,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from collm.decoding.policies import Policy
 from collm.errors import CollmError
+from collm.evaluation.chunk_likelihood import chunk_likelihoods
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.harness.arguments import from_arguments
 from collm.evaluation.harness.identity import harness_settings, law_of
@@ -150,7 +151,10 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         owners: list[int] = []
         texts: list[GivenText] = []
         for number, request in enumerate(requests):
-            for window in windows(self.llm.formatters, request.args[0], self._contexts):
+            parts = list(windows(self.llm.formatters, request.args[0], self._contexts))
+            if self.llm.sharing is not None and len(parts) > 1:
+                raise self.llm.sharing.refuse("a text that is longer than a context needs models with one tokenizer")
+            for window in parts:
                 owners.append(number)
                 texts.append(window)
         sums = [0.0] * len(requests)
@@ -200,8 +204,6 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
 
     def _scored(self, requests: Sequence[Instance], texts: Sequence[GivenText], quiet: bool) -> list[Likelihood]:
         law = law_of(self.llm, self.params, self.policy, self.alone)
-        if self.llm.sharing is not None and law != BASE:
-            raise self.llm.sharing.refuse("likelihoods of given texts need models with one tokenizer (or --alone base)")
         names = [fingerprint("likelihood", text.prompts, text.completion) for text in texts]
         for request, name in zip(requests, names, strict=True):
             self._asked[_task(request)][name] = None
@@ -209,7 +211,11 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
             todo = {
                 name: text for name, text in zip(names, texts, strict=True) if name not in self._records.likelihoods
             }
-            found = likelihoods(self.llm.models, list(todo.values()), alone=law, batch_size=self.batch_size)
+            models, given = self.llm.models, list(todo.values())
+            if self.llm.sharing is None:
+                found = likelihoods(models, given, alone=law, batch_size=self.batch_size)
+            else:
+                found = chunk_likelihoods(models, self.llm.sharing, given, alone=law)
             with self._bar("scoring", len(set(names)), len(todo), quiet) as advance:
                 for name, each in zip(todo, found, strict=True):
                     keep(name, each)
