@@ -22,6 +22,7 @@ from collm.data.scores import load_scores
 from collm.data.scoring import openings_of, score
 from collm.errors import CollmError
 from collm.models.codec import ByteCodec
+from collm.models.openings import Openings, places
 from collm.models.pairing import cuts_between
 
 TEXTS = [
@@ -224,3 +225,17 @@ def test_cuts_of_nothing(system: Any) -> None:
     assert cuts.offsets(b"") == [0] and cuts.chunks(b"") == []
     check: Callable[[bytes], bool] = lambda data: b"".join(cuts.chunks(data)) == data  # noqa: E731
     assert all(check(text.encode()) for text in TEXTS)
+
+
+def test_gradients_of_scores() -> None:
+    """Against finite differences, a few rows at a time; ends of several ids, free bytes, tokens that are no text."""
+    numbers = np.random.default_rng(0)
+    allowed = numbers.random((257, 257)) < 0.6
+    allowed[START], allowed[:, 256], allowed[80] = True, True, True
+    first = [*numbers.integers(0, 256, 37).tolist(), 256, 256, -1]
+    openings = Openings.of(Cuts(allowed), first, 40)
+    logits = torch.randn(8, 40, dtype=torch.float64, requires_grad=True)
+    gold, last = torch.tensor([0, 1, 2, 37, 38, 5, 6, 8]), torch.tensor([-1, 65, 66, 67, START, -1, 80, 71])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("collm.models.openings.BLOCK", 100)
+        assert torch.autograd.gradcheck(lambda x: tuple(places(x, gold, last, openings, choices=False)[:2]), (logits,))

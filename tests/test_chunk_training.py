@@ -156,6 +156,7 @@ def test_parts_of_logits_change_nothing(workplace: Path, full: Path, monkeypatch
     assert_same_weights(full, run(workplace, "parts"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     path = workplace / "two.yaml"
     path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4, "save_minutes": 1e-9})))
@@ -177,6 +178,7 @@ def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     assert log_of(workplace / "two", "eval_nll") == pytest.approx(log_of(full, "eval_nll"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_resumed_after_kill_9_equals_uninterrupted(workplace: Path, full: Path) -> None:
     path = workplace / "killed.yaml"
     path.write_text(json.dumps(recipe_values(workplace, "killed", training={"save_minutes": 1e-9})))

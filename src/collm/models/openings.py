@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from collm.cuts import END, NEVER, START, Cuts
 from collm.decoding.choosing import Draws
+
+BLOCK = 1 << 21
+"""Numbers of logits that are looked at together on a CPU: what its caches hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,42 +75,80 @@ class Places(NamedTuple):
 
 def places(logits: Tensor, gold: Tensor, last: Tensor, openings: Openings, *, choices: bool = True) -> Places:
     """Args:
-    logits: `[N, V]` float32.
+    logits: `[N, V]` float32; with `choices`, those of tokens that are no text become -inf in it.
     gold: `[N]` token ids.
     last: `[N]`, the byte behind which a chunk opens with the gold token; -1 where it goes on with one.
     choices: False leaves `right` and `opens` out (0), as training does.
     """
     openings = openings.narrowed(logits.shape[1])
-    norm = logits.logsumexp(-1)
-    opening = last >= 0
-    log_prob = logits.gather(-1, gold[:, None])[:, 0] - norm
-    ending = (opening & (openings.first[gold] == END)).nonzero()[:, 0]
-    if len(ending):
-        of_ends = logits[ending][:, openings.first == END].logsumexp(-1) - norm[ending]
-        log_prob = log_prob.index_put((ending,), of_ends)
-    close = torch.zeros_like(norm)
-    # Behind a free byte the factor is 1.
-    bound = (opening & ~openings.free[last.clamp(min=0)]).nonzero()[:, 0]
-    if len(bound):
-        inside = logits[bound].masked_fill(~openings.mask(last[bound]), -torch.inf)
-        close = close.index_put((bound,), inside.logsumexp(-1) - norm[bound])
-    right, opens = torch.zeros_like(norm), torch.zeros_like(norm)
-    if choices:
-        with torch.no_grad():
-            right, opens = _choices(logits, gold, last, openings, ending)
-    return Places(log_prob, close, right, opens)
+    log_prob, log_close = _LogProbs.apply(logits, gold, last, openings)  # type: ignore[no-untyped-call]
+    if not choices:
+        nothing = torch.zeros_like(log_close)
+        return Places(log_prob, log_close, nothing, nothing)
+    with torch.no_grad():
+        return Places(log_prob, log_close, *_choices(logits.detach(), gold, last, openings))
 
 
-def _choices(logits: Tensor, gold: Tensor, last: Tensor, openings: Openings, ending: Tensor) -> tuple[Tensor, Tensor]:
-    text = logits.masked_fill(~openings.text, -torch.inf)
-    choice = text.argmax(-1)
+class _LogProbs(torch.autograd.Function):
+    """`Places.log_prob` and `log_close`, with their gradient, some rows at a time: fresh memory of the size of the
+    logits costs many times what is computed in it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gold: Tensor, last: Tensor, openings: Openings) -> tuple[Tensor, Tensor]:
+        ends = (openings.first == END).nonzero()[:, 0]
+        before = last.clamp(min=0)
+        ending = (last >= 0) & (openings.first[gold] == END)
+        # Behind a free byte the factor is 1.
+        bound = (last >= 0) & ~openings.free[before]
+        norm, of_ends, close = (logits.new_empty(len(logits)) for _ in range(3))
+        weights = openings.allowed.to(logits.dtype)
+        for rows in _blocks(logits):
+            block = logits[rows]
+            norm[rows] = block.logsumexp(-1)
+            of_ends[rows] = block[:, ends].logsumexp(-1)
+            share = (block - norm[rows][:, None]).exp_()
+            close[rows] = share.mul_(weights[before[rows]].index_select(1, openings.first)).sum(-1)
+        close = torch.where(bound, close.clamp(min=torch.finfo(close.dtype).tiny), 1.0)
+        log_prob = torch.where(ending, of_ends, logits.gather(-1, gold[:, None])[:, 0]) - norm
+        ctx.save_for_backward(logits, gold, norm, close, log_prob)
+        ctx.flags = (ends, before, ending, bound, openings, weights)
+        return log_prob, close.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """With p the law: `onehot - p` of the gold token (of ends `p_end / sum - p`), and `p_open / close - p`."""
+        logits, gold, norm, close, log_prob = ctx.saved_tensors
+        ends, before, ending, bound, openings, weights = ctx.flags
+        of_gold, of_close = grads[0], torch.where(bound, grads[1], 0.0)
+        found = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            share = torch.sub(logits[rows], norm[rows][:, None], out=found[rows]).exp_()
+            factors = weights[before[rows]] * (of_close[rows] / close[rows])[:, None]
+            factors -= (of_gold[rows] + of_close[rows])[:, None]
+            last = ending[rows].nonzero()[:, 0]
+            of_ends = share[last][:, ends] * (of_gold[rows][last] / log_prob[rows][last].exp())[:, None]
+            share.mul_(factors.index_select(1, openings.first))
+            share.scatter_add_(1, gold[rows][:, None], torch.where(ending[rows], 0.0, of_gold[rows])[:, None])
+            share[last[:, None], ends[None]] += of_ends
+        return found, None, None, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    numbers = BLOCK if logits.device.type == "cpu" else BLOCK << 5
+    step = max(1, numbers // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def _choices(logits: Tensor, gold: Tensor, last: Tensor, openings: Openings) -> tuple[Tensor, Tensor]:
+    logits[:, (~openings.text).nonzero()[:, 0]] = -torch.inf
+    choice = logits.argmax(-1)
     before = last.clamp(min=0)
     opens = (last >= 0) & openings.allowed[before, openings.first[choice]]
     forced = ((last >= 0) & ~opens).nonzero()[:, 0]
-    if len(forced):
-        choice[forced] = text[forced].masked_fill(~openings.mask(last[forced]), -torch.inf).argmax(-1)
-    right = choice == gold
-    right[ending] = openings.first[choice[ending]] == END
+    for rows in forced.split(max(1, BLOCK // logits.shape[1])):
+        choice[rows] = logits[rows].masked_fill_(~openings.mask(last[rows]), -torch.inf).argmax(-1)
+    ending = (last >= 0) & (openings.first[gold] == END)
+    right = torch.where(ending, openings.first[choice] == END, choice == gold)
     return right.float(), opens.float()
 
 

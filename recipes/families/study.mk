@@ -1,0 +1,130 @@
+# Models of two families, with different tokenizers: what does SmolLM2-135M gain by asking Qwen2.5-Coder-Instruct of 0.5B or
+# 1.5B, at which rate, on GSM8K and MBPP? Beside each model alone, the base's own doubt and chance at the same rates.
+#
+#     make -f recipes/families/study.mk GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
+#
+# Days on two cores, in steps; each may be stopped at any time and goes on where it was. Everything is chosen on the
+# calibration parts; the test parts are opened once for all systems (`make ... test`). Not run yet: its commands have been
+# looked at (`make -n`), and each has been run for a tiny pair (tests/test_chunk_commands.py).
+include recipes/common.mk
+MBPP ?= mbpp.jsonl
+WEIGHTS ?= weights
+DEVICE ?= cpu
+# Problems of each test part; with 150, a difference of about 11 points is found four times in five, where two systems differ
+# on a quarter of them.
+TESTED ?= 150
+# Problems that each threshold is tried on.
+TRIED ?= 60
+
+DATA := data/families
+RUNS := runs/families
+TASKS := gsm8k mbpp
+ASSISTANTS := half large
+SPEC_half := $(WEIGHTS)/Qwen2.5-Coder-0.5B-Instruct
+SPEC_large := $(WEIGHTS)/Qwen2.5-Coder-1.5B-Instruct
+HAVE := $(foreach name,$(ASSISTANTS),$(SPEC_$(name))/config.json)
+RULE_gsm8k := gsm8k_flexible
+RULE_mbpp := mbpp
+WRITE = --task $(RULE_$(1)) --max-tokens 400 --batch-size 16 --dtype $(DTYPE) --device $(DEVICE)
+RATES := 10 20 40
+SIGNALS := gate expected_gain entropy
+METHOD_gate := threshold
+METHOD_expected_gain := expected_gain
+METHOD_entropy := entropy
+
+.PHONY: all help data cuts train oracle calibrate test
+.SECONDARY:
+all: cuts oracle calibrate test
+
+help:
+	@echo "make -f recipes/families/study.mk [data|cuts|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+
+$(HAVE):
+	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS)
+
+data: $(TASKS:%=$(DATA)/%/train.jsonl)
+
+# The parts of recipes/qwen, so that the two studies compare.
+$(DATA)/gsm8k/train.jsonl:
+	$(call want,GSM8K)
+	mkdir -p $(DATA)/gsm8k
+	head -n 1400 $(GSM8K) > $(DATA)/gsm8k-first.jsonl
+	tail -n +1701 $(GSM8K) | head -n 1000 > $(DATA)/gsm8k-later.jsonl
+	$(COLLM) prepare gsm8k $(DATA)/gsm8k-later.jsonl --out $(DATA)/gsm8k --parts test
+	$(COLLM) prepare gsm8k $(DATA)/gsm8k-first.jsonl --out $(DATA)/gsm8k --parts train=0.7,calibration=0.1,spent=0.2
+
+$(DATA)/mbpp/train.jsonl:
+	$(call want,MBPP)
+	$(COLLM) prepare mbpp $(MBPP) --out $(DATA)/mbpp-all
+	mkdir -p $(DATA)/mbpp
+	cp $(DATA)/mbpp-all/validation.jsonl $(DATA)/mbpp/calibration.jsonl
+	cp $(DATA)/mbpp-all/test.jsonl $(DATA)/mbpp-all/train.jsonl $(DATA)/mbpp
+
+# In what pieces the models can take turns. $(1): a task, $(2): an assistant
+define cuts_of
+cuts: $(RUNS)/$(1)/cuts-$(2).json
+$(RUNS)/$(1)/cuts-$(2).json: | $(DATA)/$(1)/train.jsonl $(HAVE)
+	mkdir -p $(RUNS)/$(1)
+	$(COLLM) pair-info $(MODEL) $(SPEC_$(2)) --data $(DATA)/$(1)/train.jsonl --json > $(RUNS)/$(1)/cuts-$(2).tmp
+	mv $(RUNS)/$(1)/cuts-$(2).tmp $(RUNS)/$(1)/cuts-$(2).json
+endef
+$(foreach task,$(TASKS),$(foreach name,$(ASSISTANTS),$(eval $(call cuts_of,$(task),$(name)))))
+
+comma := ,
+PATHS = cache=$(RUNS)/cache data.train=$(DATA)/$(1)/train.jsonl data.validation=$(DATA)/$(1)/calibration.jsonl
+# $(1): a task, $(2): an assistant. Scores are made on the way, and kept in the cache.
+define models_of
+train: $(RUNS)/$(1)/pair-$(2)/collm.json
+$(RUNS)/$(1)/pair-$(2)/collm.json: | $(DATA)/$(1)/train.jsonl $(HAVE)
+	$(COLLM) train recipes/families/pair.yaml out=$(RUNS)/$(1)/pair-$(2) $(PATHS) \
+	    'assistants=[{name: qwen$(comma) model: $(SPEC_$(2))$(comma) dtype: bfloat16}]'
+oracle: $(RUNS)/$(1)/oracle/pair-$(2).json
+$(RUNS)/$(1)/oracle/pair-$(2).json: | $(RUNS)/$(1)/pair-$(2)/collm.json
+	$(COLLM) oracle $(RUNS)/$(1)/pair-$(2) --data $(DATA)/$(1)/calibration.jsonl --limit $(TRIED) --dtype $(DTYPE) \
+	    --device $(DEVICE) --out $(RUNS)/$(1)/oracle/pair-$(2).jsonl
+endef
+# $(1): a task
+define sft_of
+train: $(RUNS)/$(1)/sft/collm.json
+$(RUNS)/$(1)/sft/collm.json: | $(DATA)/$(1)/train.jsonl
+	$(COLLM) train recipes/families/sft.yaml out=$(RUNS)/$(1)/sft $(PATHS)
+endef
+$(foreach task,$(TASKS),$(eval $(call sft_of,$(task)))$(foreach name,$(ASSISTANTS),$(eval $(call models_of,$(task),$(name)))))
+
+# Thresholds for fixed rates; nothing is chosen by quality. $(1): a task, $(2): an assistant, $(3): a signal
+define calibration
+calibrate: $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv
+$(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv: | $(RUNS)/$(1)/pair-$(2)/collm.json
+	$(COLLM) calibrate $(RUNS)/$(1)/pair-$(2) $(call WRITE,$(1)) --data $(DATA)/$(1)/calibration.jsonl --limit $(TRIED) \
+	    --signal $(3) --rates 0.1,0.2,0.4 --rounds 3 --out $(RUNS)/$(1)/thresholds/$(2)-$(3)
+endef
+$(foreach task,$(TASKS),$(foreach name,$(ASSISTANTS),$(foreach signal,$(SIGNALS),\
+    $(eval $(call calibration,$(task),$(name),$(signal))))))
+
+# The one look at the test parts. $(1): a task, $(2): a system's name, $(3): what must be there, $(4): checkpoint and options
+define system
+SYSTEMS_$(1) += $(2)
+$(RUNS)/$(1)/test/$(2).json: | $(3) $(DATA)/$(1)/train.jsonl
+	$(COLLM) eval $(4) $(call WRITE,$(1)) --data $(DATA)/$(1)/test.jsonl --limit $(TESTED) --name $(2) \
+	    --out $(RUNS)/$(1)/test/$(2).jsonl
+endef
+# $(1): a task, $(2): an assistant
+define of_assistant
+$(call system,$(1),$(2),$(HAVE),$(SPEC_$(2)))
+$(foreach rate,$(RATES),
+$(call system,$(1),$(2)-random_$(rate),$(RUNS)/$(1)/pair-$(2)/collm.json,$(RUNS)/$(1)/pair-$(2) --method random --deferral-rate 0.$(rate))
+$(foreach signal,$(SIGNALS),
+$(call system,$(1),$(2)-$(signal)_$(rate),$(RUNS)/$(1)/thresholds/$(2)-$(signal)/curve.csv,$(RUNS)/$(1)/pair-$(2) --method $(METHOD_$(signal)) --deferral-rate 0.$(rate))))
+endef
+$(foreach task,$(TASKS),$(eval $(call system,$(task),sft,$(RUNS)/$(task)/sft/collm.json,$(RUNS)/$(task)/sft))\
+    $(foreach name,$(ASSISTANTS),$(eval $(call of_assistant,$(task),$(name)))))
+
+# Paired exact tests, Holm over each table.
+define compared
+test: $(RUNS)/$(1)/test/report.html
+$(RUNS)/$(1)/test/report.html: | $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json)
+	$(COLLM) compare $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json) --against half-gate_20
+	$(COLLM) report $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json) --against half-gate_20 \
+	    --title "SmolLM2-135M beside Qwen2.5-Coder: $(1)" --out $(RUNS)/$(1)/test/report.html
+endef
+$(foreach task,$(TASKS),$(eval $(call compared,$(task))))
