@@ -177,7 +177,10 @@ def test_blocks_are_shared_until_they_are_written() -> None:
                 own = sum(blocks.needed(len(each)) for each in held.values())
                 if own + blocks.needed(start + len(new)) > 38 or start + len(new) > 64:
                     continue
-                for source, target in blocks.write(slot, start, start + len(new)):
+                free, taken = blocks.num_free, blocks.takes(slot, start, start + len(new))
+                copies = blocks.write(slot, start, start + len(new))
+                assert free - blocks.num_free == taken
+                for source, target in copies:
                     for offset in range(4):
                         content[target, offset] = content.get((source, offset), -1)
                 held[slot] = held[slot][:start] + new
@@ -185,7 +188,9 @@ def test_blocks_are_shared_until_they_are_written() -> None:
                     content[int(blocks.table[slot, position // 4]), position % 4] = new[position - start]
             for n, tokens in held.items():
                 assert tokens == [content[int(blocks.table[n, p // 4]), p % 4] for p in range(len(tokens))]
-            used = {int(b) for n in range(4) for b in blocks.table[n, : blocks.lengths[n]]}
+            for n, own in enumerate(blocks.of_slot):
+                assert blocks.table[n, : len(own)].tolist() == own
+            used = {block for own in blocks.of_slot for block in own}
             assert blocks.num_free == 40 - len(used)
 
 

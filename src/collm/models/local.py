@@ -332,7 +332,7 @@ class LocalModel(LanguageModel):
         try:
             if self._stepper is not None and self._stepper.takes(len(token_ids), asked):
                 told = self._stepper.step(rows, token_ids, wanted, asked)
-                found = self._checked(map(told.answer, wanted), prefixes)
+                found = self._checked(told.answers(wanted), prefixes)
             else:
                 found = self._eager(cache, rows, token_ids, wanted, prefixes, asked)
         except BaseException:

@@ -123,6 +123,10 @@ class PrefixCache(ABC):
 
     def batches(self, queries: Sequence[Query]) -> Iterator[list[Query]]:
         """`queries`, in order, as many at a time as fit. Each of them fits alone."""
+        if len({id(query.view) for query in queries}) == len(queries) and self.fits([q.length for q in queries]):
+            if queries:
+                yield list(queries)
+            return
         batch: list[Query] = []
         for query in queries:
             again = any(each.view is query.view for each in batch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,13 +17,14 @@ class OutOfBlocks(RuntimeError):
 class Blocks:
     """Slots take blocks as their texts grow. Slots with a common beginning share its blocks until one writes there.
 
-    `table` `[slot, block of positions]` names the blocks; `lengths[slot]` of them are the slot's.
+    `table` `[slot, block of positions]` names the blocks.
     """
 
     def __init__(self, num_blocks: int, num_slots: int, width: int, size: int = BLOCK) -> None:
         self.num_blocks, self.num_slots, self.size = num_blocks, num_slots, size
         self.table: NDArray[np.int32] = np.zeros((num_slots, width), dtype=np.int32)
-        self.lengths = [0] * num_slots
+        self.of_slot: list[list[int]] = [[] for _ in range(num_slots)]
+        """The same as lists, which Python reads in a tenth of the time."""
         self._owners = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
 
@@ -37,9 +36,11 @@ class Blocks:
         """Blocks of so many positions."""
         return -(-length // self.size)
 
-    def own(self, slot: int) -> int:
-        """Blocks that would be free if this slot were empty."""
-        return sum(self._owners[block] == 1 for block in self.table[slot, : self.lengths[slot]].tolist())
+    def takes(self, slot: int, start: int, end: int) -> int:
+        """Free blocks that `write` would take."""
+        blocks = self.of_slot[slot]
+        first, last = start // self.size, self.needed(end)
+        return max(0, last - len(blocks)) + sum(self._owners[block] > 1 for block in blocks[first:last])
 
     def write(self, slot: int, start: int, end: int) -> list[tuple[int, int]]:
         """Make positions `start` to `end` of a slot its own. Returns the blocks `(from, to)` that have to be copied
@@ -49,39 +50,40 @@ class Blocks:
         written there.
         """
         copies: list[tuple[int, int]] = []
+        blocks = self.of_slot[slot]
         first, last = start // self.size, self.needed(end)
-        row = self.table[slot]
-        for place in range(first, min(last, self.lengths[slot])):
-            block = int(row[place])
+        for place in range(first, min(last, len(blocks))):
+            block = blocks[place]
             if self._owners[block] > 1:
                 new = self._take()
                 if place == first and start % self.size:
                     copies.append((block, new))
                 self._owners[block] -= 1
-                row[place] = new
-        for place in range(self.lengths[slot], last):
-            row[place] = self._take()
-            self.lengths[slot] = place + 1
+                blocks[place] = self.table[slot, place] = new
+        for place in range(len(blocks), last):
+            new = self._take()
+            blocks.append(new)
+            self.table[slot, place] = new
         return copies
 
     def share(self, source: int, target: int, length: int) -> int:
         """Let a slot begin with the first `length` positions of another one; returns how many blocks that are."""
         count = self.needed(length)
-        assert source != target and count <= self.lengths[source]
-        shared: Sequence[int] = self.table[source, :count].tolist()
+        assert source != target and count <= len(self.of_slot[source])
+        shared = self.of_slot[source][:count]
         for block in shared:
             self._owners[block] += 1
         self.clear(target)
         self.table[target, :count] = shared
-        self.lengths[target] = count
+        self.of_slot[target] = shared
         return count
 
     def clear(self, slot: int) -> None:
-        for block in self.table[slot, : self.lengths[slot]].tolist():
+        for block in self.of_slot[slot]:
             self._owners[block] -= 1
             if not self._owners[block]:
                 self._free.append(block)
-        self.lengths[slot] = 0
+        self.of_slot[slot] = []
 
     def _take(self) -> int:
         if not self._free:

@@ -46,16 +46,20 @@ class PagedCache(PrefixCache):
 
     @property
     def num_blocks(self) -> int:
+        if self._num_blocks:
+            return self._num_blocks
         with _lock:
             if not self._num_blocks:
                 _divide([each for each in _waiting if each._pool.device == self._pool.device])
             return self._num_blocks
 
     def fits(self, lengths: Sequence[int]) -> bool:
+        if len(lengths) == 1:
+            return lengths[0] <= self.max_tokens
         # A block more for each text: a shared one that it writes to is copied.
-        needed = sum(-(-length // self._pool.block) + 1 for length in lengths)
-        alone = len(lengths) == 1 and lengths[0] <= self.max_tokens
-        return len(lengths) <= self.num_slots and (needed <= self.num_blocks or alone)
+        size = self._pool.block
+        needed = sum([-(-length // size) for length in lengths]) + len(lengths)
+        return len(lengths) <= self.num_slots and needed <= self.num_blocks
 
     def forget(self) -> None:
         super().forget()
@@ -83,14 +87,17 @@ class PagedCache(PrefixCache):
             self.slots.append(Slot())
         blocks = self._pool.blocks
         here = {self._places[query.view] for query in queries if query.view in self._places}
-        # What a new text shares saves it at least as many blocks as it has to copy.
-        needed = sum(blocks.needed(query.length) for query in queries if query.view not in self._places)
+        needed = 0
         for query in queries:
-            if query.view in self._places:
-                place = self._places[query.view]
-                held = blocks.lengths[place]
-                needed += max(0, blocks.needed(query.length) - held)
-                needed += min(held - blocks.own(place), blocks.needed(query.num_last) + 1)
+            place = self._places.get(query.view)
+            if place is None:  # what a new text shares saves it at least as many blocks as it has to copy
+                needed += blocks.needed(query.length)
+            else:
+                slot = self.slots[place]
+                held = min(slot.held, query.view.valid_since(slot.rewinds))
+                needed += blocks.takes(place, min(held, query.length - query.num_last), query.length)
+        if blocks.num_free >= needed:
+            return
         others = [n for n, slot in enumerate(self.slots) if n not in here and slot.view is not None]
         # Ended texts first, the one used longest ago first of all.
         for n in sorted(others, key=lambda n: (not self.slots[n].ended, self.slots[n].used)):
@@ -101,7 +108,7 @@ class PagedCache(PrefixCache):
             # What they share and what they held before a rollback: rather read again than not at all.
             if blocks.num_free >= needed:
                 return
-            needed += blocks.lengths[n]
+            needed += len(blocks.of_slot[n])
             self._pool.clear(n)
             self.slots[n].held = 0
 

@@ -6,6 +6,7 @@ and the logs of the gate; int32, floats by their bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,11 +69,13 @@ class Told:
     rows: NDArray[np.int32]
     has_gate: bool
 
+    def answers(self, wanted: Sequence[int]) -> Iterator[Answer | None]:
+        """Of some tokens of the pass; None where it is not a number."""
+        rows = self.rows[list(wanted)]
+        for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
+            gate = tuple(floats[GATE:]) if self.has_gate else None
+            yield None if row[3] else Answer(row[4], floats[5], row[0], floats[1], floats[2], gate)
+
     def answer(self, n: int) -> Answer | None:
-        """Of the n-th token of the pass; None where it is not a number."""
-        row = self.rows[n]
-        if row[3]:
-            return None
-        floats = row.view(np.float32)
-        gate = tuple(floats[GATE:].tolist()) if self.has_gate else None
-        return Answer(int(row[4]), float(floats[5]), int(row[0]), float(floats[1]), float(floats[2]), gate)
+        """Of the n-th token of the pass."""
+        return next(self.answers([n]))
