@@ -40,6 +40,10 @@ class Sharing:
     end_id: int
     end: str
 
+    def has_own_tokens(self, model: int) -> bool:
+        """Are its tokens others than the base's?"""
+        return self.codecs[model].tokenizer is not self.codecs[BASE].tokenizer
+
     def refuse(self, what: str) -> CollmError:
         return CollmError(f"{what}: these have different tokenizers, and take turns between chunks")
 

@@ -38,12 +38,20 @@ class Served:
         """The number of the only model that is to write, None for the pair.
 
         Raises:
-            Refusal: there is no such model.
+            Refusal: there is no such model, or its tokens would not be those of the answer's other fields.
         """
         if name is None or name == self.name:
             return None
         if name in self.llm.model_names:
-            return self.llm.model_names.index(name)
+            number = self.llm.model_names.index(name)
+            if self.llm.sharing is not None and self.llm.sharing.has_own_tokens(number):
+                raise Refusal(
+                    f"{name} has another tokenizer than the base, and answers are told in the base's tokens: ask "
+                    f"{self.name} (with method always, {name} writes), or serve {name} by itself",
+                    param="model",
+                    code="invalid_value",
+                )
+            return number
         hint = nearest(name, self.names, f"there are {', '.join(self.names)}")
         raise Refusal(f"there is no model {name!r}: {hint}", status=404, param="model", code="model_not_found")
 
