@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import queue
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from collm.demo import run_demo
 from collm.demo.corpus import ADDENDS, AGES, FACTS, KINDS, Corpus, Sizes, equations, make_corpus, texts
 from collm.demo.pieces import ASSISTANT_TEMPLATE, END, START, make_tokenizer
 from collm.demo.plan import BOTH, SYSTEMS, Plan, Schedule
+from collm.demo.workers import Workers
 from collm.errors import CollmError
 
 SMALL = Sizes(people=(12, 4, 6), fiction=100, train=60, validation=8, test=10, facts_in_context=1, sums_in_context=20)
@@ -170,10 +175,59 @@ def test_a_small_demo_shows_table_samples_report_and_curve(finished: tuple[Path,
     assert (out / "curve.svg").is_file()
 
 
-def test_a_second_start_takes_up_what_is_there(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_a_second_start_takes_up_what_is_there_and_says_what_it_does(
+    finished: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out, results, _ = finished
     again = run_demo(out, seed=1, plan=TINY, workers=0, console=Console(file=io.StringIO()))
     assert again["resumed"] and again["systems"] == results["systems"]
+    told = capsys.readouterr().err
+    assert "going on in" in told
+    for line in ("the base: learning how people ask", f"{BOTH}: training", f"{BOTH}: answering 10 questions"):
+        assert told.count(line) == 1
+    for system in SYSTEMS:
+        assert f"{system.name}: " in told
+
+
+def test_samples_begin_with_questions_that_need_both(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, _, shown = finished
+    rows = [json.loads(line) for line in (out / "data" / "test.jsonl").read_text().splitlines()]
+    asked = {kind: [row["messages"][0]["content"] for row in rows if row["kind"] == kind][:2] for kind in KINDS}
+    text = " ".join(shown.split())
+    places = {kind: [text.index(question) for question in asked[kind]] for kind in KINDS}
+    assert max(places["both"]) < min(places["arithmetic"] + places["facts"])
+
+
+def test_stages_tell_what_they_do_and_warn_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their warnings were once in a log file alone, and a pipe heard nothing for four minutes."""
+    monkeypatch.setattr("collm.demo.workers.SILENCE", 0.05)
+    said: list[str] = []
+    pool = Workers(0, tmp_path / "log.txt", said.append)
+    assert pool.all([(_thinking, ())]) == ["done"]
+    assert said == ["thinking", "warning: the gate is shut"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "the gate is shut" in log and "to the log alone" in log
+    # As the lines of other processes come.
+    lines: queue.Queue[tuple[int, str] | None] = queue.Queue()
+    pool._lines = lines
+    listener = threading.Thread(target=pool._listen)
+    listener.start()
+    lines.put((7, "thinking"))
+    time.sleep(0.5)
+    lines.put((7, ""))  # has finished
+    time.sleep(0.2)
+    told = len(said)
+    time.sleep(0.5)
+    lines.put(None)
+    listener.join(5)
+    assert "still at it: thinking" in said and len(said) == told
+
+
+def _thinking() -> str:
+    print("to the log alone")
+    logging.getLogger("collm.demo.stages").info("thinking")
+    logging.getLogger("collm.training").warning("the gate is shut")
+    return "done"
 
 
 def test_another_demo_does_not_go_on_in_its_folder(finished: tuple[Path, dict[str, Any], str]) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -20,6 +16,7 @@ from collm.data.examples import load_examples
 from collm.demo import stages
 from collm.demo.corpus import KINDS, make_corpus
 from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, SYSTEMS, Plan
+from collm.demo.workers import Progress, Workers
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.models.info import load_info
@@ -31,8 +28,6 @@ from collm.report.trace import Trace, read_traces
 
 SETTINGS, RESULTS, REPORT, LOG = "demo.json", "results.json", "report.html", "log.txt"
 SAMPLES_OF_KIND = 2
-
-Stage = Callable[..., Any]
 
 
 def run_demo(
@@ -57,10 +52,12 @@ def run_demo(
     begin = time.monotonic()
     out, plan = Path(out), plan or Plan()
     resumed = _claim(out, plan, seed)
-    say = _Progress(begin, Console(stderr=True))
+    say = Progress(begin, Console(file=sys.stderr))  # this one: stages write theirs to the log
+    if resumed:
+        say(f"going on in {out}: what an earlier start has finished is not done again")
     say("inventing a world: people, sums, questions")
-    _logged(out / LOG, stages.write_files, (out, make_corpus(plan.sizes, seed), plan, seed))
-    with _Workers(workers, out / LOG) as pool:
+    with Workers(workers, out / LOG, say) as pool:
+        pool.here(stages.write_files, (out, make_corpus(plan.sizes, seed), plan, seed))
         say("training three models from scratch: the base, and an expert each for facts and arithmetic")
         pool.all([(stages.train_single, (out, name, plan, seed)) for name in (stages.BASE, ARITHMETIC, FACTS)])
         say("scoring the training questions under each of them")
@@ -95,65 +92,6 @@ def _claim(out: Path, plan: Plan, seed: int) -> bool:
         raise CollmError(f"{out} is not empty and holds no demo: choose another folder")
     write_text(path, json.dumps(settings, indent=1))
     return False
-
-
-class _Progress:
-    """Says on stderr what is being done, and since when."""
-
-    def __init__(self, begin: float, console: Console) -> None:
-        self.begin = begin
-        self.console = console
-
-    def __call__(self, what: str) -> None:
-        self.console.print(Text(f"[{time.monotonic() - self.begin:5.0f} s] {what}"), soft_wrap=True, highlight=False)
-
-
-class _Workers:
-    """Runs stages side by side; what the libraries print on the way goes to a log file."""
-
-    def __init__(self, count: int, log: Path) -> None:
-        self.log = log
-        self.pool = (
-            ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread) if count else None
-        )
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def all(self, jobs: list[tuple[Stage, tuple[Any, ...]]]) -> list[Any]:
-        """Results in the order of the jobs; the first error is raised, and what has not begun is dropped."""
-        if self.pool is None:
-            return [_logged(self.log, stage, arguments) for stage, arguments in jobs]
-        futures: list[Future[Any]] = [self.pool.submit(_logged, self.log, *job) for job in jobs]
-        return [future.result() for future in futures]
-
-
-def _one_thread() -> None:
-    """Small models lose time to threads; and sums in another order would be other sums."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _logged(log: Path, stage: Stage, arguments: tuple[Any, ...]) -> Any:
-    with log.open("a") as file, _quiet(file):
-        return stage(*arguments)
-
-
-@contextlib.contextmanager
-def _quiet(file: TextIO) -> Iterator[None]:
-    from datasets.utils.logging import disable_progress_bar as no_dataset_bars
-    from transformers.utils.logging import disable_progress_bar as no_model_bars
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    no_dataset_bars()
-    no_model_bars()
-    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield
 
 
 def _show(out: Path, results: dict[str, Any], console: Console) -> None:
@@ -194,8 +132,8 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
 
 
 def _samples(out: Path, traces: list[Trace]) -> list[Trace]:
-    """The first few of each kind of question, right or wrong as they come."""
+    """The first few of each kind of question, right or wrong as they come; those that need both experts first."""
     by_id = {trace.id: trace for trace in traces}
     examples = load_examples(stages.data_file(out, "test"))
-    first = [[e.id for e in examples if e.fields["kind"] == kind][:SAMPLES_OF_KIND] for kind in KINDS]
+    first = [[e.id for e in examples if e.fields["kind"] == kind][:SAMPLES_OF_KIND] for kind in reversed(KINDS)]
     return [by_id[id] for ids in first for id in ids]

@@ -6,6 +6,7 @@ All of it goes through the package's public interface: `train`, `score`, `calibr
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,16 @@ from collm.sampling_params import SamplingParams
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
 
+logger = logging.getLogger(__name__)
+
 BASE = "base"
+WHO = {BASE: "the base", FACTS: "the facts expert", ARITHMETIC: "the arithmetic expert"}
+LESSONS = {
+    "fiction": "how people ask and answer, from questions about nobody",
+    FACTS: "who lives where, does what, and is how old",
+    "drill": "to add",
+    ARITHMETIC: "to add within a text",
+}
 FORMATS: dict[str, dict[str, Any]] = {BASE: {}, **{name: {"chat_template": ASSISTANT_TEMPLATE} for name in EXPERTS}}
 """How each model is shown the questions while they write together."""
 STAGES = "stages"
@@ -102,6 +112,7 @@ def train_single(out: Path, name: str, plan: Plan, seed: int) -> None:
     }[name]
     start = out / STAGES / f"{name}-untrained"
     for number, (split, schedule) in enumerate(steps, start=1):
+        logger.info("%s: learning %s", WHO[name], LESSONS[split])
         folder = model_folder(out, name) if number == len(steps) else out / STAGES / f"{name}-{split}"
         validation = data_file(out, "validation" if name == BASE else f"{split}-validation")
         train(
@@ -222,13 +233,23 @@ def evaluate_system(out: Path, system: System, plan: Plan, seed: int, params: Ma
 def run_system(out: Path, system: System, followers: Sequence[System], plan: Plan, seed: int) -> list[dict[str, Any]]:
     """Train, calibrate and evaluate one system, then those that defer at random as often as it does."""
     if system.checkpoint not in EXPERTS:
+        logger.info("%s: training", system.name)
         train_system(out, system, plan, seed)
     params: dict[str, Any] = {"deferral": "never"}
     if system.assistants:
+        logger.info("%s: calibrating on %d questions", system.name, plan.sizes.validation)
         calibrate_system(out, system, plan, seed)
         params = {"deferral_rate": best_rate(out, system), "task": TASK}
+    logger.info("%s: answering %d questions", system.name, plan.sizes.test)
     lines = [evaluate_system(out, system, plan, seed, params)]
+    _tell(lines[0])
     for follower in followers:
         at_random = {"deferral": "random", "deferral_rate": lines[0]["deferral_rate"]}
         lines.append(evaluate_system(out, follower, plan, seed, at_random))
+        _tell(lines[-1])
     return lines
+
+
+def _tell(line: Mapping[str, Any]) -> None:
+    asked = f", {line['deferral_rate']:.1%} of the tokens by assistants" if line["deferral_rate"] else ""
+    logger.info("%s: %.1f %% right%s", line["name"], 100 * line["exact_match"], asked)
