@@ -555,6 +555,43 @@ def attention(bench: Bench) -> None:
     bench.note("attention_off", worst)
 
 
+def drawing(bench: Bench) -> None:
+    """Tokens drawn by the kernel against its twin, on this device; they differ where float32 rounds otherwise."""
+    import struct
+
+    from collm.models.paged import plan as planned
+    from collm.models.paged.plan import DRAW, HEAD, LINES, Plan
+    from collm.models.paged.telling import TorchTelling
+
+    telling, count = own_machinery(bench).telling, 64
+    import numpy as np
+
+    numbers = np.zeros(planned.size(count), dtype=np.int32)
+    for n in range(count):
+        how = [(1.0, 1.0, 0), (1.0, 0.9, 0), (0.7, 1.0, 40), (1.3, 0.5, 1000)][n % 4]
+        floats = struct.unpack("ii", struct.pack("ff", *how[:2]))
+        numbers[HEAD:].reshape(LINES, -1)[DRAW:, n] = (n, 1, 0, n, how[2], *floats)
+    plan = Plan(torch.from_numpy(numbers).to(bench.device), count, 16, count)
+    torch.manual_seed(0)
+    vocab = bench.networks["base"].config.vocab_size
+    logits, hidden = torch.randn(count, vocab, device=bench.device) * 3, torch.randn(count, 64, device=bench.device)
+    ways = [way.tell(logits, hidden, None, plan, vocab) for way in (telling, TorchTelling())]
+    same = (ways[0][:, 4] == ways[1][:, 4]).view(-1, 4).float().mean(0).tolist()
+    bench.note(
+        "drawn_like_the_twin",
+        {
+            "plain, top-p, top-k, both": same,
+            "off": float(
+                (ways[0][:, 1:3].contiguous().view(torch.float32) - ways[1][:, 1:3].contiguous().view(torch.float32))
+                .abs()
+                .max()
+            ),
+        },
+    )
+    took = bench.timed(lambda: telling.tell(logits[:16], hidden[:16], None, plan, vocab), 5)
+    bench.note("tell_ms_16_drawn", took)
+
+
 def two_streams(bench: Bench) -> None:
     """Last of those that decode: the models do not go back."""
     decoding(bench, batches=(16,), overlapped=True)
@@ -585,6 +622,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
     ("build", build, 0),
     ("ready", ready, 0),
     ("attention", attention, 5),
+    ("drawing", drawing, 5),
     ("exact", exact, 5),
     ("passes", passes, 5),
     ("decoding", decoding, 10),

@@ -11,6 +11,7 @@ from collm.models.crop_cache import CropCache
 from collm.models.devices import input_device
 from collm.models.kv_pool import KVPool, may_support
 from collm.models.laws import Asked
+from collm.models.paged.plan import CHUNK
 from collm.models.paged.pool import PagedPool
 from collm.models.paged.stepping import Stepper, is_lost
 from collm.models.prefix_cache import Pool
@@ -40,17 +41,20 @@ def pool_serves(lm: PreTrainedModel) -> KVPool | None:
 @torch.inference_mode()
 def paged_serves(lm: PreTrainedModel, pool: PagedPool, stepper: Stepper, vocab_size: int) -> str | None:
     """None if blocks and graphs give this model what a plain pass does; else why they do not serve."""
-    ids, cut = _test_ids(lm), _TEST_TOKENS // 2
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    # Long enough for several chunks of keys, where the model reads so much.
+    tokens = min(CHUNK + _TEST_TOKENS, longest or CHUNK + _TEST_TOKENS)
+    ids, last = _test_ids(lm, tokens), _TEST_TOKENS // 2
     try:
         if not pool.layers or any(layer.heads != pool.layers[0].heads for layer in pool.layers):
             return "its layers store different things"
-        pool.reserve(2, 4, _TEST_TOKENS)
-        expected = _expected(lm)
-        if not _same(_in_pieces(lm, pool), expected, lm):
+        pool.reserve(2, 2 * (tokens // pool.block + 1), tokens)
+        expected = _expected(lm, tokens)
+        if not _same(_in_pieces(lm, pool, tokens), expected, lm):
             return "other hidden states than a plain pass"
-        told = stepper.step([Row(0, cut, _TEST_TOKENS - cut)], ids[cut:], [], Asked.of([]))
-        laws = torch.log_softmax(project(lm, expected[5:])[:, :vocab_size].float(), dim=-1).cpu()
-        answers = [told.answer(n) for n in range(_TEST_TOKENS - cut)]
+        told = stepper.step([Row(0, tokens - last, last)], ids[-last:], [], Asked.of([]))
+        laws = torch.log_softmax(project(lm, expected[-last:])[:, :vocab_size].float(), dim=-1).cpu()
+        answers = list(told.answers(range(last)))
         if any(answer is None for answer in answers):
             return None if bool(laws.isnan().any()) else "predictions that are not numbers"
         found = torch.tensor([answer.top_log_prob for answer in answers if answer is not None])
@@ -62,18 +66,18 @@ def paged_serves(lm: PreTrainedModel, pool: PagedPool, stepper: Stepper, vocab_s
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _expected(lm: PreTrainedModel) -> torch.Tensor:
+def _expected(lm: PreTrainedModel, tokens: int = _TEST_TOKENS) -> torch.Tensor:
     """Hidden states of a plain pass: those of a text's first five tokens, then from its middle on."""
-    ids = torch.tensor([_test_ids(lm)], device=input_device(lm))
+    ids = torch.tensor([_test_ids(lm, tokens)], device=input_device(lm))
     hidden = hidden_states(lm, ids, use_cache=False)[0]
-    return torch.cat([hidden[:5], hidden[_TEST_TOKENS // 2 :]])
+    return torch.cat([hidden[:5], hidden[tokens // 2 :]])
 
 
-def _in_pieces(lm: PreTrainedModel, pool: Pool) -> torch.Tensor:
+def _in_pieces(lm: PreTrainedModel, pool: Pool, tokens: int = _TEST_TOKENS) -> torch.Tensor:
     """The same, over a pool with two slots."""
-    ids, cut = _test_ids(lm), _TEST_TOKENS // 2
+    ids, cut = _test_ids(lm, tokens), tokens // 2
     pool.forward([Row(0, 0, cut + 2)], ids[: cut + 2])
-    return pool.forward([Row(1, 0, 5), Row(0, cut, _TEST_TOKENS - cut)], ids[:5] + ids[cut:])[0]
+    return pool.forward([Row(1, 0, 5), Row(0, cut, tokens - cut)], ids[:5] + ids[cut:])[0]
 
 
 @torch.inference_mode()
@@ -119,9 +123,9 @@ def _crop_serves_together(lm: PreTrainedModel, ids: list[int], expected: torch.T
     return True
 
 
-def _test_ids(lm: PreTrainedModel) -> list[int]:
+def _test_ids(lm: PreTrainedModel, tokens: int = _TEST_TOKENS) -> list[int]:
     vocab = int(lm.config.get_text_config().vocab_size)
-    return [(7 + 13 * i * i) % vocab for i in range(_TEST_TOKENS)]
+    return [(7 + 13 * i * i) % vocab for i in range(tokens)]
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor, lm: PreTrainedModel) -> bool:
