@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -718,7 +719,7 @@ def test_eval_resumes(pair: str, tmp_path: Path) -> None:
 def test_help_names_the_tasks(command: str) -> None:
     from collm.evaluation.task import TASKS
 
-    words = collm(command, "--help").stdout.replace(",", " ").replace(".", " ").split()
+    words = re.findall(r"\w+", collm(command, "--help").stdout)
     assert set(TASKS) <= set(words)
 
 
