@@ -4,8 +4,8 @@
 #     make -f recipes/families/study.mk GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
 #
 # Days on two cores, in steps; each may be stopped at any time and goes on where it was. Everything is chosen on the
-# calibration parts; the test parts are opened once for all systems (`make ... test`). Not run yet: its commands have been
-# looked at (`make -n`), and each has been run for a tiny pair (tests/test_chunk_commands.py).
+# calibration parts; the test parts are opened once for all systems (`make ... test`). Not run yet: its commands were looked
+# at (`make -n`); tests/test_chunk_commands.py runs score, train (the gate), calibrate, oracle and eval for a tiny pair.
 include recipes/common.mk
 MBPP ?= mbpp.jsonl
 WEIGHTS ?= weights
