@@ -110,6 +110,7 @@ def test_what_needs_one_tokenizer_says_so(place: Path) -> None:
     shared = ["--assistant", f"other={place / 'other'}"]
     for arguments in (
         ["generate", pair, "3", *shared, "--deferral", "compose"],
+        ["generate", pair, "3", *shared, "--speculative"],
         ["export", pair, str(place / "e")],
     ):
         done = CliRunner().invoke(main, arguments)

@@ -46,7 +46,12 @@ def test_a_chunk_stands_for_a_token(server: Live) -> None:
 
 @pytest.mark.parametrize(
     ("model", "more"),
-    [("pair", {"prompt": [5, 6]}), ("pair", {"prompt": "a b", "echo": True, "logprobs": 1}), ("one", {"prompt": "a"})],
+    [
+        ("pair", {"prompt": [5, 6]}),
+        ("pair", {"prompt": "a b", "echo": True, "logprobs": 1}),
+        ("one", {"prompt": "a"}),
+        ("pair", {"prompt": "a", "extra_body": {"collm": {"speculative": True}}}),
+    ],
 )
 def test_what_needs_one_tokenizer_is_refused(server: Live, model: str, more: dict[str, object]) -> None:
     with pytest.raises(openai.BadRequestError, match="tokenizer"):

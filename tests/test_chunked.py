@@ -296,6 +296,10 @@ def test_refusals(pair: CollaborativeLM) -> None:
             pair.generate(PROMPT, SamplingParams(deferral=deferral))  # type: ignore[arg-type]
     with pytest.raises(CollmError, match="give stop, the text"):
         pair.generate(PROMPT, SamplingParams(stop_token_ids=(5,)))
+    with pytest.raises(CollmError, match="speculative drafts tokens .* leave it out"):
+        pair.generate(PROMPT, speculative=True)
+    quiet = [pair.generate(PROMPT, max_tokens=4, speculative=said) for said in (None, False)]
+    assert quiet[0].token_ids == quiet[1].token_ids and len(quiet[0].token_ids) == 4
     own = tokenizers()[:2]
     models: list[LanguageModel] = [local(own[0], "base", 0, 1), local(own[1], "one", 1)]
     formatters = [Formatter(t) for t in own]

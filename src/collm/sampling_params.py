@@ -63,9 +63,10 @@ class SamplingParams:
     - `"nudging"`: the assistant writes, and the base where the assistant's largest probability lies below `threshold`
       (0.4 if not given).
 
-    `speculative`: let models draft ahead of one another where that is expected to pay. It changes the speed, never
-    the text. `on_assistant_error`: where an assistant fails, the text ends with `"error"` (`"fail"`), or the base
-    writes the token in its place (`"base"`), which the step tells.
+    `speculative`: let models draft ahead of one another where that is expected to pay; None: if they can (those with
+    different tokenizers cannot, and refuse True). It changes the speed, never the text. `on_assistant_error`: where an
+    assistant fails, the text ends with `"error"` (`"fail"`), or the base writes the token in its place (`"base"`),
+    which the step tells.
     """
 
     max_tokens: int = 256
@@ -82,7 +83,7 @@ class SamplingParams:
     deferral_rate: float | None = None
     task: str | None = None
     """Whose calibration table `deferral_rate` is looked up in; needed only if the checkpoint has several."""
-    speculative: bool = True
+    speculative: bool | None = None
     on_assistant_error: OnAssistantError = "fail"
 
     def __post_init__(self) -> None:
@@ -101,8 +102,10 @@ class SamplingParams:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, not {value!r}")
-        if not isinstance(self.speculative, bool):
-            raise ValueError(f"speculative must be True or False, not {self.speculative!r}")
+        if not isinstance(self.speculative, bool | None):
+            raise ValueError(
+                f"speculative must be True or False, or None where models that can shall, not {self.speculative!r}"
+            )
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be a number, not {self.temperature}")
         if self.max_tokens < 1:

@@ -228,9 +228,9 @@ _drawing = _together(
 _how = _together(
     click.option(
         "--speculative/--no-speculative",
-        default=True,
-        show_default=True,
-        help="Let models draft ahead where that saves time; the text is the same.",
+        default=None,
+        help="Let models draft ahead where that saves time; the text is the same.  "
+        "[default: where they have one tokenizer]",
     ),
     click.option(
         "--on-assistant-error",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from collm.errors import CollmError
@@ -30,12 +30,14 @@ def settings_of(
         leave_out: of `SamplingParams`, what each request says for itself.
     """
     own = isinstance(llm, CollaborativeLM)
+    asked = replace(params, speculative=params.speculative is not False)
     return {
         "models": list(llm.model_names),
         "identity": identity_of(llm, identity),
         "policy": None if policy is None else without_addresses(repr(policy)),
         "alone": alone,
-        **{f"params.{key}": value for key, value in asdict(params).items() if key not in leave_out},
+        # None writes what True does.
+        **{f"params.{key}": value for key, value in asdict(asked).items() if key not in leave_out},
         "decides": _resolved(llm, params) if own and policy is None and alone is None else None,
     }
 

@@ -26,7 +26,7 @@ class Settings(TypedDict, total=False):
     threshold: float | None
     deferral_rate: float | None
     task: str | None
-    speculative: bool
+    speculative: bool | None
     on_assistant_error: OnAssistantError
 
 

@@ -131,7 +131,7 @@ def make_flow(
         return combined(text, params, method, eos)
     if isinstance(method, Nudging):
         return nudging(text, params, method, eos)
-    if params.speculative and "blocks" not in base.lacks:
+    if params.speculative is not False and "blocks" not in base.lacks:
         return speculative(text, params, method, eos, pace)
     return collaborative(text, params, method, eos)
 

@@ -84,6 +84,11 @@ class Sharing:
             raise CollmError(
                 "stop_token_ids are not defined for models with different tokenizers: give stop, the text that ends it"
             )
+        if params.speculative:
+            raise CollmError(
+                "speculative drafts tokens for another model to judge, and these have different tokenizers, and "
+                "write in chunks: leave it out (the text is the same), or take models with one tokenizer"
+            )
         assert isinstance(text, ChunkText)
         policy: Policy = method  # type: ignore[assignment]
         return chunked(text, params, policy, self.end_id), Transcript.of_chunks(self.end, params.stop)
