@@ -24,6 +24,8 @@ from collm.decoding.pace import FixedPace
 from collm.decoding.policies import Threshold
 from collm.decoding.speculative import speculative
 from collm.engine import Engine, Event, Finished, Twin, run
+from collm.engine.passes import answers
+from collm.engine.scheduler import Scheduler
 from collm.engine.twin import Writing
 from collm.errors import CollmError
 from collm.models.fake import FakeModel
@@ -182,8 +184,9 @@ def test_usage_adds_up() -> None:
 class Reading(FakeModel):
     """Knows what it has read of each text, and how much each pass had to read."""
 
-    def __init__(self, name: str = "base", clock: list[float] | None = None) -> None:
+    def __init__(self, name: str = "base", clock: list[float] | None = None, per_token: float = 0.0001) -> None:
         super().__init__(name, V, num_assistants=1 if name == "base" else None)
+        self.per_token = per_token
         self.held: dict[object, int] = {}
         self.passes: list[tuple[int, int]] = []
         self.clock = [0.0] if clock is None else clock
@@ -194,7 +197,7 @@ class Reading(FakeModel):
     def predict(self, queries: Sequence[Query]) -> Replies:
         read = sum(map(self.missing, queries))
         self.passes.append((len(queries), read))
-        self.clock[0] += 0.01 + 0.0001 * read
+        self.clock[0] += 0.01 + self.per_token * read
         for query in queries:
             self.held[query.view] = query.length
         return super().predict(queries)
@@ -237,6 +240,31 @@ def test_a_long_prompt_delays_the_others_by_a_usual_round_at_most() -> None:
     # While nothing is known of what reading costs, the first piece is a guess.
     assert all(delay < 2.2 * usual for delay in delays[1:])
     assert max(model.held.values()) >= 6000, "and it gets on"
+
+
+@pytest.mark.parametrize(("per_token", "most"), [(0.0001, 6), (0.01, 6), (0.1, 17), (1.0, 140)])
+def test_no_piece_comes_near_the_time_out(per_token: float, most: int) -> None:
+    """Alone or beside others, from the first pass on; and a machine that is quick loses one short pass."""
+    for others in (0, 3):
+        clock, timeout = [0.0], 120.0
+        model = Reading(clock=clock, per_token=per_token)
+        found: list[Event] = []
+        scheduler = Scheduler([model], timeout=timeout, clock=lambda: clock[0], post=lambda call: call())  # noqa: B023
+        scheduler.submit(0, *alone(0, [[1] * 4000], SamplingParams(max_tokens=2), EOS), found.append)
+        for n in range(others):
+            own = alone(0, [[2 + n] * 5], SamplingParams(max_tokens=8), EOS)
+            scheduler.submit(1 + n, *own, lambda event: None)
+        [device] = scheduler.devices
+        while scheduler.running or scheduler.waiting:
+            scheduler.admit()
+            batch = scheduler.next_pass(device)
+            assert batch is not None
+            began = clock[0]
+            replies = answers(model, batch.queries)
+            assert clock[0] - began < timeout / 2
+            scheduler.finish(device, batch, replies, clock[0] - began)
+        assert once(found).finish_reason == "length"
+        assert others or len(model.passes) <= most
 
 
 def test_prompts_that_come_together_are_read_together() -> None:

@@ -178,6 +178,16 @@ class Experience:
             return FIRST_PIECE
         return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(cost.usual(decoding) / reading)))
 
+    def readable(self, model: int, decoding: int, seconds: float) -> int:
+        """Tokens of a prompt that take at most so many seconds beside those that decode; at least one."""
+        cost, reading = self.costs.get(model), self.reading.get(model)
+        if reading is None:
+            return SHORTEST_PIECE
+        if reading <= 0:
+            return LONGEST_PIECE
+        anyway = 0.0 if cost is None or not decoding else cost.pass_seconds(decoding)
+        return min(LONGEST_PIECE, max(1, int((seconds - anyway) / reading)))
+
     def knows(self, assistant: int) -> bool:
         return all(model in self.costs and self.costs[model].seen >= 3 for model in (BASE, assistant))
 

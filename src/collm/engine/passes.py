@@ -17,6 +17,9 @@ _log = logging.getLogger(__name__)
 LONG = 64
 """Tokens from which on a query counts as a prompt that is read, not as decoding."""
 
+OF_TIMEOUT = 0.25
+"""The part of the time-out of a pass that one with pieces may be expected to take: a machine's load changes."""
+
 
 class Waiting(NamedTuple):
     """The query of a text that waits for a model: the `place`-th of what its flow asked."""
@@ -51,7 +54,12 @@ class Batch:
 
 
 def plan_pass(
-    number: int, model: LanguageModel, waiting: Sequence[Waiting], others: int, experience: Experience
+    number: int,
+    model: LanguageModel,
+    waiting: Sequence[Waiting],
+    others: int,
+    experience: Experience,
+    timeout: float | None = None,
 ) -> Batch:
     """The next pass of a model: all that decode, and a piece of each prompt.
 
@@ -60,6 +68,8 @@ def plan_pass(
 
     Args:
         others: texts that run and do not wait for this model.
+        timeout: seconds after which the pass is given up: no piece comes near it, and the first, of which nothing is
+            known, is short.
     """
     queries = [each.query for each in waiting]
     sizes = list(map(model.missing, queries))
@@ -71,6 +81,8 @@ def plan_pass(
     tokens = sum(sizes[n] for n in decoding)
     takes = {n: sizes[n] for n in decoding}
     room = max(SHORTEST_PIECE, LONGEST_PIECE - tokens)
+    if timeout is not None:
+        room = min(room, experience.readable(number, tokens, OF_TIMEOUT * timeout))
     piece = experience.reading_tokens(number, tokens) if decoding or others else LONGEST_PIECE
     for n in prompts:
         take = min(sizes[n], piece, room)

@@ -20,7 +20,7 @@ class Queues:
     """A queue for each model that answers in passes; models of one device take turns.
 
     Args:
-        patience: see `Scheduler`.
+        patience, timeout: see `Scheduler`.
         take: what becomes of the answers to a query: the text, the query's place, its answers.
     """
 
@@ -30,6 +30,7 @@ class Queues:
         *,
         experience: Experience,
         patience: float,
+        timeout: float | None,
         clock: Callable[[], float],
         take: Callable[[Running, int, list[Reply]], None],
     ) -> None:
@@ -46,7 +47,7 @@ class Queues:
         self.some_ended = False
         """A text that may stand in a queue has ended."""
         self._models, self._experience = models, experience
-        self._patience = patience
+        self._patience, self._timeout = patience, timeout
         self._clock, self._take = clock, take
 
     def next_pass(self, key: Hashable, num_running: int) -> Batch | None:
@@ -65,7 +66,7 @@ class Queues:
                     dear = partial(dear_seconds, experience=self._experience)
                     number = whose_turn(wanted, device.served, dear, now, self._patience)
                 others = num_running - len(wanted[number])
-                batch = plan_pass(number, self._models[number], wanted[number], others, self._experience)
+                batch = plan_pass(number, self._models[number], wanted[number], others, self._experience, self._timeout)
             except Exception as error:  # what a model says of itself
                 _log.warning("%s failed", self._models[number].name, exc_info=True)
                 self._fail(number, f"{self._models[number].name}: {type(error).__name__}: {error}")
@@ -113,9 +114,10 @@ class Queues:
             for waiting in self.of_model[number] or ():
                 waiting.item.asked = now
 
-    def expire(self, timeout: float) -> None:
+    def expire(self) -> None:
         """Give up passes that have run for too long; what is asked of such a model meanwhile fails at once."""
-        now = self._clock()
+        timeout, now = self._timeout, self._clock()
+        assert timeout is not None
         for device in self.devices.values():
             batch = device.batch
             if batch is None or now - batch.started < timeout:

@@ -59,6 +59,7 @@ class Scheduler:
             self.models,
             experience=self.experience,
             patience=patience,
+            timeout=timeout,
             clock=clock,
             take=self._take,
         )
@@ -79,7 +80,7 @@ class Scheduler:
     def expire(self) -> None:
         """Give up what has not been answered for too long; what is asked of such a model meanwhile fails at once."""
         if self.timeout is not None:
-            self._queues.expire(self.timeout)
+            self._queues.expire()
             self._streams.expire(self.running.values(), self.timeout)
 
     def deadline(self) -> float | None:
