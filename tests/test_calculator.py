@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+import time
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +191,28 @@ def test_several_prefixes_at_once_are_answered_one_by_one() -> None:
             assert answer._replace(law=None) == alone._replace(law=None)
     spoken = "".join(str(tokenizer.decode([a.token_id])) for a in answers if isinstance(a, Answer))
     assert spoken == "101.5"
+
+
+def test_the_example_of_a_tool_writes_the_time(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the tokens of a tokenizer that splits digits and spaces."""
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?class Clock.*?)```", page, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent("  " + found.group(1).lstrip()), names)
+    monkeypatch.setattr(time, "strftime", lambda form: form.replace("%H:%M", "14:07"))
+    clock = names["Clock"](tiny_tokenizer, "clock")
+
+    def says(text: str) -> str | None:
+        [[reply]] = clock.predict([Query.of(tiny_tokenizer.encode(text, add_special_tokens=False))])
+        return None if reply is None else tiny_tokenizer.decode([reply.token_id])
+
+    assert says("Hello.\nThe time") is None
+    assert says("The time is") is None, "a space is the base's"
+    told = "The time is "
+    while (token := says(told)) is not None:
+        told += token
+    assert told == "The time is 14:07"
+    assert says("The time is 15") is None

@@ -20,7 +20,7 @@ from transformers import (
 from collm.models.crop_cache import CropCache
 from collm.models.local import LocalModel
 from collm.types import ForwardPass
-from collm.values import Answer, Query
+from collm.values import Answer, Fault, Query
 from collm.views import Text
 
 SWITCH = 24
@@ -97,3 +97,25 @@ def test_the_same_text_twice_is_no_shared_pass(tiny_tokenizer: PreTrainedTokeniz
     view = Text([[5, 6, 7, 8]]).views[0]
     short, long = model.predict([Query(0, view, 3), Query(0, view, 4, 2)])
     assert agrees(short[0], long[0])
+
+
+def test_memory_is_bounded(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """As a pool's: texts wait until there is room, ended ones make it, and what can never fit is refused."""
+    own = network("stablelm")
+    model = LocalModel(own, tiny_tokenizer, max_cache_tokens=40)
+    plain = LocalModel(own, tiny_tokenizer, cache=False)
+    assert model.max_cache_tokens == 40
+    assert model.fits([20, 20]) and not model.fits([20, 21])
+    texts = [Text([[n + 1] * 12]) for n in range(5)]
+    asked = [Query(0, text.views[0], 12) for text in texts]
+    for found, expected in zip(model.predict(asked), plain.predict(asked), strict=True):
+        assert agrees(found[0], expected[0])
+    one = LocalModel(own, tiny_tokenizer)
+    one.predict(asked[:1])
+    assert model.cache_bytes <= 40 / 12 * one.cache_bytes
+    for text in texts:
+        model.release(text.views[0])
+    [[long], [short]] = model.predict([Query.of([7] * 41), Query.of([7] * 40)])
+    assert isinstance(long, Fault) and "max_cache_tokens=40" in long.reason
+    assert isinstance(short, Answer) and model.cache_bytes <= 40 / 12 * one.cache_bytes
+    assert (LocalModel(own, tiny_tokenizer, max_cache_tokens=0.1).max_cache_tokens or 0) > 40

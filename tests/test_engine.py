@@ -606,6 +606,29 @@ def test_a_closed_engine_ends_its_texts_and_takes_no_more() -> None:
     engine.cancel(0)
 
 
+def test_a_pass_that_never_comes_back_keeps_nobody_waiting_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the driver runs the passes itself."""
+
+    class Here(Hangs):
+        device = "cpu"  # type: ignore[assignment]
+
+    monkeypatch.setattr("collm.engine.engine.PATIENCE_AT_CLOSE", 0.05)
+    model = Here(at=1)
+    engine = Engine([MODELS[0], model])
+    own = [told_by(engine, alone(1, [prompt_of(n)] * 2, SamplingParams(max_tokens=5), EOS))[1] for n in range(2)]
+    while not model.count:
+        time.sleep(0.005)
+    late = told_by(engine, flow(3))[1]
+    engine.close()
+    for events in (*own, late):
+        assert once(read(events)).finish_reason == "cancelled"
+    model.go.set()
+    for thread in engine._driver._threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert all(events.empty() for events in (*own, late)), "nothing comes behind the end"
+
+
 def test_an_engine_that_nobody_holds_stops_its_threads() -> None:
     def threads() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name.startswith("collm")}
@@ -654,6 +677,34 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 """
     assert "fork" in run_python(program)
+
+
+def test_whoever_reads_on_behind_a_fork_is_told() -> None:
+    program = """
+import os
+from conftest import make_tokenizer
+from test_engine import Sleeps
+from collm.data.formatting import Formatter
+from collm.errors import CollmError
+from collm.llm import CollaborativeLM
+llm = CollaborativeLM([Sleeps("base", 0.01), Sleeps("a1", 0.01)], [Formatter(make_tokenizer(chat_template=None))] * 2)
+ways = [llm.stream("a", max_tokens=9), (made for made in llm.generate_each(["a", "a b"], batch_size=1, max_tokens=9))]
+for way in ways:
+    next(way)
+child = os.fork()
+if not child:
+    for way in ways:
+        try:
+            for _ in way:
+                pass
+        except CollmError as error:
+            print(error, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+for way in ways:
+    assert list(way)
+"""
+    assert run_python(program).count("fork") == 2
 
 
 def test_the_interpreter_ends_with_texts_running() -> None:

@@ -104,12 +104,21 @@ class Engine:
         self._driver.call(partial(self._driver.submit, number, flow, text, max_tokens, sink))
         return number
 
+    def require_own_process(self) -> None:
+        """Whoever waits for a text in a process that was forked off would wait for ever.
+
+        Raises:
+            CollmError: saying so.
+        """
+        self._driver.require_own_process()
+
     def cancel(self, number: int) -> None:
         """End a text (`"cancelled"`), wherever it is; nothing happens if it has ended."""
         self._driver.call(partial(self._driver.scheduler.cancel, number), needed=False)
 
     def close(self) -> None:
-        """End all texts (`"cancelled"`) and stop the threads; passes that run are waited for, a few seconds."""
+        """End all texts (`"cancelled"`) and stop the threads; passes that run are waited for, a few seconds, and their
+        texts end then, too, whether or not a pass has come back."""
         self._close()
 
 
@@ -146,15 +155,17 @@ class _Driver:
         self._idle: dict[Hashable, SimpleQueue[Callable[[], None] | None]] = {}
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
+        self._flows = threading.Lock()
+        """Held by whoever touches the texts: the driver, but for the time of a pass that it runs itself."""
         self._process = os.getpid()
         self._stopped = False
 
     def call(self, what: Callable[[], None], *, needed: bool = True) -> None:
         """Do something in the thread that owns the flows, which starts with the first call."""
-        if self._process != os.getpid():
-            if not needed:
-                return
-            raise CollmError("a fork keeps no threads: load the system again in this process")
+        if needed:
+            self.require_own_process()
+        elif self._process != os.getpid():
+            return
         with self._starting:
             if self._stopped:
                 if needed:
@@ -163,6 +174,10 @@ class _Driver:
             self.inbox.put(what)
             if not self._threads:
                 self._start()
+
+    def require_own_process(self) -> None:
+        if self._process != os.getpid():
+            raise CollmError("a fork keeps no threads: load the system again in this process")
 
     def submit(self, number: int, flow: Flow, text: Text, max_tokens: int, sink: Sink) -> None:
         try:
@@ -185,6 +200,12 @@ class _Driver:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
+        if self._flows.acquire(blocking=False):  # the driver has ended, or its pass does not come back
+            try:
+                self._end_all("cancelled", None)
+            finally:
+                self._flows.release()
+            self.inbox.put(_stop)
 
     def _start(self) -> None:
         for device in self.scheduler.devices:
@@ -197,6 +218,10 @@ class _Driver:
             thread.start()
 
     def _drive(self) -> None:
+        with self._flows:
+            self._drive_on()
+
+    def _drive_on(self) -> None:
         reason = None
         try:
             while self._round():
@@ -237,7 +262,12 @@ class _Driver:
                 continue
             if self._alone:
                 self._busy = True
-                scheduler.finish(device, batch, *self._run(batch))
+                self._flows.release()
+                try:
+                    found = self._run(batch)
+                finally:
+                    self._flows.acquire()
+                scheduler.finish(device, batch, *found)
             else:
                 passes.put(partial(self._pass, device, batch))
         return going

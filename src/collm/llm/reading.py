@@ -23,6 +23,7 @@ def finished(
         for _ in writings:
             for i, writing in islice(waiting, max(1, at_a_time) - len(running)):
                 running.add(writing.start(engine, partial(_when_finished, done, (i, writing))))
+            engine.require_own_process()
             i, writing = done.get()
             running.discard(writing.number)
             yield i, writing.generation()
@@ -38,6 +39,7 @@ def chunks(engine: Engine, writing: Writing) -> Iterator[Chunk]:
     try:
         while (chunk := writing.chunk(events.get())).generation is None:
             yield chunk
+            engine.require_own_process()
         yield chunk
     finally:
         engine.cancel(writing.number)

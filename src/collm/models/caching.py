@@ -52,12 +52,10 @@ def caches(
         )
         if found is not None:
             return found
-        if max_tokens is not None:
-            max_tokens = tokens_in(lm, max_tokens) if max_tokens < 1 else int(max_tokens)
-        return SlotCache(KVPool(lm), num_slots, max_tokens, spare_tokens(lm)), None
+        return SlotCache(KVPool(lm), num_slots, _bound(lm, max_tokens), spare_tokens(lm)), None
     cropped = crop_serves(lm)
     if cropped is not None:
-        cropped.num_slots = num_slots
+        cropped.num_slots, cropped.max_tokens = num_slots, _bound(lm, max_tokens)
         return cropped, None
     warnings.warn(
         f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "
@@ -65,6 +63,13 @@ def caches(
         stacklevel=3,
     )
     return None, None
+
+
+def _bound(lm: PreTrainedModel, max_tokens: int | float | None) -> int | None:
+    """In tokens."""
+    if max_tokens is None:
+        return None
+    return tokens_in(lm, max_tokens) if max_tokens < 1 else int(max_tokens)
 
 
 def _paged(

@@ -45,10 +45,14 @@ Wanted = tuple[View, int, int]
 
 
 class CropCache:
-    """The caches of at most `num_slots` texts. `together`: texts may share a pass, as a trial has shown."""
+    """The caches of at most `num_slots` texts, and of `max_tokens` in all, if given.
+
+    `together`: texts may share a pass, as a trial has shown.
+    """
 
     def __init__(self, lm: PreTrainedModel, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.max_tokens: int | None = None
         self.together = False
         self._lm = lm
         self._switches = rope_switches(lm)
@@ -66,6 +70,10 @@ class CropCache:
             if tensor is not None
         )
 
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether texts of so many tokens can be held at once."""
+        return self.max_tokens is None or sum(lengths) <= self.max_tokens
+
     def held(self, view: View) -> int:
         kept = self._kept.get(view)
         return 0 if kept is None else min(kept.held, view.valid_since(kept.rewinds))
@@ -80,7 +88,8 @@ class CropCache:
 
     def read(self, texts: Sequence[Wanted]) -> list[Tensor]:
         """For each text the hidden states `[num_last, H]` of the last of its first `length` tokens; computed is what is
-        not held. No view comes twice."""
+        not held. No view comes twice, and all fit."""
+        self._make_room(texts)
         rows = [self._ready(*text) for text in texts]
         groups: dict[tuple[int, ...], list[int]] = {}
         for n, ((_, length, _), kept) in enumerate(zip(texts, rows, strict=True)):
@@ -102,6 +111,30 @@ class CropCache:
                 self._kept.pop(view, None)
             raise
         return [found[n] for n in range(len(texts))]
+
+    def _make_room(self, texts: Sequence[Wanted]) -> None:
+        """Give up what others have left until these fit."""
+        self._settle_ended()
+        if self.max_tokens is None:
+            return
+        own = {view for view, _, _ in texts}
+        others = [(v, kept.cache.get_seq_length()) for v, kept in self._spare() if v not in own]
+        surplus = sum(length for _, length, _ in texts) + sum(held for _, held in others) - self.max_tokens
+        for view, held in others:
+            if surplus <= 0:
+                return
+            del self._kept[view]
+            surplus -= held
+
+    def _settle_ended(self) -> None:
+        while self._ended:
+            ended = self._kept.get(self._ended.popleft())
+            if ended is not None:
+                ended.ended = True
+
+    def _spare(self) -> list[tuple[View, Kept]]:
+        """Ended texts first; those that nobody has called ended (direct callers) after them."""
+        return sorted(self._kept.items(), key=lambda item: (not item[1].ended, item[1].used))
 
     def _ready(self, view: View, length: int, num_last: int) -> Kept:
         """What a text keeps, rolled back to what of it can be used."""
@@ -162,14 +195,8 @@ class CropCache:
         return hidden
 
     def _of(self, view: View) -> Kept:
-        while self._ended:
-            ended = self._kept.get(self._ended.popleft())
-            if ended is not None:
-                ended.ended = True
         if view not in self._kept:
-            # Ended texts first; those that nobody has called ended (direct callers) after them.
-            spare = sorted((not kept.ended, kept.used, n, v) for n, (v, kept) in enumerate(self._kept.items()))
-            for *_, other in spare[: max(0, len(self._kept) + 1 - self.num_slots)]:
+            for other, _ in self._spare()[: max(0, len(self._kept) + 1 - self.num_slots)]:
                 del self._kept[other]
             # Without the configuration every layer keeps all positions, so that each can be rolled back.
             self._kept[view] = Kept(DynamicCache())

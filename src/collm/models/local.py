@@ -146,10 +146,10 @@ class LocalModel(LanguageModel):
 
     @property
     def max_cache_tokens(self) -> int | None:
-        return self._cache.max_tokens if isinstance(self._cache, PrefixCache) else None
+        return None if self._cache is None else self._cache.max_tokens
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        return not isinstance(self._cache, PrefixCache) or self._cache.fits(lengths)
+        return self._cache is None or self._cache.fits(lengths)
 
     def reserve(self, num_slots: int) -> None:
         """Be ready to keep the caches of this many texts at a time. It never frees what is held."""
@@ -231,15 +231,19 @@ class LocalModel(LanguageModel):
             for batch in self._cache.batches(queries):
                 yield from self._cached(self._cache, batch)
             return
-        # No text twice in a pass of texts together; without caches, each by itself.
-        batch = []
+        # No text twice in a pass of texts together, and as many as fit; without caches, each by itself.
+        together: list[Query] = []
         for query in queries:
-            if batch and (self._cache is None or any(each.view is query.view for each in batch)):
-                yield from self._uncached(batch)
-                batch = []
-            batch.append(query)
-        if batch:
-            yield from self._uncached(batch)
+            if together and (
+                self._cache is None
+                or any(each.view is query.view for each in together)
+                or not self.fits([each.length for each in [*together, query]])
+            ):
+                yield from self._uncached(together)
+                together = []
+            together.append(query)
+        if together:
+            yield from self._uncached(together)
 
     def _too_long(self, query: Query) -> Fault | None:
         if self._context_length is not None and query.length > self._context_length:
@@ -248,9 +252,8 @@ class LocalModel(LanguageModel):
                 "shorten the prompt"
             )
         if not self.fits([query.length]):
-            assert isinstance(self._cache, PrefixCache)
             return Fault(
-                f"{self._name}: {query.length} tokens do not fit into max_cache_tokens={self._cache.max_tokens}; "
+                f"{self._name}: {query.length} tokens do not fit into max_cache_tokens={self.max_cache_tokens}; "
                 f"raise it to at least {query.length}"
             )
         return None
