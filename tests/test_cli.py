@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.cli import main
@@ -238,7 +239,9 @@ def test_pickled_weights_are_refused(world: Path, tmp_path: Path) -> None:
     refused(collm("score", "data.jsonl", "--model", "pickled", "--out", tmp_path / "s"), "pickled", "safetensors")
 
 
-def test_other_tokenizer_is_refused(world: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_another_tokenizer_is_scored_in_chunks(
+    world: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
     from conftest import make_tokenizer
 
     tiny_model(vocab_size=290).save_pretrained(tmp_path / "foreign")
@@ -246,7 +249,10 @@ def test_other_tokenizer_is_refused(world: Path, tmp_path: Path, tiny_model: Cal
     result = collm(
         "score", "data.jsonl", "--model", tmp_path / "foreign", "--base", "base", "--out", tmp_path / "scores"
     )
-    refused(result, "tokenizer", "family")
+    assert result.exit_code == 0, result.output
+    assert "chunks scored" in result.stdout
+    rows = Dataset.load_from_disk(str(tmp_path / "scores"))
+    assert all(row["chunk_start"][0] == 0 and len(row["chunk_start"]) == len(row["log_score"]) for row in rows)
 
 
 def test_debug_shows_the_traceback(world: Path, tmp_path: Path) -> None:
@@ -422,7 +428,9 @@ def test_train_from_scores_alone(world: Path, tmp_path: Path, far_away: dict[str
         assert result.exit_code == 0, result.output
         # Neither has learned anything: the helper is right nowhere.
         assert "warning: no token is labelled to be deferred" in result.stderr and "init.method b" in result.stderr
-        infos.append(json.loads(Path(name, "collm.json").read_text())["assistants"][0])
+        info = json.loads(Path(name, "collm.json").read_text())["assistants"][0]
+        assert info.pop("place") == (None if assistant is far_away else "../helper")
+        infos.append(info)
         gates.append(Path(name, "gate.safetensors").read_bytes())
     assert gates[0] == gates[1]
     assert {**infos[0], "spec": "helper"} == infos[1] and infos[0]["weights_fingerprint"]

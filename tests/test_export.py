@@ -180,9 +180,9 @@ def test_half_precision_tells_what_it_costs(tmp_path: Path) -> None:
 def test_architectures_that_change_their_logits_are_refused(
     tmp_path: Path, kind: str, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import conftest
+    import tiny
 
-    monkeypatch.setitem(conftest.CONFIGS, kind, settings)
+    monkeypatch.setitem(tiny.CONFIGS, kind, settings)
     ckpt = checkpoint(tmp_path / "ckpt", make_model(kind))
     with pytest.raises(CollmError, match=message):
         export(ckpt, tmp_path / "out")
