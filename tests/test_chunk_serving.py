@@ -36,8 +36,10 @@ def test_a_chunk_stands_for_a_token(server: Live) -> None:
     )
     [choice] = answer.choices
     assert choice.message.content == here.text and answer.usage.completion_tokens == 16
+    assert all(step.data is not None and sum(step.token_lengths) == len(step.data) for step in here.steps)
     told = choice.model_extra["collm"]["tokens"]
     assert sum(len(each["token_ids"]) for each in told) == 16
+    assert [tuple(each["token_texts"]) for each in told] == [step.token_pieces for step in here.steps]
     assert [each["author"] for each in told] == [here.model_names[step.author] for step in here.steps]
     found = choice.logprobs.content
     assert [each.logprob for each in found] == pytest.approx([step.log_prob for step in here.steps], abs=1e-3)

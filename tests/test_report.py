@@ -23,7 +23,7 @@ from collm.report.pages import source
 from collm.report.plots import curve_chart, curve_csv, curve_svg, save_curve
 from collm.report.systems import SystemRow, systems_table
 from collm.report.terminal import coloured, legend, plain, print_generation, print_traces, summary
-from collm.report.trace import Trace
+from collm.report.trace import Trace, trace_from_dict, trace_to_dict
 from collm.types import Generation, Step, Usage
 
 NASTY = '</span></script><script>alert("x")</script>&amp;\x1b[31m\u202e'
@@ -101,6 +101,21 @@ def test_the_page_tells_author_gate_log_prob_and_the_base_token() -> None:
     assert json.loads(article["data-models"] or "") == ["base", "calc"]
     assert "right" in (article["class"] or "")
     assert "#### 504" in "".join(page.text)
+
+
+def test_a_chunk_tells_its_tokens() -> None:
+    pieces = ["\u202eG", "r\ufffd", '\ufffd"<', "\n"]
+    data = [b"\xe2\x80\xaeG", b"r\xc3", b'\xb6"<', b"\n"]
+    chunk = Step(5, 1, -1.0, token_ids=(5, 6, 7, 8), data=b"".join(data), token_lengths=tuple(map(len, data)))
+    assert list(chunk.token_pieces) == pieces
+    single = Step(5, 0, -1.0, token_ids=(5,), data=b"a", token_lengths=(1,))
+    text = b"".join(data).decode()
+    written = Generation(text + "a", (chunk, single), (text, "a"), "stop", 1, ("base", "calc"))
+    trace = Trace("a", written, "p")
+    assert trace_from_dict(json.loads(json.dumps(trace_to_dict(trace)))).generation.steps == written.steps
+    [many, one] = PageReader(html_report([trace])).tokens()
+    assert many["data-c"] == "4" and json.loads(many["data-k"] or "") == ["\\x202eG", *pieces[1:]]
+    assert "data-c" not in one and "data-k" not in one
 
 
 def test_the_page_loads_nothing_and_escapes_everything() -> None:

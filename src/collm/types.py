@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 BASE = 0
@@ -48,8 +49,8 @@ class Step:
     the law of `log_prob`, with their log-probabilities, best first.
 
     A chunk (`collm.cuts`) has its bytes in `data` (empty for the end of a text) and the base's tokens for it in
-    `token_ids`, of which `token_id` is the first; `log_prob` is that of the whole chunk, with its closing factors, and
-    `gate`, `base_token_id` and `signal` are those at its beginning.
+    `token_ids`, of which `token_id` is the first (`token_lengths`: how many bytes each has). `log_prob` is that of the
+    whole chunk, with its closing factors, and `gate`, `base_token_id` and `signal` are those at its beginning.
 
     How it came about, in speculative decoding: `draft` is `"accepted"` if the token had been drafted before its author
     was asked (or before the gate of its position was known) and stands, `"recovered"` if another one had been drafted;
@@ -69,6 +70,14 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()
     token_ids: tuple[int, ...] = ()
     data: bytes | None = None
+    token_lengths: tuple[int, ...] = ()
+
+    @property
+    def token_pieces(self) -> tuple[str, ...]:
+        """The texts of `token_ids` of a chunk; of one that holds a part of a character, with a sign for it."""
+        data, ends = self.data or b"", accumulate(self.token_lengths)
+        spans = zip(ends, self.token_lengths, strict=True)
+        return tuple(data[end - length : end].decode(errors="replace") for end, length in spans)
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:

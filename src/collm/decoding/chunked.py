@@ -196,5 +196,6 @@ def _settle(text: ChunkText, writers: Writers, written: Written, room: int, end_
         top=answer.top if author == BASE else (),
         token_ids=token_ids,
         data=data,
+        token_lengths=tuple(len(base.pieces[token_id] or b"") for token_id in token_ids),
     )
     return step, holds

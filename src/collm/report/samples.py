@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 from markupsafe import Markup, escape
@@ -45,6 +46,9 @@ def _token(step: Step, piece: str, base: str | None) -> Markup:
         data.append(f'style="--g:{1 - step.gate[0]:.3f}"')
     if len(step.token_ids) > 1:
         data.append(f'data-c="{len(step.token_ids)}"')
+        if step.token_lengths:
+            pieces = json.dumps([printable(each) for each in step.token_pieces], ensure_ascii=False)
+            data.append(f'data-k="{escape(pieces)}"')
     if step.changed and base is not None:
         data.append(f'data-b="{text(base)}"')
     shown = str(text(piece))

@@ -4,7 +4,8 @@
      "steps": [{"piece", "token_id", "author", "log_prob", "gate", "changed", "abstained", "fault", "draft",
      "discarded", "base_token_id", "base_piece"}], "score", "answer", "gold", "seconds"}
 
-Where models have different tokenizers a step is a chunk, and has "token_ids", the base's, too.
+Where models have different tokenizers a step is a chunk, and has "token_ids", the base's, and "token_lengths", their
+bytes, too.
 `log_prob` is null where it is -inf (JSON has no infinity). A line that is an object with the key `collm_run` is the
 header of a run; readers of traces skip it.
 """
@@ -72,7 +73,7 @@ def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ..
             "base_token_id": step.base_token_id,
             "base_piece": base,
             # What a chunk is made of; what few texts have is left out of the others.
-            **({} if step.data is None else {"token_ids": list(step.token_ids)}),
+            **({} if step.data is None else _tokens(step)),
         }
         for step, piece, base in zip(generation.steps, generation.pieces, bases, strict=True)
     ]
@@ -85,6 +86,10 @@ def generation_to_dict(generation: Generation, base_pieces: tuple[str | None, ..
         "error": generation.error,
         "steps": steps,
     }
+
+
+def _tokens(step: Step) -> dict[str, Any]:
+    return {"token_ids": list(step.token_ids), "token_lengths": list(step.token_lengths)}
 
 
 def trace_to_dict(trace: Trace) -> dict[str, Any]:
@@ -110,6 +115,7 @@ def trace_from_dict(row: Mapping[str, Any]) -> Trace:
             signal=step.get("signal"),
             token_ids=tuple(int(each) for each in step.get("token_ids", ())),
             data=str(step["piece"]).encode() if "token_ids" in step else None,
+            token_lengths=tuple(int(each) for each in step.get("token_lengths", ())),
         )
         for step in row["steps"]
     )

@@ -181,7 +181,7 @@ def told_tokens(tokens: Sequence[Token], names: Sequence[str], texts: TokenTexts
             "draft": step.draft or None,
         }
         if step.data is not None:
-            one["token_ids"] = list(step.token_ids)
+            one["token_ids"], one["token_texts"] = list(step.token_ids), list(step.token_pieces)
         if step.changed and step.base_token_id is not None:
             one["base_text"] = texts(step.base_token_id)
         if step.abstained:

@@ -5,8 +5,9 @@
    A text is an element `.written` with spans `.t`; it or an element around it has `data-models`, a JSON list of the
    models' names, the base first. Of a span: `data-a` number of the author (0, the base, if it is missing), `data-l`
    log-probability, `data-g` the gate (a chance for each model, the base first, with spaces between), `data-b` what the
-   base would have written, `data-c` of how many of the base's tokens a chunk is, `data-p` the piece itself where it is
-   shown otherwise, `data-d` what became of a draft, `data-f` why an assistant gave no answer, `data-o` what each model would have written. Classes: `changed`, `back` (the assistant gave no answer). */
+   base would have written, `data-c` of how many of the base's tokens a chunk is, `data-k` these (a JSON list), `data-p` the
+   piece itself where it is shown otherwise, `data-d` what became of a draft, `data-f` why an assistant gave no answer,
+   `data-o` what each model would have written. Classes: `changed`, `back` (the assistant gave no answer). */
 const collmTokens = (() => {
   const COLOURS = 6;
   let panel = null;
@@ -46,7 +47,10 @@ const collmTokens = (() => {
     if (data.b !== undefined && !data.o) panel.append(element("div", "what", models[0] + " would have written " + quoted(data.b)));
     if (token.classList.contains("back")) panel.append(element("div", "what", "deferred, but the assistant gave no answer"));
     if (data.f) panel.append(element("div", "what", data.f));
-    if (data.c) panel.append(element("div", "what", "a chunk of " + data.c + " tokens of " + models[0]));
+    if (data.c) {
+      const tokens = data.k ? ": " + JSON.parse(data.k).map(quoted).join(" ") : "";
+      panel.append(element("div", "what", "a chunk of " + data.c + " tokens of " + models[0] + tokens));
+    }
     if (data.d) panel.append(element("div", "what", "drafted ahead, and " + data.d));
     if (data.o) panel.append(would(models, JSON.parse(data.o)));
     if (!data.g) return;
@@ -149,7 +153,7 @@ const collmTokens = (() => {
   }
 
   /** A span `.t` of the fields of a token, as the program writes them: piece, author, log_prob, gate, base_piece, changed,
-      abstained, draft, fault. */
+      abstained, draft, fault, token_pieces (of a chunk). */
   function make(fields) {
     const token = element("span", ["t", author(fields.author || 0)].filter(Boolean).join(" "), fields.piece);
     token.classList.toggle("changed", Boolean(fields.changed));
@@ -160,7 +164,10 @@ const collmTokens = (() => {
       token.dataset.g = fields.gate.join(" ");
       token.style.setProperty("--g", 1 - fields.gate[0]);
     }
-    if (fields.token_ids && fields.token_ids.length > 1) token.dataset.c = fields.token_ids.length;
+    if (fields.token_pieces && fields.token_pieces.length > 1) {
+      token.dataset.c = fields.token_pieces.length;
+      token.dataset.k = JSON.stringify(fields.token_pieces);
+    }
     if (fields.draft) token.dataset.d = fields.draft;
     if (fields.fault) token.dataset.f = fields.fault;
     if (fields.changed && fields.base_piece != null) token.dataset.b = fields.base_piece;

@@ -83,6 +83,7 @@ export class Answer {
       piece: token.text, author: this.names.indexOf(token.author), log_prob: token.log_prob,
       gate: token.gate && this.names.map((name) => token.gate[name]), base_piece: token.base_text,
       changed: token.base_text !== undefined, abstained: token.abstained, draft: token.draft, fault: token.fault,
+      token_pieces: token.token_texts,
     };
   }
 
