@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,32 @@ class Token:
     text: str
     offset: int
     shown: bool = True
+
+    @property
+    def parts(self) -> list[Part]:
+        """The base's tokens that a chunk is made of, as far as it is shown; a token is its own only part. The first has
+        the log-probability of the whole, the others have none."""
+        data, whole, ends = self.text.encode(), self.step.data or b"", list(accumulate(self.step.token_lengths))
+        # A chunk that is cut off has lost tokens; one with bytes that are no text has them, whatever is shown.
+        is_cut = 0 < len(data) < len(whole) and whole.startswith(data)
+        starts = [0, *(end for end in ends[:-1] if end < len(data) or not is_cut)]
+        return [
+            Part(data[start:end], self.offset + len(data[:start].decode(errors="ignore")), not start)
+            for start, end in zip(starts, [*starts[1:], None], strict=True)
+        ]
+
+
+class Part(NamedTuple):
+    """`offset`: in characters, where it begins."""
+
+    data: bytes
+    offset: int
+    first: bool
+
+    @property
+    def text(self) -> str:
+        """With a sign for a character of which it holds a part."""
+        return self.data.decode(errors="replace")
 
 
 class Telling:
@@ -107,16 +134,21 @@ def number(log_prob: float) -> float:
 def chat_log_probs(tokens: Sequence[Token], texts: TokenTexts, num_top: int) -> dict[str, Any]:
     """The `logprobs` of a chat choice."""
 
-    def entry(text: str, log_prob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": number(log_prob), "bytes": list(text.encode())}
+    def entry(text: str, data: bytes, log_prob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": None if log_prob is None else number(log_prob), "bytes": list(data)}
+
+    def top(found: Top) -> list[dict[str, Any]]:
+        told = [(texts(token_id), value) for token_id, value in found]
+        return [entry(text, text.encode(), value) for text, value in told]
 
     content = [
         {
-            **entry(each.text, each.step.log_prob),
-            "top_logprobs": [entry(texts(token_id), value) for token_id, value in each.step.top[:num_top]],
+            **entry(part.text, part.data, each.step.log_prob if part.first else None),
+            "top_logprobs": top(each.step.top[:num_top]) if part.first else [],
         }
         for each in tokens
         if each.shown
+        for part in each.parts
     ]
     return {"content": content, "refusal": None}
 
@@ -163,7 +195,9 @@ def completion_log_probs(tokens: Sequence[Token], texts: TokenTexts, num_top: in
         if each.shown:
             step = each.step
             top = top_dict(step.token_id, step.log_prob, step.top[:num_top], texts)
-            found.add(each.text, offset + each.offset, step.log_prob, top)
+            for part in each.parts:
+                told = (step.log_prob, top) if part.first else (None, None)
+                found.add(part.text, offset + part.offset, *told)
     return found.to_json()
 
 
