@@ -97,6 +97,7 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["generate", "pair", "x"], 1, "the assistant 'expert' is missing; give --assistant expert=SPEC"),
     (["generate", "pair", "x", "--assistant", "nobody=base"], 1, "no assistant called nobody; its assistants are"),
     (["generate", "pair", "x", *EXPERT, "--base", "./gone"], 1, "./gone: there is no such folder"),
+    (["generate", "runs/gone", "x"], 1, "runs/gone: there is no such folder; a model is"),
     (["generate", "pair", "x", "--assistant", "expert=gone.gguf"], 1, "gone.gguf: there is no such GGUF file"),
     (["generate", "mute", "x", "--alone", "base"], 1, "mute has no chat template, which a question needs: with --raw"),
     (["generate", ".", "x", "--alone", "base"], 1, ". is a folder without a model"),

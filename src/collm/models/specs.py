@@ -134,8 +134,9 @@ def locate(spec: str) -> str | Path:
         raise CollmError(f"{spec!r} is a tool, not a model with weights; it can only be an assistant")
     if Path(spec).is_dir():
         return spec
-    # A hub id has two parts as well; where the first is a folder here, a mistyped path is likelier.
-    if spec.startswith((".", "/", "~")) or spec.count("/") > 1 or ("/" in spec and Path(spec).parent.is_dir()):
+    # A hub id has two parts as well; a mistyped path is likelier where the first is a folder here, or one of ours.
+    here = spec.startswith((".", "/", "~", "runs/", "pretrained/", "weights/"))
+    if here or spec.count("/") > 1 or ("/" in spec and Path(spec).parent.is_dir()):
         raise CollmError(f"{spec}: there is no such folder; a model is a Hugging Face folder, a hub id or a .gguf file")
     return spec
 
