@@ -17,6 +17,7 @@ TESTED ?= 150
 TRIED ?= 60
 
 DATA := data/families
+include recipes/qwen/data.mk
 RUNS := runs/families
 TASKS := gsm8k mbpp
 ASSISTANTS := half large
@@ -43,22 +44,6 @@ $(HAVE):
 	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS)
 
 data: $(TASKS:%=$(DATA)/%/train.jsonl)
-
-# The parts of recipes/qwen, so that the two studies compare.
-$(DATA)/gsm8k/train.jsonl:
-	$(call want,GSM8K)
-	mkdir -p $(DATA)/gsm8k
-	head -n 1400 $(GSM8K) > $(DATA)/gsm8k-first.jsonl
-	tail -n +1701 $(GSM8K) | head -n 1000 > $(DATA)/gsm8k-later.jsonl
-	$(COLLM) prepare gsm8k $(DATA)/gsm8k-later.jsonl --out $(DATA)/gsm8k --parts test
-	$(COLLM) prepare gsm8k $(DATA)/gsm8k-first.jsonl --out $(DATA)/gsm8k --parts train=0.7,calibration=0.1,spent=0.2
-
-$(DATA)/mbpp/train.jsonl:
-	$(call want,MBPP)
-	$(COLLM) prepare mbpp $(MBPP) --out $(DATA)/mbpp-all
-	mkdir -p $(DATA)/mbpp
-	cp $(DATA)/mbpp-all/validation.jsonl $(DATA)/mbpp/calibration.jsonl
-	cp $(DATA)/mbpp-all/test.jsonl $(DATA)/mbpp-all/train.jsonl $(DATA)/mbpp
 
 # In what pieces the models can take turns. $(1): a task, $(2): an assistant
 define cuts_of
