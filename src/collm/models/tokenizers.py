@@ -77,15 +77,21 @@ def difference(
     other: PreTrainedTokenizerBase,
     names: tuple[str, str] = ("the base", "the assistant"),
 ) -> str | None:
-    """What tells two tokenizers apart, first of all; None if they mean the same text by the same token ids."""
-    if tokenizer_fingerprint(base) == tokenizer_fingerprint(other):
-        return None
-    return _difference(base, other, names)
-
-
-def _difference(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> str | None:
-    """What tells two tokenizers apart, first of all; None if it is but some marks behind the tokens they share."""
+    """What tells two tokenizers apart, first of all; None if they mean the same text by the same token ids, but for
+    some marks behind the tokens they share."""
     ours, theirs = _vocabulary(base), _vocabulary(other)
+    if ours != theirs:
+        found = _other_token(ours, theirs, names)
+        if found is not None:
+            return found
+    for probe in PROBES:
+        if _encode(base, probe) != _encode(other, probe):
+            return f"the same vocabulary, but {probe[:40]!r} is split in another way"
+    return None
+
+
+def _other_token(ours: dict[str, int], theirs: dict[str, int], names: tuple[str, str]) -> str | None:
+    """The first token that stands for another number, or for none, in one of the vocabularies."""
     last = max((number for token, number in ours.items() if theirs.get(token) == number), default=-1)
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != number and (token in theirs or not _is_mark(token, number, last)):
@@ -94,9 +100,6 @@ def _difference(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, n
     for token, number in sorted(theirs.items(), key=lambda item: item[1]):
         if token not in ours and not _is_mark(token, number, last):
             return f"token {token!r} ({number}) is not in {names[0]}'s vocabulary"
-    for probe in PROBES:
-        if _encode(base, probe) != _encode(other, probe):
-            return f"the same vocabulary, but {probe[:40]!r} is split in another way"
     return None
 
 
