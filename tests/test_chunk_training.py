@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from chunk_toys import byte_level
 from conftest import make_model, make_tokenizer
+from launching import on_two_processes
 from test_training import KILL_AT_SAVE, TWO_PROCESSES, assert_same_weights, log_of
 
 from collm.data.chunk_scoring import score_chunks
@@ -162,18 +161,7 @@ def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4, "save_minutes": 1e-9})))
     script = workplace / "two.py"
     script.write_text(TWO_PROCESSES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(script), str(path)]
-        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE))
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()[-3000:]
+    on_two_processes([sys.executable, str(script), str(path)])
     assert_same_weights(full, workplace / "two", atol=1e-5)
     assert log_of(workplace / "two", "eval_nll") == pytest.approx(log_of(full, "eval_nll"), abs=1e-5)
 

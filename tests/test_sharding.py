@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from launching import on_two_processes
 from safetensors.torch import load_file
 
 from collm.models.checkpoint import load_base
@@ -89,27 +87,19 @@ def recipe(workplace: Path, out: str, base: dict[str, Any], **changes: Any) -> d
     }
 
 
-def on_two_processes(workplace: Path, values: dict[str, Any], kind: str, killed_at: int = 0) -> None:
+def train_sharded(workplace: Path, values: dict[str, Any], kind: str, killed_at: int = 0) -> None:
     path = workplace / "two.yaml"
     path.write_text(json.dumps(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": kind}
-        environment |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
-        command = [sys.executable, "-c", WORKER, str(path), str(killed_at)]
-        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE))
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=600)
-            assert process.returncode == (-signal.SIGKILL if killed_at else 0), errors.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    on_two_processes(
+        [sys.executable, "-c", WORKER, str(path), str(killed_at)],
+        timeout=600,
+        code=-signal.SIGKILL if killed_at else 0,
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+        FSDP_STATE_DICT_TYPE=kind,
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+    )
 
 
 def test_killed_and_resumed_equals_one_process(workplace: Path) -> None:
@@ -118,14 +108,14 @@ def test_killed_and_resumed_equals_one_process(workplace: Path) -> None:
     one = train(parse_recipe(recipe(workplace, "one", base)), progress=False)
     values = recipe(workplace, "two", base, training={"batch_size": 4, "save_minutes": 1e-9})
     step = random.choice([2, 3, 4])
-    on_two_processes(workplace, values, "SHARDED_STATE_DICT", killed_at=step)
+    train_sharded(workplace, values, "SHARDED_STATE_DICT", killed_at=step)
     out = workplace / "two"
     checkpoints = list((out / "checkpoints").iterdir())
     assert checkpoints, f"killed at {step}"
     for checkpoint in checkpoints:  # each is one of ours: whole, and decodes
         model, head, _, info = load_base(checkpoint)
         assert head is not None and info.base_fingerprint == weights_fingerprint(model)
-    on_two_processes(workplace, values, "SHARDED_STATE_DICT")
+    train_sharded(workplace, values, "SHARDED_STATE_DICT")
     for name in ("model.safetensors", "gate.safetensors"):
         left, right = load_file(one / name), load_file(out / name)
         assert left.keys() == right.keys()
@@ -144,7 +134,7 @@ def test_adapters_of_a_bfloat16_base(workplace: Path, base: dict[str, Any]) -> N
     settings = {"tune": "lora", "lora": {"r": 4, "dropout": 0.0}}
     one = train(parse_recipe(recipe(workplace, "lora1", base, training={"bf16": True}, **settings)), progress=False)
     values = recipe(workplace, "lora2", base, training={"bf16": True, "batch_size": 4}, **settings)
-    on_two_processes(workplace, values, "FULL_STATE_DICT")
+    train_sharded(workplace, values, "FULL_STATE_DICT")
     two = workplace / "lora2"
     for name in ("adapter_model.safetensors", "gate.safetensors"):
         left, right = load_file(one / name), load_file(two / name)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import on_two_processes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -249,18 +248,7 @@ def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4, "save_minutes": 1e-9})))
     script = workplace / "two.py"
     script.write_text(TWO_PROCESSES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(script), str(path)]
-        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE))
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()[-3000:]
+    on_two_processes([sys.executable, str(script), str(path)])
     assert Path(f"{path}.claims").read_text() == "0"  # one process prepares, the other waits
     assert_same_weights(full, workplace / "two", atol=1e-5)
     assert log_of(workplace / "two", "eval_nll") == pytest.approx(log_of(full, "eval_nll"), abs=1e-5)
