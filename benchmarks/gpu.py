@@ -62,6 +62,10 @@ DEMANDS: dict[str, tuple[str, float]] = {
 """Ratios, but for the last: pass times over the bandwidth bound, tokens a second over others."""
 
 
+class Unready(Exception):
+    """Nothing that follows would measure what it is to measure."""
+
+
 class Bench:
     """What the sections share: the pair, what was found, and how much time is left."""
 
@@ -73,6 +77,7 @@ class Bench:
         self.networks: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
         self.bandwidth = 0.0
+        self.ready = True
         out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -99,10 +104,14 @@ class Bench:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 work(self)
-            self.found["warnings"] += sorted({str(each.message)[:300] for each in told})[:10]
+            said = sorted({str(each.message)[:300] for each in told})[:10]
+            self.found["warnings"] += said
+            for each in said:
+                print(f"warning: {each}", flush=True)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
+            self.ready &= not isinstance(error, Unready)
             self.found["errors"][name] = "".join(traceback.format_exception(error))[-3000:]
             print(f"!! {name}: {error!r}", flush=True)
         self.found["took"][name] = round(time.perf_counter() - began, 1)
@@ -206,12 +215,16 @@ def own_machinery(bench: Bench, **changed: Any) -> Any:
     return Machinery(**values)
 
 
-def loaded(bench: Bench, name: str, *, tokens: int = 16 * 1024, slots: int = 16, **changed: Any) -> Any:
+def loaded(
+    bench: Bench, name: str, *, tokens: int = 16 * 1024, slots: int = 16, network: Any = None, cache: bool = True,
+    **changed: Any,
+) -> Any:  # fmt: skip
+    """A model of the pair, or another `network` in its place; without `cache` its plain twin."""
     from collm.bench.synthetic import make_tokenizer
     from collm.models.head import DeferralHead
     from collm.models.local import LocalModel
 
-    network = bench.networks[name]
+    network = bench.networks[name] if network is None else network
     head = None
     if name == "base":
         head = DeferralHead(network.config.hidden_size, 1).to(bench.device)
@@ -222,7 +235,7 @@ def loaded(bench: Bench, name: str, *, tokens: int = 16 * 1024, slots: int = 16,
             return frozenset()
 
     tokenizer = make_tokenizer(network.config.vocab_size)
-    return Endless(network, tokenizer, head, name=name, num_slots=slots, max_cache_tokens=tokens,
+    return Endless(network, tokenizer, head, name=name, num_slots=slots, max_cache_tokens=tokens, cache=cache,
                    machinery=own_machinery(bench, **changed))  # fmt: skip
 
 
@@ -239,6 +252,8 @@ def ready(bench: Bench) -> None:
         bench.note(f"ready.{name}", {"trial_s": tried, "graphs_s": captured, "graphs": list(stepper.buckets),
                                      "body": type(bench.models[name]._cache._pool.body).__name__})  # fmt: skip
     bench.ratio("ready_seconds", total)
+    if not all(model._stepper and model._stepper.buckets for model in bench.models.values()):
+        raise Unready("there are no graphs; the warnings say why")
     if bench.cuda:
         bench.note("memory_gb", torch.cuda.memory_reserved(bench.device) / 1e9)
 
@@ -256,6 +271,8 @@ def bound(bench: Bench, name: str, keys: int = 0) -> float:
 def emptied(model: Any) -> None:
     """Nothing is in the caches any more, and graphs stay."""
     cache = model._cache
+    if cache is None:
+        return
     with model._network.lock:
         cache.slots, cache._places = [], {}
         cache._ended.clear()
@@ -341,7 +358,7 @@ def write(bench: Bench, engine: Any, batch: int, limit: int, how: str, seed: int
     from collm.sampling_params import SamplingParams
     from collm.views import Text
 
-    vocab = bench.networks["base"].config.vocab_size
+    vocab = engine.models[0].model.config.vocab_size
     done: SimpleQueue[Any] = SimpleQueue()
     eos = [frozenset[int]()] * len(engine.models)
     spent = [0.0]
@@ -385,7 +402,7 @@ def decoding(bench: Bench, batches: Sequence[int] = (1, 16), overlapped: bool = 
     """Tokens a second of the whole engine: each alone, the pair plain and speculative."""
     from collm.engine import Engine
 
-    limit, rounds = (128, 2) if bench.cuda else (6, 1)
+    limit, rounds = (128, 3) if bench.cuda else (6, 1)
     models = [bench.models["base"], bench.models["assistant"]]
     if overlapped:
         for model in models:
@@ -498,7 +515,7 @@ def by_modules(bench: Bench) -> None:
 
 
 def exact(bench: Bench) -> None:
-    """Log-probabilities in this precision against the modules' without a cache, and texts of the pair in float32."""
+    """Log-probabilities in this precision against the modules' without a cache."""
     from collm.values import Query
 
     vocab = bench.networks["base"].config.vocab_size
@@ -516,6 +533,58 @@ def exact(bench: Bench) -> None:
         off_entropy = max(abs(a.entropy - e) for a, e in zip(found, entropies, strict=True))
         told = {"top_log_prob_off": float(off.max()), "same_top": sum(same) / len(same), "entropy_off": off_entropy}
         bench.note(f"exact.{name}", told)
+
+
+def texts(bench: Bench) -> None:
+    """Small models in float32: what graphs and kernels write, against the twin that recomputes every token."""
+    from collm.bench.synthetic import Shape, make_model
+    from collm.engine import Engine
+
+    shape, limit = Shape(256, 512, 2, 8, 2, 1000), 32 if bench.cuda else 6
+    networks = {
+        name: make_model(shape, extra, dtype="float32", device=str(bench.device))
+        for name, extra in (("base", 0), ("assistant", 2))
+    }
+    written = {}
+    for cache in (True, False):
+        models = [loaded(bench, name, network=network, cache=cache) for name, network in networks.items()]
+        engine = Engine(models, max_num_seqs=16)
+        try:
+            for how in ("plain", "speculative", "sampled"):
+                for batch in (1, 16):
+                    written[how, batch, cache] = write(bench, engine, batch, limit, how, 3)[0]
+        finally:
+            engine.close()
+    for how in ("plain", "speculative", "sampled"):
+        for batch in (1, 16):
+            twin = written["plain" if how == "speculative" else how, batch, False]
+            same = [a == b for a, b in zip(written[how, batch, True], twin, strict=True)]
+            bench.note(f"float32_texts_like_the_twin.{how}.b{batch}", sum(same) / len(same))
+
+
+def kernels(bench: Bench) -> None:
+    """Where a pass's time goes: microseconds of each kernel in a replay."""
+    if not bench.cuda:
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    for name, model in bench.models.items():
+        for count in (1, 16, 128):
+            rows = min(count, 16)
+            bucket, _ = filled(bench, model, [100] * rows, [count // rows] * rows)
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for _ in range(3):
+                    bucket.replay()
+                bench.wait()
+            spent = {
+                e.key[:90]: [round(e.self_device_time_total / 3, 1), e.count // 3]
+                for e in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:16]
+                if e.self_device_time_total
+            }
+            bench.found["figures"][f"kernels_us.{name}.T{count}"] = spent
+            print(f"kernels_us.{name}.T{count}", flush=True)
+            for key, (us, number) in spent.items():
+                print(f"   {us:9.1f} us {number:4d} x {key}", flush=True)
 
 
 def attention(bench: Bench) -> None:
@@ -624,11 +693,13 @@ SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
     ("attention", attention, 5),
     ("drawing", drawing, 5),
     ("exact", exact, 5),
+    ("texts", texts, 5),
     ("passes", passes, 5),
     ("decoding", decoding, 10),
     ("overhead", overhead, 5),
     ("generate", generate, 5),
     ("counts", counts, 5),
+    ("kernels", kernels, 5),
     ("long texts", long_texts, 10),
     ("modules", by_modules, 10),
     ("two streams", two_streams, 10),
@@ -647,7 +718,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = given.shape or ("gpu" if given.device.startswith("cuda") else "tiny")
     bench = Bench(given.out, given.device, shape, given.seconds)
     for name, work, least in SECTIONS:
-        if given.only is None or name in given.only or name in ("machine", "build", "ready"):
+        if bench.ready and (given.only is None or name in given.only or name in ("machine", "build", "ready")):
             bench.section(name, work, least)
     print(f"{bench.out / 'gpu.json'} after {time.perf_counter() - bench.began:.0f} s", flush=True)
     return 1 if bench.found["errors"] else 0
