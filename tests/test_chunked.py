@@ -127,14 +127,16 @@ def single_bytes(llm: CollaborativeLM, token_ids: tuple[int, ...]) -> list[bytes
         (2, {"deferral": "entropy", "threshold": 1.5}),
         (2, {"deferral": "random", "threshold": 0.5}),
         (2, {"deferral": "top_probability", "threshold": 0.5}),
+        (2, {"deferral": "nudging", "threshold": 0.5}),
     ],
 )
 def test_cached_batched_and_streamed_are_the_same(count: int, who: dict[str, Any]) -> None:
     llm, plain = system(count), system(count, cache=False)
     for temperature in (0.0, 0.9):
         params = SamplingParams(max_tokens=24, temperature=temperature, seed=1, **who)
-        if who["deferral"] in ("entropy", "top_probability"):  # half of what the base alone doubts
-            signals = sorted(step.signal or 0.0 for step in llm.generate(PROMPT, replace(params, threshold=0.99)).steps)
+        if who["deferral"] in ("entropy", "top_probability", "nudging"):  # half of what is doubted
+            everywhere = replace(params, threshold=0.0 if who["deferral"] == "nudging" else 0.99)
+            signals = sorted(step.signal or 0.0 for step in llm.generate(PROMPT, everywhere).steps)
             middle = signals[len(signals) // 2]
             params = replace(params, threshold=middle if who["deferral"] == "entropy" else math.exp(-middle))
         each = [plain.generate(prompt, params) for prompt in PROMPTS]
@@ -217,32 +219,134 @@ def _codecs() -> list[ByteCodec]:
 CODECS = _codecs()
 
 
-def test_passes_are_those_that_the_rule_needs(pair: CollaborativeLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model has a pass for each of its tokens and one to look ahead at the end of a chunk, unless that closes by
-    itself; the first token of a chunk is known if it was seen ahead. The base has one at each cut besides."""
-    own: list[tuple[int, int, bool]] = []
+@pytest.mark.parametrize(
+    ("count", "who", "max_tokens", "temperature", "ends"),
+    [
+        (2, {"deferral": "random", "threshold": 0.5}, 40, 0.0, False),
+        (2, {"deferral": "random", "threshold": 0.5}, 2, 0.8, False),
+        (2, {"deferral": "never"}, 40, 0.0, True),
+        (2, {"deferral": "always"}, 9, 0.0, False),
+        (3, {"deferral": "sampled"}, 40, 0.8, False),
+    ],
+)
+def test_passes_are_exactly_those_that_the_rule_needs(
+    count: int, who: dict[str, Any], max_tokens: int, temperature: float, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a text is cut off within a chunk, and where it ends."""
+    written: list[tuple[int, bytes, int, bool]] = []
     close = ChunkText.close
 
     def noting(self: ChunkText, model: int, chunk: bytes) -> bool:
-        count = len(self.written(model))
-        own.append((model, count, close(self, model, chunk)))
-        return own[-1][2]
+        own = len(self.written(model))
+        written.append((model, chunk, own, close(self, model, chunk)))
+        return written[-1][3]
 
     monkeypatch.setattr(ChunkText, "close", noting)
-    params = SamplingParams(max_tokens=40, deferral="random", threshold=0.5)
-    generation = pair.generate(PROMPT, params)
-    free = pair.sharing.cuts.free  # type: ignore[union-attr]
-    passes, seen = [0, 0], None
-    for n, (step, (author, count, holds)) in enumerate(zip(generation.steps, own, strict=True)):
-        assert step.data and step.author == author
-        passes[0] += seen != 0  # the cut
-        passes[author] += author != 0 and seen != author
-        looks = not free[step.data[-1]]
-        last = n + 1 == len(own)
-        passes[author] += count - 1 + (looks and not (last and author == 0))
+    llm = system(count, ends=17 if ends else None)
+    assert llm.sharing is not None
+    reasons = set()
+    for prompt in [f"{n} + {n} =" for n in range(12)] if ends else PROMPTS:
+        written.clear()
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=4, **who)
+        generation = llm.generate(prompt, params)
+        needed = passes_needed(generation, written, llm.sharing.cuts.free, max_tokens)
+        assert list(generation.forward_passes) == needed
+        reasons.add(generation.finish_reason)
+    assert reasons == ({"stop", "length"} if ends else {"length"})
+
+
+def passes_needed(
+    generation: Generation, written: list[tuple[int, bytes, int, bool]], free: tuple[bool, ...], max_tokens: int
+) -> list[int]:
+    """A model that writes a chunk has a pass for each of its tokens, less the first if it has seen that ahead, and one
+    to look ahead at the chunk's end: not where that closes by itself, nor where there is no room for more. The base
+    reads each cut besides, unless it looked ahead there."""
+    passes = [0] * len(generation.forward_passes)
+    seen: int | None = None
+    room = max_tokens
+    for number, step in enumerate(generation.steps):
+        passes[0] += seen != 0
+        passes[step.author] += step.author not in (0, seen)
+        if not step.data:  # an end
+            assert number + 1 == len(generation.steps)
+            continue
+        author, chunk, own, holds = written[number]
+        assert author == step.author and (chunk == step.data or number + 1 == len(generation.steps))
+        looks = not free[chunk[-1]] and own < room
+        passes[author] += own - 1 + looks
         seen = author if looks and holds else None
-    assert abs(generation.forward_passes[0] - passes[0]) <= 1 and abs(generation.forward_passes[1] - passes[1]) <= 1
-    assert sum(generation.forward_passes) > 40
+        room -= len(step.token_ids)
+    return passes
+
+
+def test_nudging_hands_over_words_of_chunks() -> None:
+    """The assistant writes; where what it would open a chunk with is in doubt, the base writes up to the next word."""
+    llm = system(ascii=True)
+    sharing = llm.sharing
+    assert sharing is not None
+    params = SamplingParams(max_tokens=60, deferral="nudging", threshold=0.0)
+    sure = [llm.generate(prompt, params) for prompt in PROMPTS]
+    always = [llm.generate(prompt, replace(params, deferral="always", threshold=None)) for prompt in PROMPTS]
+    assert [data(each) for each in sure] == [data(each) for each in always]
+    assert {step.author for each in sure for step in each.steps} == {1}
+    # Where the assistant is sure, the base is not asked.
+    assert all(each.forward_passes[0] == 0 for each in sure)
+    doubting = [llm.generate(prompt, replace(params, threshold=1.0)) for prompt in PROMPTS]
+    never = [llm.generate(prompt, replace(params, deferral="never", threshold=None)) for prompt in PROMPTS]
+    assert [each.token_ids for each in doubting] == [each.token_ids for each in never]
+    signals = sorted(step.signal or 0.0 for each in sure for step in each.steps)
+    middle = len(signals) // 2
+    threshold = math.exp(-(signals[middle] + signals[middle + 1]) / 2)
+    codes = sharing.codecs
+    nudges = words_of_more = 0
+    for prompt in PROMPTS:
+        found = llm.generate(prompt, replace(params, threshold=threshold))
+        text = ChunkText([f.prompt(prompt) for f in llm.formatters], codes, sharing.cuts)
+        in_word = False
+        for step in found.steps:
+            answers = []
+            for model in (0, 1):
+                view = text.read(model)
+                query = Query(model, view, len(view), last_bytes=(text.last_byte,), opens=True)
+                [[answer]] = llm.models[model].predict([query])
+                assert isinstance(answer, Answer)
+                answers.append(answer)
+            opening = (codes[0].pieces[answers[0].token_id] or b"").decode(errors="ignore")
+            goes_on = in_word and not opening[:1].isspace()
+            doubt = math.exp(answers[1].top_log_prob - answers[1].log_close) < threshold
+            assert step.author == (0 if goes_on or doubt else 1)
+            assert (step.signal is None) == goes_on and (step.base_token_id is None) == (
+                step.author == 1 and not in_word
+            )
+            words_of_more += goes_on
+            in_word = step.author == 0
+            nudges += in_word
+            text.chunks.append(step.data or b"")
+    assert nudges > 5 and words_of_more > 2
+
+
+def test_nudging_by_the_base_ends_a_text_and_stands_in_for_a_failing_writer() -> None:
+    llm = system(ends=17)
+    params = SamplingParams(max_tokens=60, deferral="nudging", threshold=1.0)
+    ended = llm.generate_batch([f"{n} + {n} =" for n in range(12)], params)
+    assert {each.finish_reason for each in ended} >= {"stop"}
+
+    class Breaks(LocalModel):
+        def predict(self, queries: Any) -> Any:
+            if any(not query.opens for query in queries):
+                raise RuntimeError("broken")
+            return super().predict(queries)
+
+    llm = system()
+    llm.models[1].__class__ = Breaks
+    params = replace(params, threshold=0.0)
+    [failed] = llm.generate_batch([PROMPT], params)
+    assert failed.finish_reason == "error" and "broken" in str(failed.error)
+    whole = llm.generate(PROMPT, replace(params, on_assistant_error="base"))
+    assert whole.completion_tokens == 60 and any(step.fault for step in whole.steps)
+    assert b"".join(step.data or b"" for step in whole.steps) == data(whole)
+    with pytest.raises(CollmError, match="nudging is defined for 2 models"):
+        system(3).generate(PROMPT, params)
 
 
 def test_a_failing_assistant(pair: CollaborativeLM) -> None:
@@ -291,7 +395,7 @@ def test_tools_write_single_tokens() -> None:
 
 
 def test_refusals(pair: CollaborativeLM) -> None:
-    for deferral in ("compose", "mixture", "contrastive", "confident", "nudging"):
+    for deferral in ("compose", "mixture", "contrastive", "confident"):
         with pytest.raises(CollmError, match="needs models with one tokenizer"):
             pair.generate(PROMPT, SamplingParams(deferral=deferral))  # type: ignore[arg-type]
     with pytest.raises(CollmError, match="give stop, the text"):

@@ -96,6 +96,7 @@ endef
 # $(1): a task, $(2): an assistant
 define of_assistant
 $(call system,$(1),$(2),$(HAVE),$(SPEC_$(2)))
+$(call system,$(1),$(2)-nudging,$(RUNS)/$(1)/sft/collm.json,$(RUNS)/$(1)/sft --assistant qwen=$(SPEC_$(2)) --method nudging)
 $(foreach rate,$(RATES),
 $(call system,$(1),$(2)-random_$(rate),$(RUNS)/$(1)/pair-$(2)/collm.json,$(RUNS)/$(1)/pair-$(2) --method random --deferral-rate 0.$(rate))
 $(foreach signal,$(SIGNALS),

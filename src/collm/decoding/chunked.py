@@ -1,40 +1,21 @@
 """Decoding for models with different tokenizers: a step is a chunk (`collm.cuts`).
 
-At a cut the base is read and the policy names who writes; that model writes in its own tokens until its next one would
-open a chunk. So it has to look one token ahead, except behind bytes where nothing else may come; what it saw is kept,
-and is its next token if it writes on. Drawn texts follow the law of chunks exactly.
+At a cut the base is read and the policy names who writes; that model writes until its next token would open a chunk.
+Drawn texts follow the law of chunks exactly. Or the assistant writes, and the base where that one is in doubt
+(`nudging`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-
-from collm.cuts import END, LONGEST_CHUNK
+from collm.cuts import END
 from collm.decoding.chunk_text import ChunkText
-from collm.decoding.collaborative import Ask, Flow, ModelFailed, Request, Writers, gate_of, required
+from collm.decoding.chunk_writing import Full, Written, ask_at_cut, draw_of, given_a_cut, may_open, settle, write_chunk
+from collm.decoding.collaborative import Ask, Flow, ModelFailed, Writers, required
+from collm.decoding.nudging import WRITER, Nudging, usable_writer
 from collm.decoding.policies import Policy, decide
-from collm.errors import CollmError
 from collm.sampling_params import SamplingParams
-from collm.types import BASE, Step
-from collm.values import Answer, Draw, Fault, Query, Replies, Reply
-
-
-class _Full(Exception):
-    """A view has reached the end of its model's context."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A chunk; empty if the text ends in its place.
-
-    `peek`: what its author would write next, if it looked. `cut_off`: there was no room for the rest.
-    """
-
-    data: bytes
-    log_prob: float
-    peek: Answer | None = None
-    cut_off: bool = False
+from collm.types import BASE
+from collm.values import Answer, Fault, Reply
 
 
 def chunked(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int) -> Flow:
@@ -46,7 +27,7 @@ def chunked(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int
     """
     try:
         return (yield from _chunks(text, params, policy, end_id))
-    except _Full:
+    except Full:
         return "length"
 
 
@@ -56,7 +37,7 @@ def _chunks(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int
     while text.length < params.max_tokens:
         base = peeks.get(BASE)
         if base is None:
-            [reply] = yield from _ask(text, BASE, draws, params.top_log_probs)
+            [reply] = yield from ask_at_cut(text, BASE, draws, params.top_log_probs)
             base = required(reply)
         decision = decide(policy, given_a_cut(base), draws[BASE], len(text.chunks))
         writers = Writers(base, decision.signal)
@@ -67,13 +48,13 @@ def _chunks(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int
                 break
             answer: Reply = peeks.get(candidate)
             if answer is None:
-                [answer] = yield from _ask(text, candidate, draws, 0)
-            if isinstance(answer, Answer) and not _may_open(text, candidate, answer.token_id):
+                [answer] = yield from ask_at_cut(text, candidate, draws, 0)
+            if isinstance(answer, Answer) and not may_open(text, candidate, answer.token_id):
                 answer = None  # a tool that would go on with somebody's token
             if not writers.settled_by(candidate, answer, params):
                 continue
             assert isinstance(answer, Answer)
-            found = yield from _write(text, candidate, answer, draws[candidate], room)
+            found = yield from write_chunk(text, candidate, answer, draws[candidate], room)
             if isinstance(found, Written):
                 written = found
                 break
@@ -81,12 +62,23 @@ def _chunks(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int
             writers.author, writers.answer = BASE, None
             writers.settled_by(candidate, found, params)
         if written is None:
-            found = yield from _write(text, BASE, base, draws[BASE], room)
+            found = yield from write_chunk(text, BASE, base, draws[BASE], room)
             if isinstance(found, Fault):
                 raise ModelFailed(found.reason)
             written = found
-        step, holds = _settle(text, writers, written, room, end_id)
-        peeks = {step.author: written.peek} if holds and written.peek is not None else {}
+        answer = writers.answer or writers.base
+        step, peeks = settle(
+            text,
+            written,
+            writers.author,
+            answer,
+            writers.base,
+            room,
+            end_id,
+            abstained=writers.abstained,
+            fault=writers.fault,
+            signal=writers.signal,
+        )
         yield step
         if not written.data:
             return "stop"
@@ -95,107 +87,70 @@ def _chunks(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int
     return "length"
 
 
-def draw_of(draw: Draw, model: int) -> Draw:
-    """How one of the models chooses: each has random numbers of its own, for what one saw of them in looking ahead must
-    not tell what another will do. The base's are those that it has alone."""
-    return draw if model == BASE else replace(draw, seed=draw.seed ^ (model << 48))
+def nudged(text: ChunkText, params: SamplingParams, method: Nudging, end_id: int) -> Flow:
+    """`nudging` with chunks for tokens: a word of the base is its chunks up to one that begins with white space.
 
-
-def given_a_cut(answer: Answer) -> Answer:
-    """The base's answer at a cut, where something has to open: its doubt is about that alone."""
-    return answer._replace(top_log_prob=answer.top_log_prob - answer.log_close) if answer.log_close else answer
-
-
-def _may_open(text: ChunkText, model: int, token_id: int) -> bool:
-    return text.cuts.opens(text.last_byte, text.codecs[model].first_bytes[token_id])
-
-
-def _ask(text: ChunkText, model: int, draws: Sequence[Draw], num_top: int) -> Ask:
-    """What a model would open a chunk with."""
-    try:
-        text.read(model)
-    except CollmError as error:
-        return [Fault(str(error))]
-    return (yield from _query(text, model, draws[model], text.last_byte, opens=True, num_top=num_top))
-
-
-def _query(text: ChunkText, model: int, draw: Draw, last_byte: int, *, opens: bool, num_top: int = 0) -> Ask:
-    view, limit = text.views[model], text.limits[model]
-    if limit is not None and len(view) > limit:
-        raise _Full
-    query = Query(model, view, len(view), draw=draw, num_top=num_top, last_bytes=(last_byte,), opens=opens)
-    replies = yield (query,)
-    assert replies is not None
-    return [reply for [reply] in replies]
-
-
-def _write(
-    text: ChunkText, author: int, answer: Answer, draw: Draw, room: int
-) -> Generator[Request, Replies | None, Written | Fault]:
-    """One chunk, from the author's first token on; a fault if the author fails within it.
-
-    Args:
-        room: tokens that may still be written; an assistant's are taken for the base's.
+    Whether the writer is in doubt is asked at cuts alone, of what it would open a chunk with.
     """
-    codec, free = text.codecs[author], text.cuts.free
-    text.begin(author)
-    data, log_prob, count, token_id = b"", answer.log_prob - answer.log_close, 1, answer.token_id
-    if codec.first_bytes[token_id] == END:
-        return Written(b"", log_prob)
-    while True:
-        text.write(author, token_id)
-        piece = codec.pieces[token_id]
-        assert piece, "only text is chosen"
-        data += piece
-        if free[data[-1]]:
-            return Written(data, log_prob)
-        if count == room:
-            return Written(data, log_prob, cut_off=True)
-        if count == LONGEST_CHUNK:
-            raise ModelFailed(
-                f"a chunk of more than {LONGEST_CHUNK} tokens: the models' tokenizers have too few cuts in such text; "
-                "take models of one tokenizer for it"
-            )
-        [reply] = yield from _query(text, author, draw, data[-1], opens=False)
-        if isinstance(reply, Fault):
-            return reply
-        if reply is None:  # a tool that says no more
-            return Written(data, log_prob)
-        if text.cuts.opens(data[-1], codec.first_bytes[reply.token_id]):
-            return Written(data, log_prob + reply.log_close, reply)
-        token_id, log_prob, count = reply.token_id, log_prob + reply.log_prob, count + 1
+    try:
+        return (yield from _nudged(text, params, method, end_id))
+    except Full:
+        return "length"
 
 
-def _settle(text: ChunkText, writers: Writers, written: Written, room: int, end_id: int) -> tuple[Step, bool]:
-    """The step of a chunk, and whether what its author saw ahead still holds."""
-    author, base, data = writers.author, text.codecs[BASE], written.data
-    answer = writers.answer or writers.base
-    holds = True
-    if not data:
-        token_ids: tuple[int, ...] = (answer.token_id if author == BASE else end_id,)
-    else:
-        try:
-            token_ids = text.written(BASE) if author == BASE else base.chunk_ids(data)
-        except CollmError as error:
-            raise ModelFailed(str(error)) from error
-        holds = text.close(author, data)
-        if len(token_ids) > room:
-            token_ids = token_ids[:room]
-            data = b"".join(base.pieces[token_id] or b"" for token_id in token_ids)
-    text.length += len(token_ids)
-    step = Step(
-        token_ids[0],
-        author,
-        written.log_prob,
-        gate_of(writers.base.log_gate),
-        writers.base.top_token_id,
-        writers.abstained,
-        writers.fault,
-        signal=writers.signal,
-        # An assistant's are no tokens of the base.
-        top=answer.top if author == BASE else (),
-        token_ids=token_ids,
-        data=data,
-        token_lengths=tuple(len(base.pieces[token_id] or b"") for token_id in token_ids),
-    )
-    return step, holds
+def _nudged(text: ChunkText, params: SamplingParams, method: Nudging, end_id: int) -> Flow:
+    draws = [draw_of(params.draw, model) for model in range(len(text.views))]
+    codec = text.codecs[BASE]
+    peeks: dict[int, Answer] = {}
+    in_word = False
+
+    def opening(model: int) -> Ask:
+        """What a model would open the next chunk with."""
+        if (seen := peeks.get(model)) is not None:
+            return [seen]
+        return (yield from ask_at_cut(text, model, draws, params.top_log_probs if model == BASE else 0))
+
+    while text.length < params.max_tokens:
+        room = params.max_tokens - text.length
+        base: Answer | None = None
+        writer: Answer | None = None
+        fault: str | None = None
+        written: Written | None = None
+        signal: float | None = None
+        if in_word:  # does it go on?
+            [reply] = yield from opening(BASE)
+            base = required(reply)
+            in_word = not (codec.pieces[base.token_id] or b"").decode(errors="ignore")[:1].isspace()
+        if not in_word:
+            [reply] = yield from opening(WRITER)
+            writer, fault = usable_writer(reply, params)
+            if writer is not None:
+                at_cut = given_a_cut(writer)
+                signal = -at_cut.top_log_prob
+                in_word = text.codecs[WRITER].first_bytes[writer.token_id] == END or method.in_doubt(at_cut)
+            if writer is not None and not in_word:
+                found = yield from write_chunk(text, WRITER, writer, draws[WRITER], room)
+                if isinstance(found, Written):
+                    written = found
+                else:
+                    text.undo(WRITER)
+                    writer, fault = usable_writer(found, params)
+            in_word = written is None
+        author, answer = WRITER, writer
+        if written is None:
+            if base is None:
+                [reply] = yield from opening(BASE)
+                base = required(reply)
+            author, answer = BASE, base
+            found = yield from write_chunk(text, BASE, base, draws[BASE], room)
+            if isinstance(found, Fault):
+                raise ModelFailed(found.reason)
+            written = found
+        assert answer is not None
+        step, peeks = settle(text, written, author, answer, base, room, end_id, fault=fault, signal=signal)
+        yield step
+        if not written.data:
+            return "stop"
+        if written.cut_off:
+            return "length"
+    return "length"

@@ -53,7 +53,7 @@ def nudging(text: Text, params: SamplingParams, method: Nudging, eos: Sequence[f
             nudged = ends_text(base.token_id, BASE, eos) or not method.starts_word(base.token_id)
         if not nudged:
             [reply] = yield from ask(text, [WRITER], draw, num_top=params.top_log_probs)
-            writer, fault = _writer(reply, params)
+            writer, fault = usable_writer(reply, params)
             wants_end = writer is not None and ends_text(writer.token_id, WRITER, eos)
             nudged = writer is None or wants_end or method.in_doubt(writer)
         if nudged and base is None:
@@ -77,7 +77,7 @@ def nudging(text: Text, params: SamplingParams, method: Nudging, eos: Sequence[f
     return "length"
 
 
-def _writer(reply: Reply, params: SamplingParams) -> tuple[Answer | None, str | None]:
+def usable_writer(reply: Reply, params: SamplingParams) -> tuple[Answer | None, str | None]:
     """The writer's answer, or why there is none and the base writes in its place."""
     if isinstance(reply, Answer):
         return reply, None

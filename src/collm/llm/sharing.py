@@ -10,8 +10,10 @@ from collm.cuts import Cuts
 from collm.data.chunks import Reader
 from collm.data.formatting import Formatter
 from collm.decoding.chunk_text import ChunkText
-from collm.decoding.chunked import chunked, draw_of
+from collm.decoding.chunk_writing import draw_of
+from collm.decoding.chunked import chunked, nudged
 from collm.decoding.collaborative import Flow, single
+from collm.decoding.nudging import Nudging
 from collm.decoding.policies import Policy
 from collm.decoding.text import Transcript
 from collm.errors import CollmError
@@ -74,11 +76,11 @@ class Sharing:
             prompt = text.views[alone].token_ids[: text.views[alone].prompt_length]
             flow = single(alone, text, params, ends, draw_of(params.draw, alone))
             return flow, Transcript.of_tokens(codec.tokenizer, prompt, params.stop, ends)
-        if isinstance(method, tuple(NAMES)):
+        if isinstance(method, tuple(NAMES)) and not isinstance(method, Nudging):
             raise CollmError(
                 f"{NAMES[type(method)]} needs models with one tokenizer, and these have different ones, so that they "
                 "take turns between chunks; take threshold, expected_gain, sampled, entropy, top_probability, random, "
-                "never or always"
+                "nudging, never or always"
             )
         if params.stop_token_ids:
             raise CollmError(
@@ -90,8 +92,11 @@ class Sharing:
                 "write in chunks: leave it out (the text is the same), or take models with one tokenizer"
             )
         assert isinstance(text, ChunkText)
+        transcript = Transcript.of_chunks(self.end, params.stop)
+        if isinstance(method, Nudging):
+            return nudged(text, params, method, self.end_id), transcript
         policy: Policy = method  # type: ignore[assignment]
-        return chunked(text, params, policy, self.end_id), Transcript.of_chunks(self.end, params.stop)
+        return chunked(text, params, policy, self.end_id), transcript
 
 
 def share(

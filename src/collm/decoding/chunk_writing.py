@@ -1,0 +1,157 @@
+"""What flows of chunks are made of (`collm.cuts`): a model is read at a cut, one writes a chunk, which becomes a step.
+
+A writer writes in its own tokens until its next one would open a chunk. So it has to look one token ahead, except
+behind bytes where nothing else may come; what it saw is kept, and is its next token if it writes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+
+from collm.cuts import END, LONGEST_CHUNK
+from collm.decoding.chunk_text import ChunkText
+from collm.decoding.collaborative import Ask, ModelFailed, Request, gate_of
+from collm.errors import CollmError
+from collm.types import BASE, Step
+from collm.values import Answer, Draw, Fault, Query, Replies
+
+
+class Full(Exception):
+    """A view has reached the end of its model's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A chunk; empty if the text ends in its place.
+
+    `peek`: what its author would write next, if it looked. `cut_off`: there was no room for the rest.
+    """
+
+    data: bytes
+    log_prob: float
+    peek: Answer | None = None
+    cut_off: bool = False
+
+
+def draw_of(draw: Draw, model: int) -> Draw:
+    """How one of the models chooses: each has random numbers of its own, for what one saw of them in looking ahead must
+    not tell what another will do. The base's are those that it has alone."""
+    return draw if model == BASE else replace(draw, seed=draw.seed ^ (model << 48))
+
+
+def given_a_cut(answer: Answer) -> Answer:
+    """The base's answer at a cut, where something has to open: its doubt is about that alone."""
+    return answer._replace(top_log_prob=answer.top_log_prob - answer.log_close) if answer.log_close else answer
+
+
+def may_open(text: ChunkText, model: int, token_id: int) -> bool:
+    return text.cuts.opens(text.last_byte, text.codecs[model].first_bytes[token_id])
+
+
+def ask_at_cut(text: ChunkText, model: int, draws: Sequence[Draw], num_top: int) -> Ask:
+    """What a model would open a chunk with."""
+    try:
+        text.read(model)
+    except CollmError as error:
+        return [Fault(str(error))]
+    return (yield from _query(text, model, draws[model], text.last_byte, opens=True, num_top=num_top))
+
+
+def _query(text: ChunkText, model: int, draw: Draw, last_byte: int, *, opens: bool, num_top: int = 0) -> Ask:
+    view, limit = text.views[model], text.limits[model]
+    if limit is not None and len(view) > limit:
+        raise Full
+    query = Query(model, view, len(view), draw=draw, num_top=num_top, last_bytes=(last_byte,), opens=opens)
+    replies = yield (query,)
+    assert replies is not None
+    return [reply for [reply] in replies]
+
+
+def write_chunk(
+    text: ChunkText, author: int, answer: Answer, draw: Draw, room: int
+) -> Generator[Request, Replies | None, Written | Fault]:
+    """One chunk, from the author's first token on; a fault if the author fails within it.
+
+    Args:
+        room: tokens that may still be written; an assistant's are taken for the base's.
+    """
+    codec, free = text.codecs[author], text.cuts.free
+    text.begin(author)
+    data, log_prob, count, token_id = b"", answer.log_prob - answer.log_close, 1, answer.token_id
+    if codec.first_bytes[token_id] == END:
+        return Written(b"", log_prob)
+    while True:
+        text.write(author, token_id)
+        piece = codec.pieces[token_id]
+        assert piece, "only text is chosen"
+        data += piece
+        if free[data[-1]]:
+            return Written(data, log_prob)
+        if count == room:
+            return Written(data, log_prob, cut_off=True)
+        if count == LONGEST_CHUNK:
+            raise ModelFailed(
+                f"a chunk of more than {LONGEST_CHUNK} tokens: the models' tokenizers have too few cuts in such text; "
+                "take models of one tokenizer for it"
+            )
+        [reply] = yield from _query(text, author, draw, data[-1], opens=False)
+        if isinstance(reply, Fault):
+            return reply
+        if reply is None:  # a tool that says no more
+            return Written(data, log_prob)
+        if text.cuts.opens(data[-1], codec.first_bytes[reply.token_id]):
+            return Written(data, log_prob + reply.log_close, reply)
+        token_id, log_prob, count = reply.token_id, log_prob + reply.log_prob, count + 1
+
+
+def settle(
+    text: ChunkText,
+    written: Written,
+    author: int,
+    answer: Answer,
+    base: Answer | None,
+    room: int,
+    end_id: int,
+    *,
+    abstained: bool = False,
+    fault: str | None = None,
+    signal: float | None = None,
+) -> tuple[Step, dict[int, Answer]]:
+    """The step of a chunk, and what its author saw ahead, by its number, if that still holds.
+
+    Args:
+        answer: the author's at the cut; `base`: the base's, if it was asked.
+        room: of the base's tokens; what goes beyond is cut off.
+        end_id: the base's token that stands for an end that another model has written.
+    """
+    codec, data = text.codecs[BASE], written.data
+    holds = True
+    if not data:
+        token_ids: tuple[int, ...] = (answer.token_id if author == BASE else end_id,)
+    else:
+        try:
+            token_ids = text.written(BASE) if author == BASE else codec.chunk_ids(data)
+        except CollmError as error:
+            raise ModelFailed(str(error)) from error
+        holds = text.close(author, data)
+        if len(token_ids) > room:
+            token_ids = token_ids[:room]
+            data = b"".join(codec.pieces[token_id] or b"" for token_id in token_ids)
+    text.length += len(token_ids)
+    step = Step(
+        token_ids[0],
+        author,
+        written.log_prob,
+        () if base is None else gate_of(base.log_gate),
+        None if base is None else base.top_token_id,
+        abstained,
+        fault,
+        signal=signal,
+        # An assistant's are no tokens of the base.
+        top=answer.top if author == BASE else (),
+        token_ids=token_ids,
+        data=data,
+        token_lengths=tuple(len(codec.pieces[token_id] or b"") for token_id in token_ids),
+    )
+    return step, {author: written.peek} if holds and written.peek is not None else {}
