@@ -89,11 +89,15 @@ class Live:
     def metrics(self) -> dict[str, float]:
         """Every sample, by its name; those of several labels are added up."""
         found: dict[str, float] = {}
-        for line in httpx.get(self.url + "/metrics").text.splitlines():
-            if not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + float(value)
+        for name, value in self.samples().items():
+            found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + value
         return found
+
+    def samples(self) -> dict[str, float]:
+        """Every sample, by its name and labels."""
+        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
 
     def wait_idle(self, seconds: float = 10) -> None:
         """Until nothing runs or waits."""

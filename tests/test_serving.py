@@ -15,6 +15,7 @@ import pytest
 from conftest import make_tokenizer
 from servers import Live, fake_pair, live
 from test_llm import pair
+from test_serving_same import system
 
 from collm.evaluation.likelihood import GivenText, likelihoods
 from collm.llm import TokenPrompt
@@ -421,6 +422,42 @@ def test_metrics_count_requests_and_tokens() -> None:
         for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
             assert found[f"collm:{name}_seconds_count"] == 5
         assert found["collm:http_requests_client_disconnected_total"] == 0
+
+
+EXPECTED = """num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total
+prefix_cache_hits_total num_preemptions_total prompt_tokens_total generation_tokens_total iteration_tokens_total_count
+request_success_total request_prompt_tokens_sum request_generation_tokens_sum request_params_n_sum
+request_params_max_tokens_sum time_to_first_token_seconds_sum inter_token_latency_seconds_sum
+e2e_request_latency_seconds_sum request_queue_time_seconds_sum request_inference_time_seconds_sum
+request_prefill_time_seconds_sum request_decode_time_seconds_sum
+http_requests_client_disconnected_total""".split()
+"""Of vLLM's own test, but its shapes of memory (`cache_config_info`) and what it calls deprecated."""
+
+
+def test_prompts_that_are_there_already_are_counted() -> None:
+    """By text (`cached_tokens`) and in all; and what passes read, under vLLM's names."""
+    llm = system(1)
+    with live(llm) as server:
+        client = server.client()
+        prompt = "What is the capital of France, and what is that of Italy? " * 3
+        length = len(llm.formatters[0].prompt(prompt))
+        told = [complete(client, prompt=prompt, max_tokens=4).usage for _ in range(3)]
+        cached = [usage.prompt_tokens_details.cached_tokens for usage in told]
+        assert cached == [0, length - 1, length - 1]
+        alone = complete(client, prompt=prompt, max_tokens=4, model=llm.model_names[0]).usage
+        assert alone.prompt_tokens_details.cached_tokens == length - 1
+        streamed = list(complete(client, prompt=prompt, stream=True, stream_options={"include_usage": True}))
+        assert streamed[-1].usage.prompt_tokens_details.cached_tokens == length - 1
+        found = server.metrics()
+        assert not {f"collm:{name}" for name in EXPECTED} - found.keys()
+        labelled = server.samples()
+        base = f'{{model_name="pair",of="{llm.model_names[0]}"}}'
+        assert labelled["collm:prefix_cache_queries_total" + base] == 5 * length
+        assert labelled["collm:prefix_cache_hits_total" + base] == 4 * (length - 1)
+        usage = llm.generate(prompt, SamplingParams(max_tokens=4, speculative=False)).usage
+        before, after = found, server.metrics()
+        passes = after["collm:iteration_tokens_total_count"] - before["collm:iteration_tokens_total_count"]
+        assert passes == sum(usage.forward_passes)
 
 
 # -- real models, and the harness

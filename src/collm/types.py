@@ -99,7 +99,8 @@ class Usage:
     """What one text cost.
 
     `forward_passes`, `tokens_by_author`: one number for each model, base first. A forward pass counts for every text
-    that took part in it. `drafted` = `accepted` + `recovered` + tokens thrown away behind a recovered one. `seconds`
+    that took part in it. `cached_tokens`: those of each model's prompt that its caches had already; a server's are not
+    known, and 0. `drafted` = `accepted` + `recovered` + tokens thrown away behind a recovered one. `seconds`
     are wall time from admission to the batch to the end, `first_token_seconds` to the first written token.
     """
 
@@ -110,6 +111,7 @@ class Usage:
     recovered: int = 0
     seconds: float = field(default=0.0, compare=False)
     first_token_seconds: float = field(default=0.0, compare=False)
+    cached_tokens: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def completion_tokens(self) -> int:

@@ -213,6 +213,10 @@ class LanguageModel(ABC):
         """Whether texts that grow to these lengths can be held at the same time."""
         return True
 
+    def reused(self, view: View) -> int:
+        """Tokens at the beginning of a text that the caches had already when it came. Called from any thread."""
+        return 0
+
     def release(self, view: View) -> None:  # noqa: B027 (most models keep nothing)
         """This text has ended. What the caches hold of it may be given up. Called from any thread."""
 

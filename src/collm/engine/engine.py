@@ -79,6 +79,11 @@ class Engine:
         tokens = tuple(sum(len(text.views[number]) for text in texts) for number in range(len(self.models)))
         return Load(len(texts), len(scheduler.waiting), tokens)
 
+    def count_passes(self, told: Callable[[int, int], None]) -> None:
+        """Have `told` hear of each pass its model's number and how many tokens it read; in the engine's thread, so it
+        must not wait, nor fail."""
+        self._driver.scheduler.on_pass = told
+
     def grow(self, max_num_seqs: int) -> None:
         """Let at least so many texts run at a time from now on."""
         self._driver.call(partial(self._driver.grow, max_num_seqs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from collm.decoding.collaborative import Flow
@@ -78,7 +78,8 @@ class Running:
             self.recovered += step.draft == "recovered"
             self.discarded += step.discarded
 
-    def usage(self, now: float) -> Usage:
+    def usage(self, now: float, cached: Sequence[int]) -> Usage:
+        """`cached`: tokens of the text that each model's caches had when it came."""
         return Usage(
             tuple(self.tokens_by_author),
             tuple(self.forward_passes),
@@ -87,4 +88,6 @@ class Running:
             self.recovered,
             now - self.started if self.started else 0.0,
             self.first_token,
+            # The last token of a prompt is always read, for what comes behind it.
+            tuple(max(0, min(n, view.prompt_length - 1)) for n, view in zip(cached, self.text.views, strict=True)),
         )

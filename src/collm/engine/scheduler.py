@@ -52,6 +52,8 @@ class Scheduler:
         self.models, self.max_num_seqs = tuple(models), max_num_seqs
         self.experience = experience or Experience()
         self.timeout = timeout
+        self.on_pass: Callable[[int, int], None] | None = None
+        """Told the model and the tokens of each pass, in the driver's thread."""
         self.running: dict[int, Running] = {}
         self.waiting: deque[Running] = deque()
         self._clock = clock
@@ -75,6 +77,8 @@ class Scheduler:
 
     def finish(self, device: Hashable, batch: Batch, replies: Replies, seconds: float) -> None:
         """A pass is done: its texts go on."""
+        if self.on_pass is not None:
+            self.on_pass(batch.model, batch.tokens)
         self._queues.finish(device, batch, replies, seconds)
 
     def expire(self) -> None:
@@ -149,13 +153,15 @@ class Scheduler:
             item.flow.close()
         except Exception:  # a flow that does not let go
             _log.warning("a flow failed while it was closed", exc_info=True)
-        for model, view in zip(self.models, item.text.views, strict=True):
+        cached = [0] * len(self.models)
+        for number, (model, view) in enumerate(zip(self.models, item.text.views, strict=True)):
             try:
+                cached[number] = model.reused(view)
                 model.release(view)
             except Exception:
                 _log.warning("%s failed to let go of a text", model.name, exc_info=True)
         try:
-            item.sink(Finished(reason, item.usage(self._clock()), error))
+            item.sink(Finished(reason, item.usage(self._clock(), cached), error))
         except Exception:
             _log.exception("whoever reads text %d failed", item.number)
 

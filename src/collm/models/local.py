@@ -161,6 +161,9 @@ class LocalModel(LanguageModel):
             return max(1, query.num_last)  # it keeps nothing, so reading in pieces would get nowhere
         return max(query.length - self._cache.held(query.view), query.num_last)
 
+    def reused(self, view: View) -> int:
+        return self._cache.reused(view) if isinstance(self._cache, PrefixCache) else 0
+
     def release(self, view: View) -> None:
         if self._cache is not None:
             self._cache.release(view)

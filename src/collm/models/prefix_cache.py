@@ -28,7 +28,8 @@ WORTH_SHARING = 16
 class Slot:
     """The first `held` tokens of `view`, as it was when it had been rewound `rewinds` times, are stored.
 
-    `source`: a text that is read at the same time, and how much of its beginning is this one's, too.
+    `source`: a text that is read at the same time, and how much of its beginning is this one's, too. `reused`: tokens
+    that were copied or taken over instead of computed.
     """
 
     view: View | None = None
@@ -37,6 +38,7 @@ class Slot:
     used: int = 0
     ended: bool = True
     source: tuple[View, int] | None = None
+    reused: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +116,13 @@ class PrefixCache(ABC):
         if place is None or place >= len(slots) or slots[place].view is not view:
             return 0
         return min(slots[place].held, view.valid_since(slots[place].rewinds))
+
+    def reused(self, view: View) -> int:
+        """Tokens of a text that were copied or taken over when it came. From any thread."""
+        place, slots = self._places.get(view), self.slots
+        if place is None or place >= len(slots) or slots[place].view is not view:
+            return 0
+        return slots[place].reused
 
     def release(self, view: View) -> None:
         """From any thread; it takes effect with the next pass."""
@@ -231,7 +240,7 @@ class PrefixCache(ABC):
         old = self.slots[place].view
         if old is not None:
             del self._places[old]
-        slot = self.slots[place] = Slot(view, held, view.rewinds, self._clock, ended=False)
+        slot = self.slots[place] = Slot(view, held, view.rewinds, self._clock, ended=False, reused=held)
         self._places[view] = place
         return slot
 
@@ -250,7 +259,7 @@ class PrefixCache(ABC):
         if other in self._places and min(there, job.first) - slot.held >= WORTH_SHARING:
             # A slot never claims more than it holds, whatever may interrupt this.
             self.pool.copy(self._places[other], job.slot, there)
-            slot.held = there
+            slot.held = slot.reused = there
             job.done = min(there, job.first)
         if other not in self._places or there >= shared:
             slot.source = None

@@ -198,6 +198,8 @@ class Answer(ABC):
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
+        if all(each.generation is not None for each in self.choices):
+            found["prompt_tokens_details"] = {"cached_tokens": sum(map(self._cached_tokens, range(len(self.asked))))}
         if self.request.collm is not None:
             total: Counter[str] = Counter()
             for each in self.choices:
@@ -205,6 +207,18 @@ class Answer(ABC):
                     total.update(author_counts(each.generation.steps, self.served.llm.model_names))
             found["completion_tokens_by_author"] = {name: total[name] for name in self.served.llm.model_names}
         return found
+
+    def _cached_tokens(self, number: int) -> int:
+        """Of a prompt, those that its model's caches had already, whichever of its texts came first."""
+        n = self.request.n or 1
+        found = []
+        for each in self.choices[number * n : (number + 1) * n]:
+            assert each.generation is not None
+            usage = each.generation.usage
+            # A model that writes alone is the only one that was asked.
+            asked = next((z for z, passes in enumerate(usage.forward_passes) if passes), BASE)
+            found.append(usage.cached_tokens[asked] if usage.cached_tokens else 0)
+        return min(found)
 
 
 class ChatAnswer(Answer):

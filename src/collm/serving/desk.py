@@ -100,7 +100,7 @@ class Desk:
                     if chunk.step is not None:
                         timing.token()
                     if chunk.generation is not None:
-                        self.metrics.finished(chunk.generation, timing)
+                        self.metrics.finished(chunk.generation, timing, order.prompt.token_ids)
                     events.put_nowait((order.index, chunk))
         except Exception as error:
             events.put_nowait((order.index, error))

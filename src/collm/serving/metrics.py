@@ -9,9 +9,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from collm.llm import CollaborativeLM
 from collm.types import Generation
+from collm.values import StreamingModel
 
 PREFIX = "collm:"
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+PASS_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 
 
@@ -40,6 +42,10 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts, of the base's.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens that were written.")
         self.preemptions = self._counter("num_preemptions", "Texts that gave up their place: none ever does.")
+        self._cache_queries = self._labelled(
+            "prefix_cache_queries", "Tokens of prompts that each model's caches were searched for.", "of"
+        )
+        self._cache_hits = self._labelled("prefix_cache_hits", "Those that they had.", "of")
         self._success = self._labelled("request_success", "Texts that were finished.", "finished_reason")
         self._by_author = self._labelled("generation_tokens_by_author", "Tokens that each model wrote.", "author")
         self._passes = self._labelled("forward_passes", "Passes of each model, counted for every text in them.", "of")
@@ -47,6 +53,15 @@ class Metrics:
         self.drafted = self._counter("drafted_tokens", "Tokens that were drafted ahead.")
         self.accepted = self._counter("accepted_tokens", "Drafted tokens that stand.")
         self.recovered = self._counter("recovered_tokens", "Drafted tokens in whose place another one stands.")
+        iterations = Histogram(
+            PREFIX + "iteration_tokens_total",
+            "Tokens that a pass of a model reads, prompts and what is written.",
+            ["model_name", "of"],
+            buckets=PASS_TOKENS,
+            registry=self.registry,
+        )
+        self._iterations = [iterations.labels(model, name) for name in llm.model_names]
+        llm.engine.count_passes(lambda number, tokens: self._iterations[number].observe(tokens))
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
         self.inter_token = self._histogram("inter_token_latency_seconds", "Between two tokens of a text.", SECONDS)
         self.e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", SECONDS)
@@ -105,8 +120,8 @@ class Metrics:
     def refuse(self, status: int) -> None:
         self.refused.labels(self._model, str(status)).inc()
 
-    def finished(self, generation: Generation, timing: Timing) -> None:
-        """A text has ended."""
+    def finished(self, generation: Generation, timing: Timing, prompts: Sequence[Sequence[int]]) -> None:
+        """A text has ended. `prompts`: what each model saw."""
         now, usage = time.perf_counter(), generation.usage
         self._success.labels(self._model, generation.finish_reason).inc()
         self.generation_tokens.inc(generation.completion_tokens)
@@ -115,6 +130,11 @@ class Metrics:
             self._by_author.labels(self._model, name).inc(tokens)
         for name, passes in zip(generation.model_names, usage.forward_passes, strict=False):
             self._passes.labels(self._model, name).inc(passes)
+        for z, cached in enumerate(usage.cached_tokens):
+            model, name = self._llm.models[z], generation.model_names[z]
+            if usage.forward_passes[z] and not (model.instant or isinstance(model, StreamingModel)):
+                self._cache_queries.labels(self._model, name).inc(len(prompts[z]))
+                self._cache_hits.labels(self._model, name).inc(cached)
         self.deferrals.inc(sum(usage.tokens_by_author[1:]))
         self.drafted.inc(usage.drafted)
         self.accepted.inc(usage.accepted)
