@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import openai
@@ -354,28 +356,39 @@ def test_examples_come_from_the_checkpoint_or_a_file(tmp_path: Path) -> None:
     assert _examples(str(ready), tmp_path / "mine.txt") == ["What is 1 + 1?", "And 2 + 2?"]
 
 
-def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "collm",
-        "serve",
-        str(folder),
-        "--assistant",
-        f"helper={folder}",
-        "--deferral",
-        "always",
-    ]
-    command += ["--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+@contextmanager
+def command_of(folder: Path, log: int | IO[str] = subprocess.PIPE) -> Iterator[tuple[Any, dict[str, str], str]]:
+    """`collm serve` as a process of its own, what it tells, and its address."""
+    command = [sys.executable, "-m", "collm", "serve", str(folder), "--assistant", f"helper={folder}"]
+    command += ["--deferral", "always", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        assert process.stdout is not None
         told = {}
         for line in process.stdout:
             name, _, value = line.rstrip().partition(" ")
             told[name] = value.strip()
             if name == "listening":
                 break
-        url = told["listening"].split()[0]
+        try:
+            yield process, told, told["listening"].split()[0]
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_on_a_full_disk_costs_no_request(folder: Path) -> None:
+    """As the kernel has it: every write of the process to its log fails, from its first line on."""
+    with Path("/dev/full").open("w") as full, command_of(folder, full) as (process, _, url):
+        for _ in range(3):
+            body = {**CHAT, "model": "helper", "max_tokens": 4}
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json={}, timeout=60).status_code == 400
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
+    with command_of(folder) as (process, told, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list()] == ["tiny", "base", "helper"]
         stream = client.completions.create(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -109,8 +110,25 @@ def read_stdin() -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+class _Forgiving(io.FileIO):
+    """An output whose lines may get lost: on a full disk, what they are about goes on. A closed pipe is told."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            return memoryview(data).nbytes
+
+
 def _forgiving_output() -> None:
-    """What an output's encoding lacks is shown as "?": better than to lose the text that was written."""
+    """What an output's encoding lacks is shown as "?": better than to lose the text that was written. And a place for
+    signs and warnings that is full is no reason to stop."""
+    told = sys.stderr
+    if told is sys.__stderr__ and told is not None:
+        own = io.BufferedWriter(_Forgiving(told.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(own, told.encoding, told.errors, line_buffering=True, write_through=True)
     for stream in (sys.stdout, sys.stderr):
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if getattr(stream, "errors", None) == "strict" and reconfigure is not None:
