@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -227,3 +228,45 @@ def test_no_two_texts_of_a_call_are_one_sample(asked: list[tuple[int, int, int]]
     for n, each in enumerate(texts):
         if each not in texts[:n]:
             assert found[n] == each, "the first keeps the number it was given"
+
+
+def test_an_event_loop_is_woken_once_for_what_a_pass_brings(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Texts that are read together: all of each, in order, as it is written alone; and a deadline ends all of them."""
+    llm = slow_pair(tiny_tokenizer)
+    asked = [replace(PARAMS, max_tokens=24, seed=n) for n in range(8)]
+    prompts = [f"Paris {n}" for n in range(8)]
+    wakes = 0
+
+    async def read() -> dict[int, list[int]]:
+        nonlocal wakes
+        loop, found = asyncio.get_running_loop(), dict[int, list[int]]()
+        wake = loop.call_soon_threadsafe
+
+        def counted(*args: Any, **more: Any) -> Any:
+            nonlocal wakes
+            wakes += 1
+            return wake(*args, **more)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        async for number, chunk in llm.astream_each(prompts, asked):
+            if chunk.step is not None:
+                found.setdefault(number, []).append(chunk.step.token_id)
+            time.sleep(0.001)  # a loop that has other things to do
+        return found
+
+    found = asyncio.run(read())
+    alone = [llm.generate(prompt, params).token_ids for prompt, params in zip(prompts, asked, strict=True)]
+    assert [tuple(found[n]) for n in range(8)] == list(map(tuple, alone))
+    assert wakes < 8 * 24 / 2
+
+    async def too_late() -> None:
+        deadline = asyncio.get_running_loop().time() + 0.05
+        async for _ in llm.astream_each(["hello", "you"], [LONG] * 2, deadline=deadline):
+            pass
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(too_late())
+    until = time.monotonic() + 10
+    while llm.engine.load.running:
+        assert time.monotonic() < until
+        time.sleep(0.01)

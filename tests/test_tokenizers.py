@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+from typing import Any
 
 import pytest
 from conftest import make_tokenizer
@@ -11,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from collm.errors import CollmError
-from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size, tokenizer_fingerprint
+from collm.models.tokenizers import QuickDecoder, require_same_tokenizer, shared_vocab_size, tokenizer_fingerprint
 
 
 def test_padded_vocabulary_and_other_special_tokens_are_tolerated(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -75,3 +77,24 @@ def test_words_behind_the_shared_tokens_are_not(tiny_tokenizer: PreTrainedTokeni
             require_same_tokenizer(other, tiny_tokenizer)
     with pytest.raises(CollmError, match="has another tokenizer"):
         require_same_tokenizer(tiny_tokenizer, extended(tiny_tokenizer, "▁<PRE>", first=300))
+
+
+def test_quick_decoding_is_the_tokenizer_s_own(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whatever the tokens, with and without special ones; and where a tokenizer decodes in a way of its own."""
+
+    class Own(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            return super()._decode(*args, **kwargs).upper()
+
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_special_tokens({"additional_special_tokens": [AddedToken("<|tool|>", special=True)]})
+    own = Own(tokenizer_object=other.backend_tokenizer, eos_token=other.eos_token)
+    rng = random.Random(0)
+    for tokenizer in (other, own):
+        quick = QuickDecoder(tokenizer)
+        for _ in range(2):
+            for _ in range(200):
+                ids = rng.choices([*range(len(tokenizer)), *tokenizer.all_special_ids * 9], k=rng.randint(0, 6))
+                for skip in (False, True):
+                    expected = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+                    assert quick.decode(ids, skip, clean_up_tokenization_spaces=False) == expected

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Unpack
@@ -22,7 +23,7 @@ from collm.llm.assistants import Assistants
 from collm.llm.loading import load
 from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenIds, prompt_ids
-from collm.llm.reading import achunks, chunks, finished
+from collm.llm.reading import achunks, chunks, finished, merged
 from collm.llm.samples import numbered
 from collm.llm.sharing import Sharing
 from collm.llm.writing import Chunk, Writing, whole
@@ -30,6 +31,7 @@ from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
 from collm.models.placement import dtype_name
+from collm.models.tokenizers import QuickDecoder
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation
 from collm.values import LanguageModel
@@ -254,6 +256,27 @@ class CollaborativeLM:
         """As `stream`, for asyncio. The text is cancelled where the iterator is closed, or its task cancelled."""
         return achunks(self.engine, self._single(prompt, params, settings, policy, alone))
 
+    def astream_each(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        alone: int | str | None = None,
+        deadline: float | None = None,
+    ) -> AsyncGenerator[tuple[int, Chunk]]:
+        """As `astream`, several texts as they come, each chunk with the number of its text.
+
+        Args:
+            params: one for each prompt.
+            deadline: in the event loop's time.
+
+        Raises:
+            TimeoutError: while it is read, at the deadline.
+        """
+        ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
+        writings = [self._writing(own, how, None, alone) for own, how in zip(ids, params, strict=True)]
+        return merged(self.engine, writings, deadline)
+
     async def agenerate(
         self,
         prompt: Prompt,
@@ -273,6 +296,10 @@ class CollaborativeLM:
             generation = chunk.generation
         assert generation is not None
         return whole(generation)
+
+    @cached_property
+    def _decoder(self) -> QuickDecoder:
+        return QuickDecoder(self.tokenizer)
 
     @property
     def engine(self) -> Engine:
@@ -347,7 +374,7 @@ class CollaborativeLM:
                 flow = single(number, text, own, eos)
             else:
                 flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience), self.models[BASE])
-            transcript = Transcript.of_tokens(self.tokenizer, ids[BASE], params.stop, eos)
+            transcript = Transcript.of_tokens(self._decoder, ids[BASE], params.stop, eos)
         if params.stop:
             flow = stopping(flow, transcript)
         return Writing(flow, text, own.max_tokens, transcript, self.model_names)

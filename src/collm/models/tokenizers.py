@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import lru_cache
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from collm.errors import CollmError
 
@@ -25,6 +27,41 @@ PADDING = re.compile(r"\[PAD\d*\]|<pad>|<\|?(reserved|unused|extra|dummy)\w*\|?>
 
 MARK = re.compile(r"▁?<([A-Z_]+|\|\w+\|)>")
 """Tokens for markup of one's own: `▁<PRE>`, `<|tool|>`."""
+
+
+class QuickDecoder:
+    """A tokenizer's `decode` for the few tokens at the end of a text that grows: without what transformers does around
+    it, and what has been decoded just before is remembered. From any thread.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        kind = type(tokenizer)
+        plain = isinstance(tokenizer, PreTrainedTokenizerFast) and (
+            (kind.decode, kind._decode) == (PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode)
+        )
+        backend: Any = tokenizer._tokenizer if plain else None
+        # What is skipped; where nothing is, both ways to decode are one.
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = frozenset(n for n, token in added if token.special) if plain else None
+
+        @lru_cache(1 << 14)
+        def decoded(token_ids: tuple[int, ...], skip: bool) -> str:
+            if backend is not None:
+                return str(backend.decode(token_ids, skip_special_tokens=skip))
+            text = tokenizer.decode(list(token_ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert isinstance(text, str)
+            return text
+
+        self._decoded = decoded
+
+    def decode(
+        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        assert not clean_up_tokenization_spaces
+        ids = tuple(token_ids)
+        skip = skip_special_tokens and (self._special is None or not self._special.isdisjoint(ids))
+        return self._decoded(ids, skip)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from collm.evaluation.likelihood import Given
 from collm.llm import Chunk
@@ -156,7 +157,7 @@ class Answer(ABC):
             found["usage"] = None
         return found
 
-    @property
+    @cached_property
     def _options(self) -> StreamOptions:
         return self.request.stream_options or StreamOptions()
 

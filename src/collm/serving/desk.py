@@ -24,7 +24,7 @@ RETRY_AFTER = 1
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One text that a request asks for; `index`: of its choice."""
+    """One text that a request asks for; `index`: of its choice. `alone`: the model, the same for all of a request."""
 
     index: int
     prompt: TokenPrompt
@@ -69,41 +69,28 @@ class Desk:
         """
         self.require_room(len(orders))
         self.texts += len(orders)
-        events: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._follow(order, events)) for order in orders]
+        timings = [Timing() for _ in orders]
+        alone = orders[0].alone if orders else None
         deadline = asyncio.get_running_loop().time() + self.limits.request_timeout
         try:
-            left = len(orders)
-            while left:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        index, found = await events.get()
-                except TimeoutError:
-                    raise self._too_late() from None
-                if isinstance(found, Exception):
-                    raise _as_refusal(found)
-                if found.generation is not None:
-                    left -= 1
-                    _require_whole(found.generation)
-                yield index, found
+            found = self.llm.astream_each(
+                [order.prompt for order in orders], [order.params for order in orders], alone=alone, deadline=deadline
+            )
+            async with aclosing(found) as chunks:
+                async for number, chunk in chunks:
+                    order, timing = orders[number], timings[number]
+                    if chunk.generation is None:
+                        timing.token()
+                    else:
+                        self.metrics.finished(chunk.generation, timing, order.prompt.token_ids)
+                        _require_whole(chunk.generation)
+                    yield order.index, chunk
+        except TimeoutError:
+            raise self._too_late() from None
+        except CollmError as error:
+            raise _as_refusal(error) from error
         finally:
             self.texts -= len(orders)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _follow(self, order: Order, events: asyncio.Queue[tuple[int, Chunk | Exception]]) -> None:
-        timing = Timing()
-        try:
-            async with aclosing(self.llm.astream(order.prompt, order.params, alone=order.alone)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    if chunk.step is not None:
-                        timing.token()
-                    if chunk.generation is not None:
-                        self.metrics.finished(chunk.generation, timing, order.prompt.token_ids)
-                    events.put_nowait((order.index, chunk))
-        except Exception as error:
-            events.put_nowait((order.index, error))
 
     async def run(self, flow: Flow, text: Text) -> None:
         """A flow that reads and writes nothing, to its end.
@@ -149,9 +136,7 @@ def _require_whole(ended: Generation | Finished) -> None:
         raise Refusal("the server stops", status=503, code="shutting_down")
 
 
-def _as_refusal(error: Exception) -> Exception:
-    if isinstance(error, CollmError):
-        if "closed" in str(error):
-            return Refusal("the server stops", status=503, code="shutting_down")
-        return Refusal(str(error))
-    return error
+def _as_refusal(error: CollmError) -> Refusal:
+    if "closed" in str(error):
+        return Refusal("the server stops", status=503, code="shutting_down")
+    return Refusal(str(error))

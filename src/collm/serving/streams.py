@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from collm.serving.refusals import ClientGone, Refusal
 
 _log = logging.getLogger("collm.serving")
 T = TypeVar("T")
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 async def until_gone(request: Request, work: Awaitable[T], metrics: Metrics) -> T:
@@ -63,6 +65,8 @@ class EventStream(Response):
         metrics: Metrics,
         done: Callable[[], None],
     ) -> None:
+        self._sending: float | None = None
+        """Since when the client has been given a piece that it has not taken."""
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -74,8 +78,10 @@ class EventStream(Response):
         task = asyncio.create_task(self._send_all(send))
         watch = asyncio.create_task(_gone(receive))
         try:
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() or isinstance(task.exception(), TimeoutError | OSError):
+            while not (task.done() or watch.done() or self._is_stalled()):
+                patience = self._stall_timeout / 4
+                await asyncio.wait({task, watch}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() or isinstance(task.exception(), OSError):
                 self._metrics.disconnected.inc()
             elif (error := task.exception()) is not None:
                 raise error
@@ -94,7 +100,7 @@ class EventStream(Response):
                 await self._send(send, event)
         except Refusal as refusal:
             await self._send(send, refusal.body())
-        except (TimeoutError, OSError):
+        except OSError:
             raise
         except Exception as error:
             _log.error("a stream failed", exc_info=error)
@@ -103,6 +109,11 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, event: Json | None) -> None:
-        data = "[DONE]" if event is None else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-        async with asyncio.timeout(self._stall_timeout):
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        data = "[DONE]" if event is None else _ENCODE(event)
+        self._sending = time.monotonic()
+        await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        self._sending = None
+
+    def _is_stalled(self) -> bool:
+        # Looked at now and then: a timer for every token would cost as much as the token's own event.
+        return self._sending is not None and time.monotonic() - self._sending >= self._stall_timeout
