@@ -28,6 +28,7 @@ from collm.data.formatting import Formatter
 from collm.llm import CollaborativeLM
 from collm.models.fake import FakeModel
 from collm.models.local import LocalModel
+from collm.remote.connecting import connect
 from collm.sampling_params import SamplingParams
 from collm.serving.limits import Limits
 from collm.values import Query, Replies, Reply
@@ -72,6 +73,96 @@ def test_an_assistant_that_is_slow_holds_up_nobody_who_does_not_want_it() -> Non
             helper.free.set()
         server.wait_idle()
         assert ask(server, collm=ALWAYS).status_code == 200
+
+
+SERVER = """
+import json, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file(sys.argv[1])
+
+class Handler(BaseHTTPRequestHandler):
+    def tell(self, *events, kind="application/json"):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        for event in events:
+            self.wfile.write(event.encode())
+
+    def do_GET(self):
+        self.tell(json.dumps({"data": [{"id": "helper", "max_model_len": 4096}]}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            ids = tokenizer.encode(body["prompt"], add_special_tokens=False).ids
+            return self.tell(json.dumps({"tokens": ids}))
+        time.sleep(0.05)
+        told = {"token_logprobs": [-0.5], "top_logprobs": [{"token_id:65": -0.5}]}
+        choice = {"index": 0, "text": "x", "token_ids": [65], "logprobs": told, "finish_reason": "length"}
+        events = "data: " + json.dumps({"choices": [choice]}) + "\\n\\n", "data: [DONE]\\n\\n"
+        self.tell(*events, kind="text/event-stream")
+
+    def log_message(self, *_):
+        pass
+
+ThreadingHTTPServer.allow_reuse_address = True
+server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+"""A model that always writes the same token, in a process that can be killed."""
+
+
+@contextmanager
+def in_a_process(tokenizer: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    command = [sys.executable, "-c", SERVER, str(tokenizer), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_an_assistant_s_server_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With -9, while it writes for several clients: each gets an error event that names it, or the base goes on."""
+    monkeypatch.setattr("collm.remote.faults.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("collm.remote.health.COOLDOWN", 0.5)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    with in_a_process(tmp_path / "tokenizer.json") as (process, port):
+        helper = connect(f"openai+http://127.0.0.1:{port}?timeout=5", tokenizer, name="helper", vocab_size=320)
+        base = FakeModel("base", 320, num_assistants=1, concentration=0.05)
+        llm = CollaborativeLM([base, helper], [Formatter(tokenizer)] * 2, timeout=60)
+        with live(llm) as server:
+            body = {**CHAT, "max_tokens": 40, "collm": {**ALWAYS, "on_assistant_error": "base", "tokens": True}}
+            others: list[httpx.Response] = []
+            asking = threading.Thread(target=lambda: others.append(server.post("/v1/chat/completions", json=body)))
+            asking.start()
+            stream = server.client().chat.completions.create(
+                **CHAT, max_tokens=40, stream=True, extra_body={"collm": ALWAYS}
+            )
+            told = 0
+            with pytest.raises(openai.APIError, match=f"helper: http://127.0.0.1:{port}"):
+                for chunk in stream:
+                    told += bool(chunk.choices[0].delta.content)
+                    if told == 3:
+                        process.kill()
+            assert 3 <= told < 40
+            asking.join()
+            [choice] = others[0].json()["choices"]
+            authors = [token["author"] for token in choice["collm"]["tokens"]]
+            assert choice["finish_reason"] == "length" and authors[0] == "helper" and authors[-1] == "base"
+            faults = [token["fault"] for token in choice["collm"]["tokens"] if "fault" in token]
+            assert faults and all("helper" in fault for fault in faults) and len(faults) == authors.count("base")
+            failed = ask(server, collm=ALWAYS)
+            assert failed.status_code == 500 and failed.json()["error"]["code"] == "model_failed"
+            assert ask(server, collm={"method": "never"}).status_code == 200
+            server.wait_idle()
+            with in_a_process(tmp_path / "tokenizer.json", port):
+                wait_for(lambda: ask(server, collm=ALWAYS).status_code == 200, 20)
 
 
 def test_an_assistant_whose_predictions_are_not_numbers() -> None:
