@@ -36,9 +36,10 @@ from collm.decoding.policies import ExpectedGain, to_log_odds, to_probability
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate
 from collm.llm import CollaborativeLM
+from collm.llm.deferral import cut_for_rate, rate_of, settled
 from collm.models.fake import FakeModel
 from collm.models.head import DeferralHead
-from collm.models.info import CalibrationTable, CheckpointInfo, load_info, save_info
+from collm.models.info import CalibrationTable, CheckpointInfo, Chosen, load_info, save_info
 from collm.report.trace import Trace
 from collm.sampling_params import Deferral, SamplingParams, Signal
 from collm.types import Generation, Step
@@ -211,6 +212,66 @@ def test_the_table_survives_the_checkpoint(tmp_path: Path) -> None:
     assert info.calibration[0] == table
     assert info.calibration[0].rows[0].log_odds == math.inf and info.calibration[0].rows[-1].log_odds == -math.inf
     assert (tmp_path / "curve.csv") in write_curve(table, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "deferral", "rate", "task"),
+    [
+        ({}, "expected_gain", 0.2, "gsm8k"),
+        ({"deferral_rate": 0.5}, "expected_gain", 0.5, "gsm8k"),
+        ({"deferral_rate": 0.5, "task": "other"}, "expected_gain", 0.5, "other"),
+        ({"threshold": 0.5}, "threshold", None, None),
+        ({"deferral": "threshold"}, "threshold", None, None),
+        ({"deferral": "never"}, "never", None, None),
+        ({"deferral": "random", "deferral_rate": 0.4}, "random", 0.4, None),
+    ],
+    ids=str,
+)
+def test_a_choice_holds_where_nothing_else_is_said(
+    given: dict[str, Any], deferral: str, rate: float | None, task: str | None
+) -> None:
+    chosen = Chosen(task="gsm8k", signal="expected_gain", deferral_rate=0.2)
+    found = settled(SamplingParams(**given), chosen)
+    assert (found.deferral, found.deferral_rate, found.task) == (deferral, rate, task)
+    plain = settled(SamplingParams(**given), None)
+    assert plain == replace(SamplingParams(**given), deferral=given.get("deferral", "threshold"))
+
+
+def test_the_chosen_rate_finds_its_rows_cut_again() -> None:
+    """Also where the wanted rate was missed: what was evaluated is what is written afterwards."""
+    table = run(rounds=1)
+    for one in table.rows:
+        assert cut_for_rate([table], rate_of(one)) == pytest.approx(one.log_odds)
+    [own] = [one.model_copy(update={"target_rate": 0.93}) for one in table.rows if one.log_odds == EVEN]
+    missed_by_far = table.model_copy(update={"rows": [table.rows[0], own, table.rows[-1]]})
+    assert cut_for_rate([missed_by_far], rate_of(own)) == EVEN
+
+
+def test_a_choice_is_kept_and_follows_a_new_calibration(tmp_path: Path) -> None:
+    save_info(tmp_path, CheckpointInfo())
+    table = run(rounds=1)
+    store_table(tmp_path, table)
+    info = load_info(tmp_path)
+    assert info is not None and info.chosen is None
+    store_table(tmp_path, table, chosen=0.1)
+    store_table(tmp_path, table.model_copy(update={"task": "other"}))
+    info = load_info(tmp_path)
+    assert info is not None and info.chosen == Chosen(task="word_problems", signal="gate", deferral_rate=0.1)
+    store_table(tmp_path, run(rounds=1, count=7).model_copy(update={"best": 10}))
+    info = load_info(tmp_path)
+    assert info is not None and info.chosen is not None and info.chosen.deferral_rate == 1.0
+
+
+def test_python_writes_by_the_choice(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    formatters = [Formatter(tiny_tokenizer)] * 2
+    size = len(tiny_tokenizer)
+    models = [FakeModel("base", size, num_assistants=1), FakeModel("expert", size)]
+    chosen = Chosen(task="t", signal="gate", deferral_rate=1.0)
+    llm = CollaborativeLM(models, formatters, CheckpointInfo(chosen=chosen))
+    assert llm.generate("Once", max_tokens=9).deferral_rate == 1.0
+    assert llm.generate("Once", max_tokens=9, deferral="never").deferral_rate == 0.0
+    result = evaluate(llm, "word_problems", questions(2), SamplingParams(max_tokens=9), progress=False)
+    assert result.settings["params.deferral_rate"] == 1.0 and result.deferral_rate == 1.0
 
 
 def test_a_plain_model_has_no_place_for_a_table(tmp_path: Path) -> None:

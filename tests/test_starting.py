@@ -13,6 +13,7 @@ from conftest import make_model, make_tokenizer
 
 from collm.cli import main
 from collm.evaluation.result import EvalResult
+from collm.llm.deferral import told
 from collm.models.info import load_info
 from collm.training.recipe import load_recipe
 from collm.workflow.presets import KNOWN, shipped
@@ -33,6 +34,12 @@ def collm(*arguments: object) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+UNMARKED = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "x"}]} for n in range(60)
+]
+"""Neither the texts nor a field tell the answers."""
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -90,6 +97,17 @@ def test_what_init_writes_runs_to_its_report(here: Path, preset: str) -> None:
     assert "base as it came" in report and report.count("<svg") >= 2
     info = load_info(read.out)
     assert info is not None and [table.signal for table in info.calibration] == [KNOWN[preset].signal]  # type: ignore[index]
+    # What was chosen is what everybody takes who says nothing.
+    chosen, settings = info.chosen, found["pair"].settings
+    assert chosen is not None and (chosen.task, chosen.signal) == ("exact_match", KNOWN[preset].signal)  # type: ignore[index]
+    assert chosen.deferral_rate == settings["params.deferral_rate"] and told(chosen) in done.stdout
+    short = ("What is 4 + 1?", "--max-tokens", "6", "--plain")
+    written = collm("generate", read.out, *short)
+    assert written.exit_code == 0, written.output
+    assert told(chosen) in written.stderr
+    by_hand = ("--method", settings["params.deferral"], "--deferral-rate", chosen.deferral_rate)
+    same = collm("generate", read.out, *short, *by_hand)
+    assert same.stdout == written.stdout and told(chosen) not in same.stderr
     # Started again, nothing is written anew, and the same is told.
     kept = {path: path.read_bytes() for path in (read.out / "evaluation").glob("*.jsonl")}
     again = collm("run", recipe, *changes)
@@ -179,6 +197,8 @@ FULL = {"--preset": "tool", "--base": "base", "--data": "all.jsonl", "--task": "
         ({"--assistant": "helper"}, 1, ["helper is no tool"]),
         ({"--data": "nowhere.jsonl"}, 1, ["nowhere.jsonl"]),
         ({"--data": "few.jsonl"}, 1, ["too few to be split"]),
+        ({"--data": "no_gold.jsonl"}, 1, ["no gold answer"]),
+        ({"--base": "bare"}, 1, ["bare holds a model without its tokenizer"]),
     ],
     ids=str,
 )
@@ -186,12 +206,26 @@ def test_what_is_wrong_is_told_and_nothing_written(
     here: Path, changes: dict[str, str | None], code: int, words: list[str]
 ) -> None:
     (here / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
+    (here / "no_gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNMARKED))
+    (here / "bare").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (here / "bare" / name).write_bytes((here / "base" / name).read_bytes())
     options = [part for name, value in {**FULL, **changes}.items() if value for part in (name, value)]
     done = collm("init", "wrong.yaml", *options)
     assert done.exit_code == code, done.output
     for word in words:
         assert word in done.stderr
-    assert not Path("wrong.yaml").exists()
+    assert not Path("wrong.yaml").exists() and not Path("wrong-data").exists()
+
+
+def test_what_stood_there_before_a_failure_still_does(here: Path) -> None:
+    options = [part for pair in FULL.items() for part in pair]
+    assert collm("init", "kept.yaml", *options).exit_code == 0
+    files = [Path("kept.yaml"), *sorted(Path("kept-data").iterdir())]
+    before = [path.read_bytes() for path in files]
+    Path("no_gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNMARKED))
+    done = collm("init", "kept.yaml", *options, "--force", "--data", "no_gold.jsonl")
+    assert done.exit_code == 1 and [path.read_bytes() for path in files] == before
 
 
 def test_a_task_that_the_training_texts_do_not_answer_is_told(here: Path) -> None:

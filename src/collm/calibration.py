@@ -32,9 +32,9 @@ from collm.evaluation.system import identity_of
 from collm.evaluation.task import Task, get_task
 from collm.files import claimed
 from collm.identity.finding import digest
-from collm.llm.deferral import far, policy_at, to_threshold
+from collm.llm.deferral import far, policy_at, rate_of, to_threshold
 from collm.models.hub import write_card
-from collm.models.info import FORMAT_VERSION, CalibrationRow, CalibrationTable, load_info, save_info
+from collm.models.info import FORMAT_VERSION, CalibrationRow, CalibrationTable, Chosen, load_info, save_info
 from collm.report.plots import save_curve
 from collm.report.trace import Trace
 from collm.sampling_params import SamplingParams, Signal
@@ -280,17 +280,19 @@ def trained_state(checkpoint: str | Path) -> str:
     """A hash of what training left in a checkpoint: all but its calibration, and (of a whole model) the weights, of
     which its description tells."""
     info = load_info(checkpoint)
-    told = {} if info is None else info.model_dump(mode="json", exclude={"calibration", "format_version"})
+    told = {} if info is None else info.model_dump(mode="json", exclude={"calibration", "chosen", "format_version"})
     files = [Path(checkpoint) / name for name in ("gate.safetensors", "adapter_model.safetensors")]
     return digest(told, [xxh3_64_hexdigest(path.read_bytes()) for path in files if path.is_file()])
 
 
 def store_table(
-    checkpoint: str | Path, table: CalibrationTable, *, trained: str | None = None
+    checkpoint: str | Path, table: CalibrationTable, *, chosen: float | None = None, trained: str | None = None
 ) -> CalibrationTable | None:
     """Put `table` into a checkpoint, in the place of an older one of the same task and signal, which is returned.
 
     Args:
+        chosen: the deferral rate of this table at which the pair shall write where nobody says otherwise. A choice
+            that was made in the older table becomes this one's best rate.
         trained: its `trained_state` when it was loaded.
 
     Raises:
@@ -310,7 +312,13 @@ def store_table(
             )
         older = [other for other in info.calibration if (other.task, other.signal) == (table.task, table.signal)]
         others = [other for other in info.calibration if other not in older]
-        renewed = {"calibration": [*others, table], "format_version": FORMAT_VERSION}
+        renewed: dict[str, Any] = {"calibration": [*others, table], "format_version": FORMAT_VERSION}
+        before = info.chosen
+        if chosen is None and before is not None and (before.task, before.signal) == (table.task, table.signal):
+            chosen = None if table.best is None else rate_of(table.rows[table.best])
+            renewed["chosen"] = None
+        if chosen is not None:
+            renewed["chosen"] = Chosen(task=table.task, signal=table.signal, deferral_rate=chosen)
         save_info(checkpoint, info.model_copy(update=renewed))
         write_card(checkpoint)
     return older[-1] if older else None

@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         remedy = "; make room and run the same again" if error.errno in FULL else ""
-        raise CollmError(f"{path}: cannot be written ({error.strerror or error}){remedy}") from error
+        raise CollmError(f"{path}: cannot be written ({error.strerror or error}){remedy}") from None
 
 
 def _sweep(path: Path) -> None:
@@ -166,7 +166,7 @@ def claimed(path: str | Path, *, folder: bool = False, wait: bool = False) -> It
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CollmError(f"could not write {path}: {error}") from error
+        raise CollmError(f"could not write {path}: {error}") from None
     lock = home.resolve() / (".lock" if folder else f".{path.name}.lock")
     with _guard:
         mine = _held.get(lock) == threading.get_ident()
@@ -192,16 +192,16 @@ def _acquired(path: Path, lock: Path, wait: bool) -> BaseFileLock:
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
-    except Timeout as error:
+    except Timeout:
         if not wait:
             raise CollmError(
                 f"{path} is being written by {_owner(lock)}: wait until it has finished, stop it, or give another "
                 "output"
-            ) from error
+            ) from None
         logger.info("waiting for %s to finish with %s", _owner(lock), path)
         held.acquire()
     except OSError as error:
-        raise CollmError(f"could not write {path}: {error}") from error
+        raise CollmError(f"could not write {path}: {error}") from None
     return held
 
 

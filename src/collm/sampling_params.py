@@ -43,7 +43,8 @@ class SamplingParams:
     `stop`: strings that end the text and are not part of it; `stop_token_ids`: tokens that do.
     `top_log_probs`: so many of the most probable tokens are told with each token (`Step.top`).
 
-    Who writes is settled by `deferral`:
+    Who writes is settled by `deferral`. None stands for the checkpoint's own choice, which `collm run` leaves in it
+    (`CheckpointInfo.chosen`); without one, and with a `threshold`, for `"threshold"`:
 
     - `"threshold"`: defer where `1 - P(Z = base) > threshold`, to the assistant with the largest gate. The threshold
       is `threshold` (a probability), or comes from the checkpoint's calibration for `deferral_rate`; with neither, 0.5.
@@ -78,7 +79,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     top_log_probs: int = 0
-    deferral: Deferral = "threshold"
+    deferral: Deferral | None = None
     threshold: float | None = None
     deferral_rate: float | None = None
     task: str | None = None
@@ -122,7 +123,9 @@ class SamplingParams:
             raise ValueError(f"top_log_probs must lie between 0 and {MOST_TOP}, not be {self.top_log_probs}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
-        if self.deferral not in get_args(Deferral):
+        if self.deferral is None and self.threshold is not None:
+            object.__setattr__(self, "deferral", "threshold")
+        if self.deferral is not None and self.deferral not in get_args(Deferral):
             raise ValueError(f"deferral must be one of {', '.join(get_args(Deferral))}, not {self.deferral!r}")
         if self.on_assistant_error not in get_args(OnAssistantError):
             raise ValueError(f"on_assistant_error must be 'fail' or 'base', not {self.on_assistant_error!r}")

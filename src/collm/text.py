@@ -16,7 +16,7 @@ def read_text(path: Path) -> str:
     try:
         return decoded(path.read_bytes(), str(path))
     except OSError as error:
-        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CollmError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def decoded(data: bytes, where: str) -> str:
@@ -30,7 +30,7 @@ def decoded(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise CollmError(
             f"{where}: not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}): convert it to UTF-8"
-        ) from error
+        ) from None
 
 
 def require_text(text: str, where: str) -> str:
@@ -46,5 +46,5 @@ def require_text(text: str, where: str) -> str:
             raise CollmError(
                 f"{where}: character {error.start} is half a surrogate pair (U+{ord(text[error.start]):04X}), as text "
                 "cut in the middle of an emoji or read in the wrong encoding has it: no tokenizer can read it"
-            ) from error
+            ) from None
     return text

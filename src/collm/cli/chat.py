@@ -108,15 +108,13 @@ class Served(Partner):
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield from self._pieces(json.loads(line.removeprefix("data: ")))
         except httpx.HTTPError as error:
-            raise CollmError(f"the server does not answer: {error}") from error
+            raise CollmError(f"the server does not answer: {error}") from None
 
     def _body(self, messages: Sequence[Message], params: SamplingParams, alone: str | None) -> dict[str, Any]:
         collm: dict[str, Any] = {"tokens": True}
         if alone is None:
             who = {"method": params.deferral, "deferral_rate": params.deferral_rate, "threshold": params.threshold}
             collm |= {name: value for name, value in {**who, "task": params.task}.items() if value is not None}
-            if collm == {"tokens": True, "method": "threshold"}:
-                del collm["method"]  # nothing was said: as the server was started
             collm |= {"speculative": params.speculative, "on_assistant_error": params.on_assistant_error}
         return {
             "model": alone or self._pair,
@@ -153,7 +151,7 @@ def _told(client: Any, method: str, path: str) -> Any:
     try:
         response = client.request(method, path)
     except httpx.HTTPError as error:
-        raise CollmError(f"there is no server at {client.base_url}: {error}") from error
+        raise CollmError(f"there is no server at {client.base_url}: {error}") from None
     if response.status_code != 200:
         raise CollmError(_message(response))
     return response
@@ -179,7 +177,9 @@ def chat(checkpoint: str, system: str | None, **options: Any) -> None:
     """
     params = sampling_params(options)
     remote = checkpoint.startswith(("http://", "https://"))
-    partner = Served(checkpoint, os.environ.get(KEY_VARIABLE)) if remote else InProcess(load_llm(checkpoint, options))
+    partner = (
+        Served(checkpoint, os.environ.get(KEY_VARIABLE)) if remote else InProcess(load_llm(checkpoint, options, params))
+    )
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     Talk(partner, params, options["alone"], before).run()
 
@@ -278,14 +278,14 @@ class Talk:
             value = float(rest)
         except ValueError:
             raise CollmError(f"{name} takes a number between 0 and 1, not {rest!r}") from None
-        none = replace(self.params, deferral="threshold", deferral_rate=None, threshold=None)
+        none = replace(self.params, deferral=None, deferral_rate=None, threshold=None)
         try:
             if name == "/rate":
                 self.params = replace(none, deferral_rate=value)
             else:
                 self.params = replace(none, threshold=value, task=None)
         except ValueError as error:
-            raise CollmError(str(error)) from error
+            raise CollmError(str(error)) from None
 
     def _alone(self, name: str) -> None:
         if name and name not in self.partner.names:

@@ -109,7 +109,7 @@ def evaluate(
     asked.require()
     check_llm(checkpoint, options, params)
     with nullcontext() if out is None else claimed(out):
-        llm = load_llm(checkpoint, options)
+        llm = load_llm(checkpoint, options, params)
 
         from collm.evaluation.evaluate import evaluate as run
 
@@ -153,7 +153,7 @@ def _harness(
         generation["until"] = list(options["stop"])
     check_llm(checkpoint, options, params)
     with nullcontext() if out is None else claimed(out, folder=True):
-        llm = load_llm(checkpoint, options)
+        llm = load_llm(checkpoint, options, params)
 
         from collm.evaluation.harness import CollaborativeHarnessLM, run_tasks
 

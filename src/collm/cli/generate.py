@@ -62,7 +62,7 @@ def generate(checkpoint: str, prompt: str, system: str | None, raw: bool, **opti
     outline = check_llm(checkpoint, options, params)
     if not raw:
         _require_template(outline, outline.has_chat_template)
-    llm = load_llm(checkpoint, options)
+    llm = load_llm(checkpoint, options, params)
     if not raw and outline.has_chat_template is None:  # of a hub id, say, it is known only now
         _require_template(outline, bool(llm.tokenizer.chat_template))
     if options["stream"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from collm.errors import CollmError, nearest
 if TYPE_CHECKING:
     from collm.workflow.presets import Wanted
 
+PARTS = ("train", "calibration", "test")
 ASSISTANT_HELP = "Folder, hub id, .gguf file, or calculator. Repeat it for several.  [default: calculator, for tool]"
 
 
@@ -60,19 +63,50 @@ def init(recipe: Path, like: str | None, force: bool, **given: Any) -> None:
         from collm.training.checking import require_packages
 
         require_packages(("accelerate", "peft"))
-    wanted, notes = _wanted(recipe, asked)
+    parts = [_data_folder(recipe) / f"{name}.jsonl" for name in PARTS] if asked["data"] else []
+    with _all_or_nothing([*parts, recipe]):
+        notes = _write(recipe, asked)
+    if parts:
+        click.echo(f"{asked['data']} split into {', '.join(map(str, parts))}", err=True)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"written to {recipe}; next: collm run {shlex.quote(str(recipe))}")
 
+
+def _write(recipe: Path, asked: dict[str, Any]) -> list[str]:
+    """The recipe and its data, looked at; what there is to be said about them."""
     from collm.files import write_text
     from collm.training.recipe import load_recipe
     from collm.workflow.checking import check_run
     from collm.workflow.presets import recipe_text
 
-    text = recipe_text(wanted, shlex.quote(str(recipe)))
-    write_text(recipe, text)
+    wanted, notes = _wanted(recipe, asked)
+    write_text(recipe, recipe_text(wanted, shlex.quote(str(recipe))))
     check_run(load_recipe(recipe))
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"written to {recipe}; next: collm run {shlex.quote(str(recipe))}")
+    return notes
+
+
+@contextmanager
+def _all_or_nothing(paths: list[Path]) -> Iterator[None]:
+    """Files that are written in the block are as they were before where it fails; so are folders that it makes."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    new = {path.parent for path in paths if not path.parent.exists()}
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            if content is not None:
+                path.write_bytes(content)
+            elif path.is_file():
+                path.unlink()
+        for folder in new:
+            with suppress(OSError):  # something of others lies in it
+                folder.rmdir()
+        raise
+
+
+def _data_folder(recipe: Path) -> Path:
+    return recipe.parent / f"{recipe.stem}-data"
 
 
 def interactive() -> bool:
@@ -98,7 +132,7 @@ def _require(given: dict[str, Any]) -> None:
     lacking = [f"--{name}" for name in ("preset", "base", "task") if not given[name]]
     if not given["assistants"] and given["preset"] != "tool":
         lacking.append("--assistant")
-    parts = [name for name in ("train", "calibration", "test") if given[name]]
+    parts = [name for name in PARTS if given[name]]
     if given["data"] and parts:
         raise click.UsageError(f"--data is split into all three parts: leave out --{parts[0]}, or --data")
     if not given["data"] and len(parts) < 3:
@@ -127,7 +161,7 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
     if not given["assistants"]:
         default = "calculator" if given["preset"] == "tool" else None
         given["assistants"] = (click.prompt("The assistant (folder, hub id or .gguf file)", default=default, err=True),)
-    if not any(given[name] for name in ("data", "train", "calibration", "test")):
+    if not any(given[name] for name in ("data", *PARTS)):
         ask("data", 'Examples, one a line, {"messages": [...], "answer": ...} (docs/recipes.md, Data)')
     ask("task", "What an answer is worth: a task of docs/tasks.md, or MODULE:FUNCTION", default="exact_match")
     return given
@@ -158,11 +192,9 @@ def _wanted(recipe: Path, given: dict[str, Any]) -> tuple[Wanted, list[str]]:
         if name == "base":
             raise CollmError(f"--assistant {spec}: give it a name other than base, as in --assistant helper={spec}")
     if given["data"]:
-        folder = recipe.parent / f"{recipe.stem}-data"
-        parts = {name: str(path) for name, path in split(Path(given["data"]), folder).items()}
-        click.echo(f"{given['data']} split into {', '.join(parts.values())}", err=True)
+        parts = {name: str(path) for name, path in split(Path(given["data"]), _data_folder(recipe)).items()}
     else:
-        parts = {name: given[name] for name in ("train", "calibration", "test")}
+        parts = {name: given[name] for name in PARTS}
     notes = look(task, **parts)
     wanted = Wanted(
         preset=given["preset"],

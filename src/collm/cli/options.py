@@ -179,9 +179,8 @@ _who = _together(
         "--method",
         "deferral",
         type=Named(get_args(Deferral)),
-        default="threshold",
-        show_default=True,
-        help="What settles who writes a token; random and what follows are baselines.",
+        help="What settles who writes a token; random and what follows are baselines.  [default: what collm run chose "
+        "for the checkpoint, else threshold]",
     ),
     click.option(
         "--deferral-rate",
@@ -195,7 +194,7 @@ _who = _together(
         metavar="P",
         help="Defer where the gate (or the expected gain) exceeds this probability; for the baselines, the base's "
         "entropy in nats, the largest probability below which a model is in doubt, or the probability of asking.  "
-        "[default: 0.5, of the gate]",
+        "[default: the checkpoint's rate, else 0.5, of the gate]",
     ),
     click.option(
         "--calibration-task",
@@ -249,7 +248,7 @@ writer_options = _together(_who, _how)
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     """Takes what `decoding_options` put into `options`; combinations that make no sense are usage errors."""
     who = [name for name in ("threshold", "deferral_rate", "calibration_task") if options[name] is not None]
-    if options.get("alone") is not None and (who or options["deferral"] != "threshold"):
+    if options.get("alone") is not None and (who or options["deferral"] is not None):
         raise click.UsageError(
             f"--alone lets one model write all of it: leave out {_option(who[0] if who else 'deferral')}, or --alone"
         )
@@ -310,12 +309,18 @@ def check_llm(checkpoint: str, options: Mapping[str, Any], params: SamplingParam
             with waiting(f"loading {checkpoint}"):
                 check_request(found, params)
     except CollmError as error:
-        raise CollmError(_as_options(str(error))) from error
+        raise CollmError(_as_options(str(error))) from None
     return found
 
 
-def load_llm(checkpoint: str, options: Mapping[str, Any], **settings: Any) -> CollaborativeLM:
-    """The system of the command line; `settings`: further ones of `CollaborativeLM`."""
+def load_llm(
+    checkpoint: str, options: Mapping[str, Any], params: SamplingParams | None = None, **settings: Any
+) -> CollaborativeLM:
+    """The system of the command line; it is told who writes by default, where `params` leave that to the checkpoint.
+
+    Args:
+        settings: further ones of `CollaborativeLM`.
+    """
     with waiting(f"loading {checkpoint}"):
         from collm.llm import CollaborativeLM
 
@@ -330,7 +335,17 @@ def load_llm(checkpoint: str, options: Mapping[str, Any], **settings: Any) -> Co
         )
         if options["template_kwargs"] or options["date"]:
             _tell_templates(llm, options["template_kwargs"], options["date"])
-        return llm
+    chosen = llm.info.chosen
+    if chosen is not None and params is not None and options.get("alone") is None and not says_who(params):
+        from collm.llm.deferral import told
+
+        click.echo(f"{told(chosen)}; --deferral-rate, --threshold and --method say otherwise", err=True)
+    return llm
+
+
+def says_who(params: SamplingParams) -> bool:
+    """Do they leave nothing of who writes to the checkpoint?"""
+    return params.deferral is not None or params.deferral_rate is not None
 
 
 def identity(checkpoint: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,9 +51,10 @@ def _show_next(recipe: Recipe, outcome: Outcome) -> None:
     out = shlex.quote(str(recipe.out))
     click.echo(f"page        {outcome.report}")
     click.echo(f"checkpoint  {out}")
-    rate = outcome.rival.settings.get("params.deferral_rate")
-    how = outcome.rival.settings.get("params.deferral")
-    options = "" if not rate else f" --deferral-rate {rate:g}"
-    options += "" if how in (None, "threshold", "never") else f" --method {how}"
-    click.echo(f'next        collm generate {out} "your question"{options}')
+    chosen = outcome.chosen
+    if chosen is not None:
+        from collm.llm.deferral import told
+
+        click.echo(f"deferral    {told(chosen)}: what the commands below, and Python, take")
+    click.echo(f'next        collm generate {out} "your question"')
     click.echo(f"            collm serve {out}")

@@ -107,7 +107,7 @@ def serve(checkpoint: str, **options: Any) -> None:
     app = make_app(llm, name, defaults=defaults, limits=limits, access=access, examples=examples)
     log_to_stderr()
     listen(listening)  # whoever reads the next line may ask
-    _tell(llm, name, address(listening), bool(access.api_keys))
+    _tell(llm, name, defaults, address(listening), bool(access.api_keys))
     run(app, listening)
 
 
@@ -155,9 +155,11 @@ def _require_servable(checkpoint: str, options: dict[str, Any], defaults: Sampli
     cuts_between([load_tokenizer(found.base), *map(load_tokenizer, own.values())], ["base", *own])
 
 
-def _tell(llm: CollaborativeLM, name: str, url: str, guarded: bool) -> None:
+def _tell(llm: CollaborativeLM, name: str, defaults: SamplingParams, url: str, guarded: bool) -> None:
     """What is served."""
     import resource
+
+    from collm.llm.deferral import settled
 
     tables = ", ".join(f"{table.task} ({table.signal})" for table in llm.info.calibration)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
@@ -165,6 +167,14 @@ def _tell(llm: CollaborativeLM, name: str, url: str, guarded: bool) -> None:
     click.echo(f"base         {base}")
     click.echo(f"assistants   {', '.join(assistants) or 'none'}")
     click.echo(f"calibration  {tables or 'none: requests give a threshold, not a deferral rate'}")
+    if assistants:
+        click.echo(f"deferral     {_by_default(settled(defaults, llm.info.chosen))}, where a request does not say")
     click.echo(f"memory       {memory:.1f} GB")
     click.echo(f"models       {', '.join((name, *llm.model_names))}")
     click.echo(f"listening    {url}{'' if guarded else ' (no API key)'}")
+
+
+def _by_default(params: SamplingParams) -> str:
+    rate, threshold = params.deferral_rate, params.threshold
+    dial = "" if rate is None and threshold is None else f" {threshold:g}" if rate is None else f", rate {rate:.3g}"
+    return f"{params.deferral}{dial}"

@@ -318,8 +318,8 @@ def require_read(formatters: Sequence[Formatter], template_kwargs: Mapping[str, 
 def _day(written: str | None) -> date:
     try:
         return date.today() if written is None else date.fromisoformat(written)
-    except (TypeError, ValueError) as error:
-        raise CollmError(f"date is a day as 2026-07-26, not {written!r}") from error
+    except (TypeError, ValueError):
+        raise CollmError(f"date is a day as 2026-07-26, not {written!r}") from None
 
 
 def _read(question: Sequence[Message]) -> Conversation:

@@ -43,7 +43,7 @@ class Journal:
             self._file.truncate(kept)
             self._end = self._file.seek(kept)
         except OSError as error:
-            raise CollmError(f"{path}: cannot be written: {error.strerror}") from error
+            raise CollmError(f"{path}: cannot be written: {error.strerror}") from None
 
     def _read(self, mark: str) -> int:
         """Fill `found` and `records`; the number of bytes of whole lines."""
@@ -89,7 +89,7 @@ class Journal:
             raise CollmError(
                 f"{self.path}: cannot be written ({error.strerror}); what was finished before is kept: "
                 "make room and run the same again"
-            ) from error
+            ) from None
         self._end = self._file.tell()
 
     def __enter__(self) -> Journal:

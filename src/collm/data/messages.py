@@ -164,8 +164,8 @@ def read_tools(value: object, where: str) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise CollmError(f"{where}: tools is a list of function schemas, not the text {given[:40]!r}") from error
+        except (ValueError, RecursionError):
+            raise CollmError(f"{where}: tools is a list of function schemas, not the text {given[:40]!r}") from None
     if _empty(value):
         return ()
     if not isinstance(value, Sequence):
@@ -189,7 +189,7 @@ def _plain(value: Any, where: str) -> Any:
     try:
         return json.loads(json.dumps(value, default=dict))
     except (TypeError, ValueError, RecursionError) as error:
-        raise CollmError(f"{where} is not JSON ({error})") from error
+        raise CollmError(f"{where} is not JSON ({error})") from None
 
 
 def require_texts(value: Any, where: str) -> None:

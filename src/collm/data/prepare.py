@@ -136,5 +136,5 @@ def _questions_there(out: Path, names: list[str]) -> dict[str, Path]:
                 raise CollmError(
                     f"{error} (looked into because parts in one folder must not share questions): give another --out, "
                     "or move the file away"
-                ) from error
+                ) from None
     return there

@@ -41,7 +41,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
                     raise record
                 yield where, record
     except (OSError, TypeError) as error:
-        raise CollmError(f"{path} cannot be read: {error}") from error
+        raise CollmError(f"{path} cannot be read: {error}") from None
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -57,7 +57,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
     except CollmError:
         whole = None  # told line by line
     except OSError as error:
-        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CollmError(f"{path}: cannot be read: {error.strerror}") from None
     if isinstance(whole, list):
         for number, row in enumerate(whole):
             yield f"{path}, entry {number}", row
@@ -77,7 +77,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         lines = path.open("rb")
     except OSError as error:
-        raise CollmError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CollmError(f"{path}: cannot be read: {error.strerror}") from None
     with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -100,11 +100,11 @@ def parsed(data: bytes, where: str) -> Any:
     try:
         return json.loads(decoded(data, where))
     except CollmError as error:
-        raise CollmError(f"{where}: not JSON, which is UTF-8 ({str(error).removeprefix(f'{where}: ')})") from error
-    except RecursionError as error:
-        raise CollmError(f"{where}: not readable: values are nested too deep") from error
+        raise CollmError(f"{where}: not JSON, which is UTF-8 ({str(error).removeprefix(f'{where}: ')})") from None
+    except RecursionError:
+        raise CollmError(f"{where}: not readable: values are nested too deep") from None
     except ValueError as error:
-        raise CollmError(f"{where}: not JSON ({error})") from error
+        raise CollmError(f"{where}: not JSON ({error})") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -113,7 +113,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         batches = parquet.ParquetFile(path).iter_batches()
     except ArrowInvalid as error:
-        raise CollmError(f"{path}: no parquet file ({error})") from error
+        raise CollmError(f"{path}: no parquet file ({error})") from None
     found = (record for batch in batches for record in batch.to_pylist())
     for number, record in enumerate(found):
         yield f"{path}, row {number}", record
@@ -124,7 +124,7 @@ def _whole(path: Path) -> Any:
     try:
         return parsed(path.read_bytes(), str(path))
     except CollmError as error:
-        cause = error.__cause__
+        cause = error.__context__
         if isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data":
             return None
         raise

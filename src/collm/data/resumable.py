@@ -78,7 +78,7 @@ def run(
     work: Callable[[Sequence[Encoded]], list[TokenScores]],
     batch_tokens: int,
     resume: bool,
-    progress: bool,
+    progress: bool | str,
     notes: Mapping[str, Any],
     switches: Sequence[int] = (),
     wait: bool = False,
@@ -88,6 +88,7 @@ def run(
     Args:
         work: scores a batch.
         batch_tokens: may differ from that of the run being resumed.
+        progress: a bar on stderr; a text says whose scores these are.
         notes: what else `scores.json` is to tell.
         switches: `rope_switches` of the model.
         wait: for another process that makes them at this moment, instead of refusing.
@@ -108,7 +109,7 @@ def _score(
     work: Callable[[Sequence[Encoded]], list[TokenScores]],
     batch_tokens: int,
     resume: bool,
-    progress: bool,
+    progress: bool | str,
     notes: Mapping[str, Any],
     switches: Sequence[int],
 ) -> None:
@@ -125,7 +126,8 @@ def _score(
         batches = plan_batches(lengths, [i for i in kept if i not in scores], batch_tokens, switches)
         tokens, begin = sum(lengths[i] for batch in batches for i in batch), time.monotonic()
         try:
-            with progress_bar(tokens, progress) as advance:
+            doing = f"scoring by {progress}" if isinstance(progress, str) else "scoring"
+            with progress_bar(tokens, bool(progress), doing) as advance:
                 for batch in batches:
                     found = dict(zip(batch, work([encoded.items[i] for i in batch]), strict=True))
                     for i, (log_prob, _) in found.items():
@@ -173,7 +175,7 @@ def _unpack(record: dict[str, Any]) -> dict[int, TokenScores]:
 
 
 @contextmanager
-def progress_bar(total: int, enabled: bool, doing: str = "scoring") -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, enabled: bool, doing: str) -> Iterator[Callable[[int], None]]:
     """A bar on stderr with tokens/s and the time left; yields the function that advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -181,9 +183,10 @@ def progress_bar(total: int, enabled: bool, doing: str = "scoring") -> Iterator[
 
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.finished_speed or task.speed or 0:,.0f} tokens/s")
+            speed = task.finished_speed or task.speed
+            return Text("" if not speed else f"{speed:,.0f} tokens/s")
 
-    columns = (TextColumn(doing), BarColumn(), TextColumn("{task.percentage:.0f} %"), Speed())
+    columns = (TextColumn(doing, markup=False), BarColumn(), TextColumn("{task.percentage:.0f} %"), Speed())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda tokens: bar.advance(task, tokens)

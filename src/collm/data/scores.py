@@ -124,13 +124,13 @@ def load_info(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         info: Any = json.loads((path / INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError):
         if partial_path(path).exists() and not path.exists():
             raise CollmError(
                 f"{path}: scoring was interrupted; run the same `collm score` again to finish it"
-            ) from error
+            ) from None
         state = "is not a folder of scores" if path.exists() else "does not exist"
-        raise CollmError(f"{path} {state}; make scores with `collm score DATA --model M --out {path}`") from error
+        raise CollmError(f"{path} {state}; make scores with `collm score DATA --model M --out {path}`") from None
     found: dict[str, Any] = info if isinstance(info, dict) else {}
     version = found.get("format_version", 0)
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -246,7 +246,7 @@ def save_scores(
         raise CollmError(
             f"{path}: the scores cannot be written ({error.strerror or error}); what was scored is kept in "
             f"{partial_path(path)}: make room and run the same again"
-        ) from error
+        ) from None
     finally:
         if not bars_off:
             datasets.enable_progress_bars()

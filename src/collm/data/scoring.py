@@ -54,7 +54,7 @@ def score(
     max_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | str = True,
     dtype: str = "float32",
     device: str = "cpu",
     wait: bool = False,
@@ -70,6 +70,7 @@ def score(
         max_length: tokens to keep of each sequence; never more than the model's context.
         resume: go on where an interrupted run stopped, and leave finished scores alone; False begins anew and
             replaces them.
+        progress: a bar on stderr; a text says whose scores these are.
         wait: for another process that makes them at this moment, instead of refusing.
 
     Raises:
@@ -136,7 +137,7 @@ def score_tool(
     max_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | str = True,
     wait: bool = False,
     chunks: Reader | None = None,
 ) -> Path:

@@ -32,7 +32,7 @@ def score_served(
     max_length: int | None = None,
     batch_tokens: int = KEPT_TOKENS,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | str = True,
     wait: bool = False,
     chunks: Reader | None = None,
 ) -> Path:

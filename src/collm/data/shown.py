@@ -85,4 +85,4 @@ def telling(where: str) -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise CollmError(f"{where}: {error}") from error
+        raise CollmError(f"{where}: {error}") from None

@@ -192,7 +192,7 @@ def read_source(name: str, path: Path, **options: Any) -> Iterator[Row]:
             row = {"id": f"{name}-{own}", **known.row(record, **options)}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise CollmError(f"{where}: no record of {name} ({what}); expected {known.expected}") from error
+            raise CollmError(f"{where}: no record of {name} ({what}); expected {known.expected}") from None
         parse_example(row, where, default_id=str(number))
         empty = False
         yield row

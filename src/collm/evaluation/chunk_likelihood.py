@@ -64,7 +64,7 @@ def _own(sharing: Sharing, text: GivenText, model: int) -> Sequence[int]:
     try:
         return codec.encode(base.data(text.completion).decode())
     except UnicodeDecodeError as error:
-        raise CollmError(f"a text to be scored ends within a character: {error}") from error
+        raise CollmError(f"a text to be scored ends within a character: {error}") from None
 
 
 def _places(codec: ByteCodec, ids: Sequence[int], offsets: Sequence[int]) -> list[int]:

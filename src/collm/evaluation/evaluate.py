@@ -121,8 +121,9 @@ def evaluate_with_traces(
     golds = [task.gold(example) for example in examples]
     params = replace(params, stop=(*params.stop, *task.stop))
     groups = near_duplicates(examples)
-    from collm.evaluation.system import settings_of  # it knows the models, and so torch
+    from collm.evaluation.system import settings_of, who_writes  # they know the models, and so torch
 
+    params = who_writes(llm, params, policy, alone)
     settings = {
         "task": f"{task.name} v{task.version}",
         "examples": examples_fingerprint(examples),
@@ -176,7 +177,7 @@ def default_name(models: Sequence[str], params: SamplingParams, alone: int | str
     if alone is not None:
         return models[alone] if isinstance(alone, int) else alone
     parts = [" + ".join(models)]
-    if params.deferral != "threshold":
+    if params.deferral is not None and params.deferral != "threshold":
         parts.append(params.deferral)
     if params.deferral_rate is not None:
         parts.append(f"rate {params.deferral_rate:g}")

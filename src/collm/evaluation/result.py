@@ -123,7 +123,7 @@ class EvalResult:
             kept = {f.name: row[f.name] for f in fields(cls) if f.name in row or f.default_factory is MISSING}
             kept["metrics_ci95"] = {name: tuple(pair) for name, pair in kept.get("metrics_ci95", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CollmError(f"{path} is not the result of an evaluation ({error}); run collm eval again") from error
+            raise CollmError(f"{path} is not the result of an evaluation ({error}); run collm eval again") from None
         pairs = {name: tuple(kept.get(name, ())) for name in ("ci95", "ids", "scores", "groups")}
         return cls(**{**kept, **pairs})
 

@@ -9,6 +9,7 @@ from typing import Any
 from collm.errors import CollmError
 from collm.identity.finding import system_identity, without_addresses
 from collm.llm import CollaborativeLM
+from collm.llm.deferral import settled
 from collm.llm.methods import Method, make_method
 from collm.sampling_params import SamplingParams
 
@@ -30,7 +31,7 @@ def settings_of(
         leave_out: of `SamplingParams`, what each request says for itself.
     """
     own = isinstance(llm, CollaborativeLM)
-    asked = replace(params, speculative=params.speculative is not False)
+    asked = replace(who_writes(llm, params, policy, alone), speculative=params.speculative is not False)
     return {
         "models": list(llm.model_names),
         "identity": identity_of(llm, identity),
@@ -38,8 +39,14 @@ def settings_of(
         "alone": alone,
         # None writes what True does.
         **{f"params.{key}": value for key, value in asdict(asked).items() if key not in leave_out},
-        "decides": _resolved(llm, params) if own and policy is None and alone is None else None,
+        "decides": _resolved(llm, asked) if own and policy is None and alone is None else None,
     }
+
+
+def who_writes(llm: Any, params: SamplingParams, policy: Method | None, alone: int | str | None) -> SamplingParams:
+    """`params` that say who writes, if need be by the checkpoint's choice."""
+    chosen = llm.info.chosen if isinstance(llm, CollaborativeLM) and policy is None and alone is None else None
+    return settled(params, chosen)
 
 
 def identity_of(llm: Any, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Settings(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     top_log_probs: int
-    deferral: Deferral
+    deferral: Deferral | None
     threshold: float | None
     deferral_rate: float | None
     task: str | None

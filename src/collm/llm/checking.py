@@ -95,8 +95,9 @@ def check_request(system: Outline, params: SamplingParams, alone: str | None = N
             hint = nearest(alone, system.model_names)
             raise CollmError(f"there is no model {alone!r}; the models are {names}{hint and '; '}{hint}")
         return
-    from collm.llm.deferral import READ_SIGNALS, make_policy, require_assistants, require_gate
+    from collm.llm.deferral import READ_SIGNALS, make_policy, require_assistants, require_gate, settled
 
+    params = settled(params, system.info.chosen)
     if params.deferral in (*READ_SIGNALS, "never", "always", "sampled"):
         others = len(system.model_names) - 1
         make_policy(params, others, system.has_gate, system.info.calibration, system.tools)

@@ -11,6 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from collm.decoding.policies import (
     Always,
@@ -27,7 +28,7 @@ from collm.decoding.policies import (
     to_probability,
 )
 from collm.errors import CollmError
-from collm.models.info import CalibrationRow, CalibrationTable
+from collm.models.info import CalibrationRow, CalibrationTable, Chosen
 from collm.sampling_params import Deferral, SamplingParams, Signal
 
 NEAR = 0.03
@@ -44,6 +45,34 @@ READ_SIGNALS: dict[Deferral, Signal] = {
 """The signal of every `deferral` that has a rate."""
 THRESHOLDS: tuple[Deferral, ...] = (*READ_SIGNALS, "nudging")
 """Every `deferral` that reads `threshold`."""
+METHODS: dict[Signal, Deferral] = {signal: deferral for deferral, signal in READ_SIGNALS.items()}
+
+
+def settled(params: SamplingParams, chosen: Chosen | None) -> SamplingParams:
+    """`params` that say who writes: where they do not, as the checkpoint's choice does.
+
+    A rate that is given is one of the chosen signal's calibration.
+    """
+    if params.deferral is not None:
+        return params
+    if chosen is None:
+        return replace(params, deferral="threshold")
+    rate = chosen.deferral_rate if params.deferral_rate is None else params.deferral_rate
+    task = params.task or chosen.task
+    return replace(params, deferral=METHODS[chosen.signal], deferral_rate=rate, task=task)
+
+
+def told(chosen: Chosen) -> str:
+    """A choice in words."""
+    by = "" if chosen.signal == "gate" else f" by {METHODS[chosen.signal]}"
+    return f"deferral rate {chosen.deferral_rate:.3g}{by}, chosen on the calibration questions of {chosen.task}"
+
+
+def rate_of(row: CalibrationRow) -> float:
+    """The rate at which `cut_for_rate` finds a row's cut again."""
+    if math.isinf(row.log_odds):
+        return 0.0 if row.log_odds > 0 else 1.0
+    return row.achieved_rate if far(row.achieved_rate, row.target_rate) else row.target_rate
 
 
 def policy_at(signal: Signal, cut: float, num_assistants: int) -> Policy:
@@ -91,7 +120,7 @@ def make_policy(
         CollmError: it needs a gate, assistants or a calibration that are not there, or a setting would be ignored.
     """
     refuse_ignored(params)
-    mode, rate, threshold = params.deferral, params.deferral_rate, params.threshold
+    mode, rate, threshold = params.deferral or "threshold", params.deferral_rate, params.threshold
     if mode == "never" or (num_assistants == 0 and mode == "threshold" and rate is None and threshold is None):
         return Never()  # the defaults, too, where there is nobody to defer to
     require_assistants(num_assistants)
@@ -125,7 +154,7 @@ def refuse_ignored(params: SamplingParams) -> None:
     Raises:
         CollmError: naming both.
     """
-    mode = params.deferral
+    mode = params.deferral or "threshold"
     if params.threshold is not None and mode not in THRESHOLDS:
         raise CollmError(
             f"threshold is read by {_named(THRESHOLDS)} alone: leave it out, or leave out deferral={mode!r}"
@@ -157,8 +186,9 @@ def require_gate(params: SamplingParams, has_gate: bool) -> None:
     """Refuse what `compose` and the policies that read the gate cannot do."""
     if not has_gate:
         raise CollmError(
-            f"deferral={params.deferral!r} needs a gate, and this model has none: train one (collm train), "
-            "or use deferral 'never', a baseline such as 'entropy' or 'random', or, with one assistant, 'always'"
+            f"deferral={params.deferral or 'threshold'!r} needs a gate, and this model has none: train one "
+            "(collm train), or use deferral 'never', a baseline such as 'entropy' or 'random', or, with one assistant, "
+            "'always'"
         )
 
 
@@ -181,6 +211,9 @@ def cut_for_rate(
     exact = [row for row in rows if math.isclose(row.target_rate, rate)]
     if exact and not far(exact[0].achieved_rate, rate):
         return exact[0].log_odds
+    measured = [row for row in rows if math.isfinite(row.log_odds) and math.isclose(row.achieved_rate, rate)]
+    if measured:
+        return measured[0].log_odds
     cut = _between(rows, rate)
     if cut is None and exact:
         cut = exact[0].log_odds  # as near as calibration came

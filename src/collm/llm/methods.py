@@ -59,7 +59,7 @@ def make_method(
     refuse_ignored(params)
     if params.deferral == "nudging":
         return Nudging(word_starts(tokenizer), DEFAULT_THRESHOLD if params.threshold is None else params.threshold)
-    if params.deferral in COMBINATIONS:
+    if params.deferral is not None and params.deferral in COMBINATIONS:
         return COMBINATIONS[params.deferral]
     return make_policy(params, len(models) - 1, has_gate, calibration, _tools(models))
 

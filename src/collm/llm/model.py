@@ -20,6 +20,7 @@ from collm.engine import Engine
 from collm.errors import CollmError
 from collm.llm.asking import Settings, asked, asked_each
 from collm.llm.assistants import Assistants
+from collm.llm.deferral import settled
 from collm.llm.loading import load
 from collm.llm.methods import Method, make_flow, make_method, require_defined
 from collm.llm.prompt import Prompt, TokenIds, prompt_ids
@@ -361,6 +362,7 @@ class CollaborativeLM:
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
         found = None
         if alone is None:
+            params = settled(params, self.info.chosen)
             found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
             require_defined(found, params, self.models, self.has_gate)
         number = BASE if alone is None else self._number(alone)

@@ -76,7 +76,7 @@ def save_checkpoint(
             head.save(folder)
         save_info(folder, placed(info, folder))
     except OSError as error:
-        raise CollmError(f"could not write the checkpoint to {folder}: {error}") from error
+        raise CollmError(f"could not write the checkpoint to {folder}: {error}") from None
 
 
 def load_base(

@@ -246,7 +246,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
             target.rmdir()
         temporary.rename(target)
     except OSError as error:
-        raise CollmError(f"could not write {target}: {error}") from error
+        raise CollmError(f"could not write {target}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

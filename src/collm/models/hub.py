@@ -87,7 +87,7 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFTOVERS), dirs_exist_ok=True)
         save_info(target, moved(info, source, target))
     except (OSError, shutil.Error) as error:
-        raise CollmError(f"could not copy {source} to {target}: {error}") from error
+        raise CollmError(f"could not copy {source} to {target}: {error}") from None
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:

@@ -14,8 +14,9 @@ from collm.models.specs import place_of, seen_from
 from collm.models.whole import one_line
 from collm.sampling_params import Signal
 
-FORMAT_VERSION = 3
-"""2: formats may hold a date and variables of templates. 3: where models lie, seen from the checkpoint."""
+FORMAT_VERSION = 4
+"""2: formats may hold a date and variables of templates. 3: where models lie, seen from the checkpoint.
+4: the rate that was chosen."""
 FILE = "collm.json"
 GATE_FILE = "gate.safetensors"
 Kind = Literal["full", "lora", "gate", "export"]
@@ -53,6 +54,14 @@ class CalibrationTable(_Strict):
     signal: Signal = "gate"
 
 
+class Chosen(_Strict):
+    """Who writes where nobody says: the rate that `collm run` chose, in the calibration of that task and signal."""
+
+    task: str
+    signal: Signal
+    deferral_rate: float
+
+
 class AssistantInfo(_Strict):
     name: str
     spec: str
@@ -84,6 +93,7 @@ class CheckpointInfo(_Strict):
     cuts: str | None = None
     """Where its models may take turns, if they have different tokenizers: the fingerprint of the table (`Cuts`)."""
     calibration: list[CalibrationTable] = Field(default_factory=list)
+    chosen: Chosen | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     """The recipe and the figures of the run that made it."""
 
@@ -117,13 +127,13 @@ def load_info(folder: str | Path) -> CheckpointInfo | None:
     except CollmError:
         raise
     except (ValueError, AttributeError, RecursionError, ValidationError) as error:
-        raise CollmError(f"{path} is damaged: {one_line(error)}") from error
+        raise CollmError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def save_info(folder: str | Path, info: CheckpointInfo) -> None:
     # JSON has no infinity; pydantic writes it as a string that it reads back as a float.
     # What few checkpoints have is left out of the others.
-    unset = {"cuts"} if info.cuts is None else set()
+    unset = {name for name in ("cuts", "chosen") if getattr(info, name) is None}
     write_text(Path(folder) / FILE, info.model_dump_json(indent=2, exclude=unset) + "\n")
 
 

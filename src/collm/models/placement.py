@@ -112,8 +112,8 @@ def _check_device(device: str) -> None:
 
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise CollmError(f"there is no kind of device {device!r}; use cpu, cuda, cuda:1, mps, ...") from error
+    except RuntimeError:
+        raise CollmError(f"there is no kind of device {device!r}; use cpu, cuda, cuda:1, mps, ...") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise CollmError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or a CUDA build")
 

@@ -66,7 +66,7 @@ class ServedInfo(BaseModel):
             raise CollmError(
                 f"{where} holds an export that this collm cannot read ({place}: {fault['msg']}); export the checkpoint "
                 "again, or use the version of collm that wrote it"
-            ) from error
+            ) from None
         if not len(info.bias) == len(info.assistants) == info.num_assistants:
             raise CollmError(f"{where} holds a damaged export: each deferral id needs a bias and an assistant")
         return info

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from collm.errors import CollmError
-from collm.models.whole import read_object, require_whole_folder
+from collm.models.whole import has_tokenizer_files, read_object, require_whole_folder
 
 TOOLS = ("calculator",)
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -157,6 +157,10 @@ def require_model(spec: str) -> None:
     require_whole_folder(folder)
     if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
         raise CollmError(f"{spec} is a folder without a model: it has neither {CONFIG} nor {ADAPTER}")
+    if (folder / CONFIG).is_file() and not has_tokenizer_files(folder):
+        raise CollmError(
+            f"{spec} holds a model without its tokenizer: save that there, tokenizer.save_pretrained({str(folder)!r})"
+        )
 
 
 def has_chat_template(spec: str) -> bool | None:

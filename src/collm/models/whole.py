@@ -14,6 +14,8 @@ POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS put in the place of a large one."""
 SHOWN = 3
 """Names in a message."""
+TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt")
+"""Files that a tokenizer is read from."""
 LONGEST_HEADER = 100_000_000
 """Bytes, as in the safetensors library."""
 LONGEST = 240
@@ -57,7 +59,7 @@ def require_content(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(POINTER))
     except OSError as error:
-        raise CollmError(f"{path} cannot be read ({error.strerror or error}); fetch it again") from error
+        raise CollmError(f"{path} cannot be read ({error.strerror or error}); fetch it again") from None
     if not start:
         raise CollmError(f"{path} is empty; fetch it again")
     if start == POINTER:
@@ -76,7 +78,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CollmError(f"{path} is damaged ({one_line(error)}); fetch it again") from error
+        raise CollmError(f"{path} is damaged ({one_line(error)}); fetch it again") from None
     if not isinstance(found, dict):
         raise CollmError(f"{path} is damaged (it is no JSON object); fetch it again")
     return found
@@ -98,8 +100,8 @@ def require_whole(path: Path) -> set[str]:
     try:
         header = {name: entry["data_offsets"][1] for name, entry in json.loads(raw).items() if name != "__metadata__"}
         whole = 8 + length + max(header.values(), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CollmError(f"{path} is no safetensors file, or its beginning is damaged; fetch it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise CollmError(f"{path} is no safetensors file, or its beginning is damaged; fetch it again") from None
     if whole != size:
         raise CollmError(f"{path} has {size:,} bytes of {whole:,}: it was cut off or damaged; fetch it again")
     return set(header)
@@ -117,7 +119,7 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(read_object(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise CollmError(f"{index} is damaged ({one_line(error)}); fetch it again") from error
+        raise CollmError(f"{index} is damaged ({one_line(error)}); fetch it again") from None
     lacking = [name for name in names if not (folder / name).is_file()]
     if lacking:
         raise CollmError(f"{folder} lacks {some(lacking)}, which {index.name} names; fetch them")
@@ -132,6 +134,11 @@ def require_whole_folder(folder: Path) -> set[str]:
     """
     refuse_pickle(str(folder))
     return {name for path in weight_files(folder) for name in require_whole(path)}
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Is there anything that a tokenizer could be read from?"""
+    return any(path.is_file() for pattern in TOKENIZERS for path in folder.glob(pattern))
 
 
 def require_tokenizer_files(folder: Path) -> None:

@@ -159,7 +159,7 @@ def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     except OSError as error:
         raise CollmError(
             f"could not write to {path}: {error}; what was written before is kept, free some space and run again"
-        ) from error
+        ) from None
 
 
 def append_trace(path: str | Path, trace: Trace) -> None:
@@ -204,7 +204,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines = path.open("rb")
     except OSError as error:
-        raise CollmError(f"cannot read {path}: {error.strerror}") from error
+        raise CollmError(f"cannot read {path}: {error.strerror}") from None
     with lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -217,7 +217,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     _log.warning("%s: ignored a half-written last line", path)
                     return
                 what = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else "not UTF-8 text"
-                raise CollmError(f"{path}, line {number}: {what}; expected a trace object") from error
+                raise CollmError(f"{path}, line {number}: {what}; expected a trace object") from None
             if not isinstance(row, dict):
                 raise CollmError(f"{path}, line {number}: expected a trace object, not {type(row).__name__}")
             yield number, row
@@ -243,4 +243,4 @@ def stream_traces(path: str | Path) -> Iterator[Trace]:
             raise CollmError(
                 f"{path}, line {number}: not a trace ({type(error).__name__}: {error}); "
                 "expected the output of collm eval or collm generate"
-            ) from error
+            ) from None

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from collm import __version__
 from collm.llm import CollaborativeLM
+from collm.llm.deferral import settled
 from collm.models.tools import Tool
 from collm.sampling_params import SamplingParams
 from collm.serving import playground
@@ -42,10 +43,11 @@ def make_app(
 
     Args:
         name: what requests call the pair.
-        defaults: who writes where a request does not say.
+        defaults: who writes where a request does not say; the checkpoint's choice, if they do not say either.
         examples: questions that the page offers.
     """
-    server = Server(Served(llm, name, defaults or SamplingParams()), limits or Limits(), examples)
+    who = settled(defaults or SamplingParams(), llm.info.chosen)
+    server = Server(Served(llm, name, who), limits or Limits(), examples)
     access = access or Access()
 
     @asynccontextmanager

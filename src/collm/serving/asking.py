@@ -93,7 +93,7 @@ def _who(defaults: SamplingParams, given: dict[str, Any], *, alone: bool) -> Sam
     if choice and alone:
         named = next(name for name in given if name in WHO)
         raise Refusal(f"this model writes alone: leave out collm.{named}, or ask for the pair", param=f"collm.{named}")
-    own = {"deferral": "threshold", "deferral_rate": None, "threshold": None, "task": None, **choice} if choice else {}
+    own = {"deferral": None, "deferral_rate": None, "threshold": None, "task": None, **choice} if choice else {}
     own |= {name: given[name] for name in ("on_assistant_error", "speculative") if name in given}
     return replace(defaults, **own)
 

@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe) -> None:
     try:
         _check_model(recipe.base)
     except CollmError as error:
-        raise CollmError(f"base: {error}") from error
+        raise CollmError(f"base: {error}") from None
     _check_placement(recipe)
     for assistant in recipe.assistants:
         keys = ("scores",) if one_file else ("scores", "validation_scores")
@@ -64,7 +64,7 @@ def check_recipe(recipe: Recipe) -> None:
             try:
                 load_examples(source, skip_bad=recipe.data.skip_bad)
             except CollmError as error:
-                raise CollmError(f"data.{key}: {error}") from error
+                raise CollmError(f"data.{key}: {error}") from None
     require_place(recipe.out, folder=True)
     require_place(recipe.cache_folder, folder=True)
 

@@ -76,7 +76,7 @@ def mapped(path: Path) -> Tensor:
         # Mapped "copy on write", for torch wants what it could write to; nothing is written.
         rows = np.memmap(path, kind, "c", offset=8 + size + begin, shape=tuple(header["shape"]))
     except (OSError, ValueError, KeyError, StopIteration, struct.error) as error:
-        raise CollmError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+        raise CollmError(f"{path} is damaged ({error}): remove it, and it is made again") from None
     return torch.from_numpy(rows).view(dtype)
 
 
@@ -113,7 +113,7 @@ def _write(path: Path, model: nn.Module, data: ScoredSet, progress: bool) -> Non
         os.replace(partial, path)
         done.unlink(missing_ok=True)
     except OSError as error:
-        raise CollmError(f"{path}: cannot be written ({error.strerror or error}); make room and run again") from error
+        raise CollmError(f"{path}: cannot be written ({error.strerror or error}); make room and run again") from None
 
 
 def _allocate(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:

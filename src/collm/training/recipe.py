@@ -239,7 +239,7 @@ def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         faults = "; ".join(_nearest(e) for e in error.errors())
-        raise CollmError(f"{source}: {faults}") from error
+        raise CollmError(f"{source}: {faults}") from None
 
 
 def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -254,7 +254,7 @@ def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, RecursionError) as error:
-        raise CollmError(f"{path} is not valid YAML: {error}") from error
+        raise CollmError(f"{path} is not valid YAML: {error}") from None
     if not changes:
         return parse_recipe(values, str(path))
     parse_recipe(values, str(path))  # a fault of the file is not one of the changes
@@ -280,7 +280,7 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         try:
             read = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise CollmError(f"{change}: {value!r} is not valid YAML ({' '.join(str(error).split())})") from error
+            raise CollmError(f"{change}: {value!r} is not valid YAML ({' '.join(str(error).split())})") from None
         if isinstance(place, list):
             _inside(place, last, change)  # it is there
             place[int(last)] = read

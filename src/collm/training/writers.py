@@ -156,7 +156,6 @@ def scores_of(
         return dict(writer.given)
     formatter, tool = writer.formatter, writer.tool
     options: dict[str, Any] = {"completions_from": None if formatter is base else base, "max_length": max_length}
-    made: dict[str, Any] = {"progress": progress, "wait": True}  # recipes share a cache
     if is_url(writer.section.model):
         from collm.remote.connecting import connect
 
@@ -172,6 +171,10 @@ def scores_of(
             _check_given(writer.given[split], fingerprint, writer.name, weights)
             paths[split] = writer.given[split]
             continue
+        made: dict[str, Any] = {
+            "progress": progress and f"{writer.name}, {split}",
+            "wait": True,
+        }  # recipes share a cache
         # Named by what it depends on, so that recipes can share a folder.
         paths[split] = folder / f"{writer.name}-{split}-{digest(fingerprint)}"
         if isinstance(tool, StreamingModel):

@@ -86,8 +86,8 @@ def rule(extra_args: Mapping[str, Any] | None, info: ServedInfo | None) -> Rule:
     settings = {name: asked[key] for key, name in KEYS.items() if key in asked}
     if not settings:
         return NEVER
-    mode = settings.setdefault("deferral", "threshold")
-    if mode not in MODES:
+    mode = settings.get("deferral")
+    if mode is not None and mode not in MODES:
         raise CollmError(
             f"collm_deferral is one of {', '.join(MODES)} here, not {mode!r}: a server decides alone, from its "
             "own logits"
@@ -98,7 +98,7 @@ def rule(extra_args: Mapping[str, Any] | None, info: ServedInfo | None) -> Rule:
     try:
         params = SamplingParams(**settings)
     except (TypeError, ValueError) as error:
-        raise CollmError(str(error)) from error
+        raise CollmError(str(error)) from None
     if info is None and params.deferral_rate is not None:
         raise CollmError(
             "collm_deferral_rate cannot be looked up, for vLLM has not loaded the plugin collm: leave VLLM_PLUGINS "

@@ -58,7 +58,7 @@ def check_run(recipe: Recipe) -> Asked:
             try:
                 require_model(assistant.model)
             except CollmError as error:
-                raise CollmError(f"assistant {assistant.name!r}: {error}") from error
+                raise CollmError(f"assistant {assistant.name!r}: {error}") from None
     calibration = [] if recipe.calibration is None else _examples("calibration.data", recipe.calibration.data, task)
     test = _examples("evaluation.data", recipe.evaluation.data, task)
     if recipe.calibration is not None and recipe.calibration.data == recipe.evaluation.data:
@@ -88,5 +88,5 @@ def _examples(key: str, source: str, task: Task) -> list[Example]:
             task.gold(example)
         near_duplicates(found)
     except CollmError as error:
-        raise CollmError(f"{key}: {error}") from error
+        raise CollmError(f"{key}: {error}") from None
     return found

@@ -19,9 +19,10 @@ from collm.evaluation.result import EvalResult, result_path
 from collm.evaluation.written import read_written
 from collm.identity.comparing import NAMED
 from collm.llm import CollaborativeLM
-from collm.models.info import CalibrationTable, load_info
+from collm.llm.deferral import METHODS, rate_of
+from collm.models.info import CalibrationTable, Chosen, load_info
 from collm.models.specs import is_tool
-from collm.sampling_params import Deferral, SamplingParams
+from collm.sampling_params import SamplingParams
 from collm.training.recipe import Recipe, parse_recipe
 from collm.training.train import train
 from collm.workflow.checking import Asked
@@ -35,12 +36,17 @@ PAIR = "pair"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. `rival`: the pair, which the others are tested against; or the base, if it is alone."""
+    """What a run came to.
+
+    `rival`: the pair, which the others are tested against; or the base, if it is alone. `chosen`: who writes from now
+    on where nobody says otherwise.
+    """
 
     results: list[EvalResult]
     files: list[Path]
     rival: EvalResult
     table: CalibrationTable | None
+    chosen: Chosen | None
     report: Path
 
 
@@ -170,12 +176,19 @@ def _calibrated(recipe: Recipe, asked: Asked, llm: CollaborativeLM, progress: bo
         identity=_identity(recipe, str(out)),
         progress=progress,
     )
-    store_table(out, table, trained=trained)
+    store_table(out, table, chosen=_chosen_rate(recipe, table), trained=trained)
     write_curve(table, out / CALIBRATION)
     info = load_info(out)
     assert info is not None
-    llm.info = llm.info.model_copy(update={"calibration": info.calibration})
+    llm.info = llm.info.model_copy(update={"calibration": info.calibration, "chosen": info.chosen})
     return table
+
+
+def _chosen_rate(recipe: Recipe, table: CalibrationTable) -> float:
+    """The rate at which the pair writes from now on: the only one that the recipe wants, or the best one found."""
+    assert recipe.evaluation is not None and table.best is not None
+    rates = recipe.evaluation.rates
+    return rates[0] if len(rates) == 1 else rate_of(table.rows[table.best])
 
 
 def _ways_of_pair(recipe: Recipe, table: CalibrationTable) -> Iterator[Way]:
@@ -194,10 +207,9 @@ def _ways_of_pair(recipe: Recipe, table: CalibrationTable) -> Iterator[Way]:
             "nothing. Look at %s, and at the summary of the training above",
             recipe.out / CALIBRATION / "curve.svg",
         )
-    deferral: Deferral = "threshold" if signal == "gate" else signal
-    for rate in section.rates or [best.target_rate]:
+    for rate in section.rates or [_chosen_rate(recipe, table)]:
         name = PAIR if len(section.rates) < 2 else f"{PAIR}, {rate:.0%}"
-        yield Way(name, replace(plain, deferral=deferral, deferral_rate=rate, task=table.task))
+        yield Way(name, replace(plain, deferral=METHODS[signal], deferral_rate=rate, task=table.task))
 
 
 def _at_random(recipe: Recipe, table: CalibrationTable, pair: Path) -> list[Way]:
@@ -252,4 +264,5 @@ def _reported(recipe: Recipe, files: list[Path], table: CalibrationTable | None)
     )
     report = recipe.out / REPORT
     write_overview(overview, report)
-    return Outcome(results, files, rival, table, report)
+    info = load_info(recipe.out)
+    return Outcome(results, files, rival, table, None if info is None else info.chosen, report)

@@ -40,7 +40,7 @@ def from_arguments(arguments: Mapping[str, Any]) -> tuple[CollaborativeLM, dict[
         writing = {name: arguments[name] for name in WRITING if name in arguments}
         params = SamplingParams(task=arguments.get("calibration_task"), **writing)
     except (TypeError, ValueError) as error:
-        raise CollmError(f"model_args: {error}; batch_size is a number, not auto") from error
+        raise CollmError(f"model_args: {error}; batch_size is a number, not auto") from None
     if size < 1:
         raise CollmError(f"model_args: batch_size must be at least 1, not {size}")
     llm = CollaborativeLM.from_pretrained(

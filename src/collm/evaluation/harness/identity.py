@@ -13,8 +13,8 @@ from collm.types import BASE
 
 OF_A_REQUEST = ("max_tokens", "temperature", "top_p", "top_k", "stop")
 """Of `SamplingParams`, what each request of the harness says for itself."""
-MARGINAL = ("threshold", "sampled", "compose")
-"""Ways to settle who writes that follow the gate, so that the marginal is what they stand for."""
+MARGINAL = (None, "threshold", "sampled", "compose")
+"""Ways to settle who writes that follow the gate, so that the marginal is what they stand for; None: not said."""
 
 
 def harness_settings(

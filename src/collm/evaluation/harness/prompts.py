@@ -151,4 +151,4 @@ def sampling_params(kwargs: Mapping[str, Any], base: SamplingParams) -> Sampling
             stop=(until,) if isinstance(until, str) else tuple(map(str, until)),
         )
     except ValueError as error:
-        raise CollmError(f"the task's generation settings {dict(kwargs)}: {error}") from error
+        raise CollmError(f"the task's generation settings {dict(kwargs)}: {error}") from None

@@ -41,12 +41,12 @@ def require_sentences() -> None:
 
     try:
         nltk.data.find("tokenizers/punkt_tab")
-    except LookupError as error:
+    except LookupError:
         raise CollmError(
             "task 'ifeval' needs NLTK's punkt_tab, by which sentences are told: python -m nltk.downloader punkt_tab. "
             "Without a network: set NLTK_DATA to a folder with tokenizers/punkt_tab in it; the wheel of "
             "llama-index-core has one, _static/nltk_cache"
-        ) from error
+        ) from None
 
 
 @cache

@@ -109,7 +109,7 @@ def convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
         _save(model, folder)
         tokenizer.save_pretrained(folder)
     except OSError as error:
-        raise CollmError(f"could not write {folder}: {error}") from error
+        raise CollmError(f"could not write {folder}: {error}") from None
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

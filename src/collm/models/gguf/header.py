@@ -121,8 +121,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         stat = path.stat()
-    except OSError as error:
-        raise CollmError(f"{path}: there is no such GGUF file") from error
+    except OSError:
+        raise CollmError(f"{path}: there is no such GGUF file") from None
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
@@ -141,7 +141,7 @@ def _read_header(path: Path, size: int, _modified: int) -> Header:
             except _Cut:
                 missing = 1
             except (ValueError, struct.error) as error:
-                raise CollmError(f"{path} is damaged: its head holds {error}; fetch it again") from error
+                raise CollmError(f"{path} is damaged: its head holds {error}; fetch it again") from None
     if missing > 0:
         raise CollmError(f"{path} is cut off: it has {size:,} bytes and announces more; fetch it again")
     parts = header.metadata.get("split.count", 1)

@@ -48,8 +48,11 @@ async function meet() {
   way();
 }
 
-/** Calibrations of the gate: what a rate can be given for. */
-const tables = () => system.calibration.filter((table) => table.method === "threshold");
+/** How a rate is reached: as the server was started, else by the gate. */
+const dialled = () => (system.defaults.deferral_rate === null ? "threshold" : system.defaults.method);
+
+/** Calibrations of that: what a rate can be given for. */
+const tables = () => system.calibration.filter((table) => table.method === dialled());
 
 function example(text) {
   const button = made("button", "example", text);
@@ -98,6 +101,7 @@ function request(model, messages) {
   const by = at("by").value;
   if (model === system.pair && by) {
     body.collm[by] = Number(at("dial").value);
+    if (by === "deferral_rate") body.collm.method = dialled();
     if (by === "deferral_rate" && tables().length > 1) body.collm.task = at("task").value;
   }
   return body;
