@@ -19,7 +19,7 @@ from collm.demo import run_demo
 from collm.demo.corpus import ADDENDS, AGES, FACTS, KINDS, Corpus, Sizes, equations, make_corpus, texts
 from collm.demo.pieces import ASSISTANT_TEMPLATE, END, START, make_tokenizer
 from collm.demo.plan import BOTH, SYSTEMS, Plan, Schedule
-from collm.demo.workers import Workers
+from collm.demo.workers import Job, Progress, Workers
 from collm.errors import CollmError
 
 SMALL = Sizes(people=(12, 4, 6), fiction=100, train=60, validation=8, test=10, facts_in_context=1, sums_in_context=20)
@@ -202,8 +202,9 @@ def test_stages_tell_what_they_do_and_warn_of(tmp_path: Path, monkeypatch: pytes
     """Their warnings were once in a log file alone, and a pipe heard nothing for four minutes."""
     monkeypatch.setattr("collm.demo.workers.SILENCE", 0.05)
     said: list[str] = []
+    monkeypatch.setattr("collm.demo.stages.thinking", _thinking, raising=False)
     pool = Workers(0, tmp_path / "log.txt", said.append)
-    assert pool.all([(_thinking, ())]) == ["done"]
+    assert pool.all([Job("thinking")]) == ["done"]
     assert said == ["thinking", "warning: the gate is shut"]
     log = (tmp_path / "log.txt").read_text()
     assert "the gate is shut" in log and "to the log alone" in log
@@ -223,10 +224,30 @@ def test_stages_tell_what_they_do_and_warn_of(tmp_path: Path, monkeypatch: pytes
     assert "still at it: thinking" in said and len(said) == told
 
 
+def test_the_time_left_is_told_from_the_pace_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("collm.demo.workers.time.monotonic", lambda: now)
+    told = Console(file=io.StringIO(), width=80)
+    say = Progress(0.0, told, work=100.0, workers=2)
+    say("begins")
+    now = 60.0
+    say.finished(25.0, 60.0)  # both processes have done 25 by now, if the other one is as fast
+    say("goes on")
+    now = 110.0
+    say("nearly")
+    assert isinstance(told.file, io.StringIO)
+    assert told.file.getvalue().splitlines() == [
+        "[    0 s] begins",
+        "[   60 s, 1 min left] goes on",
+        "[  110 s, soon done] nearly",
+    ]
+
+
 def _thinking() -> str:
     print("to the log alone")
     logging.getLogger("collm.demo.stages").info("thinking")
     logging.getLogger("collm.training").warning("the gate is shut")
+    logging.getLogger("collm.training.watch").warning("to the log alone, for it is meant to be so")
     return "done"
 
 

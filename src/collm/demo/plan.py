@@ -7,7 +7,7 @@ from typing import Any
 
 from collm.demo.corpus import Sizes
 
-FACTS, ARITHMETIC = "facts", "arithmetic"
+BASE, FACTS, ARITHMETIC = "base", "facts", "arithmetic"
 EXPERTS = (FACTS, ARITHMETIC)
 TASK = "exact_match"
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from collm.data.examples import load_examples
-from collm.demo import stages
-from collm.demo.corpus import KINDS, make_corpus
-from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, SYSTEMS, Plan
-from collm.demo.workers import Progress, Workers
+from collm.demo.corpus import KINDS
+from collm.demo.places import data_file, model_folder, trace_file
+from collm.demo.plan import ARITHMETIC, BASE, BOTH, EXPERTS, FACTS, SYSTEMS, Plan, System
+from collm.demo.workers import Job, Progress, Workers
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.models.info import load_info
@@ -28,6 +28,9 @@ from collm.report.trace import Trace, read_traces
 
 SETTINGS, RESULTS, REPORT, LOG = "demo.json", "results.json", "report.html", "log.txt"
 SAMPLES_OF_KIND = 2
+TRAINING = {BASE: 80.0, ARITHMETIC: 55.0, FACTS: 30.0}
+SCORING = 3.0
+"""Seconds of one process on a busy machine: what share of the whole each part is."""
 
 
 def run_demo(
@@ -52,20 +55,30 @@ def run_demo(
     begin = time.monotonic()
     out, plan = Path(out), plan or Plan()
     resumed = _claim(out, plan, seed)
-    say = Progress(begin, Console(file=sys.stderr))  # this one: stages write theirs to the log
+    leaders = sorted((s for s in SYSTEMS if s.like is None), key=lambda s: -len(s.assistants))
+    work = sum(TRAINING.values()) + len(TRAINING) * SCORING + sum(map(_work, leaders))
+    say = Progress(begin, Console(file=sys.stderr), work, workers)  # this one: stages write theirs to the log
     if resumed:
         say(f"going on in {out}: what an earlier start has finished is not done again")
     say("inventing a world: people, sums, questions")
-    with Workers(workers, out / LOG, say) as pool:
-        pool.here(stages.write_files, (out, make_corpus(plan.sizes, seed), plan, seed))
+    with Workers(workers, out / LOG, say, say.finished) as pool:
+        pool.all([Job("write_files", (out, plan, seed)), *[Job("nothing")] * (workers - 1)])
         say("training three models from scratch: the base, and an expert each for facts and arithmetic")
-        pool.all([(stages.train_single, (out, name, plan, seed)) for name in (stages.BASE, ARITHMETIC, FACTS)])
+        pool.all([Job("train_single", (out, name, plan, seed), work) for name, work in TRAINING.items()])
         say("scoring the training questions under each of them")
-        pool.all([(stages.score_training_data, (out, name)) for name in (stages.BASE, *EXPERTS)])
+        pool.all([Job("score_training_data", (out, name), SCORING) for name in TRAINING])
         say("training the systems, calibrating on validation questions, evaluating on test questions")
-        leaders = sorted((s for s in SYSTEMS if s.like is None), key=lambda s: -len(s.assistants))
-        jobs = [(system, [s for s in SYSTEMS if s.like == system.name]) for system in leaders]
-        found = pool.all([(stages.run_system, (out, *job, plan, seed)) for job in jobs])
+        say("(a base with an expert gets worse by itself: it leaves to the expert what that knows)")
+        found = pool.all(
+            [
+                Job(
+                    "run_system",
+                    (out, system, [s for s in SYSTEMS if s.like == system.name], plan, seed),
+                    _work(system),
+                )
+                for system in leaders
+            ]
+        )
     lines = {line["name"]: line for part in found for line in part}
     results = {
         "seconds": round(time.monotonic() - begin, 1),
@@ -78,6 +91,11 @@ def run_demo(
     }
     _show(out, results, console or Console())
     return results
+
+
+def _work(system: System) -> float:
+    """As `TRAINING`, of a system: its training, where it is not done already, its calibration, its answers."""
+    return 4.0 if system.checkpoint in EXPERTS else (14.0, 20.0, 28.0)[len(system.assistants)]
 
 
 def _claim(out: Path, plan: Plan, seed: int) -> bool:
@@ -109,11 +127,11 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
         for line in results["systems"]
     ]
     joint = next(system for system in SYSTEMS if system.name == BOTH)
-    info = load_info(stages.model_folder(out, joint.checkpoint))
+    info = load_info(model_folder(out, joint.checkpoint))
     assert info is not None
     [curve] = info.calibration
     save_curve(curve, out)
-    traces = read_traces(stages.trace_file(out, joint))
+    traces = read_traces(trace_file(out, joint))
     lead = (
         f"A base that knows neither, an assistant that knows facts ({FACTS}) and one that can calculate ({ARITHMETIC}) "
         f"answer {results['test_questions']} held-out questions, token by token together. Nobody told the base when "
@@ -134,6 +152,6 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
 def _samples(out: Path, traces: list[Trace]) -> list[Trace]:
     """The first few of each kind of question, right or wrong as they come; those that need both experts first."""
     by_id = {trace.id: trace for trace in traces}
-    examples = load_examples(stages.data_file(out, "test"))
+    examples = load_examples(data_file(out, "test"))
     first = [[e.id for e in examples if e.fields["kind"] == kind][:SAMPLES_OF_KIND] for kind in reversed(KINDS)]
     return [by_id[id] for ids in first for id in ids]

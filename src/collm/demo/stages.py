@@ -15,9 +15,10 @@ from collm.calibration import calibrate, store_table
 from collm.data.examples import load_examples
 from collm.data.formatting import Formatter, PromptFormat
 from collm.data.scoring import score
-from collm.demo.corpus import KINDS, Corpus, Row, texts
+from collm.demo.corpus import KINDS, Row, make_corpus, texts
 from collm.demo.pieces import ASSISTANT_TEMPLATE, CONTEXT, make_tokenizer, write_fresh_model
-from collm.demo.plan import ARITHMETIC, BOTH, EXPERTS, FACTS, TASK, Plan, Schedule, System
+from collm.demo.places import STAGES, data_file, model_folder, trace_file
+from collm.demo.plan import ARITHMETIC, BASE, BOTH, EXPERTS, FACTS, TASK, Plan, Schedule, System
 from collm.evaluation.evaluate import evaluate
 from collm.files import write_text
 from collm.llm import CollaborativeLM
@@ -29,7 +30,6 @@ from collm.training.train import train
 
 logger = logging.getLogger(__name__)
 
-BASE = "base"
 WHO = {BASE: "the base", FACTS: "the facts expert", ARITHMETIC: "the arithmetic expert"}
 LESSONS = {
     "fiction": "how people ask and answer, from questions about nobody",
@@ -39,20 +39,11 @@ LESSONS = {
 }
 FORMATS: dict[str, dict[str, Any]] = {BASE: {}, **{name: {"chat_template": ASSISTANT_TEMPLATE} for name in EXPERTS}}
 """How each model is shown the questions while they write together."""
-STAGES = "stages"
-"""Folder of half-trained models: untrained ones, and the arithmetic expert after its drill."""
 
 
-def data_file(out: Path, split: str) -> Path:
-    return out / "data" / f"{split}.jsonl"
-
-
-def model_folder(out: Path, name: str) -> Path:
-    return out / "models" / name
-
-
-def write_files(out: Path, corpus: Corpus, plan: Plan, seed: int) -> None:
+def write_files(out: Path, plan: Plan, seed: int) -> None:
     """All texts, and an untrained model for each of the three."""
+    corpus = make_corpus(plan.sizes, seed)
     drill = [row for row in corpus.rows[ARITHMETIC] if "prompt" in row and row["prompt"][0].isdigit()]
     statements = [row for row in corpus.rows[FACTS] if "prompt" in row]
     sums = [texts(row)[-1].partition(" ####")[0].partition("=") for row in corpus.rows["validation"]]
@@ -78,6 +69,10 @@ def write_files(out: Path, corpus: Corpus, plan: Plan, seed: int) -> None:
             layers=plan.layers,
             seed=seed + number,
         )
+
+
+def nothing() -> None:
+    """A second process gets ready while the first one writes the files."""
 
 
 def _recipe(
@@ -198,10 +193,6 @@ def best_rate(out: Path, system: System) -> float:
     [table] = info.calibration
     assert table.best is not None
     return table.rows[table.best].target_rate
-
-
-def trace_file(out: Path, system: System) -> Path:
-    return out / "traces" / f"{system.name.replace(',', '').replace(' ', '-')}.jsonl"
 
 
 def evaluate_system(out: Path, system: System, plan: Plan, seed: int, params: Mapping[str, Any]) -> dict[str, Any]:
