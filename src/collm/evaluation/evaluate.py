@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,10 +140,14 @@ def evaluate_with_traces(
     with kept(path, settings) as (done, keep):
         todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
         with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
-            row = bar.add_task(name or task.name, total=len(examples), completed=len(done), figures=_running(done))
+            running = Running()
+            for trace in done.values():
+                running.add(trace)
+            row = bar.add_task(name or task.name, total=len(examples), completed=len(done), figures=str(running))
             for trace in _answers(llm, task, todo, params, batch_size, policy, alone):
                 keep(trace)
-                bar.update(row, advance=1, figures=_running(done))
+                running.add(trace)
+                bar.update(row, advance=1, figures=str(running))
         ordered = [done[example.id] for example in examples]
         result = summarise(
             name or default_name(llm.model_names, params, alone), task, ordered, params.seed, settings, groups
@@ -222,9 +226,22 @@ def example_seed(seed: int, example_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{example_id}".encode()).digest()[:6], "big")
 
 
-def _running(done: Mapping[str, Trace]) -> str:
-    if not done:
-        return ""
-    steps = [step for trace in done.values() for step in trace.generation.steps]
-    score = sum(trace.score or 0 for trace in done.values()) / len(done)
-    return f"score {score:.3f}, deferred {sum(step.deferred for step in steps) / max(1, len(steps)):.1%}"
+@dataclass
+class Running:
+    """The figures of the texts so far."""
+
+    texts: int = 0
+    score: float = 0.0
+    tokens: int = 0
+    deferred: int = 0
+
+    def add(self, trace: Trace) -> None:
+        self.texts += 1
+        self.score += trace.score or 0
+        self.tokens += len(trace.generation.steps)
+        self.deferred += sum(step.deferred for step in trace.generation.steps)
+
+    def __str__(self) -> str:
+        if not self.texts:
+            return ""
+        return f"score {self.score / self.texts:.3f}, deferred {self.deferred / max(1, self.tokens):.1%}"

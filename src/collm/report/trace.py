@@ -149,13 +149,11 @@ def _usage(row: Mapping[str, Any]) -> Usage:
 
 
 def append_json(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows as JSON lines in one write and wait until they are on the disk."""
+    """Append rows as JSON lines in one write: they outlive the process, however that ends."""
     data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
     try:
         with path.open("ab") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise CollmError(
             f"could not write to {path}: {error}; what was written before is kept, free some space and run again"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -168,7 +169,7 @@ def assemble(
     return ScoredSet(items, log_probs[:, 0], top1[:, 0], log_probs[:, 1:], top1[:, 1:])
 
 
-def _loaded(path: Path, chunks: bool) -> Any:
+def _loaded(path: Path, chunks: bool) -> Iterator[dict[str, Any]]:
     """Rows of scores, of tokens or of chunks.
 
     Raises:
@@ -181,7 +182,25 @@ def _loaded(path: Path, chunks: bool) -> Any:
             f"{path} holds scores of {there}, and these models share {here} (they have "
             f"{'different tokenizers' if chunks else 'one tokenizer'}): score again, with all of them named"
         )
-    return data.with_format("numpy")
+    return _rows(data)
+
+
+def _rows(data: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Rows with lists as arrays. Read one by one, they take longer than a small base."""
+    for table in data.with_format("arrow").iter(1000):
+        columns = [_values(table.column(name)) for name in table.column_names]
+        for values in zip(*columns, strict=True):
+            yield dict(zip(table.column_names, values, strict=True))
+
+
+def _values(column: Any) -> Sequence[Any]:
+    """Of an Arrow column: a list of arrays, or of plain values."""
+    array = column.combine_chunks()
+    if not hasattr(array, "value_lengths"):
+        values: list[Any] = array.to_pylist()
+        return values
+    ends = np.cumsum(array.value_lengths().to_numpy())
+    return np.split(array.flatten().to_numpy(zero_copy_only=False), ends[:-1])
 
 
 def _shared(item: Encoded, example: Example, tables: Sequence[Mapping[str, Any]]) -> Chunked:
