@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from chunk_toys import byte_level
 from click.testing import CliRunner, Result
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -416,3 +418,11 @@ def test_quick_changes_defaults_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_synthetic_text_can_end() -> None:
     tokenizer = make_tokenizer(50)
     assert tokenizer.eos_token_id == 50 and tokenizer.decode([3, 4]) == "t3 t4"
+
+
+def test_models_of_different_tokenizers_are_refused_with_what_to_run_instead(folder: Path) -> None:
+    tokenizer = byte_level("llama3", 460, seed=1)
+    tiny.make_model(vocab_size=len(tokenizer)).save_pretrained(folder / "stranger")
+    tokenizer.save_pretrained(folder / "stranger")
+    result = collm(*"--pair models --base base --assistant stranger".split(), *FEW)
+    assert result.exit_code == 1 and "collm eval" in result.output and "collm pair-info" in result.output

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chunk_toys import sentencepiece_like
 from click.testing import CliRunner
 from tiny import make_model, make_tokenizer
 
@@ -120,3 +121,49 @@ def test_what_needs_one_tokenizer_says_so(place: Path) -> None:
     other.save_pretrained(place / "changed")
     done = CliRunner().invoke(main, ["generate", pair, "3", "--assistant", f"other={place / 'changed'}"])
     assert done.exit_code == 1 and "their tokenizers are not those of training" in done.output
+
+
+def test_three_models_with_three_tokenizers(place: Path) -> None:
+    """K = 2: scores made by hand, a gate over three writers, and base and gate together; thresholds; texts of all."""
+    third = sentencepiece_like()
+    make_model(seed=5, vocab_size=len(third)).save_pretrained(place / "third")
+    third.save_pretrained(place / "third")
+    folders = {name: str(place / name) for name in ("base", "other", "third")}
+    data = str(place / "data.jsonl")
+    cuts = set()
+    for name, folder in folders.items():
+        others = [word for each in folders.values() if each != folder for word in ("--with", each)]
+        base = [] if name == "base" else ["--base", folders["base"]]
+        run("score", data, "--model", folder, *base, *others, "--out", str(place / f"three-{name}"))
+        scores = json.loads((place / f"three-{name}" / "scores.json").read_text())
+        cuts.add((scores["fingerprint"]["cuts"], scores["chunks"]))
+    assert len(cuts) == 1, "all score the same chunks"
+
+    def model(name: str) -> dict[str, str]:
+        kept = str(place / f"three-{name}")
+        return {"model": folders[name], "scores": kept, "validation_scores": kept}
+
+    recipe = {
+        "cache": str(place / "cache"),
+        "base": model("base"),
+        "assistants": [{"name": name, **model(name)} for name in ("other", "third")],
+        "data": {"train": data, "validation": data},
+        "training": {"epochs": 1, "batch_size": 4},
+    }
+    for tune in ("gate", "full"):
+        pair = str(place / f"three-{tune}")
+        (place / "three.yaml").write_text(json.dumps({**recipe, "out": pair, "tune": tune}))
+        run("train", str(place / "three.yaml"))
+        info = load_info(pair)
+        assert info is not None and {info.cuts} == {each for each, _ in cuts}
+        assert [each.name for each in info.assistants] == ["other", "third"]
+        spec = str(Path(pair) / "checkpoint") if (Path(pair) / "checkpoint").is_dir() else pair
+        shared = [word for name in ("other", "third") for word in ("--assistant", f"{name}={folders[name]}")]
+        run("calibrate", spec, *shared, "--data", data, "--task", "exact_match", "--rates", "0,0.5,1", "--max-tokens",
+            "8", "--limit", "3")  # fmt: skip
+        told = run("generate", spec, "3 + 1", *shared, "--deferral-rate", "0.5", "--max-tokens", "8", "--json")
+        assert sum(len(step["token_ids"]) for step in json.loads(told.splitlines()[-1])["steps"]) == 8
+        drawn = run("generate", spec, "3 + 1", *shared, "--deferral", "random", "--threshold", "0.9", "--max-tokens",
+                    "40", "--json")  # fmt: skip
+        steps = json.loads(drawn.splitlines()[-1])["steps"]
+        assert {step["author"] for step in steps} >= {1, 2} or {step["author"] for step in steps} >= {"other", "third"}

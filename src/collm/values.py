@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from collm.errors import CollmError
 from collm.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from collm.cuts import Cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,27 @@ class LanguageModel(ABC):
         """As a base it finds by itself where a threshold is exceeded (`Answer.defers`), and need not tell what it read
         there."""
         return False
+
+    @property
+    def closing_told(self) -> bool:
+        """Whether `Answer.log_close` is what it says; else closing factors are taken for 1."""
+        return True
+
+    @property
+    def closing_approximated(self) -> bool:
+        """Whether the user has asked for that where it matters: in code."""
+        return False
+
+    def share_chunks(self, cuts: Cuts, first_bytes: Sequence[int]) -> None:
+        """From now on it answers queries with `last_bytes`; `first_bytes` as in `cuts.Codec`.
+
+        Raises:
+            CollmError: it cannot say which of its tokens may open a chunk.
+        """
+        raise CollmError(
+            f"{self.name} cannot say which of its tokens may open a chunk: between models with different tokenizers, "
+            "only transformers models in this process, tools and models behind servers can write"
+        )
 
     @property
     def instant(self) -> bool:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from collm.bench.synthetic import SHAPES, Dial, Shape, find_dial, make_model, make_tokenizer
 from collm.data.formatting import Formatter
+from collm.errors import CollmError
 from collm.llm import CollaborativeLM
 from collm.models.checkpoint import load_base
 from collm.models.head import DeferralHead
@@ -20,7 +21,7 @@ from collm.models.loading import load_model, load_tokenizer
 from collm.models.local import LocalModel
 from collm.models.shortened import first_layers
 from collm.models.specs import is_tool
-from collm.models.tokenizers import require_same_tokenizer, shared_vocab_size
+from collm.models.tokenizers import difference, shared_vocab_size
 from collm.models.tools import make_tool
 from collm.types import Message
 from collm.values import LanguageModel
@@ -147,7 +148,13 @@ def models(base: str, assistant: str, *, dtype: str = "float32", device: str = "
         other: PreTrainedModel = make_model(shape, dtype=dtype, device=device)
         return _pair(name, (network, tokenizer, head), (other, tokenizer), words, details, info)
     theirs = load_tokenizer(assistant)
-    require_same_tokenizer(tokenizer, theirs)
+    found = difference(tokenizer, theirs)
+    if found is not None:
+        raise CollmError(
+            f"{assistant} has another tokenizer than {base} ({found}), and collm bench times tokens that both share: collm "
+            "eval tells tokens/s and each model's passes per token on your own text (--limit 20), collm pair-info in what "
+            "pieces the two can write"
+        )
     other = load_model(assistant, dtype=dtype, device=device)
     return _pair(name, (network, tokenizer, head), (other, theirs), words, details, info)
 

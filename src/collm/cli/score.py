@@ -69,6 +69,7 @@ def score(
     if tool and base is None:
         raise click.UsageError(f"{model} is a tool without a tokenizer of its own: give the base model with --base")
     others = tuple(spec for spec in others if not is_tool(spec) and spec not in (base, model))
+    others = tuple(_of_server(spec, base or model) if is_url(spec) else spec for spec in others)
     for spec in (base, None if tool else shown_by, *others):
         if spec is not None:
             require_model(spec)
@@ -159,4 +160,6 @@ def _show(info: Mapping[str, Any]) -> None:
         figures.append(f"its first choice {top1:.1%}")
     if speed is not None:
         figures.append(f"{speed:,.0f} tokens/s (prompts included)")
+    if "approximate" in info:
+        figures.append(f"approximate: {info['approximate']}")
     click.echo("; ".join(figures))

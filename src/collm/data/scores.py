@@ -50,6 +50,7 @@ MEANINGS = {
     "data": "the examples",
     "rules.prompts": "the rules by which text becomes tokens",
     "rules.scores": "the rules of scoring",
+    "closing": "the closing factors of chunks",
     "cuts": "where the models may take turns (the tokenizers of all of them)",
 }
 
@@ -82,6 +83,8 @@ def scores_fingerprint(
         "max_length": max_length,
         "rules": {name: RULES[name] for name in ("prompts", "scores")},
         **({} if cuts is None else {"cuts": cuts}),
+        # A server tells no closing factors (`served.score_served`).
+        **({"closing": "taken for 1"} if cuts is not None and model.get("kind") == "remote" else {}),
     }
 
 

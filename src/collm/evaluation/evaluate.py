@@ -118,6 +118,10 @@ def evaluate_with_traces(
     if len({example.id for example in examples}) < len(examples):
         raise CollmError("two examples have the same id; ids tell apart the rows of an evaluation: make them unique")
     task.require()
+    if task.code and alone is None and getattr(llm, "sharing", None) is not None:
+        from collm.llm.sharing import require_closing
+
+        require_closing(getattr(llm, "models", ()), f"task {task.name!r}")
     golds = [task.gold(example) for example in examples]
     params = replace(params, stop=(*params.stop, *task.stop))
     groups = near_duplicates(examples)

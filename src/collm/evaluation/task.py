@@ -61,7 +61,7 @@ class Task:
     whatever it is, or all of the last assistant turn. `of_all`: further metrics, of all answers together.
     `shots`: solved examples that go before each question; the prompt is a plain text then. `package`: what `judge`
     imports, of the extra `eval`; `needs` raises CollmError where something else is missing. `unsandboxed`: where
-    `judge` runs what a model wrote in a sandbox, the same without one.
+    `judge` runs what a model wrote in a sandbox, the same without one. `code`: answers are programs.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Task:
     package: str | None = None
     needs: Callable[[], None] | None = None
     unsandboxed: Judge | None = None
+    code: bool = False
 
     @property
     def metric(self) -> str:
@@ -200,6 +201,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 lists=True,
                 needs=require_sandbox,
                 unsandboxed=partial(judge_program, sandboxed=False),
+                code=True,
             ),
             Task(
                 "ifeval",

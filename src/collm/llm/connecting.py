@@ -12,7 +12,7 @@ from collm.llm.servers import find_base
 from collm.models.info import AssistantInfo, CheckpointInfo
 from collm.models.loading import load_tokenizer
 from collm.models.specs import is_tool, is_url, locate
-from collm.models.tokenizers import require_same_tokenizer
+from collm.models.tokenizers import difference, shared_vocab_size
 from collm.remote.address import Address
 from collm.remote.connecting import connect
 from collm.remote.model import RemoteModel
@@ -36,7 +36,7 @@ def connect_assistant(url: str, info: AssistantInfo, base: Formatter, vocab_size
     where that is here; else by the base's.
 
     Raises:
-        CollmError: as `connect`; or its tokenizer differs from the base's.
+        CollmError: as `connect`.
 
     Warns:
         UserWarning: it was trained with a model whose chat template is not here.
@@ -55,7 +55,8 @@ def connect_assistant(url: str, info: AssistantInfo, base: Formatter, vocab_size
     tokenizer = base.tokenizer
     if spec is not None:
         tokenizer = load_tokenizer(spec)
-        require_same_tokenizer(base.tokenizer, tokenizer, ("the base", f"the assistant {info.name!r}"))
+        if difference(base.tokenizer, tokenizer) is not None:  # they share chunks
+            vocab_size = shared_vocab_size(tokenizer)
     ends = frozenset[int]() if spec is None else generation_ends(spec)
     model = connect(url, tokenizer, name=info.name, eos_token_ids=ends, vocab_size=vocab_size)
     return model, Formatter(tokenizer, PromptFormat(**info.format))

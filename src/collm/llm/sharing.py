@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,10 +21,7 @@ from collm.errors import CollmError
 from collm.llm.methods import NAMES, Method
 from collm.models.codec import ByteCodec
 from collm.models.info import CheckpointInfo
-from collm.models.local import LocalModel
-from collm.models.openings import Openings
 from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
-from collm.models.tokenizers import shared_vocab_size
 from collm.models.tools import Tool
 from collm.sampling_params import SamplingParams
 from collm.types import BASE
@@ -31,6 +29,12 @@ from collm.values import LanguageModel
 from collm.views import Text
 
 logger = logging.getLogger(__name__)
+
+CLOSING = (
+    "a server does not tell how probable it is that a chunk closes, so that it is taken for certain: nearly right in "
+    "prose and sums, wrong in code (docs/method.md)"
+)
+ASKED = "load it here, or add closing=approximate to its URL to go on all the same"
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def share(
             with other tokenizers.
 
     Warns:
-        UserWarning: there are few cuts.
+        UserWarning: there are few cuts; or a model behind a server does not tell its closing factors.
     """
     names = [model.name for model in models]
     cuts = cuts_between([formatter.tokenizer for formatter in formatters], names)
@@ -129,15 +133,39 @@ def share(
     )
     require_free_tools(cuts, [model.name for model in models if isinstance(model, Tool)])
     for model, codec in zip(models, codecs, strict=True):
-        if isinstance(model, LocalModel):
-            model.share_chunks(Openings.of(cuts, codec.first_bytes, shared_vocab_size(codec.tokenizer)))
-        elif not isinstance(model, Tool):
-            raise CollmError(
-                f"{model.name} cannot say which of its tokens may open a chunk: between models with different "
-                "tokenizers, only transformers models in this process and tools can write; load it here"
-            )
+        if not isinstance(model, Tool):
+            model.share_chunks(cuts, codec.first_bytes)
+    _tell_closing(models)
     told = tell_chunking([codec for codec, m in zip(codecs, models, strict=True) if not isinstance(m, Tool)], cuts)
     logger.info("the models have different tokenizers and write in chunks: of common text %s", told)
     base = formatters[BASE].tokenizer
     end_id = int(base.eos_token_id)
     return Sharing(cuts, codecs, end_id, str(base.convert_ids_to_tokens(end_id)))
+
+
+def _tell_closing(models: Sequence[LanguageModel]) -> None:
+    """Raises:
+    CollmError: the base is behind a server: its doubt and its closing factors are what the others are weighed by.
+
+    Warns:
+        UserWarning: an assistant is.
+    """
+    if not models[BASE].closing_told:
+        raise CollmError(
+            f"{models[BASE].name} is behind a server, which tells neither its doubt nor what closes a chunk: between "
+            "models with different tokenizers, load the base here"
+        )
+    for model in models:
+        if not model.closing_told:
+            warnings.warn(f"{model.name}: {CLOSING}", stacklevel=4)
+
+
+def require_closing(models: Sequence[LanguageModel], what: str) -> None:
+    """Refuse code where models share chunks and one does not tell closing factors, unless the user asked for it.
+
+    Raises:
+        CollmError: naming the model, and how to ask.
+    """
+    for model in models:
+        if not model.closing_told and not model.closing_approximated:
+            raise CollmError(f"{what} is code, and {model.name}: {CLOSING}; {ASKED}")

@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from collm.cuts import Cuts
 from collm.errors import CollmError
 from collm.models import narrow
 from collm.models.attention import Row
@@ -120,10 +121,8 @@ class LocalModel(LanguageModel):
     def name(self) -> str:
         return self._name
 
-    def share_chunks(self, openings: Openings) -> None:
-        """From now on it answers queries with `last_bytes`: its tokens are those of `openings`."""
-        assert len(openings.first) == self._laws.vocab_size
-        self._laws = replace(self._laws, openings=openings)
+    def share_chunks(self, cuts: Cuts, first_bytes: Sequence[int]) -> None:
+        self._laws = replace(self._laws, openings=Openings.of(cuts, first_bytes, self._laws.vocab_size))
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -3,7 +3,8 @@
 After the `?`, joined by `&`: `model=NAME` (needed only where a server has several), `replica=http://other:8000`
 (repeat it for several servers of the same model), `key_env=VARIABLE` (whose value is sent as a bearer token), `ca=FILE`
 (certificates to trust), `timeout=SECONDS` (until the next token), `tokenizer=SPEC` (whose tokenizer and chat template
-the model has; for an assistant, the base's unless it is given).
+the model has; for an assistant, the base's unless it is given), `closing=approximate` (of a model that has not the
+base's tokenizer: it is asked about code, too, although servers tell no closing factors).
 
 A key never stands in a spec: specs are kept in checkpoints, results and logs.
 """
@@ -20,7 +21,8 @@ from collm.errors import CollmError, nearest
 
 Kind = Literal["vllm", "llamacpp", "openai"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SETTINGS = ("model", "replica", "key_env", "ca", "timeout", "tokenizer")
+SETTINGS = ("model", "replica", "key_env", "ca", "timeout", "tokenizer", "closing")
+APPROXIMATE = "approximate"
 TIMEOUT = 60.0
 
 
@@ -35,6 +37,7 @@ class Address:
     ca: str | None = None
     timeout: float = TIMEOUT
     tokenizer: str | None = None
+    closing: str | None = None
 
     @classmethod
     def parse(cls, spec: str) -> Address:
@@ -65,11 +68,22 @@ class Address:
             timeout = 0.0
         if not 0 < timeout < float("inf"):
             raise CollmError(f"{scheme}://{_shown(address)}: timeout is a number of seconds, not {single['timeout']!r}")
+        if single.get("closing", APPROXIMATE) != APPROXIMATE:
+            raise CollmError(
+                f"{scheme}://{_shown(address)}: closing is {APPROXIMATE} or left out, not {single['closing']!r}"
+            )
         urls = tuple(_url(url) for url in (f"{protocol}://{address}", *replicas))
         if "ca" in single and not Path(single["ca"]).is_file():
             raise CollmError(f"{urls[0]}: there is no file {single['ca']} with certificates (ca)")
         return cls(
-            kind, urls, single.get("model"), single.get("key_env"), single.get("ca"), timeout, single.get("tokenizer")
+            kind,
+            urls,
+            single.get("model"),
+            single.get("key_env"),
+            single.get("ca"),
+            timeout,
+            single.get("tokenizer"),
+            single.get("closing"),
         )
 
     def key(self) -> str | None:

@@ -40,3 +40,20 @@ class Background:
 
 
 background = Background()
+
+
+class Job:
+    """A request on its way. `ending`: its last token is there, so there is nothing left to cancel."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None] | None) -> None:
+        self.ending = False
+        self._future: Future[None] | None = None
+        if coroutine is not None:
+            self.begin(coroutine)
+
+    def begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._future = background.start(coroutine)
+
+    def cancel(self) -> None:
+        if self._future is not None and not self.ending:
+            self._future.cancel()

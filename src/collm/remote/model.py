@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property
 from typing import Any
@@ -18,12 +17,14 @@ from weakref import finalize
 
 from transformers import PreTrainedTokenizerBase
 
+from collm.cuts import Cuts
 from collm.decoding.policies import Policy
 from collm.errors import CollmError
 from collm.identity.finding import PROBE, digest, remote_identity
 from collm.models.served import ServedInfo
 from collm.noise import PURPOSES, key_of, philox
-from collm.remote.background import background
+from collm.remote.background import Job, background
+from collm.remote.chunks import NUM_TOP, Openings
 from collm.remote.client import Client, ModelCard
 from collm.remote.faults import ServerFault
 from collm.remote.rules import hidden_share, log_gate_of, settings_of, writes_alone
@@ -57,6 +58,7 @@ class RemoteModel(StreamingModel):
     ) -> None:
         self.client, self.card, self.version, self.served = client, card, version, served
         self._name, self._tokenizer, self._eos, self._vocab_size = name, tokenizer, eos_token_ids, vocab_size
+        self._openings: Openings | None = None
         self._close = finalize(self, background.start, client.__aexit__(None, None, None))
 
     @property
@@ -87,12 +89,28 @@ class RemoteModel(StreamingModel):
     def tests_deferral(self) -> bool:
         return self.served is not None
 
+    @property
+    def closing_told(self) -> bool:
+        return False
+
+    @property
+    def closing_approximated(self) -> bool:
+        return self.client.address.closing is not None
+
+    def share_chunks(self, cuts: Cuts, first_bytes: Sequence[int]) -> None:
+        if self.served is not None:
+            raise CollmError(
+                f"{self.name} is an export, whose server decides at every token: between models with different "
+                "tokenizers, load the base here"
+            )
+        self._openings = Openings(cuts, first_bytes)
+
     def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
         ids = request.view.token_ids
         if isinstance(request, Query):
-            job = _Job(self._query(request, ids[: request.length], deliver))
+            job = Job(self._query(request, ids[: request.length], deliver))
         else:
-            job = _Job(None)
+            job = Job(None)
             job.begin(self._extend(request, list(ids), deliver, job))
         return job.cancel
 
@@ -162,6 +180,18 @@ class RemoteModel(StreamingModel):
             if query.given is not None:
                 return await self._given(query, ids)
             starts = [(ids[:end], end - query.view.prompt_length) for end in query.ends]
+            if query.last_bytes:
+                assert self._openings is not None, "it shares no chunks"
+                return [
+                    await self._openings.choose(
+                        lambda draw, ids=ids, at=at: self._token(  # type: ignore[misc]
+                            ids, draw, at + query.view.shift, max(NUM_TOP, query.num_top), id(query.view)
+                        ),
+                        query,
+                        last,
+                    )
+                    for (ids, at), last in zip(starts, query.last_bytes, strict=True)
+                ]
             asked = (self._token(prefix, query.draw, at, query.num_top, id(query.view)) for prefix, at in starts)
             return list(await asyncio.gather(*asked))
         except Exception as error:
@@ -209,7 +239,7 @@ class RemoteModel(StreamingModel):
     # -- writing on
 
     async def _extend(
-        self, extend: Extend, ids: list[int], deliver: Callable[[list[Reply] | None], None], job: _Job
+        self, extend: Extend, ids: list[int], deliver: Callable[[list[Reply] | None], None], job: Job
     ) -> None:
         try:
             settings, tested = self._settings(extend.until)
@@ -266,7 +296,7 @@ class RemoteModel(StreamingModel):
             # The law over the base's own tokens alone.
             log_prob -= math.log1p(-min(hidden_share(self.served, token.watched), 1 - 1e-12))
         if not 0 <= number < self._vocab_size:
-            return Fault(f"{self.name}: the server wrote token {number}, which the base's tokenizer does not have")
+            return Fault(f"{self.name}: the server wrote token {number}, which the tokenizer does not have")
         top, top_log_prob = (number, log_prob) if not draw.temperature else (None, UNKNOWN)
         if token.top:
             top, top_log_prob = token.top[0]
@@ -278,20 +308,3 @@ class RemoteModel(StreamingModel):
             _log.warning("%s failed", self.name, exc_info=error)
         told = str(error) if isinstance(error, CollmError) else f"{type(error).__name__}: {error}"
         return Fault(f"{self.name}: {told}")
-
-
-class _Job:
-    """A request on its way. `ending`: its last token is there, so there is nothing left to cancel."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, None] | None) -> None:
-        self.ending = False
-        self._future: Future[None] | None = None
-        if coroutine is not None:
-            self.begin(coroutine)
-
-    def begin(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self._future = background.start(coroutine)
-
-    def cancel(self) -> None:
-        if self._future is not None and not self.ending:
-            self._future.cancel()

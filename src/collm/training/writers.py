@@ -77,7 +77,8 @@ def make_writer(
     if (
         base is not None
         and given.keys() == SPLITS.keys()
-        and all("completions" in load_info(p) for p in given.values())
+        # Of models that share chunks every tokenizer is needed.
+        and all("completions" in (told := load_info(p)) and "cuts" not in told["fingerprint"] for p in given.values())
     ):
         return Writer(name, section, None, None, given)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from collm.evaluation.harness.prompts import ChatPrompt, cut_to, pair_ids, promp
 from collm.evaluation.harness.records import Records, fingerprint
 from collm.evaluation.likelihood import GivenText, Likelihood, likelihoods
 from collm.llm import CollaborativeLM, TokenPrompt
+from collm.llm.sharing import require_closing
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Message
@@ -34,6 +36,8 @@ from collm.types import BASE, Message
 _log = logging.getLogger(__name__)
 
 GREEDY = SamplingParams()
+CODE = re.compile("humaneval|mbpp|code", re.IGNORECASE)
+"""In the names of tasks whose answers are programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         seen: Counter[str] = Counter()
+        self._require_closing(requests)
         asked = [self._generation(request, seen) for request in requests]
         self._tell_of_cuts(_task(request) for request, each in zip(requests, asked, strict=True) if each.cut)
         with self._records.keeping_traces() as keep:
@@ -203,6 +208,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
     # -- texts to be scored
 
     def _scored(self, requests: Sequence[Instance], texts: Sequence[GivenText], quiet: bool) -> list[Likelihood]:
+        self._require_closing(requests)
         law = law_of(self.llm, self.params, self.policy, self.alone)
         names = [fingerprint("likelihood", text.prompts, text.completion) for text in texts]
         for request, name in zip(requests, names, strict=True):
@@ -221,6 +227,11 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
                     keep(name, each)
                     advance()
         return [self._records.likelihoods[name] for name in names]
+
+    def _require_closing(self, requests: Iterable[Instance]) -> None:
+        code = next((_task(request) for request in requests if CODE.search(_task(request))), None)
+        if code is not None and self.llm.sharing is not None and self.alone is None:
+            require_closing(self.llm.models, f"task {code!r}")
 
     # -- what is told of it
 
