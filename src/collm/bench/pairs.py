@@ -152,8 +152,8 @@ def models(base: str, assistant: str, *, dtype: str = "float32", device: str = "
     if found is not None:
         raise CollmError(
             f"{assistant} has another tokenizer than {base} ({found}), and collm bench times tokens that both share: "
-            "collm eval tells tokens/s and each model's passes per token on your text (--limit 20), and collm pair-info "
-            "in what pieces the two can write"
+            "collm eval tells tokens/s and each model's passes per token on your text (--limit 20), and collm "
+            "pair-info in what pieces the two can write"
         )
     other = load_model(assistant, dtype=dtype, device=device)
     return _pair(name, (network, tokenizer, head), (other, theirs), words, details, info)
