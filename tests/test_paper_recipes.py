@@ -175,6 +175,7 @@ def option(words: list[str], name: str) -> str:
 # -- the experiments
 
 
+@pytest.mark.slow
 def test_reasoning_from_the_published_files_to_the_report(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

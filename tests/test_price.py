@@ -162,10 +162,27 @@ def recipe(workplace: Path, out: str, **changes: Any) -> Any:
             "learning_rate": 1e-4,
             "gate_learning_rate": 0.05,
             "evaluations": 3,
-            "save_minutes": 1e-9,
         },
         **changes,
     }
+
+
+def deferred(out: Path) -> float:
+    info = load_info(out)
+    assert info is not None
+    return float(info.training["figures"]["after"]["eval_gate/large"])
+
+
+@pytest.fixture(scope="module")
+def at_target(workplace: Path) -> Path:
+    return train(parse_recipe(recipe(workplace, "target", target_rate=0.3)), progress=False)
+
+
+def test_a_run_meets_its_target(workplace: Path, at_target: Path) -> None:
+    assert deferred(train(parse_recipe(recipe(workplace, "free")), progress=False)) > 0.8
+    assert deferred(at_target) == pytest.approx(0.3, abs=0.1)
+    info = load_info(at_target)
+    assert info is not None and info.training["price"]["multiplier"] > 0.1
 
 
 KILLED = """
@@ -183,28 +200,21 @@ train(load_recipe(sys.argv[1]), progress=False)
 """
 
 
-def test_a_run_meets_its_target_also_when_it_was_killed(workplace: Path) -> None:
-    def deferred(out: Path) -> float:
-        info = load_info(out)
-        assert info is not None
-        return float(info.training["figures"]["after"]["eval_gate/large"])
-
-    free = train(parse_recipe(recipe(workplace, "free")), progress=False)
-    assert deferred(free) > 0.8
-    out = train(parse_recipe(recipe(workplace, "target", target_rate=0.3)), progress=False)
-    assert deferred(out) == pytest.approx(0.3, abs=0.1)
-    info = load_info(out)
-    assert info is not None and info.training["price"]["multiplier"] > 0.1
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_its_price(workplace: Path, at_target: Path) -> None:
+    values = recipe(workplace, "killed", target_rate=0.3)
     path = workplace / "killed.yaml"
-    path.write_text(json.dumps(recipe(workplace, "killed", target_rate=0.3)))
+    often = {**values["training"], "save_minutes": 1e-9}  # how often is no part of what a folder belongs to
+    path.write_text(json.dumps({**values, "training": often}))
     done = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=os.environ, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    resumed = train(parse_recipe(recipe(workplace, "killed", target_rate=0.3)), progress=False)
+    resumed = train(parse_recipe(values), progress=False)
     for name in ("model.safetensors", "gate.safetensors"):
-        left, right = load_file(out / name), load_file(resumed / name)
+        left, right = load_file(at_target / name), load_file(resumed / name)
         assert all(torch.equal(left[key], right[key]) for key in left)
-    again = load_info(resumed)
-    assert again is not None and again.training["figures"]["before"] == info.training["figures"]["before"]
+    whole, again = load_info(at_target), load_info(resumed)
+    assert whole is not None and again is not None
+    assert again.training["figures"]["before"] == whole.training["figures"]["before"]
 
 
 def test_a_target_and_a_price_are_one_too_many(workplace: Path) -> None:

@@ -140,6 +140,7 @@ def test_the_makefile_trains_what_the_recipes_say(tmp_path: Path) -> None:
     assert seen == {(task, name) for task, names in models.items() for name in names}
 
 
+@pytest.mark.slow
 def test_the_study_runs_on_stand_ins(
     tiny_model: Callable[..., PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,

@@ -59,7 +59,7 @@ def same(a: EvalResult, b: EvalResult) -> bool:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     first=st.sampled_from(range(len(RUNS))),
     second=st.sampled_from(range(len(RUNS))),
@@ -126,7 +126,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[float]]]:
     return [scores(folder / str(number), **run) for number, run in enumerate(SCORINGS)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     first=st.sampled_from(range(len(SCORINGS))),
     second=st.sampled_from(range(len(SCORINGS))),

@@ -151,6 +151,7 @@ def test_retention(tmp_path: Path) -> None:
         retention.gain_kept(result("a", right, {}), result("b", right[:20], {}), result("c", right, {}))
 
 
+@pytest.mark.slow
 def test_recipes_run_on_tiny_models(
     tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

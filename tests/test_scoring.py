@@ -134,6 +134,7 @@ scoring.score(EXAMPLES, make_model(), Formatter(make_tokenizer()), Path(sys.argv
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

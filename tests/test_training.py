@@ -198,7 +198,10 @@ train(load_recipe(sys.argv[1]), progress=False)
 
 @pytest.mark.parametrize(
     ("minutes", "step"),
-    [pytest.param(5, 2, id="after an evaluation"), pytest.param(1e-9, 1, id="before the first evaluation")],
+    [
+        pytest.param(5, 2, id="after an evaluation"),
+        pytest.param(1e-9, 1, id="before the first evaluation", marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_after_kill_9_equals_uninterrupted(
     workplace: Path, full: Path, caplog: pytest.LogCaptureFixture, minutes: float, step: int
@@ -238,6 +241,7 @@ train(load_recipe(sys.argv[1]), progress=False)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     """Data parallel over gloo: 2 x 4 texts a step against 1 x 8. Gradients are summed in another order: 1e-5.
 

@@ -14,6 +14,12 @@ import torch
 from collm.decoding.choosing import answer_of, requested
 from collm.values import GREEDY, Answer, Draw, LanguageModel, Query, Replies, Reply
 
+Law = tuple[torch.Tensor, tuple[float, ...] | None]
+"""Log-probabilities `[V]`, and the gate's."""
+ABSTAINS: Law = (torch.empty(0), None)
+REMEMBERED = 512
+"""Laws that are kept: decoders that are compared ask for the same ones again."""
+
 
 class FakeModel(LanguageModel):
     """Laws are drawn from a symmetric Dirichlet, with the hash of (name, prefix) as the seed.
@@ -47,6 +53,7 @@ class FakeModel(LanguageModel):
         self.calls = 0
         """Batches answered."""
         self._name, self._eos_token_ids = name, eos_token_ids
+        self._laws: dict[tuple[int, ...], Law] = {}
 
     @property
     def name(self) -> str:
@@ -69,8 +76,17 @@ class FakeModel(LanguageModel):
     def answer(self, token_ids: Sequence[int], draw: Draw = GREEDY, position: int = 0) -> Reply:
         """The answer after one prefix, whose next token is the one at `position` of the completion."""
         prefix = tuple(token_ids)[self.ignore_prompt :]
+        found = self._laws.get(prefix)
+        if found is None:
+            if len(self._laws) >= REMEMBERED:
+                self._laws.clear()
+            found = self._laws[prefix] = self._law(prefix)
+        return None if found is ABSTAINS else answer_of(found[0], draw, position, found[1])
+
+    def _law(self, prefix: tuple[int, ...]) -> Law:
+        """Log-probabilities and the gate's, or `ABSTAINS`."""
         if self._hash("abstains?", prefix).random() < self.abstention:
-            return None
+            return ABSTAINS
         shared = self._hash("agrees?", prefix).random() < self.agreement
         rng = _hash("shared", "law", prefix) if shared else self._hash("law", prefix)
         law = rng.dirichlet(np.full(self.vocab_size, self.concentration))
@@ -79,7 +95,7 @@ class FakeModel(LanguageModel):
         if self.num_assistants is not None:
             gate = self._hash("gate", prefix).dirichlet(np.ones(1 + self.num_assistants))
             log_gate = tuple(float(value) for value in np.log(gate))
-        return answer_of(log_probs, draw, position, log_gate)
+        return log_probs, log_gate
 
     def _reply(self, query: Query, i: int, end: int) -> Reply:
         reply = self.answer(query.view.token_ids[:end], query.draw, end - query.view.prompt_length + query.view.shift)
