@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from launching import on_two_processes
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.data.examples import load_examples
@@ -29,6 +31,7 @@ from collm.training import initialisation
 from collm.training.batching import EpochSampler
 from collm.training.recipe import load_recipe, parse_recipe
 from collm.training.train import train
+from collm.training.trainer import CollmTrainer
 
 Run = Callable[..., Path]
 
@@ -146,6 +149,42 @@ def test_training_lowers_the_held_out_loss_and_logs_what_it_should(full: Path) -
     assert not (full / "checkpoints").exists()
 
 
+class Waits(TorchDispatchMode):
+    """Where our code makes the host wait for the device: numbers that are read, places whose count must be known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [each for each in args[1] if each is not None] if func.name() == "aten::index.Tensor" else []
+        if func.name() in ("aten::_local_scalar_dense", "aten::nonzero") or any(m.dtype == torch.bool for m in masks):
+            callers = [frame.filename for frame in traceback.extract_stack()[:-1]]
+            caller = [name for name in callers if "/torch/" not in name][-1]
+            if "/transformers/" not in caller:  # its check of the mask is its own affair
+                self.found.append(f"{func.name()} in {Path(caller).name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", [{}, {"target_rate": 0.3}], ids=["plain", "with a target"])
+def test_a_step_waits_for_the_device_once(workplace: Path, monkeypatch: pytest.MonkeyPatch, more: Any) -> None:
+    """For the number of labelled tokens. Losses are looked at where they are logged."""
+    step, found = CollmTrainer.training_step, []
+
+    def watched(self: CollmTrainer, *args: Any, **kwargs: Any) -> Any:
+        with Waits() as waits:
+            loss = step(self, *args, **kwargs)
+        found.append(waits.found)
+        return loss
+
+    monkeypatch.setattr(CollmTrainer, "training_step", watched)
+    run(workplace, f"watched{len(more)}", **more)
+    assert found == [["aten::nonzero in model.py"]] * 4
+    with Waits() as waits:
+        assert bool(torch.ones(3).sum() == 3) and len(torch.ones(3)[torch.tensor([True, False, True])]) == 2
+    assert len(waits.found) == 2
+
+
 def test_a_checkpoint_is_a_plain_model_too(full: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(full)
     ours, head, tokenizer, info = load_base(full)
@@ -186,6 +225,7 @@ import os, signal, sys
 from collm.training import trainer
 from collm.training.recipe import load_recipe
 from collm.training.train import train
+from collm.training.trainer import CollmTrainer
 save = trainer.CollmTrainer._save_checkpoint
 def killed(self, *args):
     save(self, *args)
@@ -237,6 +277,7 @@ def claimed(*args):
 folder._claim = claimed
 from collm.training.recipe import load_recipe
 from collm.training.train import train
+from collm.training.trainer import CollmTrainer
 train(load_recipe(sys.argv[1]), progress=False)
 """
 

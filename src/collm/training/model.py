@@ -131,7 +131,7 @@ class BaseWithGate(nn.Module):
             hidden: `[B, T-1, H]`; ids, labelled, last: `[B, T-1]` of the tokens that they predict (`Chunked.opens`).
         """
         assert self.openings is not None
-        wanted = labelled | (last >= 0)
+        wanted = (labelled | (last >= 0)).nonzero(as_tuple=True)
         states, gold, before, counted = hidden[wanted], ids[wanted], last[wanted], labelled[wanted]
         openings = self.openings = self.openings.to(gold.device)
 
@@ -182,13 +182,14 @@ class BaseWithGate(nn.Module):
         """
         hidden = hidden_states(self.model, input_ids, attention_mask, use_cache=False)
         mask = labels[:, 1:] != IGNORED  # [B, T-1]; token t+1 is predicted at position t
+        # As indices: each selection by a mask would wait for the device, to know how many there are.
         if opens is None:
-            starts = mask
-            at_start = hidden[:, :-1][mask]  # [N, H]
-            base_log_probs, base_right = self._of_base(at_start, labels[:, 1:][mask])
+            starts = mask.nonzero(as_tuple=True)
+            at_start = hidden[:, :-1][starts]  # [N, H]
+            base_log_probs, base_right = self._of_base(at_start, labels[:, 1:][starts])
         else:
             last = opens[:, 1:]
-            starts = mask & (last >= 0)
+            starts = (mask & (last >= 0)).nonzero(as_tuple=True)
             at_start = hidden[:, :-1][starts]
             base_log_probs, base_right = self._of_chunks(hidden[:, :-1], input_ids[:, 1:], mask, last)
         if self.head is None or assistant_log_probs is None:
