@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from commits import environment, sources
+
 CASES = [
     ("driver and decoder", 16, 100),
     ("driver and decoder", 16, 32_000),
@@ -286,8 +285,8 @@ def overlapped() -> tuple[float, float]:
 
 
 def in_process(source: Path) -> list[float]:
-    env = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    out = subprocess.run([sys.executable, __file__, "--measure"], env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, "--measure"]
+    out = subprocess.run(command, env=environment(source), capture_output=True, text=True, check=True)
     found: list[float] = json.loads(out.stdout.splitlines()[-1])
     return found
 
@@ -302,17 +301,8 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure()))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        sources = [ROOT / "src"]
-        if options.against:
-            checkout = Path(folder) / "other"
-            subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", checkout, options.against], check=True)
-            sources.append(checkout / "src")
-        try:
-            rounds = [[in_process(source) for source in sources] for _ in range(options.rounds)]
-        finally:
-            if options.against:
-                subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", checkout], check=True)
+    with sources(options.against) as folders:
+        rounds = [[in_process(source) for source in folders] for _ in range(options.rounds)]
     rows = []
     for n, (what, batch, context) in enumerate(CASES):
         own = [each[0][n] for each in rounds]

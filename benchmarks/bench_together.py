@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from commits import environment, sources
+
 CASES = [
     ("base alone", 1, 64),
     ("plain", 1, 64),
@@ -85,10 +84,9 @@ def work(options: argparse.Namespace) -> None:
 
 class Worker:
     def __init__(self, source: Path, given: list[str]) -> None:
-        env = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", *given],
-            env=env,
+            env=environment(source),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -127,14 +125,8 @@ def main() -> None:
     given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("tokens", "shape", "cost_ratio")]
     given += [f"--agreement={options.agreement}", f"--rate={options.rate}"]
     given += ["--wall"] if options.wall else []
-    with tempfile.TemporaryDirectory() as folder:
-        checkout = Path(folder) / "other"
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", checkout, options.against], check=True)
-        try:
-            workers = [Worker(source, given) for source in (ROOT / "src", checkout / "src")]
-            rows = measured(workers, options)
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", checkout], check=True)
+    with sources(options.against) as folders:
+        rows = measured([Worker(source, given) for source in folders], options)
     if options.json:
         options.json.write_text(json.dumps({**vars(options), "json": str(options.json), "rows": rows}, indent=1))
 

@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from tiny import CHAT_TEMPLATE, CORPUS
+from tiny import CORPUS, wrapped
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -42,18 +42,6 @@ def train_bpe(pretokenizer: str, vocab_size: int, corpus: list[str], alphabet: l
     )
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
-
-
-def wrapped(tokenizer: Tokenizer, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = chat_template
-    return fast
 
 
 def byte_level(pretokenizer: str = "gpt2", vocab_size: int = 420, seed: int = 0) -> PreTrainedTokenizerFast:

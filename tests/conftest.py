@@ -44,3 +44,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """`tiny_model(kind="llama", seed=0, vocab_size=320, **config)` builds a fresh model."""
     return make_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder called `tiny` with the model and the tokenizer."""
+    folder = tmp_path_factory.mktemp("folder") / "tiny"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

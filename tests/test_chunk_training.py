@@ -14,6 +14,7 @@ import torch
 from chunk_toys import byte_level
 from conftest import make_model, make_tokenizer
 from launching import on_two_processes
+from teaching import recipe_values, teach
 from test_training import KILL_AT_SAVE, TWO_PROCESSES, assert_same_weights, log_of
 
 from collm.data.chunk_scoring import score_chunks
@@ -41,41 +42,16 @@ NAMES = ("base", "other")
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and an assistant whose tokenizers split digits and differ in the rest, and sums in sentences."""
-    folder = tmp_path_factory.mktemp("chunks")
-    for name, tokenizer, seed in (("base", make_tokenizer(285), 0), ("other", make_tokenizer(340), 1)):
-        make_model(seed=seed, vocab_size=len(tokenizer) + 3).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{a} + {b}"},
-                {"role": "assistant", "content": f"Anna buys {a} + {b} = {a + b} apples" + " and more" * (a % 3)},
-            ]
-        }
-        for a in range(3, 9)
-        for b in range(10, 16)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:32]))
-    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[32:]))
-    return folder
-
-
-def recipe_values(workplace: Path, out: str, **changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "out": str(workplace / out),
-        "cache": str(workplace / "cache"),
-        "base": {"model": str(workplace / "base")},
-        "assistants": [
-            {"name": "calculator", "model": "calculator"},
-            {"name": "other", "model": str(workplace / "other")},
-        ],
-        "data": {"train": str(workplace / "train.jsonl"), "validation": str(workplace / "validation.jsonl")},
-        "init": {"max_tokens": 100},
-        "training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "evaluations": 2},
+    tokenizers = (make_tokenizer(285), make_tokenizer(340))
+    models = {
+        name: (make_model(seed=seed, vocab_size=len(tokenizer) + 3), tokenizer)
+        for seed, (name, tokenizer) in enumerate(zip(NAMES, tokenizers, strict=True))
     }
-    for key, change in changes.items():
-        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
-    return values
+    return teach(
+        tmp_path_factory.mktemp("chunks"),
+        models,
+        lambda a, b: f"Anna buys {a} + {b} = {a + b} apples" + " and more" * (a % 3),
+    )
 
 
 def run(workplace: Path, out: str, **changes: Any) -> Path:

@@ -347,17 +347,9 @@ def test_random_bytes_and_broken_requests() -> None:
 # -- the process
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("served") / "tiny"
-    make_model().save_pretrained(found)
-    make_tokenizer().save_pretrained(found)
-    return found
-
-
-def test_terminated_under_load_it_finishes_what_runs_and_what_waits(folder: Path) -> None:
-    command = [sys.executable, "-m", "collm", "serve", str(folder), "--assistant", f"helper={folder}", "--port", "0"]
-    command += ["--deferral", "always", "--max-num-seqs", "2"]
+def test_terminated_under_load_it_finishes_what_runs_and_what_waits(tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "collm", "serve", str(tiny_folder), "--assistant", f"helper={tiny_folder}"]
+    command += ["--port", "0", "--deferral", "always", "--max-num-seqs", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as it:
         assert it.stdout is not None
         url = next(line.split()[1] for line in it.stdout if line.startswith("listening"))
@@ -390,7 +382,7 @@ def test_terminated_under_load_it_finishes_what_runs_and_what_waits(folder: Path
         texts = asyncio.run(load())
         assert it.wait(30) == 0
     assert len(set(texts)) == 6
-    alone = CollaborativeLM.from_pretrained(folder)
+    alone = CollaborativeLM.from_pretrained(tiny_folder)
     expected = [alone.generate("Rome", SamplingParams(max_tokens=150, seed=n, temperature=1)).text for n in range(6)]
     assert texts == expected
 

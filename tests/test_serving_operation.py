@@ -18,7 +18,6 @@ from typing import IO, Any
 import httpx
 import openai
 import pytest
-from conftest import make_model, make_tokenizer
 from servers import Live, fake_pair, live
 
 from collm.cli import main
@@ -304,16 +303,8 @@ def test_what_no_client_sends() -> None:
 # -- the command
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("served") / "tiny"
-    make_model().save_pretrained(found)
-    make_tokenizer().save_pretrained(found)
-    return found
-
-
 def test_what_is_wrong_is_told_before_weights_are_loaded(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were loaded")
@@ -323,12 +314,12 @@ def test_what_is_wrong_is_told_before_weights_are_loaded(
     taken.listen()
     port = str(taken.getsockname()[1])
     cases = {
-        "Address already in use": [str(folder), "--port", port],
+        "Address already in use": [str(tiny_folder), "--port", port],
         "no calibration of random": [
-            *(str(folder), "--port", "0", "--assistant", f"helper={folder}"),
+            *(str(tiny_folder), "--port", "0", "--assistant", f"helper={tiny_folder}"),
             *("--deferral", "random", "--deferral-rate", "0.2", "--calibration-task", "sums"),
         ],
-        "nowhere": [str(folder), "--port", "0", "--assistant", "nowhere/at-all", "--deferral", "always"],
+        "nowhere": [str(tiny_folder), "--port", "0", "--assistant", "nowhere/at-all", "--deferral", "always"],
     }
     for words, arguments in cases.items():
         with pytest.raises(SystemExit) as ended:
@@ -376,9 +367,9 @@ def command_of(folder: Path, log: int | IO[str] = subprocess.PIPE) -> Iterator[t
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_log_on_a_full_disk_costs_no_request(folder: Path) -> None:
+def test_a_log_on_a_full_disk_costs_no_request(tiny_folder: Path) -> None:
     """As the kernel has it: every write of the process to its log fails, from its first line on."""
-    with Path("/dev/full").open("w") as full, command_of(folder, full) as (process, _, url):
+    with Path("/dev/full").open("w") as full, command_of(tiny_folder, full) as (process, _, url):
         for _ in range(3):
             body = {**CHAT, "model": "helper", "max_tokens": 4}
             assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
@@ -387,8 +378,8 @@ def test_a_log_on_a_full_disk_costs_no_request(folder: Path) -> None:
         assert process.wait(20) == 0
 
 
-def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
-    with command_of(folder) as (process, told, url):
+def test_the_command_serves_until_it_is_told_to_stop(tiny_folder: Path) -> None:
+    with command_of(tiny_folder) as (process, told, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list()] == ["tiny", "base", "helper"]
         stream = client.completions.create(

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 from launching import on_two_processes
 from safetensors.torch import load_file, save_file
+from teaching import recipe_values, teach
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -39,44 +41,12 @@ Run = Callable[..., Path]
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, an assistant and data: sums, which the assistant is not taught either (it is random)."""
-    from conftest import make_model, make_tokenizer
-
-    folder = tmp_path_factory.mktemp("training")
     tokenizer = make_tokenizer()
-    for name, seed in (("base", 0), ("assistant", 1)):
-        make_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{a} + {b}"},
-                {"role": "assistant", "content": f"{a} + {b} = {a + b}"},
-            ]
-        }
-        for a in range(3, 9)
-        for b in range(10, 16)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:32]))
-    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[32:]))
-    return folder
-
-
-def recipe_values(workplace: Path, out: str, **changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "out": str(workplace / out),
-        "cache": str(workplace / "cache"),
-        "base": {"model": str(workplace / "base")},
-        "assistants": [
-            {"name": "calculator", "model": "calculator"},
-            {"name": "other", "model": str(workplace / "assistant")},
-        ],
-        "data": {"train": str(workplace / "train.jsonl"), "validation": str(workplace / "validation.jsonl")},
-        "init": {"max_tokens": 100},
-        "training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "evaluations": 2},
+    models = {
+        name: (make_model(seed=seed, vocab_size=len(tokenizer)), tokenizer)
+        for seed, name in enumerate(("base", "other"))
     }
-    for key, change in changes.items():
-        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
-    return values
+    return teach(tmp_path_factory.mktemp("training"), models)
 
 
 def run(workplace: Path, out: str, **changes: Any) -> Path:
@@ -110,7 +80,7 @@ def test_the_loss_is_the_marginal_nll_of_the_texts(workplace: Path, full: Path) 
     from collm.values import Answer, Query
 
     base, _, tokenizer, _ = load_base(workplace / "base")
-    assistant = AutoModelForCausalLM.from_pretrained(workplace / "assistant")
+    assistant = AutoModelForCausalLM.from_pretrained(workplace / "other")
     head = DeferralHead.load(full / "init")
     calculator, formatter = Calculator(tokenizer), Formatter(tokenizer)
     total, count = 0.0, 0
@@ -474,13 +444,13 @@ def test_scores_made_beforehand_are_used_and_checked(workplace: Path, full: Path
     # Scored up to the base's context, as `max_length` is cut to it.
     options: dict[str, Any] = {"max_length": 256, "progress": False}
     score(examples, str(workplace / "base"), formatter, tmp_path / "base", **options)
-    score(examples, str(workplace / "assistant"), formatter, tmp_path / "other", **options)
+    score(examples, str(workplace / "other"), formatter, tmp_path / "other", **options)
     score_tool(examples, make_tool("calculator", tokenizer), formatter, tmp_path / "calculator", **options)
     given: dict[str, Any] = {
         "base": {"model": str(workplace / "base"), "scores": str(tmp_path / "base")},
         "assistants": [
             {"name": "calculator", "model": "calculator", "scores": str(tmp_path / "calculator")},
-            {"name": "other", "model": str(workplace / "assistant"), "scores": str(tmp_path / "other")},
+            {"name": "other", "model": str(workplace / "other"), "scores": str(tmp_path / "other")},
         ],
     }
     out = run(workplace, "given", cache=str(tmp_path / "cache"), **given)
@@ -561,12 +531,12 @@ def test_scores_of_one_file_cover_its_held_out_share(workplace: Path, tmp_path: 
     from collm.data.scoring import score
 
     formatter, examples = Formatter(load_base(workplace / "base")[2]), load_examples(workplace / "train.jsonl")
-    for name, model in (("base", "base"), ("other", "assistant")):
-        score(examples, str(workplace / model), formatter, tmp_path / name, max_length=256, progress=False)
+    for name in ("base", "other"):
+        score(examples, str(workplace / name), formatter, tmp_path / name, max_length=256, progress=False)
     values = recipe_values(workplace, "share", cache=str(tmp_path / "cache"), tune="gate")
     values["data"] = {"train": str(workplace / "train.jsonl"), "validation_share": 0.3}
     values["base"]["scores"] = str(tmp_path / "base")
-    values["assistants"] = [{"name": "other", "model": str(workplace / "assistant"), "scores": str(tmp_path / "other")}]
+    values["assistants"] = [{"name": "other", "model": str(workplace / "other"), "scores": str(tmp_path / "other")}]
     train(parse_recipe(values), progress=False)
     assert {path.name.partition("-")[0] for path in (tmp_path / "cache").glob("[!.]*")} == {"hidden"}
 

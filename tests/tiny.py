@@ -32,8 +32,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def wrapped(tokenizer: Tokenizer, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """As transformers has it: `<|im_end|>` ends a turn, nothing is added on its own."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
 def make_tokenizer(vocab_size: int = 320, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose digits are single tokens; `<|im_end|>` ends a turn, nothing is added on its own."""
+    """A byte-level BPE whose digits are single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -46,15 +59,7 @@ def make_tokenizer(vocab_size: int = 320, chat_template: str | None = CHAT_TEMPL
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = chat_template
-    return fast
+    return wrapped(tokenizer, chat_template)
 
 
 def make_model(kind: str = "llama", *, seed: int = 0, vocab_size: int = 320, **overrides: Any) -> PreTrainedModel:

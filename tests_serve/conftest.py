@@ -20,25 +20,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from loudly import pytest_terminal_summary as pytest_terminal_summary
+from loudly import skip_loudly
 from servers import Live, fake_pair, live
 
 from collm.models.info import CalibrationRow, CalibrationTable, CheckpointInfo
 
 ROOT = Path(__file__).parent.parent
 BIN = ROOT / ".venvs" / "clients" / "bin"
-SKIPPED: list[str] = []
 EXAMPLES = ("Nina packs 27 boxes of 48 pencils. How many pencils?", "What is <b>56 * 9</b>?")
-
-
-def skip_loudly(reason: str) -> None:
-    SKIPPED.append(reason)
-    pytest.skip(reason)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for reason in dict.fromkeys(SKIPPED):
-        terminalreporter.write_sep("!", "NOT TESTED", red=True, bold=True)
-        terminalreporter.write_line(reason)
 
 
 def calibrated() -> CheckpointInfo:

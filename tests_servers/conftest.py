@@ -17,7 +17,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
+from loudly import pytest_terminal_summary as pytest_terminal_summary
+from loudly import skip_loudly
 
 from collm.remote import Address, Client
 
@@ -40,24 +41,10 @@ def python_of(server: str) -> Path:
     return python
 
 
-SKIPPED: list[str] = []
-
-
 def has_avx512() -> bool:
     """The wheel of vLLM for CPUs was tried with it alone."""
     cpu = Path("/proc/cpuinfo")
     return cpu.is_file() and "avx512f" in cpu.read_text()
-
-
-def skip_loudly(reason: str) -> None:
-    SKIPPED.append(reason)
-    pytest.skip(reason)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for reason in dict.fromkeys(SKIPPED):
-        terminalreporter.write_sep("!", "NOT TESTED", red=True, bold=True)
-        terminalreporter.write_line(reason)
 
 
 def free_port() -> int:
