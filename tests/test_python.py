@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from collm import CollaborativeLM, SamplingParams
+from collm.data.formatting import PromptFormat
 from collm.errors import CollmError
 from collm.models.loading import load_model
 from collm.models.tools import Calculator
+from collm.report.trace import read_traces
+from collm.training.recipe import load_recipe
 from collm.types import Generation, Step
 
 PROMPT = "3 + 10 = "
@@ -127,3 +131,19 @@ def test_a_notebook_shows_who_wrote_what() -> None:
     assert shown.count("background:#e69f00") == 2  # the token and the legend
     assert "calc &amp; co 0.800" in shown and "the base would have written another token" in shown
     assert "2 tokens, 50.0% written by assistants" in shown
+
+
+@pytest.mark.parametrize("what", ["recipe", "trace", "date"])
+def test_an_error_that_says_it_all_comes_without_the_one_behind_it(tmp_path: Path, what: str) -> None:
+    """In Python the traceback of a cause stands above the error, and hides it."""
+    file = tmp_path / "file"
+    file.write_text("out: [" if what == "recipe" else "no trace\n")
+    with pytest.raises(CollmError) as caught:
+        if what == "recipe":
+            load_recipe(file)
+        elif what == "trace":
+            read_traces(file)
+        else:
+            PromptFormat(date="tomorrow")
+    assert "During handling" not in "".join(traceback.format_exception(caught.value))
+    assert "direct cause" not in "".join(traceback.format_exception(caught.value))

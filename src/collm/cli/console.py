@@ -165,6 +165,7 @@ class Command(click.Command):
         except (CollmError, OSError) as error:
             # A closed pipe (`collm ... | head`) is click's affair.
             if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                error.__suppress_context__ = False  # what it came from, too
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
