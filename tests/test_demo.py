@@ -193,6 +193,9 @@ def test_samples_begin_with_questions_that_need_both(finished: tuple[Path, dict[
     out, _, shown = finished
     rows = [json.loads(line) for line in (out / "data" / "test.jsonl").read_text().splitlines()]
     asked = {kind: [row["messages"][0]["content"] for row in rows if row["kind"] == kind][:2] for kind in KINDS}
+    page = (out / "report.html").read_text()
+    places = {kind: [page.index(question) for question in asked[kind]] for kind in KINDS}
+    assert max(places["both"]) < min(places["arithmetic"] + places["facts"])
     text = " ".join(shown.split())
     places = {kind: [text.index(question) for question in asked[kind]] for kind in KINDS}
     assert max(places["both"]) < min(places["arithmetic"] + places["facts"])

@@ -280,6 +280,21 @@ def test_a_curve_has_its_ends_as_lines_in_every_picture(tmp_path: Path) -> None:
     }
     svg = curve_svg(made)
     assert svg.count('class="level"') == 2 and "base alone: 20.0%" in svg
+    # Names of levels that lie close stand above one another, none of them on the axis below.
+    low = made.model_copy(update={"rows": [rows[0], rows[1], rows[2].model_copy(update={"metric_value": 0.21})]})
+    level = {"class": "level"}
+    page = PageReader(
+        curve_svg(
+            low.model_copy(
+                update={"rows": [r.model_copy(update={"metric_value": r.metric_value - 0.2}) for r in low.rows]}
+            )
+        )
+    )
+    lines = [
+        float(str(attrs["d"]).split()[1].split("H")[0]) for tag, attrs in page.tags if level.items() <= attrs.items()
+    ]
+    names = [float(str(a["y"])) for tag, a in page.tags if tag == "text" and a.get("paint-order") == "stroke"]
+    assert len(lines) == len(names) == 2 and max(names) < max(lines) and abs(names[0] - names[1]) >= 13
     # A level above all points is inside the picture.
     high = Chart((Series("a", (Point(0.1, 0.2),)),), "t", "x", "y", levels=(Level("b", 0.9),))
     assert bounds(high.series, levels=high.levels)[1][-1] >= 0.9

@@ -23,7 +23,7 @@ from collm.cli.options import OUTPUT_FOLDER
 def demo(out: Path, seed: int) -> None:
     """Train three small models from scratch, teach them to write together, and show what that is worth.
 
-    About two minutes on two quiet CPU cores. Writes DIR/results.json and DIR/report.html.
+    Two to three minutes on two quiet CPU cores. Writes DIR/results.json and DIR/report.html.
     """
     from collm.training.checking import require_packages
 

@@ -139,19 +139,23 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
     )
     footer = f"collm demo, seed {results['seed']}, {results['seconds']:.0f} s with {results['workers']} processes."
     page = Page("collm demo", lead, tuple(rows), "exact match", curve, footer=footer)
-    write_html(traces, out / REPORT, page)
+    write_html(_by_kind(out, traces), out / REPORT, page)
     write_text(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
     plain = [dataclasses.replace(row, note="") for row in rows]
     print_table(systems_table(plain, title=f"{results['test_questions']} held-out questions"), console)
-    print_traces(_samples(out, traces), console)
+    print_traces(_by_kind(out, traces, SAMPLES_OF_KIND), console)
     console.print(
         Text(f"{results['seconds']:.0f} s. More in {out / REPORT}; figures in {out / RESULTS}."), highlight=False
     )
 
 
-def _samples(out: Path, traces: list[Trace]) -> list[Trace]:
-    """The first few of each kind of question, right or wrong as they come; those that need both experts first."""
+def _by_kind(out: Path, traces: list[Trace], most: int | None = None) -> list[Trace]:
+    """Those that need both experts first.
+
+    Args:
+        most: of each kind, the first ones, right or wrong as they come.
+    """
     by_id = {trace.id: trace for trace in traces}
     examples = load_examples(data_file(out, "test"))
-    first = [[e.id for e in examples if e.fields["kind"] == kind][:SAMPLES_OF_KIND] for kind in reversed(KINDS)]
-    return [by_id[id] for ids in first for id in ids]
+    ids = [[e.id for e in examples if e.fields["kind"] == kind][:most] for kind in reversed(KINDS)]
+    return [by_id[id] for of_kind in ids for id in of_kind]

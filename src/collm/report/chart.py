@@ -5,6 +5,7 @@ What a reader may want to know of a point is its `<title>`, which browsers show 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -142,20 +143,19 @@ def _mark(x: float, y: float, colour: str, shape: str, told: str) -> str:
 
 
 def _levels(frame: Frame, levels: Sequence[Level]) -> list[str]:
-    """Dashed lines, each with its name at the right end; of two that lie close, the lower one has it below."""
+    """Dashed lines, each with its name at the right end, above it; where lines lie close, names are stacked upwards."""
     parts: list[str] = []
-    above: float | None = None
-    for level in sorted(levels, key=lambda level: -level.y):
+    place = math.inf
+    for level in sorted(levels, key=lambda level: level.y):
         y, colour, end = frame.y(level.y), look(level.look)[0], frame.width - RIGHT
-        below = above is not None and y - above < 16
+        place = min(y - 5, place - 13)
         told = f"{text(level.name)}: {level.y:.1%}"
         parts.append(
             f'<path class="level" d="M{LEFT} {y}H{end}" stroke="{colour}" stroke-width="1.5" stroke-dasharray="6 4">'
             f"<title>{told}</title></path>"
-            f'<text x="{end}" y="{y + 13 if below else y - 5}" text-anchor="end" font-size="11" fill="{MUTED}" '
+            f'<text x="{end}" y="{place}" text-anchor="end" font-size="11" fill="{MUTED}" '
             f'stroke="{SURFACE}" stroke-width="3" paint-order="stroke">{told}</text>'
         )
-        above = y + (13 if below else 0)
     return parts
 
 
