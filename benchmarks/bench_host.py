@@ -101,7 +101,8 @@ def free_models() -> list[Any]:
 def write(what: str, batch: int, context: int) -> float:
     """Seconds of process time for a token."""
     from collm.decoding.collaborative import collaborative
-    from collm.decoding.pace import AdaptivePace, Experience, FixedPace, PassCosts
+    from collm.decoding.experience import Experience, PassCosts
+    from collm.decoding.pace import AdaptivePace, FixedPace
     from collm.decoding.policies import Always
     from collm.decoding.speculative import speculative
     from collm.sampling_params import SamplingParams

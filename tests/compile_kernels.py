@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from collm.models.paged import kernels, llama_kernels, telling_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
-STRIDES = ("query_token", "query_head", "table_width", "stride", "width")
+STRIDES = ("query_token", "query_head", "stride", "width")
 FLOATS = ("scale", "cap", "eps", "factor")
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     for windowed in (False, True):
         constants = {"BLOCK": 256, "N": 64, "NP": 256, "WINDOW": windowed, "CAP": windowed, "PRECISION": "tf32"}
         compiled(kernels.attend, of(kind, "query keys values out"), shape | constants, num_warps=4, num_stages=3)
-    compiled(kernels.combine, of(kind, "out"), shape, num_warps=2)
+    compiled(kernels.combine, of(kind, "out"), shape | {"AT_A_TIME": 4}, num_warps=4)
     compiled(telling_kernels.look, of(kind, "logits"), {"SHARE": 4096, "BV": 4096, "S": 8})
     told = of(kind, "hidden") | {"weight": "*fp32", "bias": "*fp32", "out": "*i32"}
     compiled(telling_kernels.tell, told, {"S": 8, "SP": 8, "BH": 4096, "K": 2, "KP": 4, "C": 9})

@@ -15,17 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collm.decoding.collaborative import collaborative
-from collm.decoding.pace import (
-    AdaptivePace,
-    Experience,
-    FixedPace,
-    Pace,
-    PassCosts,
-    best_draft,
-    draft_cost,
-    plain_cost,
-    run_cost,
-)
+from collm.decoding.drafts import best_draft, draft_cost, plain_cost, run_cost
+from collm.decoding.experience import Experience, PassCosts
+from collm.decoding.pace import AdaptivePace, FixedPace, Pace
 from collm.decoding.policies import (
     Always,
     ByEntropy,
@@ -67,8 +59,8 @@ class RandomPace:
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
-    def deferrals(self, assistant: int) -> int:
-        return int(self._rng.integers(1, 6))
+    def asks(self, assistant: int, pending: int) -> bool:
+        return pending >= int(self._rng.integers(1, 6))
 
     def run(self, assistant: int) -> int:
         return int(self._rng.integers(0, 5))

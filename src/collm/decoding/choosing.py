@@ -122,7 +122,7 @@ def choose(log_probs: Tensor, draws: Sequence[tuple[Draw, int]]) -> Tensor:
 def token_noise(how: Draw, position: int, token_id: int) -> float:
     """The uniform number behind `race` for a single token, computed on the host: the plain twin."""
     words = philox((token_id // 4, position, how.sample, PURPOSES["token"]), key_of(how.seed))
-    return to_uniform(words[token_id % 4])
+    return float(to_uniform(words[token_id % 4]))
 
 
 def answer_of(law: Tensor, draw: Draw, position: int, gate: tuple[float, ...] | None = None) -> Answer:

@@ -42,7 +42,7 @@ def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequenc
                 yield from draft.ask_on(BASE)
         settled = draft.settle()
         if isinstance(settled, int):
-            yield from _gather(draft, settled, pace.deferrals(settled))
+            yield from _gather(draft, settled, pace)
             continue
         step = settled
         pace.observe(step.author, step.deferred and draft.would_write(BASE, draft.position) == step.token_id)
@@ -55,10 +55,10 @@ def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequenc
     return "length"
 
 
-def _gather(draft: _Draft, assistant: int, num_deferrals: int) -> Asking:
-    """Let the base draft until `num_deferrals` to this assistant are pending, then ask it for all of them at once."""
+def _gather(draft: _Draft, assistant: int, pace: Pace) -> Asking:
+    """Let the base draft on through its deferrals to this assistant, then ask it about all of them at once."""
     pending = [p for p in range(draft.position, draft.end + 1) if draft.first_author(p) == assistant]
-    while len(pending) < num_deferrals and (token_id := draft.base_draft()) is not None:
+    while not pace.asks(assistant, len(pending)) and (token_id := draft.base_draft()) is not None:
         draft.append(token_id)
         yield from draft.ask_on(BASE)
         if draft.first_author(draft.end) == assistant:

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from weakref import finalize
 
 from collm.decoding.collaborative import Flow
-from collm.decoding.pace import Experience
+from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, answers
 from collm.engine.running import Finished, Sink
 from collm.engine.scheduler import Scheduler, lengths_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from collm.decoding.pace import LONGEST_PIECE, SHORTEST_PIECE, Experience
+from collm.decoding.experience import LONGEST_PIECE, SHORTEST_PIECE, Experience
 from collm.engine.running import Running
 from collm.errors import CollmError
 from collm.values import Answer, Fault, LanguageModel, Query, Replies

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
-from collm.decoding.pace import Experience
+from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, Waiting, plan_pass
 from collm.engine.running import Running
 from collm.engine.turns import Device, dear_seconds, whose_turn
+from collm.types import BASE
 from collm.values import Fault, LanguageModel, Replies, Reply, StreamingModel
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Queues:
             self.of_model.append([] if in_passes else None)
             if in_passes:
                 self.devices.setdefault(model.device, Device()).models.append(number)
+        beside = next((device.models for device in self.devices.values() if BASE in device.models), [])
+        experience.share_device(number for number in beside if number != BASE)
         self.some_ended = False
         """A text that may stand in a queue has ended."""
         self._models, self._experience = models, experience

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 
 from collm.decoding.collaborative import Flow, ModelFailed, More, Request
-from collm.decoding.pace import Experience
+from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, Waiting, answers
 from collm.engine.queues import Queues
 from collm.engine.running import Finished, Running, Sink

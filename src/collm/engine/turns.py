@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from collm.decoding.pace import Experience
+from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, Waiting
 from collm.types import BASE
 

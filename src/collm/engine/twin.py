@@ -10,7 +10,7 @@ from itertools import islice
 from queue import SimpleQueue
 
 from collm.decoding.collaborative import Flow
-from collm.decoding.pace import Experience
+from collm.decoding.experience import Experience
 from collm.engine.passes import answers
 from collm.engine.running import Event
 from collm.engine.scheduler import Scheduler

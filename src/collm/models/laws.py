@@ -43,13 +43,18 @@ class Asked:
     def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:
         """Of each query its prefixes from the i-th to before the j-th."""
         draws: list[tuple[Draw, int]] = []
+        plain = True
+        for query, i, j in queries:
+            first = query.length - query.num_last + 1 - query.view.prompt_length + query.view.shift
+            draws += [(query.draw, first + n) for n in range(i, j)]
+            plain = plain and query.given is None and not (query.num_top or query.law or query.last_bytes)
+        if plain:
+            return cls(Draws.of(draws), how=draws)
         given: list[int] = []
         tops: list[int] = []
         cuts: list[int] = []
         law, any_given, any_cuts = False, False, False
         for query, i, j in queries:
-            first = query.length - query.num_last + 1 - query.view.prompt_length + query.view.shift
-            draws += [(query.draw, first + n) for n in range(i, j)]
             given += [-1] * (j - i) if query.given is None else query.given[i:j]
             any_given |= query.given is not None
             tops += [query.num_top] * (j - i)

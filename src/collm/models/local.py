@@ -180,11 +180,14 @@ class LocalModel(LanguageModel):
         A query that cannot be answered gets faults, and the others their answers: one that is too long for the context
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
-        faults = [self._too_long(query) for query in queries]
         try:
             with self._network.lock, self._on_device(), narrow.narrow_products():
                 if self._activate is not None:
                     self._activate()
+                replies = self._usual(queries)
+                if replies is not None:
+                    return replies
+                faults = [self._too_long(query) for query in queries]
                 served = self._served([query for query, fault in zip(queries, faults, strict=True) if fault is None])
                 return [
                     next(served) if fault is None else [fault] * max(1, query.num_last)
@@ -227,6 +230,23 @@ class LocalModel(LanguageModel):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # weights may still be on their way, on another stream
             self._stream = torch.cuda.Stream(self._device)
+
+    def _usual(self, queries: Sequence[Query]) -> Replies | None:
+        """The answers of a usual pass (`PrefixCache.usual_jobs`); None where it is none."""
+        if not isinstance(self._cache, PrefixCache) or not queries:
+            return None
+        longest = self._cache.max_tokens
+        if self._context_length is not None:
+            longest = self._context_length if longest is None else min(longest, self._context_length)
+        jobs = self._cache.usual_jobs(queries, longest)
+        if jobs is None:
+            return None
+        known = self._known_tokens
+        for job in jobs:
+            if max(job.query.view.token_ids[job.done : job.query.length]) >= known:
+                return None
+        self._pass(self._cache, [(job, job.query.length) for job in jobs])
+        return [job.replies for job in jobs]
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         if isinstance(self._cache, PrefixCache):
@@ -322,17 +342,20 @@ class LocalModel(LanguageModel):
         began = perf_counter()
         if len(pieces) > 1:
             pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
-        rows = [Row(job.slot, job.done, end - job.done) for job, end in pieces]
+        rows: list[Row] = []
         token_ids: list[int] = []
         wanted: list[int] = []
         prefixes: list[tuple[Query, int, int]] = []
         for job, end in pieces:
-            first = max(job.first, job.done)
+            query, done = job.query, job.done
+            rows.append(Row(job.slot, done, end - done))
+            opening = query.length - query.num_last
+            first = max(opening, done)
             if first < end:
-                start = len(token_ids) + first - job.done
+                start = len(token_ids) + first - done
                 wanted += range(start, start + end - first)
-                prefixes.append((job.query, first - job.first, end - job.first))
-            token_ids += job.query.view.token_ids[job.done : end]
+                prefixes.append((query, first - opening, end - opening))
+            token_ids += query.view.token_ids[done:end]
         asked = Asked.of(prefixes)
         try:
             if self._stepper is not None and self._stepper.takes(len(token_ids), asked):
@@ -344,15 +367,23 @@ class LocalModel(LanguageModel):
             for job, _ in pieces:
                 cache.clear(job)
             raise
+        replies = list(found)
+        broken = any(isinstance(reply, Fault) for reply in replies)
+        at = 0
         for job, end in pieces:
-            new = [next(found) for _ in range(max(0, end - max(job.first, job.done)))]
-            job.replies += new
+            number = end - max(job.first, job.done)
             cache.hold(job, end)
-            job.broken |= any(isinstance(reply, Fault) for reply in new)
+            if number > 0:
+                new = replies[at : at + number]
+                at += number
+                job.replies += new
+                job.broken |= broken and any(isinstance(reply, Fault) for reply in new)
             if job.broken:
                 cache.clear(job)
         self._tell(
-            ForwardPass(len(rows), rows[-1].width, len(token_ids), max(row.end for row in rows), perf_counter() - began)
+            ForwardPass(
+                len(rows), rows[-1].width, len(token_ids), max([row.end for row in rows]), perf_counter() - began
+            )
         )
 
     def _eager(
@@ -373,11 +404,14 @@ class LocalModel(LanguageModel):
         return self._checked(self._laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
 
     def _checked(self, answers: Iterable[Answer | None], prefixes: Sequence[tuple[Query, int, int]]) -> Iterator[Reply]:
-        found = iter(answers)
-        for query, i, j in prefixes:
-            for n in range(i, j):
-                answer = next(found)
-                yield self._no_numbers(query.length - query.num_last + n) if answer is None else answer
+        found = list(answers)
+        if None not in found:
+            return iter(found)
+        positions = [query.length - query.num_last + n for query, i, j in prefixes for n in range(i, j)]
+        return (
+            self._no_numbers(position) if answer is None else answer
+            for answer, position in zip(found, positions, strict=True)
+        )
 
     def _no_numbers(self, position: int) -> Fault:
         return Fault(

@@ -151,6 +151,37 @@ class PrefixCache(ABC):
         self.pool.free()
         self.slots, self._places = [], {}
 
+    def usual_jobs(self, queries: Sequence[Query], longest: int | None) -> list[Job] | None:
+        """Jobs of a usual pass: each text has its slot, lacks little, and takes nothing from another one; None where
+        it is not so simple. It finds what `batches`, `jobs` and `waves` would, in a fraction of the time.
+
+        Args:
+            longest: tokens that a text may have.
+        """
+        if self._ended:
+            return None
+        found: list[Job] = []
+        places, slots, room = self._places, self.slots, PASS_TOKENS
+        clock = self._clock = self._clock + 1
+        for query in queries:
+            view, length = query.view, query.length
+            place = places.get(view)
+            if place is None or (longest is not None and length > longest):
+                return None
+            slot = slots[place]
+            if slot.source is not None or slot.used == clock:  # the same text twice
+                return None
+            if slot.rewinds != view.rewinds:
+                slot.held, slot.rewinds = min(slot.held, view.valid_since(slot.rewinds)), view.rewinds
+            slot.used, slot.ended = clock, False
+            first = length - query.num_last
+            done = slot.held if slot.held < first else first
+            room -= length - done
+            if room < 0 or done == length:
+                return None
+            found.append(Job(query, place, done))
+        return found if self._has_room(found, PASS_TOKENS - room) else None
+
     def jobs(self, queries: Sequence[Query]) -> list[Job]:
         """A slot for each query, whose batch fits. No two queries of a batch are of one text."""
         late = self._settle_ended()
@@ -263,6 +294,10 @@ class PrefixCache(ABC):
             job.done = min(there, job.first)
         if other not in self._places or there >= shared:
             slot.source = None
+
+    @abstractmethod
+    def _has_room(self, jobs: Sequence[Job], tokens: int) -> bool:
+        """Whether so many more tokens of some texts, which have their slots, fit without more ado."""
 
     @abstractmethod
     def _make_room(self, queries: Sequence[Query]) -> None:

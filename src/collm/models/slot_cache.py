@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from collm.models.kv_pool import KVPool
-from collm.models.prefix_cache import PrefixCache, Slot
+from collm.models.prefix_cache import Job, PrefixCache, Slot
 from collm.values import Query
 
 POSITION_STEP = 64
@@ -29,6 +29,9 @@ class SlotCache(PrefixCache):
 
     def _fit(self, num_texts: int, length: int) -> bool:
         return num_texts <= self.num_slots and (self._max_tokens is None or num_texts * length <= self._max_tokens)
+
+    def _has_room(self, jobs: Sequence[Job], tokens: int) -> bool:
+        return max([job.query.length for job in jobs]) <= self._pool.num_positions
 
     def _make_room(self, queries: Sequence[Query]) -> None:
         """Slots and positions for a batch."""

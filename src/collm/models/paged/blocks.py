@@ -49,9 +49,11 @@ class Blocks:
         What the table says of blocks that are no longer the slot's own is told the device by the tokens that are
         written there.
         """
-        copies: list[tuple[int, int]] = []
         blocks = self.of_slot[slot]
         first, last = start // self.size, self.needed(end)
+        if first + 1 == last <= len(blocks) and self._owners[blocks[first]] == 1:
+            return []
+        copies: list[tuple[int, int]] = []
         for place in range(first, min(last, len(blocks))):
             block = blocks[place]
             if self._owners[block] > 1:

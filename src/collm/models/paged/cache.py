@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from collm.models.memory import free_bytes
 from collm.models.paged.pool import PagedPool
-from collm.models.prefix_cache import PrefixCache, Slot
+from collm.models.prefix_cache import Job, PrefixCache, Slot
 from collm.values import Query
 
 _log = logging.getLogger(__name__)
@@ -80,6 +80,10 @@ class PagedCache(PrefixCache):
     def wanted(self) -> int:
         """Blocks that could be used at all."""
         return self.num_slots * (-(-self._context_length // self._pool.block) + 1)
+
+    def _has_room(self, jobs: Sequence[Job], tokens: int) -> bool:
+        # A text takes at most a block for what it begins and one for a shared one, besides those that it fills.
+        return self._pool.blocks.num_free >= 2 * len(jobs) + tokens // self._pool.block
 
     def _make_room(self, queries: Sequence[Query]) -> None:
         self.open()

@@ -1,7 +1,7 @@
 """Triton kernels of a ragged pass. All that changes from pass to pass is read from the plan, on the device.
 
-Each has a twin in torch (`ops.py`, `telling.py`). Numbers of tokens are not specialised for: every bucket would compile
-anew.
+Each has a twin in torch (`ops.py`, `telling.py`). Numbers of tokens and the width of the table are not specialised for:
+every bucket, and every size of the storage, would compile anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ITEM = tl.constexpr(lines.ITEM)
 _NO_ITEM = tl.constexpr(lines.NO_ITEM)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "table_width"])
 def enter(plan, table, T, table_width, BLOCK: tl.constexpr):
     """Program (token): the block that it is written to, into the table."""
     at = plan + _HEAD + tl.program_id(0)
@@ -47,7 +47,7 @@ def store(
     tl.store(values + place, tl.load(value + t * value_token + h * value_head + d, mask=d < D), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["T", "programs"])
+@triton.jit(do_not_specialize=["T", "programs", "table_width"])
 def attend(
     query, keys, values, out, part, stats, plan, table, T, programs, table_width, scale, window, cap,
     query_token, query_head,
@@ -105,6 +105,7 @@ def attend(
                 scores = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale
                 if CAP:
                     scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
+                scores = scores.to(tl.float32)  # compilers hand numbers over as float64
                 seen = (where[None, :] <= position) & (where < stop)[None, :]
                 if WINDOW:
                     seen = seen & (where[None, :] > position - window)
@@ -129,7 +130,7 @@ def attend(
 @triton.jit(do_not_specialize=["T"])
 def combine(
     part, stats, out, plan, T,
-    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, kv head): the chunks of a piece put together, if there are several."""
     p = tl.program_id(0)
@@ -142,21 +143,30 @@ def combine(
     end = tl.load(at + _START * T) + width
     if (width > 0) & (end > chunk):
         first = tl.load(at + _ITEM * T)
+        last = first + tl.cdiv(end, chunk)
         m = tl.arange(0, M)
         d = tl.arange(0, DP)
+        valid = (m // G < width) & (m < PER * G)
         top = tl.full([M], -1e30, tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, DP], tl.float32)
-        for item in range(first, first + tl.cdiv(end, chunk)):
-            at_part = (item * KV + h) * M + m
-            other = tl.load(stats + at_part * 2)
-            new = tl.maximum(top, other)
+        # Some chunks at a time: one after the other, each would wait for the memory.
+        for item in range(first, last, AT_A_TIME):
+            new = top
+            for n in tl.static_range(AT_A_TIME):
+                at_part = ((item + n) * KV + h) * M + m
+                new = tl.maximum(new, tl.load(stats + at_part * 2, mask=valid & (item + n < last), other=-1e30))
             fade = tl.exp(top - new)
-            weight = tl.exp(other - new)
-            acc = acc * fade[:, None] + tl.load(part + at_part[:, None] * DP + d[None, :]) * weight[:, None]
-            total = total * fade + tl.load(stats + at_part * 2 + 1) * weight
+            acc = acc * fade[:, None]
+            total = total * fade
+            for n in tl.static_range(AT_A_TIME):
+                at_part = ((item + n) * KV + h) * M + m
+                known = valid & (item + n < last)
+                weight = tl.exp(tl.load(stats + at_part * 2, mask=known, other=-1e30) - new)
+                total += tl.load(stats + at_part * 2 + 1, mask=known, other=0.0) * weight
+                where = at_part[:, None] * DP + d[None, :]
+                acc += tl.load(part + where, mask=known[:, None], other=0.0) * weight[:, None]
             top = new
         row = tl.load(at + _TOKEN * T) + m // G
-        valid = (m // G < width) & (m < PER * G)
         there = (row * HQ + h * G + m % G)[:, None] * D + d[None, :]
         tl.store(out + there, acc / tl.where(total > 0, total, 1.0)[:, None], mask=valid[:, None] & (d < D)[None, :])

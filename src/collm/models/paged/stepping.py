@@ -38,8 +38,8 @@ class Bucket:
     """The fixed buffers of passes of up to `size` tokens, and what replays them."""
 
     size: int
-    into: Tensor
-    out: Tensor
+    into: NDArray[np.int32]
+    out: NDArray[np.int32]
     replay: Work
 
 
@@ -101,7 +101,7 @@ class Stepper:
         """Seconds of a replay of each graph, over padding: the shortest of some. They do not fall with the tokens."""
         found: list[tuple[int, float]] = []
         for size, bucket in sorted(self._buckets.items()):
-            planned.fill_empty(bucket.into.numpy(), self._pool.blocks)
+            planned.fill_empty(bucket.into, self._pool.blocks)
             times = []
             for _ in range(repeats):
                 began = perf_counter()
@@ -131,16 +131,20 @@ class Stepper:
         bucket = self._bucket(next(size for size in BUCKETS if size >= count))
         counts = self.counts
         size = count if bucket is None else bucket.size
-        host = self._capture.host(planned.size(size)) if bucket is None else bucket.into
-        numbers = host.numpy()
+        if bucket is None:
+            host = self._capture.host(planned.size(size))
+            numbers: NDArray[np.int32] = host.numpy()
+        else:
+            numbers = bucket.into
         tile = self._pool.tile(size)
         items = self._pool.fill(numbers, rows, token_ids, tile)
-        _write_draws(numbers[HEAD:].reshape(LINES, -1), wanted, asked)
+        if asked.draws.rows:
+            _write_draws(numbers[HEAD:].reshape(LINES, -1), wanted, asked)
         counts.uploads += 1
         counts.downloads += 1
         if bucket is None:
             device = host.to(self._capture.device, non_blocking=True)
-            out = self._work(Plan(device, size, tile, items)).cpu()
+            out = self._work(Plan(device, size, tile, items)).cpu().numpy()
         else:
             bucket.replay()
             counts.launches += 1
@@ -148,7 +152,7 @@ class Stepper:
             self._capture.wait()
             out = bucket.out
         counts.waits += 1
-        return Told(out.numpy()[:count].copy(), self._head is not None)
+        return Told(out[:count].copy(), self._head is not None)
 
     def _work(self, plan: Plan) -> Tensor:
         hidden = self._pool.run(plan)
@@ -199,7 +203,7 @@ class Stepper:
 
         replay = self._capture.record(work)
         _log.info("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
-        return Bucket(size, into, out, replay)
+        return Bucket(size, into.numpy(), out.numpy(), replay)
 
 
 def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) -> None:

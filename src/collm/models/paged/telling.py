@@ -71,7 +71,7 @@ class Told:
 
     def answers(self, wanted: Sequence[int]) -> Iterator[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
-        rows = self.rows[list(wanted)]
+        rows = self.rows if len(wanted) == len(self.rows) else self.rows[list(wanted)]
         for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
             gate = tuple(floats[GATE:]) if self.has_gate else None
             yield None if row[3] else Answer(row[4], floats[5], row[0], floats[1], floats[2], gate)

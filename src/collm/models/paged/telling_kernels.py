@@ -234,8 +234,8 @@ def choose(logits, out, plan, T, stride, V, C: tl.constexpr, BV: tl.constexpr):
             last = tl.max(tl.where((tied > 0) & (number < ties), v, -1), 0)
             passed += tl.sum(tied, 0)
             w0, w1, w2, w3 = _philox((v0 // 4 + quarter).to(tl.uint32), position, sample, purpose, key0, key1)
-            for n in tl.static_range(4):
-                word = w0 if n == 0 else (w1 if n == 1 else (w2 if n == 2 else w3))
+            for n in range(4):  # unrolled, it would take a second more to compile
+                word = tl.where(n == 0, w0, tl.where(n == 1, w1, tl.where(n == 2, w2, w3)))
                 v4 = v0 + 4 * quarter + n
                 far = _far(logits, v4, V, best, temperature)
                 kept = ((far < bound) | ((far == bound) & (v4 <= last))) & (v4 < V)

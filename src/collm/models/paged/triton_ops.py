@@ -16,6 +16,9 @@ PROGRAMS = 264
 KEYS = 64
 """Positions that the attention kernel reads at a time."""
 
+COMBINED = 4
+"""Chunks of a piece that are put together at a time."""
+
 PIECES = 256, 1024
 """Pieces among which a program looks for its own: two numbers for all passes, for each is compiled by itself."""
 
@@ -65,7 +68,7 @@ class TritonOps:
             WINDOW=window > 0, CAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
         )  # fmt: skip
-        kernels.combine[(count, kv)](part, stats, out, plan.numbers, count, **shape, num_warps=2)
+        kernels.combine[(count, kv)](part, stats, out, plan.numbers, count, **shape, AT_A_TIME=COMBINED, num_warps=4)
         return out
 
 

@@ -1,0 +1,72 @@
+"""What looking ahead costs, and what it saves, by the costs of passes.
+
+Two ways to look ahead, with `c_B(n)`, `c_A(n)` the seconds of a pass over `n` tokens of base and assistant:
+
+- The base drafts through its deferrals until D of them are pending, then the assistant judges all of them in one pass.
+  With the agreement a = P(the assistant writes what the base drafted | deferred) and the gap g = tokens per deferral,
+  a cycle costs `D g c_B(1) + c_A(D g)` and settles `1 + a + ... + a^(D-1)` deferrals (Leviathan et al. 2023, eq. 1).
+- The assistant drafts n tokens beyond one of its own, then the base checks all their gates in one pass: with
+  b = P(the next token is deferred to it, too), `c_A(g) + n c_A(1) + c_B(n+1)` for `1 + b + ... + b^n` tokens.
+
+D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(g)` per deferred token, for the assistant reads what it has missed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+MAX_DEFERRALS = 16
+MAX_RUN = 16
+MIN_GAIN = 0.03
+"""Share of a deferral's cost that drafting must promise to save; below it the estimates decide nothing."""
+
+
+class BlockCost(Protocol):
+    def __call__(self, tokens: float, /) -> float: ...
+
+
+def plain_cost(gap: float, base: BlockCost, assistant: BlockCost) -> float:
+    """Seconds per deferred token of plain decoding."""
+    return base(1) + assistant(gap)
+
+
+def draft_cost(num_deferrals: int, gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> float:
+    """Expected seconds per deferred token if the base drafts until `num_deferrals` are pending.
+
+    The base steps between two deferrals, which plain decoding takes as well, are not counted.
+    """
+    cycle = num_deferrals * gap * base(1) + assistant(num_deferrals * gap)
+    return cycle / _geometric(agreement, num_deferrals) - (gap - 1) * base(1)
+
+
+def run_cost(num_run: int, gap: float, continuation: float, base: BlockCost, assistant: BlockCost) -> float:
+    """Expected seconds per deferred token if the assistant drafts `num_run` tokens beyond each of its own."""
+    cycle = assistant(gap) + num_run * assistant(1) + base(num_run + 1)
+    return cycle / _geometric(continuation, num_run + 1)
+
+
+def best_draft(
+    gap: float, agreement: float, continuation: float, base: BlockCost, assistant: BlockCost
+) -> tuple[int, int]:
+    """The number of pending deferrals and the length of a run that are expected to cost least; at most one drafts."""
+    plain = plain_cost(gap, base, assistant)
+    by_base = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
+    by_assistant = {n: run_cost(n, gap, continuation, base, assistant) for n in range(1, MAX_RUN + 1)}
+    deferrals, run = min(by_base, key=by_base.__getitem__), min(by_assistant, key=by_assistant.__getitem__)
+    if min(by_base[deferrals], by_assistant[run]) > (1 - MIN_GAIN) * plain:
+        return 1, 0
+    return (deferrals, 0) if by_base[deferrals] <= by_assistant[run] else (1, run)
+
+
+def best_deferrals(gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> int:
+    """The number of pending deferrals alone, where the assistant does not draft."""
+    plain = plain_cost(gap, base, assistant)
+    costs = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] <= (1 - MIN_GAIN) * plain else 1
+
+
+def _geometric(ratio: float, terms: int) -> float:
+    """1 + ratio + ... + ratio^(terms - 1)."""
+    return terms if math.isclose(ratio, 1) else (1 - ratio**terms) / (1 - ratio)
