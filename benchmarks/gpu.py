@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -39,27 +38,17 @@ except ImportError:  # it describes checkpoints, of which there are none here
 
 import torch
 
-DEMANDS: dict[str, tuple[str, float]] = {
-    **{f"pass.{name}.T{t}": ("<=", most) for name in ("base", "assistant")
-       for t, most in ((1, 1.30), (16, 1.40), (64, 1.50), (128, 1.65))},
-    "modules.base.T16": ("<=", 2.5),
-    "compiled.base.T16": ("<=", 1.8),
-    "long.assistant.rows1": ("<=", 1.35),
-    "long.assistant.rows16": ("<=", 1.25),
-    "long.assistant.one_of_16": ("<=", 1.4),
-    "overhead.b1": ("<=", 1.10),
-    "overhead.b16": ("<=", 1.15),
-    "launches_a_pass": ("<=", 1.0),
-    "waits_a_pass": ("<=", 1.0),
-    "alone.b1 : generate.b1": (">=", 4.5),
-    "plain.b1 : alone.b1": (">=", 1.9),
-    "speculative.b1 : alone.b1": (">=", 3.5),
-    "plain.b16 : alone.b16": (">=", 1.35),
-    "speculative.b16 : alone.b16": (">=", 2.4),
-    "sampled.b16 : greedy.b16": (">=", 0.85),
-    "ready_seconds": ("<=", 15.0),
-}  # fmt: skip
-"""Ratios, but for the last: pass times over the bandwidth bound, tokens a second over others."""
+from collm.bench import card
+
+MORE_DEMANDS: dict[str, tuple[bool, float]] = {
+    "modules.base.T16": (True, 2.5),
+    "compiled.base.T16": (True, 1.8),
+    "long.assistant.rows1": (True, 1.35),
+    "long.assistant.rows16": (True, 1.25),
+    "long.assistant.one_of_16": (True, 1.4),
+}
+"""Besides those of `collm bench`."""
+DEMANDS = {**card.DEMANDS, **MORE_DEMANDS}
 
 
 class Unready(Exception):
@@ -90,9 +79,11 @@ class Bench:
 
     def ratio(self, key: str, value: float) -> None:
         self.found["ratios"][key] = value
-        sign, limit = DEMANDS.get(key, ("", 0.0))
-        holds = {"<=": value <= limit, ">=": value >= limit, "": None}[sign]
-        print(f"[{time.perf_counter() - self.began:6.1f}] {key} = {value:.3f} {sign} {limit or ''} {holds}", flush=True)
+        asked = ""
+        if key in DEMANDS:
+            at_most, limit = DEMANDS[key]
+            asked = f" {'<=' if at_most else '>='} {limit} {holds(value, *DEMANDS[key])}"
+        print(f"[{time.perf_counter() - self.began:6.1f}] {key} = {value:.3f}{asked}", flush=True)
 
     def section(self, name: str, work: Callable[[Bench], None], least: float = 3.0) -> None:
         if self.left < least:
@@ -118,11 +109,11 @@ class Bench:
         self.save()
 
     def save(self) -> None:
+        found = self.found["ratios"]
         demands = {
-            key: {"limit": f"{sign} {limit}", "found": self.found["ratios"].get(key),
-                  "holds": None if key not in self.found["ratios"]
-                  else (self.found["ratios"][key] <= limit) == (sign == "<=") or self.found["ratios"][key] == limit}
-            for key, (sign, limit) in DEMANDS.items()
+            key: {"limit": f"{'<=' if at_most else '>='} {limit}", "found": found.get(key),
+                  "holds": holds(found[key], at_most, limit) if key in found else None}
+            for key, (at_most, limit) in DEMANDS.items()
         }  # fmt: skip
         path = self.out / "gpu.json"
         whole = json.dumps({**self.found, "demands": demands}, indent=1, default=str)
@@ -133,18 +124,13 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def timed(self, work: Callable[[], Any], repeats: int = 10, rounds: int = 3) -> float:
-        """Milliseconds: the median of some means."""
-        work()
-        self.wait()
-        means = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            for _ in range(repeats):
-                work()
-            self.wait()
-            means.append((time.perf_counter() - began) / repeats * 1e3)
-        return statistics.median(means)
+    def timed(self, work: Callable[[], Any], repeats: int = 10) -> float:
+        """Milliseconds."""
+        return card.timed(work, self.device, repeats) * 1e3
+
+
+def holds(value: float, at_most: bool, limit: float) -> bool:
+    return value <= limit if at_most else value >= limit
 
 
 def machine(bench: Bench) -> None:
@@ -174,10 +160,7 @@ def machine(bench: Bench) -> None:
             bench.note("driver", subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip())
         except (OSError, subprocess.SubprocessError):
             bench.note("driver", None)
-    size = 2**31 if bench.cuda else 2**25
-    a = torch.empty(size, dtype=torch.uint8, device=bench.device)
-    b = torch.empty_like(a)
-    bench.bandwidth = 2 * size / bench.timed(lambda: b.copy_(a), 5) * 1e3
+    bench.bandwidth = card.copy_bandwidth(bench.device, card.COPIED if bench.cuda else 2**25)
     bench.note("copy_bytes_per_second", bench.bandwidth)
 
 
@@ -260,51 +243,7 @@ def ready(bench: Bench) -> None:
 
 def bound(bench: Bench, name: str, keys: int = 0) -> float:
     """Milliseconds of reading the weights once (but for the embedding), and so many positions of keys and values."""
-    network = bench.networks[name]
-    weights = sum(p.nbytes for n, p in network.named_parameters() if "embed" not in n)
-    config = network.config
-    size = config.hidden_size // config.num_attention_heads
-    per = 2 * config.num_hidden_layers * config.num_key_value_heads * size * network.dtype.itemsize
-    return float((weights + keys * per) / bench.bandwidth * 1e3)
-
-
-def emptied(model: Any) -> None:
-    """Nothing is in the caches any more, and graphs stay."""
-    cache = model._cache
-    if cache is None:
-        return
-    with model._network.lock:
-        cache.slots, cache._places = [], {}
-        cache._ended.clear()
-        for slot in range(cache._pool.blocks.num_slots):
-            cache._pool.blocks.clear(slot)
-
-
-def filled(bench: Bench, model: Any, starts: Sequence[int], widths: Sequence[int]) -> tuple[Any, float]:
-    """The bucket of a pass over texts of these lengths, filled; and what filling it took, in ms. Their keys are what
-    the storage holds: what a pass costs does not depend on them."""
-    from collm.models.attention import Row
-    from collm.models.laws import Asked
-    from collm.models.paged.stepping import BUCKETS
-
-    stepper, pool = model._stepper, model._cache._pool
-    emptied(model)
-    rows = [Row(n, start, width) for n, (start, width) in enumerate(zip(starts, widths, strict=True))]
-    for row in rows:
-        pool.blocks.write(row.slot, 0, row.end)
-    table = torch.from_numpy(pool.blocks.table).to(bench.device)
-    with torch.inference_mode():
-        for own in pool.tables.values():
-            own[: len(table)] = table
-    count = sum(widths)
-    ids = [n % 300 for n in range(count)]
-    with torch.inference_mode():
-        stepper.step(rows, ids, list(range(count)), Asked.of([]))
-        bucket = stepper._buckets.get(next(size for size in BUCKETS if size >= count))
-        if bucket is None:
-            raise RuntimeError(f"no graph of {count} tokens; see the warnings")
-        whole = bench.timed(lambda: stepper.step(rows, ids, list(range(count)), Asked.of([])), 5)
-    return bucket, whole
+    return card.bytes_read(bench.networks[name], keys) / bench.bandwidth * 1e3
 
 
 def passes(bench: Bench) -> None:
@@ -313,41 +252,31 @@ def passes(bench: Bench) -> None:
         limit = bound(bench, name)
         for count in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256):
             rows = min(count, 16)
-            bucket, whole = filled(bench, model, [100] * rows, [count // rows] * rows)
+            bucket, whole = card.filled(model, [card.CONTEXT] * rows, [count // rows] * rows)
             with torch.inference_mode():
-                replayed = bench.timed(bucket.replay)
-            bench.note(f"pass_ms.{name}.T{count}", {"replay": replayed, "with_host": whole, "bound": limit})
+                replayed, with_host = bench.timed(bucket.replay), bench.timed(whole, 5)
+            bench.note(f"pass_ms.{name}.T{count}", {"replay": replayed, "with_host": with_host, "bound": limit})
             bench.ratio(f"pass.{name}.T{count}", replayed / limit)
 
 
 def counts(bench: Bench) -> None:
     """Launches, copies and waits of the CUDA runtime in a pass, by the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from collm.models.attention import Row
-    from collm.models.laws import Asked
-
-    model = bench.models["base"]
-    filled(bench, model, [100] * 16, [1] * 16)
-    rows, asked = [Row(n, 100, 1) for n in range(16)], Asked.of([])
-    own = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.cuda else [])
-    with torch.inference_mode(), profile(activities=own) as seen:
-        for _ in range(5):
-            model._stepper.step(rows, [1] * 16, range(16), asked)
-    calls = {e.key: e.count / 5 for e in seen.key_averages() if e.key.startswith(("cuda", "cu")) and "::" not in e.key}
-    bench.note("runtime_calls_a_pass", calls)
+    _, whole = card.filled(bench.models["base"], [card.CONTEXT] * 16, [1] * 16)
     if bench.cuda:
-        launches = sum(n for key, n in calls.items() if "Launch" in key)
-        waits = sum(n for key, n in calls.items() if "Synchronize" in key)
+        calls = card.runtime_calls(whole)
+        bench.note("runtime_calls_a_pass", calls)
+        launches, waits = card.launches_and_waits(calls)
         bench.ratio("launches_a_pass", launches)
-        bench.ratio("waits_a_pass", waits - 0.4)  # the profiler's own two, over five passes
+        bench.ratio("waits_a_pass", waits)
 
 
 Written = tuple[list[list[int]], float, float]
 
 
-def write(bench: Bench, engine: Any, batch: int, limit: int, how: str, seed: int, rate: float = 0.3) -> Written:
-    """Texts, the seconds that they took, and those spent in passes."""
+def write(
+    bench: Bench, engine: Any, batch: int, limit: int, how: str, seed: int, rate: float = 0.3, watched: Any = ()
+) -> Written:
+    """Texts, the seconds that they took, and those spent in passes; `watched` begin anew."""
     from queue import SimpleQueue
 
     from collm.decoding.collaborative import collaborative, single
@@ -367,8 +296,11 @@ def write(bench: Bench, engine: Any, batch: int, limit: int, how: str, seed: int
         spent[0] += one.seconds
 
     for model in engine.models:
-        model.on_pass = counted
-        emptied(model)
+        if not watched:
+            model.on_pass = counted
+        card.emptied(model)
+    for each in watched:
+        each.anew()
     texts = []
     began = time.perf_counter()
     for n in range(batch):
@@ -402,7 +334,7 @@ def decoding(bench: Bench, batches: Sequence[int] = (1, 16), overlapped: bool = 
     """Tokens a second of the whole engine: each alone, the pair plain and speculative."""
     from collm.engine import Engine
 
-    limit, rounds = (128, 3) if bench.cuda else (6, 1)
+    limit, rounds = (256, 3) if bench.cuda else (6, 1)
     models = [bench.models["base"], bench.models["assistant"]]
     if overlapped:
         for model in models:
@@ -443,23 +375,15 @@ def overhead(bench: Bench) -> None:
     """Wall time over the times of the replays of the very passes that were run, for the pair with its policy."""
     from collm.engine import Engine
 
-    limit = 96 if bench.cuda else 6
+    limit = 256 if bench.cuda else 6
     models = [bench.models["base"], bench.models["assistant"]]
-    curves = []
-    for model in models:
-        with torch.inference_mode():
-            curves.append(dict(model._stepper.measured()))
     for batch in (1, 16):
         engine = Engine(models, max_num_seqs=batch)
         try:
             write(bench, engine, batch, limit, "plain", 7)
-            before = [dict(model._stepper.counts.passes) for model in models]
-            _, seconds, _ = write(bench, engine, batch, limit, "plain", 8)
-            pure = 0.0
-            for model, curve, old in zip(models, curves, before, strict=True):
-                for size, number in model._stepper.counts.passes.items():
-                    pure += (number - old.get(size, 0)) * curve[size]
-            bench.ratio(f"overhead.b{batch}", seconds / pure)
+            spent = [card.Spent(model, 64 + limit // 2) for model in models]
+            _, seconds, _ = write(bench, engine, batch, limit, "plain", 8, watched=spent)
+            bench.ratio(f"overhead.b{batch}", seconds / sum(each.seconds for each in spent))
         finally:
             engine.close()
 
@@ -493,7 +417,7 @@ def long_texts(bench: Bench) -> None:
     model = loaded(bench, "assistant", tokens=17 * (length + 600))
     model._cache.open()
     for key, starts in (("rows1", [length]), ("rows16", [length] * 16), ("one_of_16", [length] + [100] * 15)):
-        bucket, _ = filled(bench, model, starts, [1] * len(starts))
+        bucket, _ = card.filled(model, starts, [1] * len(starts))
         with torch.inference_mode():
             replayed = bench.timed(bucket.replay, 5)
         limit = bound(bench, "assistant", sum(starts))
@@ -507,7 +431,7 @@ def by_modules(bench: Bench) -> None:
     model = loaded(bench, "base", tokens=4096, dense=None)
     model._cache.open()
     for count in (1, 16):
-        bucket, _ = filled(bench, model, [100] * count, [1] * count)
+        bucket, _ = card.filled(model, [100] * count, [1] * count)
         with torch.inference_mode():
             replayed = bench.timed(bucket.replay)
         bench.ratio(f"modules.base.T{count}", replayed / bound(bench, "base"))
@@ -571,7 +495,7 @@ def kernels(bench: Bench) -> None:
     for name, model in bench.models.items():
         for count in (1, 16, 128):
             rows = min(count, 16)
-            bucket, _ = filled(bench, model, [100] * rows, [count // rows] * rows)
+            bucket, _ = card.filled(model, [100] * rows, [count // rows] * rows)
             with profile(activities=[ProfilerActivity.CUDA]) as seen:
                 for _ in range(3):
                     bucket.replay()
@@ -678,7 +602,7 @@ def compiled(bench: Bench) -> None:
     began = time.perf_counter()
     pool.body = torch.compile(modules.__call__, dynamic=False)
     model._cache.open()
-    bucket, _ = filled(bench, model, [100] * 16, [1] * 16)
+    bucket, _ = card.filled(model, [100] * 16, [1] * 16)
     bench.note("compile_s", time.perf_counter() - began)
     with torch.inference_mode():
         replayed = bench.timed(bucket.replay)

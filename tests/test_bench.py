@@ -19,12 +19,12 @@ from chunk_toys import byte_level
 from click.testing import CliRunner, Result
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from collm.bench import ceilings, pairs
+from collm.bench import card, ceilings, pairs
 from collm.bench.ceilings import Ceilings, PassCosts
-from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SPECULATIVE, pair_cell
+from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SAMPLED, SPECULATIVE, pair_cell
 from collm.bench.figures import SAME, beyond_passes, facts, figures, of_ceiling
 from collm.bench.paired import Ratio, in_turn
-from collm.bench.pairs import Pair, synthetic
+from collm.bench.pairs import Pair, synthetic, synthetic_name
 from collm.bench.passes import BarePasses
 from collm.bench.result import BenchResult, Cell, Run
 from collm.bench.run import Plan, bench
@@ -32,6 +32,11 @@ from collm.bench.synthetic import Dial, Shape, find_dial, make_model, make_token
 from collm.bench.systems import Effort
 from collm.cli import main
 from collm.errors import CollmError
+from collm.models.paged.capture import FakeCapture
+from collm.models.paged.dense import TorchDense
+from collm.models.paged.machinery import Machinery
+from collm.models.paged.ops import TorchOps
+from collm.models.paged.telling import TorchTelling
 
 TINY = Shape(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, vocab_size=200)
 EFFORT = Effort(rounds=2, tokens=12, prompt_tokens=5)
@@ -426,3 +431,37 @@ def test_models_of_different_tokenizers_are_refused_with_what_to_run_instead(fol
     tokenizer.save_pretrained(folder / "stranger")
     result = collm(*"--pair models --base base --assistant stranger".split(), *FEW)
     assert result.exit_code == 1 and "collm eval" in result.output and "collm pair-info" in result.output
+
+
+def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Here a CPU with the twins of the kernels, whose graphs a fake replays; what only CUDA counts is given."""
+    own = Machinery(TorchOps(), TorchTelling(), FakeCapture(), TorchDense(), block=16)
+    monkeypatch.setattr("collm.models.caching.machinery_for", lambda *_: own)
+    monkeypatch.setattr(card.copy_bandwidth, "__defaults__", (2**20,))
+    monkeypatch.setattr(card.timed, "__defaults__", (1, 1))
+    monkeypatch.setattr("collm.models.paged.stepping.BUCKETS", (16, 128, 256))
+    monkeypatch.setattr("collm.bench.card.BUCKETS", (16, 128, 256))
+    monkeypatch.setattr(
+        "collm.bench.card.runtime_calls", lambda work: {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}
+    )
+    monkeypatch.setattr(pairs, "Endless", partial(pairs.Endless, max_cache_tokens=16 * 256))
+    plan = Plan({synthetic_name(2, 0.9): partial(synthetic, TINY, 2, 0.9)}, kinds=["card"], effort=EFFORT)
+    [cell] = bench(plan, tmp_path, progress=False).cells
+    assert BenchResult.load(tmp_path / "bench.json", "figures").cells == [cell]
+    assert cell.card["launches_a_pass"] == cell.card["waits_a_pass"] == 1
+    sizes = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 3 * 32 + 32 * 200)
+    found = cell.card["pass_seconds.base.T16"] * cell.card["copy_bytes_per_second"] / sizes
+    assert cell.card["pass.base.T16"] == pytest.approx(found)
+    [[run], _] = [cell.runs[system][:1] for system in (ASSISTANT_ALONE, SAMPLED)]
+    assert run.tokens == 16 * EFFORT.tokens
+    told = {
+        figure.demand.removeprefix("card: ") for figure in figures(BenchResult(settings={}, machine={}, cells=[cell]))
+    }
+    speeds = {"alone.b1 : generate.b1", "plain.b1 : alone.b1", "speculative.b1 : alone.b1", "plain.b16 : alone.b16",
+              "speculative.b16 : alone.b16"}  # fmt: skip
+    assert told == card.DEMANDS.keys() - speeds
+
+
+def test_a_card_is_that_of_a_gpu() -> None:
+    result = CliRunner().invoke(main, ["bench", "--only", "card"])
+    assert result.exit_code == 2 and "give --device cuda" in result.output

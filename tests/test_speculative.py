@@ -31,10 +31,12 @@ from collm.decoding.policies import (
 )
 from collm.decoding.speculative import speculative
 from collm.engine import Finished, run
+from collm.engine.scheduler import Scheduler
 from collm.models.fake import FakeModel
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Step
 from collm.values import Answer, Fault, LanguageModel, Query, Replies, Reply
+from collm.views import Text
 
 V = 5
 PROMPT = (3, 1, 4)
@@ -280,6 +282,45 @@ def test_a_measured_curve_has_a_knee() -> None:
         experience.observe_pass(0, 16, 64, 1.5)
     assert costs.pass_seconds(192) == pytest.approx(2.25) and costs.block(8) == pytest.approx(1.5 / 16, rel=0.05)
     assert AdaptivePace(experience).deferrals(1) > 1
+
+
+def seconds_of_sixteen(experience: Experience, shared: bool) -> float:
+    """Of 16 texts at once, where a pass of the base takes a second and one of the assistant seven, whatever its rows;
+    for each token of a text."""
+    clock, ended, models = [0.0], list[Finished](), fakes(1, agreement=0.95)
+    scheduler = Scheduler(models, experience=experience, clock=lambda: clock[0], post=lambda call: call())
+    [device] = scheduler.devices
+    if not shared:
+        experience.share_device([])
+    for n in range(16):
+        text, params = Text([(n % V, n // V)] * 2), SamplingParams(max_tokens=128, seed=n)
+        flow = speculative(text, params, Random(0.3, 1), [frozenset()] * 2, AdaptivePace(experience))
+        scheduler.submit(n, flow, text, 128, lambda event: ended.append(event) if isinstance(event, Finished) else None)
+    scheduler.admit()
+    while len(ended) < 16:
+        batch = scheduler.next_pass(device)
+        assert batch is not None
+        seconds = (1.0, 7.0)[batch.model]
+        clock[0] += seconds
+        scheduler.finish(device, batch, models[batch.model].predict(batch.queries), seconds)
+    assert all(each.finish_reason == "length" for each in ended)
+    return clock[0] / 128
+
+
+def test_texts_draft_in_step_where_a_pass_over_many_costs_what_one_over_one_does() -> None:
+    """A dear assistant judges all texts at once, and no place in a pass of the base is empty. Where passes of both
+    overlap, on other devices, or costs are unknown, each text goes at its own pace."""
+    seconds = {}
+    for shared in (True, False):
+        experience = Experience()
+        experience.expect(0, [(1, 1.0), (128, 1.0), (256, 1.0)])
+        experience.expect(1, [(1, 7.0), (128, 7.0), (256, 7.0)])
+        seconds[shared] = seconds_of_sixteen(experience, shared)
+        assert (experience.stride(1) is not None) == (shared and experience.costs[0].rows >= 1.5)
+    assert seconds[True] < 0.92 * seconds[False]
+    unknown = Experience()
+    seconds_of_sixteen(unknown, True)
+    assert unknown.stride(1) is None
 
 
 @pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9, 1.0])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from collm.bench import card
 from collm.bench.paired import in_turn
 from collm.bench.pairs import Pair
 from collm.bench.passes import BarePasses, Measured, measure_passes
 from collm.bench.result import Cell, Kind, Run
 from collm.bench.systems import Effort, System, Texts, deferring, engine, randomly, reference, streamed
+from collm.models.local import LocalModel
+from collm.sampling_params import SamplingParams
 
 WIDTHS = (1, 2, 4, 8, 16)
 PLAIN, SPECULATIVE = "pair, plain", "pair, speculative"
 BASE_ALONE, ASSISTANT_ALONE = "base alone", "assistant alone"
+SAMPLED = "assistant alone, drawn"
 REFERENCE = "{} (transformers)"
 ASSISTED = "assisted generation (transformers)"
 Passes = tuple[Measured, ...]
@@ -73,6 +78,46 @@ def growth_cell(pair: Pair, effort: Effort, context: int, rate: float) -> Cell:
     found, passes = _beside(_bare(pair, [1], context + effort.tokens // 2, WIDTHS[-1]), runs, effort)
     cell = _cell("growth", pair, longer, found, rate=rate, context=context)
     return cell.model_copy(update={"passes": passes})
+
+
+def card_cell(pair: Pair, effort: Effort) -> Cell:
+    """What the card's memory allows, how near to it the passes of both models come, what a whole engine adds to them,
+    and what drawing costs; all of 16 texts, but for the passes."""
+    began = time.perf_counter()
+    llm = pair.system()
+    llm.warm_up()
+    found = {"ready_seconds": time.perf_counter() - began}
+    models = {name: model for name, model in zip(("base", "assistant"), llm.models, strict=True)
+              if isinstance(model, LocalModel)}  # fmt: skip
+    device = next(iter(models.values())).model.device
+    found["copy_bytes_per_second"] = bandwidth = card.copy_bandwidth(device)
+    for name, model in models.items():
+        bound = card.bytes_read(model.model) / bandwidth
+        for tokens in card.TOKENS:
+            seconds = card.pass_seconds(model, tokens)
+            found |= {f"pass_seconds.{name}.T{tokens}": seconds, f"pass.{name}.T{tokens}": seconds / bound}
+    _, whole = card.filled(models["base"], [card.CONTEXT] * 16, [1] * 16)
+    found["launches_a_pass"], found["waits_a_pass"] = card.launches_and_waits(card.runtime_calls(whole))
+    params = deferring(pair, 0.3, False)
+    for batch in (1, 16):
+        plain = engine(pair, effort, batch, params, llm=llm)
+        plain(0)
+        spent = [card.Spent(model, effort.prompt_tokens + effort.tokens // 2) for model in models.values()]
+        for model in models.values():
+            card.emptied(model)
+        for each in spent:
+            each.anew()
+        run, _ = plain(1)
+        found[f"overhead.b{batch}"] = run.seconds / sum(each.seconds for each in spent)
+    runs = {}
+    if len(models) > 1:
+        drawn = SamplingParams(temperature=1.0, top_p=0.9)
+        runs = {
+            ASSISTANT_ALONE: engine(pair, effort, 16, alone=1, llm=llm),
+            SAMPLED: engine(pair, effort, 16, drawn, alone=1, llm=llm),
+        }
+    cell = _cell("card", pair, effort, in_turn(runs, effort.rounds), batch=16, context=effort.prompt_tokens)
+    return cell.model_copy(update={"card": found})
 
 
 def _cell(

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from collm.bench.card import DEMANDS
 from collm.bench.ceilings import Ceilings
-from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, REFERENCE, SPECULATIVE
+from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, REFERENCE, SAMPLED, SPECULATIVE
 from collm.bench.paired import Ratio
 from collm.bench.result import BenchResult, Cell, Run
 
@@ -125,6 +126,10 @@ def figures(result: BenchResult) -> list[Figure]:
                 many, one = cell.runs[f"{system}, batch {cell.batch}"], cell.runs[f"{system}, batch 1"]
                 where = f"{cell.pair}, {system}, rate {cell.rate:g}"
                 found.append(Figure(f"batch {cell.batch} : batch 1, tokens/s", where, speed_ratio(many, one), 5.0))
+        elif cell.kind == "card":
+            found += _card_figures(cell)
+        if str(result.settings.get("device", "")).startswith("cuda") and result.settings.get("shape") == "gpu":
+            found += _gpu_figures(cell)
     return found + list(_growth_figures(result))
 
 
@@ -150,6 +155,31 @@ def _pair_figures(cell: Cell) -> Iterator[Figure]:
     # A count has no interval: it is the number that was asked for, or it is not.
     exact = all(run.queries == (run.tokens, run.deferred + run.abstained) for run in plain)
     yield Figure("plain: one base pass a token, one assistant pass a deferral", where, _certain(exact), 1.0)
+
+
+def _card_figures(cell: Cell) -> Iterator[Figure]:
+    """How near the passes come to what the card's memory allows."""
+    for key, value in cell.card.items():
+        if key in DEMANDS:
+            at_most, limit = DEMANDS[key]
+            yield Figure(f"card: {key}", cell.pair, Ratio(value, value, value), limit, at_most)
+    if SAMPLED in cell.runs:
+        yield _gpu_figure("sampled.b16 : greedy.b16", cell, SAMPLED, ASSISTANT_ALONE)
+
+
+def _gpu_figures(cell: Cell) -> Iterator[Figure]:
+    """What the pair of `--shape gpu` gains on a GPU, over its assistant in the same engine."""
+    if cell.kind == "engine" and cell.batch == 1 and ASSISTANT_ALONE in cell.runs:
+        yield _gpu_figure("alone.b1 : generate.b1", cell, ASSISTANT_ALONE, REFERENCE.format(ASSISTANT_ALONE))
+    if cell.kind == "pair" and abs(cell.rate - 0.3) < EQUAL and ASSISTANT_ALONE in cell.runs:
+        for name, system in (("plain", PLAIN), ("speculative", SPECULATIVE)):
+            if (key := f"{name}.b{cell.batch} : alone.b{cell.batch}") in DEMANDS:
+                yield _gpu_figure(key, cell, system, ASSISTANT_ALONE)
+
+
+def _gpu_figure(key: str, cell: Cell, fast: str, slow: str) -> Figure:
+    at_most, limit = DEMANDS[key]
+    return Figure(f"card: {key}", cell.pair, speed_ratio(cell.runs[fast], cell.runs[slow]), limit, at_most)
 
 
 def _growth_figures(result: BenchResult) -> Iterator[Figure]:

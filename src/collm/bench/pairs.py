@@ -26,6 +26,8 @@ from collm.models.tools import make_tool
 from collm.types import Message
 from collm.values import LanguageModel
 
+SHARE_OF_CARD = 0.05
+"""Of its free memory: for the caches of one model of one system."""
 TINY = "tiny"
 """The assistant that is a random model far smaller than any base."""
 WORDS = (
@@ -174,13 +176,16 @@ def _pair(
         # Greedy and without end for transformers' own `generate`, too, whatever the model's folder says.
         each.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
+    # Several systems stand beside one another; each would take what is free of a card.
+    room: dict[str, Any] = {"max_cache_tokens": SHARE_OF_CARD} if network.device.type == "cuda" else {}
+
     def system() -> CollaborativeLM:
         helper: LanguageModel
         if isinstance(assistant, tuple):
-            helper = Endless(*assistant, name="assistant", vocab_size=shared_vocab_size(tokenizer))
+            helper = Endless(*assistant, name="assistant", vocab_size=shared_vocab_size(tokenizer), **room)
         else:
             helper = assistant
-        models = [Endless(network, tokenizer, head), helper]
+        models = [Endless(network, tokenizer, head, **room), helper]
         return CollaborativeLM(models, [formatter, formatter], info, has_gate=head is not None)
 
     sizes = {

@@ -12,7 +12,7 @@ from collm.bench.ceilings import PassCosts
 from collm.errors import CollmError
 from collm.files import write_text
 
-Kind = Literal["pair", "engine", "batch", "growth"]
+Kind = Literal["pair", "engine", "batch", "growth", "card"]
 Issued = tuple[int, int, int, float]
 """Rows, tokens of all rows, number of such passes, their seconds in all."""
 
@@ -59,6 +59,7 @@ class Cell(_Strict):
 
     `runs`: of each system, one a round. `passes`: bare forward passes measured in each round, `[round][model]`, as
     (rows, width, seconds). `same_texts` of `texts` were written alike by plain and by speculative decoding.
+    `card`: of a GPU (`collm.bench.card`), seconds of passes, ratios, and the bytes a second of a copy.
     """
 
     kind: Kind
@@ -71,6 +72,7 @@ class Cell(_Strict):
     passes: list[tuple[list[tuple[int, int, float]], ...]] = []
     texts: int = 0
     same_texts: int = 0
+    card: dict[str, float] = {}
     load: float = 0.0
     commit: str | None = None
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from collm.bench.cells import batch_cell, engine_cell, growth_cell, pair_cell
+from collm.bench.cells import batch_cell, card_cell, engine_cell, growth_cell, pair_cell
 from collm.bench.figures import figures
 from collm.bench.pairs import Pair
 from collm.bench.result import BenchResult, Cell, Kind, cell_key
@@ -51,6 +51,8 @@ class Plan:
         """Key and way to measure each cell of a pair."""
         effort, middle, largest = self.effort, min(self.rates, key=lambda rate: abs(rate - 0.25)), max(self.batches)
         shown = effort.prompt_tokens
+        if "card" in self.kinds:
+            yield cell_key("card", name, 16, 0, shown), partial(card_cell, effort=effort)
         if "pair" in self.kinds:
             for batch in self.batches:
                 for rate in self.rates:

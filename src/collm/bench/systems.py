@@ -51,10 +51,15 @@ def randomly(rate: float, speculative: bool) -> SamplingParams:
 
 
 def engine(
-    pair: Pair, effort: Effort, batch: int, params: SamplingParams | None = None, alone: int | None = None
+    pair: Pair,
+    effort: Effort,
+    batch: int,
+    params: SamplingParams | None = None,
+    alone: int | None = None,
+    llm: CollaborativeLM | None = None,
 ) -> System:
     """`batch` texts at once in this engine. What it learns about speeds it keeps from round to round."""
-    llm = pair.system()
+    llm = llm or pair.system()
 
     def run(number: int) -> Texts:
         prompts = [spelt(ids) for ids in pair.prompts(batch, effort.prompt_tokens, effort.seed + number)]

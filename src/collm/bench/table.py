@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from collm.bench.card import TOKENS
 from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SPECULATIVE
 from collm.bench.figures import (
     Figure,
@@ -73,6 +74,20 @@ def other_table(cells: Sequence[Cell]) -> Table:
     return table
 
 
+def card_table(cell: Cell) -> Table:
+    """What a card does, and how near to it the passes come."""
+    table = Table(title=f"{cell.pair}: a copy moves {cell.card['copy_bytes_per_second'] / 1e12:.2f} TB/s", **STYLE)
+    for heading in ("pass over", "base, ms", "of bound", "assistant, ms", "of bound"):
+        table.add_column(heading, justify="right")
+    for tokens in TOKENS:
+        row = [f"{tokens} tokens"]
+        for name in ("base", "assistant"):
+            seconds, ratio = (cell.card.get(f"{key}.{name}.T{tokens}") for key in ("pass_seconds", "pass"))
+            row += ["", ""] if seconds is None or ratio is None else [f"{1000 * seconds:.3f}", f"{ratio:.2f}"]
+        table.add_row(*row)
+    return table
+
+
 def figure_table(found: Sequence[Figure]) -> Table:
     """One row for each demand: the cell where it is met worst, and in how many it holds."""
     table = Table(title="What is asked for: a figure fails only if its whole interval lies beyond the limit", **STYLE)
@@ -95,8 +110,9 @@ def tables(result: BenchResult) -> list[Table]:
         own = [cell for cell in result.cells if cell.pair == pair]
         for make, cells in (
             (pair_table, [cell for cell in own if cell.kind == "pair"]),
-            (other_table, [cell for cell in own if cell.kind != "pair"]),
+            (other_table, [cell for cell in own if cell.kind != "pair" and cell.runs]),
         ):
             found += [make(cells)] if cells else []
+        found += [card_table(cell) for cell in own if cell.kind == "card"]
     judged = figures(result)
     return [*found, figure_table(judged)] if judged else found

@@ -16,7 +16,7 @@ from collm.cli.options import OUTPUT_FILE, OUTPUT_FOLDER, F, machine_options
 if TYPE_CHECKING:
     from collm.bench.pairs import Pair
 
-KINDS = ("pair", "engine", "batch", "growth")
+KINDS = ("pair", "engine", "batch", "growth", "card")
 
 
 def _list(name: str, kind: click.IntRange | click.FloatRange, default: str, help: str) -> Callable[[F], F]:
@@ -60,7 +60,7 @@ def _list(name: str, kind: click.IntRange | click.FloatRange, default: str, help
     type=click.Choice(KINDS),
     multiple=True,
     help="pair: together and alone; engine: against transformers; batch: one text against many; growth: long "
-    "contexts. Repeat it for several.  [default: all]",
+    "contexts; card: passes against a GPU's memory. Repeat it for several.  [default: all]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Besides one to warm up.")
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Written in each text.")
@@ -79,7 +79,11 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     forward passes measured in the same rounds.
     """
     if options["quick"]:
-        options |= {key: value for key, value in QUICK.items() if _left_alone(key)}
+        quick = QUICK | (QUICK_ON_GPU if _on_gpu(options) else {})
+        options |= {key: value for key, value in quick.items() if _left_alone(key)}
+    kinds = [kind for kind in KINDS if kind != "card" or _on_gpu(options)]
+    if not {*options["only"]} <= {*kinds}:
+        raise click.UsageError("--only card measures a GPU: give --device cuda")
     pairs = _pairs(options)
 
     import torch
@@ -99,7 +103,7 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
         torch.set_num_threads(threads)
     plan = Plan(
         pairs,
-        [kind for kind in get_args(Kind) if kind in (options["only"] or KINDS)],
+        [kind for kind in get_args(Kind) if kind in (options["only"] or kinds)],
         options["batch"],
         options["rate"],
         options["context"],
@@ -128,6 +132,18 @@ QUICK: dict[str, Any] = {
     "prompt_tokens": 32,
 }
 """The defaults that `--quick` changes."""
+
+
+QUICK_ON_GPU: dict[str, Any] = {"shape": "gpu", "dtype": "bfloat16", "tokens": 64, "prompt_tokens": 64}
+"""Those that it changes where there is a GPU, for which tiny models are no work."""
+
+
+def _on_gpu(options: dict[str, Any]) -> bool:
+    if options["device"] == "auto":
+        from collm.models.devices import best_device
+
+        return best_device() == "cuda"
+    return str(options["device"]).startswith("cuda")
 
 
 def _left_alone(name: str) -> bool:

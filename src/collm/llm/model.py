@@ -310,7 +310,7 @@ class CollaborativeLM:
     def warm_up(self) -> float:
         """Take the memory of the caches and capture the graphs of all models on GPUs; seconds that it took.
 
-        Otherwise that happens with the first texts.
+        Otherwise that happens before the first texts.
         """
         self._reserve(self._max_num_seqs)
         return sum(model.warm_up() for model in self.models if isinstance(model, LocalModel))
@@ -322,8 +322,8 @@ class CollaborativeLM:
     def _engine_for(self, num_texts: int) -> Engine:
         with self._making:
             if self._engine is None:
+                self.warm_up()  # the engine wants to know what passes cost
                 self._engine = Engine(self.models, max_num_seqs=self._max_num_seqs, timeout=self._timeout)
-                self._reserve(self._max_num_seqs)
             if num_texts > self._max_num_seqs:
                 self._max_num_seqs = num_texts
                 self._reserve(num_texts)

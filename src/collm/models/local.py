@@ -24,7 +24,7 @@ from collm.models.loading import eos_ids
 from collm.models.openings import Openings
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.machinery import Machinery
-from collm.models.paged.stepping import is_lost
+from collm.models.paged.stepping import Stepper, is_lost
 from collm.models.prefix_cache import Job, PrefixCache, passes
 from collm.models.tokenizers import shared_vocab_size
 from collm.models.turns import Network
@@ -208,9 +208,9 @@ class LocalModel(LanguageModel):
     def warm_up(self) -> float:
         """Reserve the memory of the caches and capture all graphs, where there are any: seconds that it took.
 
-        Otherwise both are done when they are first needed. What passes cost (`pass_curve`) is measured here alone.
+        Otherwise both are done when they are first needed. What passes cost (`pass_curve`) is measured here, once.
         """
-        if self._stepper is None or not isinstance(self._cache, PagedCache):
+        if self._stepper is None or not isinstance(self._cache, PagedCache) or self._pass_curve:
             return 0.0
         with self._network.lock, torch.inference_mode(), self._on_device():
             if self._activate is not None:
@@ -219,6 +219,11 @@ class LocalModel(LanguageModel):
             seconds = self._stepper.warm_up()
             self._pass_curve = self._stepper.measured()
             return seconds
+
+    @property
+    def graphs(self) -> tuple[Stepper | None, PagedCache | None]:
+        """What runs its passes as graphs, and what these work on, where there are any; for measurements."""
+        return self._stepper, self._cache if isinstance(self._cache, PagedCache) else None
 
     @property
     def pass_curve(self) -> Sequence[tuple[int, float]]:

@@ -66,6 +66,17 @@ class PagedCache(PrefixCache):
         self._num_blocks = 0
         _waiting.add(self)
 
+    @property
+    def paged(self) -> PagedPool:
+        return self._pool
+
+    def clear_all(self) -> None:
+        """Nothing is held any more; the storage stays where it is, and graphs with it."""
+        self.slots, self._places = [], {}
+        self._ended.clear()
+        for slot in range(self._pool.blocks.num_slots):
+            self._pool.blocks.clear(slot)
+
     def open(self) -> None:
         """Reserve the storage, if it is not."""
         blocks = self._pool.blocks

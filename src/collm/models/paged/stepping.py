@@ -83,6 +83,10 @@ class Stepper:
         """Those that are captured."""
         return tuple(sorted(self._buckets))
 
+    def graph(self, size: int) -> Bucket | None:
+        """That of a bucket, if it is captured."""
+        return self._buckets.get(size)
+
     def warm_up(self, largest: int = BUCKETS[-1]) -> float:
         """Capture all graphs of up to so many tokens, large ones first, whose memory the others then share; returns
         the seconds that it took."""

@@ -1,0 +1,171 @@
+"""How near a GPU's passes come to what its memory allows: the weights read once, at the speed of a plain copy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from collm.bench.paired import synchronise
+from collm.models.attention import Row
+from collm.models.laws import Asked
+from collm.models.local import LocalModel
+from collm.models.paged.cache import PagedCache
+from collm.models.paged.stepping import BUCKETS, Bucket, Stepper
+from collm.types import ForwardPass
+
+COPIED = 2**31
+"""Bytes of the copy that a card is measured by."""
+TOKENS = (1, 16, 64, 128)
+"""Of the passes that have a demand."""
+CONTEXT = 100
+"""Positions behind which passes are measured."""
+
+DEMANDS: dict[str, tuple[bool, float]] = {
+    **{f"pass.{name}.T{tokens}": (True, most) for name in ("base", "assistant")
+       for tokens, most in zip(TOKENS, (1.30, 1.40, 1.50, 1.65), strict=True)},
+    "overhead.b1": (True, 1.10),
+    "overhead.b16": (True, 1.15),
+    "launches_a_pass": (True, 1.0),
+    "waits_a_pass": (True, 1.0),
+    "ready_seconds": (True, 15.0),
+    "alone.b1 : generate.b1": (False, 4.5),
+    "plain.b1 : alone.b1": (False, 1.9),
+    "speculative.b1 : alone.b1": (False, 3.5),
+    "plain.b16 : alone.b16": (False, 1.35),
+    "speculative.b16 : alone.b16": (False, 2.4),
+    "sampled.b16 : greedy.b16": (False, 0.85),
+}  # fmt: skip
+"""Limits, at most or at least, of bfloat16 on an H100 or H200: pass times over their bound, wall time over the times of
+graphs, and speeds over speeds. Those of speeds hold for the pair of `--shape gpu` at a rate of 0.3."""
+
+
+def timed(work: Callable[[], object], device: torch.device, repeats: int = 10, rounds: int = 3) -> float:
+    """Seconds of `work`: the median of some means."""
+    work()
+    synchronise(device)
+    means = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        synchronise(device)
+        means.append((time.perf_counter() - began) / repeats)
+    return statistics.median(means)
+
+
+def copy_bandwidth(device: torch.device, size: int = COPIED) -> float:
+    """Bytes that a copy in the memory of a device reads and writes a second."""
+    a = torch.empty(size, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / timed(lambda: b.copy_(a), device, 5)
+
+
+def bytes_read(network: PreTrainedModel, positions: int = 0) -> int:
+    """What a pass reads at least: the weights, but for the embedding, and so many positions of keys and values."""
+    weights: int = sum(parameter.nbytes for name, parameter in network.named_parameters() if "embed" not in name)
+    config: Any = network.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per: int = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * network.dtype.itemsize
+    return weights + positions * per
+
+
+def graphs_of(model: LocalModel) -> tuple[Stepper, PagedCache]:
+    """What runs a model's passes as graphs.
+
+    Raises:
+        RuntimeError: nothing does.
+    """
+    stepper, cache = model.graphs
+    if stepper is None or cache is None:
+        raise RuntimeError(f"the passes of {model.name} run without graphs")
+    return stepper, cache
+
+
+def emptied(model: LocalModel) -> None:
+    """Nothing is in the caches any more, and graphs stay."""
+    _, cache = model.graphs
+    if cache is not None:
+        cache.clear_all()
+
+
+@torch.inference_mode()
+def filled(model: LocalModel, starts: Sequence[int], widths: Sequence[int]) -> tuple[Bucket, Callable[[], object]]:
+    """The graph of a pass over texts of these lengths, ready to be replayed; and the same pass with the work of the
+    host. Their keys are what the storage holds: what a pass costs does not depend on them."""
+    stepper, cache = graphs_of(model)
+    emptied(model)
+    cache.open()
+    pool = cache.paged
+    rows = [Row(n, start, width) for n, (start, width) in enumerate(zip(starts, widths, strict=True))]
+    for row in rows:
+        pool.blocks.write(row.slot, 0, row.end)
+    for table in pool.tables.values():
+        known = torch.from_numpy(pool.blocks.table)
+        table[: len(known)] = known.to(table.device)
+    count = sum(widths)
+    ids, asked = [n % model.model.config.get_text_config().vocab_size for n in range(count)], Asked.of([])
+
+    @torch.inference_mode()
+    def whole() -> None:
+        stepper.step(rows, ids, range(count), asked)
+
+    whole()
+    bucket = stepper.graph(next(size for size in BUCKETS if size >= count))
+    if bucket is None:
+        raise RuntimeError(f"{model.name}: there is no graph of {count} tokens")
+    return bucket, whole
+
+
+def pass_seconds(model: LocalModel, tokens: int, context: int = CONTEXT) -> float:
+    """Of a graph over so many tokens, of 16 texts at most."""
+    rows = min(tokens, 16)
+    bucket, _ = filled(model, [context] * rows, [tokens // rows] * rows)
+    with torch.inference_mode():
+        return timed(bucket.replay, graphs_of(model)[1].paged.device)
+
+
+class Spent:
+    """What the passes of a model would take as bare graphs, from now on; prompts are read without, and count so."""
+
+    def __init__(self, model: LocalModel, context: int) -> None:
+        stepper, _ = graphs_of(model)
+        self._counts = stepper.counts
+        self._curve = {size: pass_seconds(model, size, context) for size in stepper.buckets}
+        self.anew()
+        self._eager = 0.0
+        model.on_pass = self._told
+
+    def _told(self, done: ForwardPass) -> None:
+        if done.tokens > BUCKETS[-1]:
+            self._eager += done.seconds
+
+    def anew(self) -> None:
+        self._before, self._eager = dict(self._counts.passes), 0.0
+
+    @property
+    def seconds(self) -> float:
+        passes = self._counts.passes.items()
+        return self._eager + sum((number - self._before.get(size, 0)) * self._curve[size] for size, number in passes)
+
+
+def runtime_calls(work: Callable[[], object], repeats: int = 5) -> dict[str, float]:
+    """Calls of the CUDA runtime that `work` makes, by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(repeats):
+            work()
+    calls = {e.key: e.count for e in seen.key_averages() if e.key.startswith(("cuda", "cu")) and "::" not in e.key}
+    # The profiler itself waits when it ends.
+    return {key: count / repeats for key, count in calls.items() if key != "cudaDeviceSynchronize"}
+
+
+def launches_and_waits(calls: dict[str, float]) -> tuple[float, float]:
+    """Of `runtime_calls`."""
+    launches = sum(number for key, number in calls.items() if "Launch" in key)
+    return launches, sum(number for key, number in calls.items() if "Synchronize" in key)
