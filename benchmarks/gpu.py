@@ -124,9 +124,9 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def timed(self, work: Callable[[], Any], repeats: int = 10) -> float:
+    def timed(self, work: Callable[[], Any]) -> float:
         """Milliseconds."""
-        return card.timed(work, self.device, repeats) * 1e3
+        return card.timed(work, self.device) * 1e3
 
 
 def holds(value: float, at_most: bool, limit: float) -> bool:
@@ -254,7 +254,7 @@ def passes(bench: Bench) -> None:
             rows = min(count, 16)
             bucket, whole = card.filled(model, [card.CONTEXT] * rows, [count // rows] * rows)
             with torch.inference_mode():
-                replayed, with_host = bench.timed(bucket.replay), bench.timed(whole, 5)
+                replayed, with_host = bench.timed(bucket.replay), bench.timed(whole)
             bench.note(f"pass_ms.{name}.T{count}", {"replay": replayed, "with_host": with_host, "bound": limit})
             bench.ratio(f"pass.{name}.T{count}", replayed / limit)
 
@@ -419,7 +419,7 @@ def long_texts(bench: Bench) -> None:
     for key, starts in (("rows1", [length]), ("rows16", [length] * 16), ("one_of_16", [length] + [100] * 15)):
         bucket, _ = card.filled(model, starts, [1] * len(starts))
         with torch.inference_mode():
-            replayed = bench.timed(bucket.replay, 5)
+            replayed = bench.timed(bucket.replay)
         limit = bound(bench, "assistant", sum(starts))
         bench.note(f"long_ms.{key}", {"replay": replayed, "bound": limit})
         bench.ratio(f"long.assistant.{key}", replayed / limit)
@@ -581,7 +581,7 @@ def drawing(bench: Bench) -> None:
             ),
         },
     )
-    took = bench.timed(lambda: telling.tell(logits[:16], hidden[:16], None, plan, vocab), 5)
+    took = bench.timed(lambda: telling.tell(logits[:16], hidden[:16], None, plan, vocab))
     bench.note("tell_ms_16_drawn", took)
 
 
