@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_model, make_tokenizer
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 
+from collm import CollaborativeLM
 from collm.errors import CollmError
 from collm.models import reach
+from collm.models.head import DeferralHead
+from collm.models.info import AssistantInfo, CheckpointInfo, save_info
 from collm.models.loading import load_tokenizer
 
 
@@ -49,3 +55,21 @@ def test_behind_a_proxy_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("asked"))
     reach.keep_to_this_machine()
     assert not constants.is_offline_mode()
+
+
+def test_what_lies_here_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate of a checkpoint once asked whether the hub is there: a line about it, and seconds, for nothing."""
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("asked"))
+    network, tokenizer = make_model(), make_tokenizer()
+    network.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    get_peft_model(network, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "pair")
+    info = CheckpointInfo(
+        kind="lora",
+        base_model=str(tmp_path / "base"),
+        assistants=[AssistantInfo(name="helper", spec=str(tmp_path / "base"))],
+    )
+    save_info(tmp_path / "pair", info)
+    DeferralHead(32, 1).save(tmp_path / "pair")
+    llm = CollaborativeLM.from_pretrained(tmp_path / "pair")
+    assert llm.generate("3 + 10 = ", max_tokens=3).steps

@@ -40,7 +40,7 @@ def attach(model: PreTrainedModel, folder: str, name: str = "default", *, upcast
             f"{folder}: an adapter needs its base in memory, and parts of that were left on the disk for want of room; "
             "take more devices, or a quantised base (quantization=nf4)"
         )
-    with quiet(), guarded(f"the adapter {folder}"), warnings.catch_warnings(record=True) as told:
+    with quiet(), guarded(f"the adapter {folder}", folder), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
@@ -65,7 +65,7 @@ def insert(peft: PeftModel, folder: str, name: str, *, upcast: bool = False, tra
     """
     _require_files(folder)
     path, is_new = Path(folder) / WEIGHTS, name not in peft.peft_config
-    with quiet(), guarded(f"the adapter {folder}"), warnings.catch_warnings(record=True) as told:
+    with quiet(), guarded(f"the adapter {folder}", folder), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             found = peft.load_adapter(folder, name, autocast_adapter_dtype=upcast, is_trainable=trainable)

@@ -52,7 +52,7 @@ class DeferralHead(nn.Module):
         if not path.is_file():
             raise CollmError(f"{folder} has no {GATE_FILE}: it is no collm checkpoint, or it was only partly written")
         require_whole(path)
-        with guarded(str(path)):
+        with guarded(str(path), folder):
             tensors = load_file(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         weight = shapes.get("weight", ())

@@ -174,7 +174,7 @@ def _initial_head(
         figures |= dataclasses.asdict(report)
         logger.info(
             "initial gate: pseudo-labels to defer %.1f %% of tokens; held out: precision %.2f, recall %.2f, "
-            "the assistant right on %.0f %% of what it would be handed",
+            "the assistant right on %.0f %% of what it would be asked for",
             100 * sum(report.label_share[1:]),
             report.precision,
             report.recall,
