@@ -265,6 +265,16 @@ def test_traces_of_another_run_are_refused(tmp_path: Path, options: dict[str, ob
     assert (tmp_path / "run.jsonl").read_bytes() == before
 
 
+def test_answers_that_other_golds_judged_are_refused(tmp_path: Path) -> None:
+    """The text of a question is what it was: only the field with its answer was put right."""
+    run(out=tmp_path / "run.jsonl")
+    rows = [replace(row, fields={"answer": "99"}) if row.id == "q3" else row for row in questions(20)]
+    gold = get_task("word_problems").gold
+    told = f"q3: {gold(questions(20)[3])!r} there, {gold(rows[3])!r} now"
+    with pytest.raises(CollmError, match=re.escape(told)):
+        evaluate(PairWriter(), "word_problems", rows, HALF, out=tmp_path / "run.jsonl", progress=False)
+
+
 def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"prompt": "mine"}\n')
     with pytest.raises(CollmError, match="not written by an evaluation"):

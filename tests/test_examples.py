@@ -76,7 +76,9 @@ def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
         ('{"prompt": "a", "answer": ["\\udc80"]}', r"line 2: character 0"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"line 2: message 1: character 0"),
         ('{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: not readable: .*nested too deep"),
-        ('{"prompt": "a", "x": ' + "9" * 5000 + "}", r"line 2: not JSON \(Exceeds the limit"),
+        ('{"prompt": "a", "x": ' + "9" * 5000 + "}", r"line 2: not JSON \(an integer of more than 4,300 digits"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2: an object has the key 'prompt' twice"),
+        ('{"prompt": "a", "x": [{"y": 1, "y": 1}]}', "line 2: an object has the key 'y' twice"),
         ('[{"prompt": "a"},', "line 2: not JSON .*is read from a .json file"),
     ],
 )

@@ -34,7 +34,7 @@ from collm.identity.finding import local_identity
 from collm.models.checkpoint import load_base, save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.info import AssistantInfo, CalibrationRow, CalibrationTable, CheckpointInfo, load_info
-from collm.models.loading import load_model, load_tokenizer
+from collm.models.loading import eos_ids, load_model, load_tokenizer
 
 fuzz = settings(
     max_examples=int(os.environ.get("COLLM_FUZZ", "12")),
@@ -83,8 +83,10 @@ def loaded(root: Path) -> dict[str, Any]:
     model, head, tokenizer, info = load_base(root / "pair", base=str(root / "base"))
     assert head is not None
     found = load_scores(root / "scores")
+    plain = load_model(str(root / "base"))
     return {
-        "base": local_identity(load_model(str(root / "base")))["weights"],
+        "base": local_identity(plain)["weights"],
+        "ends": sorted(eos_ids(plain, tokenizer)),
         "pair": local_identity(model)["weights"],
         "gate": [tensor.tolist() for tensor in head.state_dict().values()],
         "info": info.model_dump(exclude={"base_place", "base_model"}),
@@ -138,6 +140,13 @@ def in_a_copy(whole: Path, test: Callable[[Path], None]) -> None:
         test(root)
 
 
+def _is_json(path: Path) -> bool:
+    try:
+        return path.is_file() and isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
 @fuzz
 @given(
     st.sampled_from(FILES),
@@ -170,7 +179,7 @@ def test_damaged_files(whole: Path, name: str, damage: str, where: float, what: 
                 }[damage]
             )
         # What is written over the inside of a file may be a file as good as before, which says something else.
-        says_otherwise = damage in ("overwritten", "swapped", "removed") or path.suffix == ".json"
+        says_otherwise = damage in ("overwritten", "swapped", "removed") or (path.suffix == ".json" and _is_json(path))
         judged(root, expect, lambda *_: says_otherwise)
 
     in_a_copy(whole, test)

@@ -395,6 +395,15 @@ def test_tool(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         score(examples, make_model(), formatter, tmp_path / "s", progress=False)
 
 
+def test_no_columns_are_left_out(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """As a file beside the table may say of them."""
+    score(EXAMPLES[:2], make_model(), Formatter(tiny_tokenizer), tmp_path / "scores", progress=False)
+    expected = load_scores(tmp_path / "scores").to_dict()
+    state = tmp_path / "scores" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_format_columns": ["id"], "_format_type": "numpy"}))
+    assert load_scores(tmp_path / "scores").to_dict() == expected
+
+
 def test_journal_survives_a_damaged_line(tmp_path: Path) -> None:
     path = tmp_path / "j"
     with resumable.Journal(path, {"run": 1}) as journal:

@@ -259,6 +259,13 @@ def test_parquet_and_lists_read_like_lines(files: dict[str, Path], tmp_path: Pat
 # ---- parts
 
 
+def test_one_object_may_be_the_only_record(tmp_path: Path) -> None:
+    source = tmp_path / "a.json"
+    source.write_bytes(b"\xef\xbb\xbf" + gsm8k_line("One").replace("\n", "\r\n").encode())
+    prepare("gsm8k", source, tmp_path / "out", {"test": 1.0})
+    assert len(load_examples(tmp_path / "out" / "test.jsonl")) == 1
+
+
 def test_parts_go_by_the_question_alone(tmp_path: Path) -> None:
     rows = [{"question": f"How many are {i}?", "answer": f"#### {i}"} for i in range(200)]
     parts = {"train": 0.7, "calibration": 0.3}

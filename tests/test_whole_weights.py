@@ -26,7 +26,7 @@ from collm.models.checkpoint import load_base
 from collm.models.guard import gaps
 from collm.models.head import DeferralHead
 from collm.models.info import AssistantInfo, CheckpointInfo, save_info
-from collm.models.loading import load_context_length, load_model, load_tokenizer
+from collm.models.loading import eos_ids, load_context_length, load_model, load_tokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -223,6 +223,33 @@ def test_damaged_descriptions(base: Path, tmp_path: Path, name: str, content: by
             load(str(folder))
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[2]", LFS])
+def test_a_damaged_generation_config(copy: Path, content: bytes) -> None:
+    """transformers passes over it, and texts would end elsewhere."""
+    (copy / "generation_config.json").write_bytes(content)
+    with pytest.raises(CollmError, match=r"generation_config\.json (is|has)"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize("value", ["</s>", [2, "x"], 2.5, True, {"a": 1}, [[2]]], ids=str)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_what_ends_a_text_is_an_id_or_several(copy: Path, name: str, value: Any) -> None:
+    if name == "config.json":
+        (copy / "generation_config.json").unlink()
+    path = copy / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": value}))
+    with pytest.raises(CollmError) as caught:
+        eos_ids(load_model(str(copy)), make_tokenizer())
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff{{", LFS])
+def test_a_chat_template_that_is_no_text(copy: Path, content: bytes) -> None:
+    (copy / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(CollmError, match=r"chat_template\.jinja.*(is empty|not UTF-8|Git LFS)"):
+        load_tokenizer(str(copy))
+
+
 def test_architectures_that_write_no_text(copy: Path) -> None:
     configure(copy, model_type="t5")
     with pytest.raises(CollmError, match="does not load a t5 as a causal language model"):
@@ -295,6 +322,17 @@ def test_adapters_that_do_not_fit(base: Path, tmp_path: Path, change: Change, me
         assert torch.equal(variant.model(ids).logits, expected)
         store.load(str(base)).activate()
         assert torch.equal(variant.model(ids).logits, load_model(str(base))(ids).logits)
+
+
+def test_an_adapter_that_waits_to_be_invoked_is_refused(base: Path, tmp_path: Path) -> None:
+    """Without its invocation tokens it would be the base, and nothing said."""
+    folder = adapter(base, tmp_path / "adapter", alora_invocation_tokens=[5, 6])
+    for load in (load_model, ModelStore().load):
+        with pytest.raises(CollmError, match="activated LoRA"):
+            load(str(folder))
+    as_checkpoint(folder, base)
+    with pytest.raises(CollmError, match="activated LoRA"):
+        load_base(folder)
 
 
 def test_an_adapter_of_a_wider_base(base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ LISTS = (".json",)
 def records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, record) of JSON lines, a JSON list or object, a parquet file, or a folder of one JSON file a record.
 
-    An object is taken as its list `questions`, if it has one, else as records by id.
+    An object is taken as its list `questions`, if it has one, else as records by id, or as the only record.
 
     Raises:
         CollmError: unreadable, or no JSON.
@@ -32,7 +32,8 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
         elif path.suffix in LISTS and (whole := _whole(path)) is not None:
             entries = whole.get("questions") if isinstance(whole, dict) else whole
             if entries is None:
-                entries = [{"id": key, **value} for key, value in whole.items()]
+                by_id = all(isinstance(value, dict) for value in whole.values())
+                entries = [{"id": key, **value} for key, value in whole.items()] if by_id else [whole]
             for number, record in enumerate(entries):
                 yield f"{path}, entry {number}", record
         else:
@@ -94,17 +95,35 @@ def parsed(data: bytes, where: str) -> Any:
     """A JSON value of UTF-8 bytes, with or without a byte order mark.
 
     Raises:
-        CollmError: naming `where`: no UTF-8, no JSON, or JSON that Python does not read (numbers of thousands of
-            digits, values nested thousands deep).
+        CollmError: naming `where`: no UTF-8, no JSON, an object that has a key twice (one of the values would be
+            lost), or JSON that Python does not read (numbers of thousands of digits, values nested thousands deep).
     """
     try:
-        return json.loads(decoded(data, where))
+        text = decoded(data, where)
     except CollmError as error:
         raise CollmError(f"{where}: not JSON, which is UTF-8 ({str(error).removeprefix(f'{where}: ')})") from None
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except _Twice as error:
+        raise CollmError(f"{where}: an object has the key {error.args[0]!r} twice: leave one of them") from None
     except RecursionError:
         raise CollmError(f"{where}: not readable: values are nested too deep") from None
     except ValueError as error:
-        raise CollmError(f"{where}: not JSON ({error})") from None
+        # Python's words for an integer of thousands of digits are advice to programmers.
+        told = error if isinstance(error, json.JSONDecodeError) else "an integer of more than 4,300 digits"
+        raise CollmError(f"{where}: not JSON ({told})") from None
+
+
+class _Twice(Exception):
+    """The key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -180,6 +180,9 @@ def load_scores(path: str | Path, *, expect: Fingerprint | None = None) -> datas
     try:
         data = datasets.load_from_disk(str(path))
         assert isinstance(data, datasets.Dataset)
+        data.reset_format()  # a file beside the table may say that columns are left out
+        if not {"id", *(CHUNKS if CHUNKS[0] in data.column_names else TOKENS)} <= set(data.column_names):
+            raise ValueError(f"columns {', '.join(data.column_names)}")
         complete = len(data) == info["num_examples"]
     except Exception as error:  # of a damaged folder, datasets and Arrow raise nearly anything
         raise CollmError(

@@ -142,6 +142,13 @@ def evaluate_with_traces(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures)
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with kept(path, settings) as (done, keep):
+        judged = {example.id: gold for example, gold in zip(examples, golds, strict=True)}
+        other = next((trace for trace in done.values() if trace.gold != judged[trace.id]), None)
+        if other is not None:
+            raise CollmError(
+                f"{path} holds answers that were judged by other gold answers ({other.id}: {other.gold!r} there, "
+                f"{judged[other.id]!r} now): give another output file, or delete it to start afresh"
+            )
         todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
         with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
             running = Running()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from transformers import GenerationConfig
-
 from collm.data.formatting import Formatter, PromptFormat
 from collm.llm.servers import find_base
 from collm.models.info import AssistantInfo, CheckpointInfo
 from collm.models.loading import load_tokenizer
 from collm.models.specs import is_tool, is_url, locate
 from collm.models.tokenizers import difference, shared_vocab_size
+from collm.models.whole import told_ends
 from collm.remote.address import Address
 from collm.remote.connecting import connect
 from collm.remote.model import RemoteModel
@@ -26,7 +25,7 @@ def connect_base(path: str, base: str | None) -> tuple[RemoteModel, Formatter, C
     tokenizer = load_tokenizer(found.folder)
     deferrals = frozenset(() if found.gate is None else found.gate.defer_token_ids)
     model = connect(
-        found.url, tokenizer, name="base", served=found.gate, eos_token_ids=generation_ends(found.folder) - deferrals
+        found.url, tokenizer, name="base", served=found.gate, eos_token_ids=told_ends(Path(found.folder)) - deferrals
     )
     return model, Formatter(tokenizer, PromptFormat(**found.info.base_format)), found.info
 
@@ -57,14 +56,7 @@ def connect_assistant(url: str, info: AssistantInfo, base: Formatter, vocab_size
         tokenizer = load_tokenizer(spec)
         if difference(base.tokenizer, tokenizer) is not None:  # they share chunks
             vocab_size = shared_vocab_size(tokenizer)
-    ends = frozenset[int]() if spec is None else generation_ends(spec)
+    # A server heeds its generation config, too.
+    ends = frozenset[int]() if spec is None else told_ends(Path(spec))
     model = connect(url, tokenizer, name=info.name, eos_token_ids=ends, vocab_size=vocab_size)
     return model, Formatter(tokenizer, PromptFormat(**info.format))
-
-
-def generation_ends(folder: str) -> frozenset[int]:
-    """Ids that end a text, as a model's generation config has them: a server heeds it."""
-    if not (Path(folder) / "generation_config.json").is_file():
-        return frozenset()
-    told = GenerationConfig.from_pretrained(folder).eos_token_id
-    return frozenset([told] if isinstance(told, int) else told or [])

@@ -103,7 +103,11 @@ def _other_sizes(message: str, name: str) -> list[str]:
 
 
 def _require_files(folder: str) -> None:
-    read_object(Path(folder) / CONFIG)
+    if read_object(Path(folder) / CONFIG).get("alora_invocation_tokens"):
+        raise CollmError(
+            f"{folder} is an activated LoRA (alora_invocation_tokens in its {CONFIG}): it works behind the tokens that "
+            "invoke it alone, and elsewhere it is its base; train an ordinary LoRA"
+        )
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         refuse_pickle(folder)

@@ -20,6 +20,7 @@ from collm.errors import CollmError
 from collm.models.attaching import attach
 from collm.models.backbone import causal_lm
 from collm.models.devices import is_quantized, output_device
+from collm.models.guard import guarded
 from collm.models.head import DeferralHead
 from collm.models.info import (
     FILE,
@@ -110,7 +111,8 @@ def load_base(
     if info.kind == "lora":
         adapted = attach(model, path, upcast=True)
         # Merged into quantised weights it would be rounded away.
-        model = causal_lm(adapted) if is_quantized(model) else adapted.merge_and_unload().eval()
+        with guarded(f"the adapter {path}"):
+            model = causal_lm(adapted) if is_quantized(model) else adapted.merge_and_unload().eval()
     head = None
     if (Path(path) / GATE_FILE).is_file():
         head = DeferralHead.load(Path(path)).to(output_device(causal_lm(model)))

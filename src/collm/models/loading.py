@@ -21,7 +21,7 @@ from collm.models.network import load_network, not_found
 from collm.models.placement import Placement
 from collm.models.quiet import quiet
 from collm.models.specs import adapter_config, locate, split_spec
-from collm.models.whole import require_tokenizer_files
+from collm.models.whole import end_ids, require_tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLED_VALUES = 256
@@ -114,15 +114,13 @@ def load_context_length(spec: str) -> int | None:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All end-of-sequence ids of a model: its generation config may name several, its tokenizer names one."""
-    ids: set[int] = set()
-    generation_config = model.generation_config
-    for value in (generation_config.eos_token_id if generation_config else None, tokenizer.eos_token_id):
-        if isinstance(value, int):
-            ids.add(value)
-        elif value is not None:
-            ids.update(int(v) for v in value)
-    return frozenset(ids)
+    """All end-of-sequence ids of a model: its generation config may name several, its tokenizer names one.
+
+    Raises:
+        CollmError: they are no ids.
+    """
+    told = model.generation_config.eos_token_id if model.generation_config else None
+    return end_ids(told, model.name_or_path or "the generation config") | end_ids(tokenizer.eos_token_id, "tokenizer")
 
 
 def weights_fingerprint(model: nn.Module) -> str:

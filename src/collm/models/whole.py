@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import CollmError
+from collm.text import read_text
 
 POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS put in the place of a large one."""
@@ -130,10 +131,34 @@ def require_whole_folder(folder: Path) -> set[str]:
     """The names of the tensors in a model's folder.
 
     Raises:
-        CollmError: its weights are pickled, cut off or pointers of Git LFS; naming the file.
+        CollmError: its weights are pickled, cut off or pointers of Git LFS, or the file that says what ends a text is
+            damaged; naming the file.
     """
     refuse_pickle(str(folder))
+    told_ends(folder)
     return {name for path in weight_files(folder) for name in require_whole(path)}
+
+
+def told_ends(folder: Path) -> frozenset[int]:
+    """The ids that end a text by a folder's generation config; transformers passes over one that it cannot read.
+
+    Raises:
+        CollmError: the file is damaged.
+    """
+    path = folder / "generation_config.json"
+    return end_ids(read_object(path).get("eos_token_id"), str(path)) if path.is_file() else frozenset()
+
+
+def end_ids(value: Any, where: str) -> frozenset[int]:
+    """What a configuration says under `eos_token_id`: nothing, an id, or several.
+
+    Raises:
+        CollmError: it is anything else.
+    """
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        raise CollmError(f"{where}: eos_token_id is {value!r}; it is a token id or a list of them: put it right there")
+    return frozenset(ids)
 
 
 def has_tokenizer_files(folder: Path) -> bool:
@@ -142,8 +167,10 @@ def has_tokenizer_files(folder: Path) -> bool:
 
 
 def require_tokenizer_files(folder: Path) -> None:
-    """Refuse tokenizer files that are empty or pointers of Git LFS."""
-    for pattern in ("*token*", "*.model", "vocab.*", "merges.txt"):
+    """Refuse tokenizer files that are empty or pointers of Git LFS, and chat templates that are no text."""
+    for pattern in ("*token*", "*.model", "vocab.*", "merges.txt", "*.jinja"):
         for path in folder.glob(pattern):
             if path.is_file():
                 require_content(path)
+                if pattern == "*.jinja":
+                    read_text(path)
