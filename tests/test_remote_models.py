@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from collm.errors import CollmError
 from collm.identity.comparing import differences, differing
 from collm.identity.finding import system_identity
 from collm.llm import CollaborativeLM
+from collm.remote.ahead import MOST
+from collm.remote.model import RemoteModel
 from collm.sampling_params import SamplingParams
 
 PROMPTS = [f"What is {a} + {b}?" for a, b in itertools.product((1, 7, 30), (2, 8))]
@@ -77,6 +80,37 @@ def test_a_base_is_asked_once_for_each_deferral_and_not_for_each_token(pair: Pai
     deferrals = sum(step.deferred for step in generation.steps)
     assert 0 < deferrals < len(generation.steps) - 4
     assert len(pair.base.bodies) <= deferrals + 1
+
+
+@pytest.mark.parametrize("system", ["assistants served", "all served"])
+def test_a_run_of_deferrals_is_written_ahead(pair: Pair, system: str) -> None:
+    """Its assistant is asked for several tokens at a time, which are thrown away where the base writes instead."""
+    plain, served = local(pair), SYSTEMS[system](pair)
+    for temperature in (0.0, 1.0):
+        always = SamplingParams(max_tokens=40, deferral="always", temperature=temperature, seed=3)
+        found = served.generate(PROMPTS[0], always)
+        calls = sum(len(server.bodies) for server in pair.others)
+        deferrals = sum(step.deferred for step in found.steps)
+        # One assistant: 1, 2, 4, 7, and then the most. Two take turns.
+        assert deferrals >= 10 and calls <= (4 + deferrals / MOST if len(pair.others) == 1 else deferrals)
+        if temperature:
+            assert found.token_ids == served.generate(PROMPTS[0], always).token_ids
+        else:
+            same(plain.generate(PROMPTS[0], always), found)
+        for server in (pair.base, *pair.others):
+            server.bodies.clear()
+    params = [SamplingParams(max_tokens=30, deferral="random", threshold=0.6, seed=n) for n in range(len(PROMPTS))]
+    texts = served.generate_batch(PROMPTS, params, len(PROMPTS))
+    for one, other in zip(plain.generate_batch(PROMPTS, params, 1), texts, strict=True):
+        same(one, other)
+    deferrals = sum(step.deferred for text in texts for step in text.steps)
+    assert sum(len(server.bodies) for server in pair.others) < (0.9 if len(pair.others) == 1 else 1) * deferrals
+    models = [model for model in served.models[1:] if isinstance(model, RemoteModel)]
+    until = time.monotonic() + 10
+    while any(model._ahead._written or model._ahead._runs for model in models if model._ahead):
+        assert time.monotonic() < until, "what has ended is forgotten"
+        time.sleep(0.01)
+    assert models
 
 
 @pytest.mark.parametrize("system", ["base served", "all served"])

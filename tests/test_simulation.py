@@ -12,7 +12,28 @@ from collm.bench.simulation import Load, ServerCosts, gpu_costs, simulate
 FREE = ServerCosts(step=1e-9)
 
 
-def test_one_stream_takes_its_steps_and_its_calls() -> None:
+@pytest.fixture
+def one_token_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written ahead, which is easier to reckon."""
+    monkeypatch.setattr("collm.remote.ahead.MOST", 1)
+
+
+def test_runs_of_deferrals_are_written_ahead() -> None:
+    """Eight tokens of the assistant take eight steps and one call, while the base is asked about each of them."""
+    base = ServerCosts(step=0.010, call=0.004)
+    assistant = ServerCosts(step=0.050, call=0.006)
+    found = simulate(base, assistant, Load(1, 1.0, tokens=400, prompt=10, texts=2))
+    assert math.isclose(1 / found.tokens_per_second, (8 * 0.050 + 0.006 + 0.010 + 0.004) / 8, rel_tol=0.02)
+    assert math.isclose(found.calls_per_token, 1 + 1 / 8, abs_tol=0.02)
+    for streams in (1, 16):  # what is written in vain costs less than what is gained
+        load = Load(streams, 0.5, tokens=64, prompt=10, texts=32)
+        with pytest.MonkeyPatch.context() as never:
+            never.setattr("collm.remote.ahead.MOST", 1)
+            plain = simulate(base, assistant, load).tokens_per_second
+        assert simulate(base, assistant, load).tokens_per_second > plain
+
+
+def test_one_stream_takes_its_steps_and_its_calls(one_token_a_call: None) -> None:
     """Each token costs a step of its author, each deferral one more of the base; each request a call."""
     base = ServerCosts(step=0.010, call=0.004)
     assistant = ServerCosts(step=0.050, call=0.006)
@@ -35,7 +56,7 @@ def test_streams_share_steps_until_a_server_is_busy() -> None:
     assert math.isclose(full.tokens_per_second, 64 / (0.010 + 63 * 0.0001), rel_tol=0.08)
 
 
-def test_what_a_prefix_cache_does_not_keep_is_read_again() -> None:
+def test_what_a_prefix_cache_does_not_keep_is_read_again(one_token_a_call: None) -> None:
     load = Load(1, 1.0, tokens=100, prompt=1000, texts=2)
     none, some, all_of_it = (
         simulate(FREE, ServerCosts(step=0.01, read=0.001, block=block), load).text_seconds for block in (0, 128, 1)
@@ -56,7 +77,7 @@ def test_replicas_share_the_work_of_many_streams() -> None:
         assert 0.45 * most < found < 1.05 * most
 
 
-def test_company_is_worth_waiting_for() -> None:
+def test_company_is_worth_waiting_for(one_token_a_call: None) -> None:
     """Texts that were answered together come again one behind the other; who begins with the first makes the others
     wait for a whole step. Alone, there is nobody to wait for."""
     eager = ServerCosts(step=0.030, row=0.0005)

@@ -17,6 +17,7 @@ from collm.decoding.collaborative import collaborative
 from collm.decoding.policies import Random
 from collm.engine.running import Event, Finished
 from collm.engine.scheduler import Scheduler
+from collm.remote.ahead import Run
 from collm.remote.health import Replica, Replicas
 from collm.remote.rules import writes_alone
 from collm.sampling_params import SamplingParams
@@ -118,12 +119,13 @@ class Clock:
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """`left` tokens are to be written behind the first `length` of a view."""
+    """`left` tokens are to be written behind the first `length` of a view. `wrote`: told after each, and with True at
+    the end."""
 
     view: View
     length: int
     left: int
-    done: Callable[[], None]
+    wrote: Callable[[bool], None]
     came: float = 0.0
 
 
@@ -172,12 +174,34 @@ class _Machine:
         for request in self.writing:
             request.left -= 1
             request.length += 1
-        ended = [request for request in self.writing if not request.left]
-        self.writing = [request for request in self.writing if request.left]
-        for request in ended:
-            self.cached[id(request.view)] = request.length - 1
-            request.done()
+        written, self.writing = self.writing, [request for request in self.writing if request.left > 0]
+        for request in written:
+            if request.left <= 0:
+                self.cached[id(request.view)] = request.length - 1
+            request.wrote(request.left <= 0)
         self._begin()
+
+
+@dataclass(slots=True, eq=False)
+class _Ahead:
+    """What an assistant writes behind the first `start` tokens of a text, of which one has been asked for
+    (`remote.ahead`); `count` in all, `here` so far."""
+
+    start: int
+    count: int
+    here: int = 0
+    request: _Request | None = None
+    awaited: Callable[[], None] | None = None
+
+    def arrive(self) -> None:
+        self.here += 1
+        awaited, self.awaited = self.awaited, None
+        if awaited is not None:
+            awaited()
+
+    def give_up(self) -> None:
+        if self.request is not None:
+            self.request.left = min(self.request.left, 0)
 
 
 class SimulatedServer(StreamingModel):
@@ -187,6 +211,8 @@ class SimulatedServer(StreamingModel):
         self._name, self._costs, self._clock = name, costs, clock
         self.machines = {str(n): _Machine(costs, clock) for n in range(replicas)}
         self._replicas = Replicas([Replica(url) for url in self.machines], clock)
+        self._runs: dict[int, Run] = {}
+        self._ahead: dict[int, _Ahead] = {}
         self.calls = 0
 
     @property
@@ -197,32 +223,68 @@ class SimulatedServer(StreamingModel):
         raise AssertionError("it is asked by start alone")
 
     def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
-        self.calls += 1
-        view, count = request.view, 1
-        answers: list[Reply] = [_WRITTEN]
-        if isinstance(request, Extend):
-            position = len(view) - view.prompt_length
-            count = writes_alone(request.until, request.draw, position, request.max_tokens)
-            last = None if request.until is None else request.until.decide(_WRITTEN, request.draw, position + count - 1)
-            answers = [_WRITTEN] * count
-            if last is not None and last.authors[0] != BASE:
-                answers[-1] = _DEFERRED
-        replica = self._replicas.choose(id(view))
-        replica.began()
+        if isinstance(request, Query):
+            self._answer(request, deliver)
+        else:
+            self._write_on(request, deliver)
+        return lambda: None
+
+    def _write_on(self, extend: Extend, deliver: Callable[[list[Reply] | None], None]) -> None:
+        position = len(extend.view) - extend.view.prompt_length
+        count = writes_alone(extend.until, extend.draw, position, extend.max_tokens)
+        last = None if extend.until is None else extend.until.decide(_WRITTEN, extend.draw, position + count - 1)
+        answers: list[Reply] = [_WRITTEN] * count
+        if last is not None and last.authors[0] != BASE:
+            answers[-1] = _DEFERRED
 
         def told() -> None:
             deliver(answers)
-            if isinstance(request, Extend):
-                deliver(None)
+            deliver(None)
 
-        def done() -> None:
-            replica.ended(False)
-            self._clock.after(self._costs.call / 2, told)
+        self._send(extend.view, len(extend.view), count, told, each=False)
 
-        length = request.length if isinstance(request, Query) else len(view)
-        asked = _Request(view, length, count, done)
+    def _answer(self, query: Query, deliver: Callable[[list[Reply] | None], None]) -> None:
+        """A token, which may have been written ahead."""
+        text, length = id(query.view), query.length
+        run = self._runs.setdefault(text, Run())
+        count, ahead = run.wanted(length), self._ahead.get(text)
+
+        def told() -> None:
+            deliver([_WRITTEN])
+
+        # All tokens since then were its own.
+        if ahead is not None and length - ahead.start <= run.count and length - ahead.start < ahead.count:
+            if length - ahead.start < ahead.here:
+                self._clock.after(0.0, told)
+            else:
+                ahead.awaited = told
+            return
+        if ahead is not None:
+            ahead.give_up()
+        ahead = self._ahead[text] = _Ahead(length, count, awaited=told)
+        ahead.request = self._send(query.view, length, count, ahead.arrive)
+
+    def release(self, view: View) -> None:
+        self._runs.pop(id(view), None)
+        ahead = self._ahead.pop(id(view), None)
+        if ahead is not None:
+            ahead.give_up()
+
+    def _send(self, view: View, length: int, count: int, arrive: Callable[[], None], *, each: bool = True) -> _Request:
+        """Ask a replica for so many tokens. `arrive`: told as each of them comes back, or the last alone."""
+        self.calls += 1
+        replica = self._replicas.choose(id(view))
+        replica.began()
+
+        def wrote(last: bool) -> None:
+            if last:
+                replica.ended(False)
+            if last or each:
+                self._clock.after(self._costs.call / 2, arrive)
+
+        asked = _Request(view, length, count, wrote)
         self._clock.after(self._costs.call / 2, lambda: self.machines[replica.url].take(asked))
-        return lambda: None
+        return asked
 
 
 @dataclass(frozen=True, slots=True)

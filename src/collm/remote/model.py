@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from collm.errors import CollmError
 from collm.identity.finding import PROBE, digest, remote_identity
 from collm.models.served import ServedInfo
 from collm.noise import PURPOSES, key_of, philox
+from collm.remote.ahead import Ahead
 from collm.remote.background import Job, background
 from collm.remote.chunks import NUM_TOP, Openings
 from collm.remote.client import Client, ModelCard
@@ -30,10 +31,12 @@ from collm.remote.faults import ServerFault
 from collm.remote.rules import hidden_share, log_gate_of, settings_of, writes_alone
 from collm.remote.wire import Completion, End, Given, Sampling, Token
 from collm.values import NO_TOKEN, UNKNOWN, Answer, Draw, Extend, Fault, Query, Replies, Reply, StreamingModel, Told
+from collm.views import View
 
 _log = logging.getLogger(__name__)
 
 SCORED_AT_ONCE = 64
+NO_TOKEN_CAME = "the server ended the text without a token"
 NO_LAW = "a server tells tokens and log-probabilities, not whole laws"
 NO_BLOCKS = (
     "a server would have to read a whole text again to judge a block of it: vLLM leaves its prefix cache unread where "
@@ -59,6 +62,8 @@ class RemoteModel(StreamingModel):
         self.client, self.card, self.version, self.served = client, card, version, served
         self._name, self._tokenizer, self._eos, self._vocab_size = name, tokenizer, eos_token_ids, vocab_size
         self._openings: Openings | None = None
+        # Where tokens can be had one by one. A base is asked to write on by itself.
+        self._ahead = Ahead(self._write) if served is None and client.dialect.streams else None
         self._close = finalize(self, background.start, client.__aexit__(None, None, None))
 
     @property
@@ -108,6 +113,8 @@ class RemoteModel(StreamingModel):
     def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
         ids = request.view.token_ids
         if isinstance(request, Query):
+            if self._ahead is not None and not request.last_bytes:
+                self._ahead.expect(id(request.view))
             job = Job(self._query(request, ids[: request.length], deliver))
         else:
             job = Job(None)
@@ -168,10 +175,33 @@ class RemoteModel(StreamingModel):
         found = await asyncio.gather(*(self._token(ids[:end], Draw(), end, 0) for end in ends if end))
         return [reply.log_prob if isinstance(reply, Answer) else UNKNOWN for reply in found]
 
+    def release(self, view: View) -> None:
+        if self._ahead is not None:
+            self._ahead.forget(id(view))
+
     # -- queries
 
     async def _query(self, query: Query, ids: Sequence[int], deliver: Callable[[list[Reply] | None], None]) -> None:
-        deliver(await self._answers(query, ids))
+        alone = query.num_last == 1 and query.given is None and not (query.law or query.last_bytes)
+        if self._ahead is not None and alone:
+            deliver([await self._next(self._ahead, query, ids)])
+        else:
+            deliver(await self._answers(query, ids))
+
+    async def _next(self, ahead: Ahead, query: Query, ids: Sequence[int]) -> Reply:
+        """The next token of a text that the engine writes."""
+        try:
+            token = await ahead.token(query, ids)
+        except Exception as error:
+            return self._fault(error)
+        return self._answer(token, query.draw, tested=False) if token else Fault(f"{self.name}: {NO_TOKEN_CAME}")
+
+    def _write(self, query: Query, ids: Sequence[int], count: int) -> AsyncGenerator[Token | End, None]:
+        position = len(ids) - query.view.prompt_length
+        if self.card.context_length is not None:
+            count = max(1, min(count, self.card.context_length - len(ids)))
+        asked = self._completion(ids, count, query.draw, position, query.num_top, {})
+        return self.client.complete(asked, id(query.view))
 
     async def _answers(self, query: Query, ids: Sequence[int]) -> list[Reply]:
         try:
@@ -212,7 +242,7 @@ class RemoteModel(StreamingModel):
         except Exception as error:
             # What has come is good, whatever happened to the rest of the answer.
             return found or self._fault(error)
-        return found or Fault(f"{self.name}: the server ended the text without a token")
+        return found or Fault(f"{self.name}: {NO_TOKEN_CAME}")
 
     async def _given(self, query: Query, ids: Sequence[int]) -> list[Reply]:
         if "given" in self.lacks:
