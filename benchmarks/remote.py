@@ -26,6 +26,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / "remote.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no server is left behind
     streams = [int(part) for part in options.streams.split(",")]
     rates = [float(part) for part in options.rates.split(",")]
     with tempfile.TemporaryDirectory() as name, servers(Path(name)) as (base_url, assistant_url):

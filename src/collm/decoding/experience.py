@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 from collm.decoding.drafts import BlockCost, best_deferrals
 from collm.types import BASE
 
-SHORTEST_PIECE, FIRST_PIECE, LONGEST_PIECE = 32, 256, 1024
+SHORTEST_PIECE, FIRST_PIECE, LONGEST_PIECE = 8, 64, 1024
 """Tokens of a long prompt read in one pass beside texts that decode: at least, while costs are unknown, at most."""
+DELAY = 0.75
+"""The part of a usual pass by which such a piece may make it longer. A CPU computes what it reads: 32 tokens may take
+it three passes."""
+UNKNOWN_PIECE = 32
+"""Tokens of the first piece of all where passes have a time limit."""
 IN_STEP = 1.5
 """Texts of a pass of the base, on average, from which on they draft in step."""
 PRIOR_TOKENS, PRIOR_GAP = 64.0, 4.0
@@ -164,17 +169,17 @@ class Experience:
         self.reading[model] = known + 0.3 * (found - known)
 
     def reading_tokens(self, model: int, decoding: int) -> int:
-        """Tokens of a prompt that take as long as a usual pass, or one over so many that decode."""
+        """Tokens of a prompt that take `DELAY` of a usual pass, or of one over so many that decode."""
         cost, reading = self.costs.get(model), self.reading.get(model)
         if cost is None or not reading:
             return FIRST_PIECE
-        return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(cost.usual(decoding) / reading)))
+        return min(LONGEST_PIECE, max(SHORTEST_PIECE, int(DELAY * cost.usual(decoding) / reading)))
 
     def readable(self, model: int, decoding: int, seconds: float) -> int:
         """Tokens of a prompt that take at most so many seconds beside those that decode; at least one."""
         cost, reading = self.costs.get(model), self.reading.get(model)
         if reading is None:
-            return SHORTEST_PIECE
+            return UNKNOWN_PIECE
         if reading <= 0:
             return LONGEST_PIECE
         anyway = 0.0 if cost is None or not decoding else cost.pass_seconds(decoding)

@@ -63,7 +63,7 @@ def plan_pass(
 ) -> Batch:
     """The next pass of a model: all that decode, and a piece of each prompt.
 
-    A prompt delays the others by no more than a usual pass of the model. Prompts that are shorter than such a piece are
+    A prompt makes a pass longer by less than a usual one of the model. Prompts that are shorter than such a piece are
     read whole, all that wait together: texts that begin together stay together, and share their passes later.
 
     Args:
