@@ -55,6 +55,6 @@ def _show_next(recipe: Recipe, outcome: Outcome) -> None:
     if chosen is not None:
         from collm.llm.deferral import told
 
-        click.echo(f"deferral    {told(chosen)}: what the commands below, and Python, take")
+        click.echo(f"by default  {told(chosen)}; --deferral-rate and --threshold say otherwise")
     click.echo(f'next        collm generate {out} "your question"')
     click.echo(f"            collm serve {out}")

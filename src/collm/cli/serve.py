@@ -176,5 +176,5 @@ def _tell(llm: CollaborativeLM, name: str, defaults: SamplingParams, url: str, g
 
 def _by_default(params: SamplingParams) -> str:
     rate, threshold = params.deferral_rate, params.threshold
-    dial = "" if rate is None and threshold is None else f" {threshold:g}" if rate is None else f", rate {rate:.3g}"
+    dial = "" if rate is None and threshold is None else f" {threshold:g}" if rate is None else f", rate {rate:.1%}"
     return f"{params.deferral}{dial}"

@@ -65,7 +65,7 @@ def settled(params: SamplingParams, chosen: Chosen | None) -> SamplingParams:
 def told(chosen: Chosen) -> str:
     """A choice in words."""
     by = "" if chosen.signal == "gate" else f" by {METHODS[chosen.signal]}"
-    return f"deferral rate {chosen.deferral_rate:.3g}{by}, chosen on the calibration questions of {chosen.task}"
+    return f"deferral rate {chosen.deferral_rate:.1%}{by}, chosen on the calibration questions of {chosen.task}"
 
 
 def rate_of(row: CalibrationRow) -> float:
