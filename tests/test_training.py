@@ -234,6 +234,9 @@ def test_resumed_after_kill_9_equals_uninterrupted(
         assert train(load_recipe(path), progress=False) == out
     assert f"resuming from {out / 'checkpoints' / f'checkpoint-{step}'}" in caplog.text
     assert_same_weights(full, out, atol=0)
+    whole, resumed = load_info(full), load_info(out)
+    assert whole is not None and resumed is not None
+    assert resumed.training["figures"]["before"] == whole.training["figures"]["before"] != {}
 
 
 TWO_PROCESSES = """

@@ -250,6 +250,11 @@ def test_a_chat_template_that_is_no_text(copy: Path, content: bytes) -> None:
         load_tokenizer(str(copy))
 
 
+def test_the_context_of_a_model_of_several_senses_is_that_of_its_text(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 777}).save_pretrained(tmp_path)
+    assert load_context_length(str(tmp_path)) == 777
+
+
 def test_architectures_that_write_no_text(copy: Path) -> None:
     configure(copy, model_type="t5")
     with pytest.raises(CollmError, match="does not load a t5 as a causal language model"):
