@@ -154,7 +154,7 @@ def test_an_assistant_s_server_that_is_killed(tmp_path: Path, monkeypatch: pytes
             asking.join()
             [choice] = others[0].json()["choices"]
             authors = [token["author"] for token in choice["collm"]["tokens"]]
-            assert choice["finish_reason"] == "length" and authors[0] == "helper" and authors[-1] == "base"
+            assert choice["finish_reason"] in ("stop", "length") and authors[0] == "helper" and authors[-1] == "base"
             faults = [token["fault"] for token in choice["collm"]["tokens"] if "fault" in token]
             assert faults and all("helper" in fault for fault in faults) and len(faults) == authors.count("base")
             failed = ask(server, collm=ALWAYS)
