@@ -296,10 +296,10 @@ def write(
         spent[0] += one.seconds
 
     for model in engine.models:
-        if not watched:
-            model.on_pass = counted
+        model.on_pass = counted
         card.emptied(model)
-    for each in watched:
+    for model, each in zip(engine.models, watched, strict=False):
+        model.on_pass = lambda done, each=each: each.add(done.tokens, done.seconds)
         each.anew()
     texts = []
     began = time.perf_counter()
@@ -383,6 +383,12 @@ def overhead(bench: Bench) -> None:
             write(bench, engine, batch, limit, "plain", 7)
             spent = [card.Spent(model, 64 + limit // 2) for model in models]
             _, seconds, _ = write(bench, engine, batch, limit, "plain", 8, watched=spent)
+            told = {
+                "wall": seconds,
+                "graphs": [each.seconds for each in spent],
+                "passes": [each.passes for each in spent],
+            }
+            bench.note(f"overhead_s.b{batch}", told)
             bench.ratio(f"overhead.b{batch}", seconds / sum(each.seconds for each in spent))
         finally:
             engine.close()

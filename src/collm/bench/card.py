@@ -16,7 +16,6 @@ from collm.models.laws import Asked
 from collm.models.local import LocalModel
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.stepping import BUCKETS, Bucket, Stepper
-from collm.types import ForwardPass
 
 COPIED = 2**31
 """Bytes of the copy that a card is measured by."""
@@ -130,27 +129,31 @@ def pass_seconds(model: LocalModel, tokens: int, context: int = CONTEXT) -> floa
 
 
 class Spent:
-    """What the passes of a model would take as bare graphs, from now on; prompts are read without, and count so."""
+    """What the passes of a model would take as bare graphs, from now on. Prompts are read without: `add` these."""
 
     def __init__(self, model: LocalModel, context: int) -> None:
         stepper, _ = graphs_of(model)
         self._counts = stepper.counts
         self._curve = {size: pass_seconds(model, size, context) for size in stepper.buckets}
         self.anew()
-        self._eager = 0.0
-        model.on_pass = self._told
 
-    def _told(self, done: ForwardPass) -> None:
-        if done.tokens > BUCKETS[-1]:
-            self._eager += done.seconds
+    def add(self, tokens: int, seconds: float) -> None:
+        """A pass, or some passes of so many tokens each: it counts if it ran without a graph."""
+        if tokens > BUCKETS[-1]:
+            self._eager += seconds
 
     def anew(self) -> None:
         self._before, self._eager = dict(self._counts.passes), 0.0
 
     @property
+    def passes(self) -> dict[int, int]:
+        """How many graphs of each size have been replayed."""
+        found = {size: number - self._before.get(size, 0) for size, number in self._counts.passes.items()}
+        return {size: number for size, number in sorted(found.items()) if number}
+
+    @property
     def seconds(self) -> float:
-        passes = self._counts.passes.items()
-        return self._eager + sum((number - self._before.get(size, 0)) * self._curve[size] for size, number in passes)
+        return self._eager + sum(number * self._curve[size] for size, number in self.passes.items())
 
 
 def runtime_calls(work: Callable[[], object], repeats: int = 5) -> dict[str, float]:

@@ -98,17 +98,20 @@ def card_cell(pair: Pair, effort: Effort) -> Cell:
             found |= {f"pass_seconds.{name}.T{tokens}": seconds, f"pass.{name}.T{tokens}": seconds / bound}
     _, whole = card.filled(models["base"], [card.CONTEXT] * 16, [1] * 16)
     found["launches_a_pass"], found["waits_a_pass"] = card.launches_and_waits(card.runtime_calls(whole))
-    params = deferring(pair, 0.3, False)
-    for batch in (1, 16):
-        plain = engine(pair, effort, batch, params, llm=llm)
-        plain(0)
-        spent = [card.Spent(model, effort.prompt_tokens + effort.tokens // 2) for model in models.values()]
+    plain = {batch: engine(pair, effort, batch, deferring(pair, 0.3, False), llm=llm) for batch in (1, 16)}
+    for run in plain.values():
+        run(0)
+    spent = [card.Spent(model, effort.prompt_tokens + effort.tokens // 2) for model in models.values()]
+    for batch, run in plain.items():
         for model in models.values():
             card.emptied(model)
         for each in spent:
             each.anew()
-        run, _ = plain(1)
-        found[f"overhead.b{batch}"] = run.seconds / sum(each.seconds for each in spent)
+        done, _ = run(1)
+        for each, issued in zip(spent, done.issued, strict=False):
+            for _, tokens, _, seconds in issued:
+                each.add(tokens, seconds)
+        found[f"overhead.b{batch}"] = done.seconds / sum(each.seconds for each in spent)
     runs = {}
     if len(models) > 1:
         drawn = SamplingParams(temperature=1.0, top_p=0.9)

@@ -134,7 +134,7 @@ QUICK: dict[str, Any] = {
 """The defaults that `--quick` changes."""
 
 
-QUICK_ON_GPU: dict[str, Any] = {"shape": "gpu", "dtype": "bfloat16", "tokens": 64, "prompt_tokens": 64}
+QUICK_ON_GPU: dict[str, Any] = {"shape": "gpu", "dtype": "bfloat16", "only": ("card", "pair", "engine")}
 """Those that it changes where there is a GPU, for which tiny models are no work."""
 
 

@@ -206,7 +206,7 @@ class Stepper:
             out.copy_(self._work(plan), non_blocking=True)
 
         replay = self._capture.record(work)
-        _log.info("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
+        _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
         return Bucket(size, into.numpy(), out.numpy(), replay)
 
 
