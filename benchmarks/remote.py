@@ -59,7 +59,7 @@ UNREAD = Answer(NO_TOKEN, 0.0, None, 0.0, 0.0)
 
 def of_the_server_tests() -> Any:
     """How servers are started there."""
-    sys.path.insert(0, str(ROOT / "tests_servers"))
+    sys.path[:0] = [str(ROOT / "tests_servers"), str(ROOT / "tests")]
     spec = importlib.util.spec_from_file_location("server_tests", ROOT / "tests_servers" / "conftest.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,6 +14,8 @@ from typing import Any
 from systems import load, question, served
 
 from collm.bench.paired import Ratio, in_turn
+from collm.llm import CollaborativeLM
+from collm.models.local import LocalModel
 from collm.sampling_params import SamplingParams
 
 STREAMS = (1, 4, 16)
@@ -53,27 +55,39 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
+def forget(llm: CollaborativeLM) -> None:
+    """Nothing of earlier texts is in a cache."""
+    for model in llm.models:
+        if isinstance(model, LocalModel):
+            model.forget()
+
+
 def speed(system: str, rounds: int, tokens: int, texts: int) -> tuple[dict[str, Any], dict[str, Ratio]]:
     """For each number of streams: tokens/s of both, their ratio pair by pair, time to the first token."""
-    llm, client, rng = load(system), Client(), random.Random(0)
+    llm, client = load(system), Client()
     found: dict[str, Any] = {}
+
+    def questions(streams: int, number: int) -> list[str]:
+        """Others in each round, and the same for both, so that they write the same texts."""
+        rng = random.Random(1000 * streams + number)
+        return [question(system, rng) for _ in range(max(streams, texts))]
+
     ratios: dict[str, Ratio] = {}
     try:
         with served(llm) as url:
             for streams in STREAMS:
                 firsts: list[float] = []
-                count = max(streams, texts)
 
-                def through_server(
-                    number: int, streams: int = streams, count: int = count, firsts: list[float] = firsts
-                ) -> float:
-                    told = client.run(url, [body(question(system, rng), tokens) for _ in range(count)], streams)
+                def through_server(number: int, streams: int = streams, firsts: list[float] = firsts) -> float:
+                    forget(llm)
+                    told = client.run(url, [body(each, tokens) for each in questions(streams, number)], streams)
                     if number:
                         firsts.extend(each["first"] for each in told["told"] if each["first"] is not None)
                     return sum(each["tokens"] for each in told["told"]) / told["seconds"]
 
-                def in_process(number: int, streams: int = streams, count: int = count) -> float:
-                    prompts = [[{"role": "user", "content": question(system, rng)}] for _ in range(count)]
+                def in_process(number: int, streams: int = streams) -> float:
+                    forget(llm)
+                    prompts = [[{"role": "user", "content": each}] for each in questions(streams, number)]
                     began = time.perf_counter()
                     done = llm.generate_batch(prompts, SamplingParams(max_tokens=tokens), batch_size=streams)
                     return sum(each.completion_tokens for each in done) / (time.perf_counter() - began)
