@@ -159,8 +159,16 @@ def test_shards(tmp_path: Path, base: Path) -> None:
     rewrite(shards[-1], lambda t: dict(list(t.items())[1:]))
     with pytest.raises(CollmError, match="lacks tensors of the model"):
         load_model(str(tmp_path))
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CollmError, match=r"index\.json is damaged"):
+    index = tmp_path / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    del told["metadata"]
+    for damaged in ({}, told):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises(CollmError, match=r"index\.json is damaged"):
+            load_model(str(tmp_path))
+    outside = {"metadata": {}, "weight_map": {"a": f"../{tmp_path.name}/{shards[-1].name}"}}
+    index.write_text(json.dumps(outside))
+    with pytest.raises(CollmError, match="lies outside of its folder"):
         load_model(str(tmp_path))
 
 

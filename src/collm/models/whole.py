@@ -117,10 +117,17 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
+    told = read_object(index)
     try:
-        names = sorted(set(read_object(index)["weight_map"].values()))
+        names = sorted(set(told["weight_map"].values()))
+        told["metadata"].keys()  # transformers wants them
     except (KeyError, TypeError, AttributeError) as error:
         raise CollmError(f"{index} is damaged ({one_line(error)}); fetch it again") from None
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise CollmError(
+            f"{index} names {some(map(str, strange))}, which lies outside of its folder; put the files there"
+        )
     lacking = [name for name in names if not (folder / name).is_file()]
     if lacking:
         raise CollmError(f"{folder} lacks {some(lacking)}, which {index.name} names; fetch them")
