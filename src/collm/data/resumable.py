@@ -184,6 +184,8 @@ def progress_bar(total: int, enabled: bool, doing: str) -> Iterator[Callable[[in
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
+            if not speed and task.completed and task.elapsed:  # done at one blow
+                speed = task.completed / task.elapsed
             return Text("" if not speed else f"{speed:,.0f} tokens/s")
 
     columns = (TextColumn(doing, markup=False), BarColumn(), TextColumn("{task.percentage:.0f} %"), Speed())

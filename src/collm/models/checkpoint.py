@@ -111,7 +111,7 @@ def load_base(
     if info.kind == "lora":
         adapted = attach(model, path, upcast=True)
         # Merged into quantised weights it would be rounded away.
-        with guarded(f"the adapter {path}"):
+        with guarded(f"the adapter {path}", path):
             model = causal_lm(adapted) if is_quantized(model) else adapted.merge_and_unload().eval()
     head = None
     if (Path(path) / GATE_FILE).is_file():
