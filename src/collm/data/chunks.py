@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from collm.cuts import LONGEST_CHUNK, START, Cuts
-from collm.data.encoding import EncodedSet, checked, left_out
+from collm.data.encoding import EncodedSet, checked, encode_examples, left_out
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
 from collm.data.tokens import TokenIds
@@ -166,6 +166,20 @@ def _cut(whole: Encoded, opens: list[int], starts: list[int], base_starts: list[
 def read_examples(examples: Sequence[Example], reader: Reader, *, max_length: int | None = None) -> EncodedSet:
     """`encode_examples` in chunks: the items are `Chunked`."""
     return checked(EncodedSet(tuple(reader.read(example, max_length) for example in examples)), max_length)
+
+
+def encode(
+    examples: Sequence[Example],
+    formatter: Formatter,
+    reader: Reader | None,
+    *,
+    max_length: int | None = None,
+    completions_from: Formatter | None = None,
+) -> EncodedSet:
+    """`encode_examples`, or in chunks by a reader where models share them."""
+    if reader is not None:
+        return read_examples(examples, reader, max_length=max_length)
+    return encode_examples(examples, formatter, max_length=max_length, completions_from=completions_from)
 
 
 def usable_in_chunks(examples: Sequence[Example], readers: Sequence[Reader], *, skip_bad: bool) -> list[Example]:

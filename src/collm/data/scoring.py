@@ -15,8 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from collm.data.chunk_scoring import score_chunks
-from collm.data.chunks import Chunked, Reader, read_examples
-from collm.data.encoding import encode_examples
+from collm.data.chunks import Chunked, Reader, encode
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
@@ -90,10 +89,7 @@ def score(
     config: Any = lm.config.get_text_config()
     context: int | None = getattr(config, "max_position_embeddings", None)
     limit = min((n for n in (max_length, context) if n is not None), default=None)
-    if chunks is None:
-        encoded = encode_examples(examples, formatter, max_length=limit, completions_from=completions_from)
-    else:
-        encoded = read_examples(examples, chunks, max_length=limit)
+    encoded = encode(examples, formatter, chunks, max_length=limit, completions_from=completions_from)
     vocab_size = shared_vocab_size(formatter.tokenizer)
     if max(max(item.token_ids) for item in encoded.items) >= config.vocab_size:
         raise CollmError(
@@ -155,10 +151,7 @@ def score_tool(
     )
     if already_scored(Path(out), fingerprint, resume):
         return Path(out)
-    if chunks is None:
-        encoded = encode_examples(examples, formatter, max_length=max_length, completions_from=completions_from)
-    else:
-        encoded = read_examples(examples, chunks, max_length=max_length)
+    encoded = encode(examples, formatter, chunks, max_length=max_length, completions_from=completions_from)
 
     def work(batch: Sequence[Encoded]) -> list[TokenScores]:
         return [_of_chunks(item, _ask_tool(tool, item)) for item in batch]

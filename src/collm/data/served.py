@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from collm.data.chunks import Chunked, Reader, read_examples
-from collm.data.encoding import encode_examples
+from collm.data.chunks import Chunked, Reader, encode
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
 from collm.data.resumable import already_scored, run
@@ -74,10 +73,7 @@ def score_served(
     if already_scored(Path(out), fingerprint, resume):
         return Path(out)
     limit = min((n for n in (max_length, model.context_length) if n is not None), default=None)
-    if chunks is None:
-        encoded = encode_examples(examples, formatter, max_length=limit, completions_from=completions_from)
-    else:
-        encoded = read_examples(examples, chunks, max_length=limit)
+    encoded = encode(examples, formatter, chunks, max_length=limit, completions_from=completions_from)
 
     def work(batch: Sequence[Encoded]) -> list[TokenScores]:
         return [

@@ -13,7 +13,7 @@ from collm.cuts import END, LONGEST_CHUNK
 from collm.decoding.chunk_text import ChunkText
 from collm.decoding.collaborative import Ask, ModelFailed, Request, gate_of
 from collm.errors import CollmError
-from collm.types import BASE, Step
+from collm.types import BASE, FinishReason, Step
 from collm.values import Answer, Draw, Fault, Query, Replies
 
 
@@ -32,6 +32,11 @@ class Written:
     log_prob: float
     peek: Answer | None = None
     cut_off: bool = False
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the text ends with it, if it does."""
+        return "stop" if not self.data else "length" if self.cut_off else None
 
 
 def draw_of(draw: Draw, model: int) -> Draw:

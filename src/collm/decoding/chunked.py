@@ -80,10 +80,8 @@ def _chunks(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int
             signal=writers.signal,
         )
         yield step
-        if not written.data:
-            return "stop"
-        if written.cut_off:
-            return "length"
+        if written.finish_reason is not None:
+            return written.finish_reason
     return "length"
 
 
@@ -149,8 +147,6 @@ def _nudged(text: ChunkText, params: SamplingParams, method: Nudging, end_id: in
         assert answer is not None
         step, peeks = settle(text, written, author, answer, base, room, end_id, fault=fault, signal=signal)
         yield step
-        if not written.data:
-            return "stop"
-        if written.cut_off:
-            return "length"
+        if written.finish_reason is not None:
+            return written.finish_reason
     return "length"

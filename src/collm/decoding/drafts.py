@@ -49,7 +49,10 @@ def run_cost(num_run: int, gap: float, continuation: float, base: BlockCost, ass
 def best_draft(
     gap: float, agreement: float, continuation: float, base: BlockCost, assistant: BlockCost
 ) -> tuple[int, int]:
-    """The number of pending deferrals and the length of a run that are expected to cost least; at most one drafts."""
+    """The number of pending deferrals and the length of a run that are expected to cost least; at most one drafts.
+
+    With a `continuation` of 0 no run can pay.
+    """
     plain = plain_cost(gap, base, assistant)
     by_base = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
     by_assistant = {n: run_cost(n, gap, continuation, base, assistant) for n in range(1, MAX_RUN + 1)}
@@ -57,14 +60,6 @@ def best_draft(
     if min(by_base[deferrals], by_assistant[run]) > (1 - MIN_GAIN) * plain:
         return 1, 0
     return (deferrals, 0) if by_base[deferrals] <= by_assistant[run] else (1, run)
-
-
-def best_deferrals(gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> int:
-    """The number of pending deferrals alone, where the assistant does not draft."""
-    plain = plain_cost(gap, base, assistant)
-    costs = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
-    best = min(costs, key=costs.__getitem__)
-    return best if costs[best] <= (1 - MIN_GAIN) * plain else 1
 
 
 def _geometric(ratio: float, terms: int) -> float:

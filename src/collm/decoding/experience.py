@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from collm.decoding.drafts import BlockCost, best_deferrals
+from collm.decoding.drafts import BlockCost, best_draft
 from collm.types import BASE
 
 SHORTEST_PIECE, FIRST_PIECE, LONGEST_PIECE = 8, 64, 1024
@@ -137,7 +137,7 @@ class Experience:
             gap = (self.tokens + PRIOR_TOKENS) / (tally.deferred + PRIOR_TOKENS / PRIOR_GAP)
             agreement = (tally.agreed + 0.5) / (tally.deferred + 1)
             both = base.blocks(), costs[assistant].blocks(base.rows)
-            deferrals = best_deferrals(gap, agreement, *both)
+            deferrals, _ = best_draft(gap, agreement, 0.0, *both)  # no runs: others would wait for each token
             found = self._strides[assistant] = deferrals * gap if deferrals > 1 else 0.0
         return found
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collm.data.chunks import Chunked, Reader, read_examples
+from collm.data.chunks import Chunked, Reader, encode
 from collm.data.collate import IGNORED, Row
-from collm.data.encoding import EncodedSet, encode_examples
+from collm.data.encoding import EncodedSet
 from collm.data.examples import Example, examples_fingerprint, load_examples
 from collm.data.formatting import Encoded, Formatter
 from collm.data.scores import CHUNKS, TOKENS, load_scores
@@ -126,10 +126,7 @@ def assemble(
     Raises:
         CollmError: an example has no scores, or was scored as something else.
     """
-    if chunks is None:
-        encoded = encode_examples(examples, formatter, max_length=max_length)
-    else:
-        encoded = read_examples(examples, chunks, max_length=max_length)
+    encoded = encode(examples, formatter, chunks, max_length=max_length)
     kept = encoded.kept
     tables = []
     for path in paths:
