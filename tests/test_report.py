@@ -17,8 +17,10 @@ from rich.console import Console
 from test_trace import sample
 
 from collm.models.info import CalibrationRow, CalibrationTable
-from collm.report.chart import Chart, Level, Point, Series, bounds
+from collm.report.axes import BOTTOM
+from collm.report.chart import Chart, Level, Point, Series, bounds, chart_svg
 from collm.report.html import Page, html_report, write_html
+from collm.report.labels import Words, shortened, width_of
 from collm.report.pages import source
 from collm.report.plots import curve_chart, curve_csv, curve_svg, save_curve
 from collm.report.systems import SystemRow, systems_table
@@ -280,21 +282,39 @@ def test_a_curve_has_its_ends_as_lines_in_every_picture(tmp_path: Path) -> None:
     }
     svg = curve_svg(made)
     assert svg.count('class="level"') == 2 and "base alone: 20.0%" in svg
-    # Names of levels that lie close stand above one another, none of them on the axis below.
-    low = made.model_copy(update={"rows": [rows[0], rows[1], rows[2].model_copy(update={"metric_value": 0.21})]})
-    level = {"class": "level"}
-    page = PageReader(
-        curve_svg(
-            low.model_copy(
-                update={"rows": [r.model_copy(update={"metric_value": r.metric_value - 0.2}) for r in low.rows]}
-            )
-        )
-    )
-    lines = [
-        float(str(attrs["d"]).split()[1].split("H")[0]) for tag, attrs in page.tags if level.items() <= attrs.items()
-    ]
-    names = [float(str(a["y"])) for tag, a in page.tags if tag == "text" and a.get("paint-order") == "stroke"]
-    assert len(lines) == len(names) == 2 and max(names) < max(lines) and abs(names[0] - names[1]) >= 13
     # A level above all points is inside the picture.
     high = Chart((Series("a", (Point(0.1, 0.2),)),), "t", "x", "y", levels=(Level("b", 0.9),))
     assert bounds(high.series, levels=high.levels)[1][-1] >= 0.9
+
+
+@pytest.mark.parametrize("width", [360, 720])
+@pytest.mark.parametrize(
+    "levels",
+    [(0.0, 0.01), (0.04, 0.0), (0.97, 1.0), (0.0, 0.02, 0.05), (0.5, 0.52), (1.0,), (0.0,), (0.3, 0.3, 0.9, 0.91)],
+)
+def test_names_in_a_chart_lie_on_no_line_and_on_no_other_name(levels: tuple[float, ...], width: int) -> None:
+    rising = tuple(Point(x / 10, min(1.0, x / 8), note="best: 100.0%" if x == 10 else "") for x in range(11))
+    named = tuple(Level(f"system {i} alone", y) for i, y in enumerate(levels))
+    root = ElementTree.fromstring(chart_svg(Chart((Series("pair", rising),), "t", "x", "y", levels=named), width))
+    words = [(e, 11) for e in root.iter("text") if e.get("class") == "name"]
+    words += [(e, 12) for e in root.iter("text") if e.get("font-weight") == "600"]
+    assert len(words) == len(levels) + 1
+    boxes = [
+        Words((e.text or "",), float(e.attrib["x"]), float(e.attrib["y"]), e.attrib["text-anchor"], size).box
+        for e, size in words
+    ]
+    lines = [float(e.attrib["d"].split()[1].split("H")[0]) for e in root.iter("path") if e.get("class") == "level"]
+    for number, box in enumerate(boxes):
+        assert box.left >= 0 and box.right <= width and box.top >= 0 and box.bottom <= 340 - BOTTOM
+        assert not any(box.meets(other) for other in boxes[:number])
+        assert number == len(levels) or not any(box.top < y < box.bottom for y in lines), "a name on a line"
+    # From top to bottom, names stand as their lines do.
+    by_name = {e.text: float(e.attrib["y"]) for e, _ in words[:-1]}
+    heights = [by_name[f"system {i} alone: {y:.1%}"] for i, y in sorted(enumerate(levels), key=lambda it: -it[1])]
+    assert heights == sorted(heights)
+
+
+def test_a_long_name_keeps_its_figure() -> None:
+    assert shortened("an assistant, alone", ": 1.0%", 400) == "an assistant, alone: 1.0%"
+    short = shortened("a" * 90, ": 1.0%", 200)
+    assert short.endswith("a\u2026: 1.0%") and width_of(short) <= 200 < width_of(short + "aa")

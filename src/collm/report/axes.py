@@ -14,7 +14,7 @@ from collm.report.samples import text
 
 INK, MUTED, LINE = "var(--ink,#1d2129)", "var(--muted,#5d6573)", "var(--line,#dfe3ea)"
 SURFACE = "var(--surface,#fff)"
-LEFT, RIGHT, TOP, BOTTOM = 62, 24, 22, 50
+LEFT, RIGHT, TOP, BOTTOM = 68, 24, 22, 50
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -65,6 +65,6 @@ class Frame:
         told = f'text-anchor="middle" fill="{INK}"'
         parts.append(
             f'<text x="{(LEFT + end) / 2}" y="{self.height - 8}" {told}>{text(x_label)}</text>'
-            f'<text x="14" y="{middle}" {told} transform="rotate(-90 14 {middle})">{text(y_label)}</text>'
+            f'<text x="12" y="{middle}" {told} transform="rotate(-90 12 {middle})">{text(y_label)}</text>'
         )
         return parts

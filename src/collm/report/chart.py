@@ -5,13 +5,13 @@ What a reader may want to know of a point is its `<title>`, which browsers show 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from collm.report.axes import INK, LEFT, MUTED, RIGHT, SURFACE, TOP, Frame, ticks
+from collm.report.axes import BOTTOM, INK, LEFT, MUTED, RIGHT, SURFACE, Frame, ticks
+from collm.report.labels import Box, Room, beside_point, close_together, names_of_lines, shortened
 from collm.report.samples import text
 
 COLOURS = (
@@ -91,7 +91,8 @@ def chart_svg(chart: Chart, width: int = 720, height: int = 340) -> str:
     x_names = [f"{100 * tick:.6g} %" if chart.x_percent else f"{tick:.6g}" for tick in x_ticks]
     y_names = [f"{100 * tick:.6g} %" for tick in y_ticks]
     parts = frame.axes(chart.title, x_names, y_names, chart.x_label, chart.y_label)
-    parts += _levels(frame, chart.levels)
+    parts += [_level(frame, level) for level in chart.levels]
+    room = _room(frame, chart)
     drawn = [(look(one.look), one.points) for one in chart.series]
     for (colour, _), points in drawn:
         parts += _band(frame, colour, points) if len(drawn) == 1 else _bars(frame, colour, points)
@@ -103,9 +104,9 @@ def chart_svg(chart: Chart, width: int = 720, height: int = 340) -> str:
     for (colour, shape), points in drawn:
         for point in points:
             parts.append(_mark(frame.x(point.x), frame.y(point.y), colour, shape, point.told))
-            if point.note:
-                parts.append(_note(frame, colour, point))
-    return "".join(parts) + "</svg>"
+    for (colour, _), points in drawn:
+        parts += [_note(frame, colour, point, room) for point in points if point.note]
+    return "".join([*parts, *_names(frame, chart.levels, room)]) + "</svg>"
 
 
 def for_page(draw: Callable[[int, int], str], height: int = 340) -> Markup:
@@ -142,31 +143,55 @@ def _mark(x: float, y: float, colour: str, shape: str, told: str) -> str:
     return f'<path d="{paths[shape]}" transform="translate({x} {y})" {paint}>{title}</path>'
 
 
-def _levels(frame: Frame, levels: Sequence[Level]) -> list[str]:
-    """Dashed lines, each with its name at the right end, above it; where lines lie close, names are stacked upwards."""
+def _room(frame: Frame, chart: Chart) -> Room:
+    """The inside of the frame, with what is drawn there."""
+    room = Room(_inside(frame))
+    for level in chart.levels:
+        room.line([(LEFT, frame.y(level.y)), (frame.width - RIGHT, frame.y(level.y))])
+    for one in chart.series:
+        room.line([(frame.x(point.x), frame.y(point.y)) for point in one.points])
+        for point in one.points:
+            room.line([(frame.x(point.x), frame.y(point.y))])
+            if point.ci95 is not None and len(chart.series) > 1:
+                room.line([(frame.x(point.x), frame.y(end)) for end in point.ci95])
+    return room
+
+
+def _inside(frame: Frame) -> Box:
+    return Box(LEFT, 4, frame.width - RIGHT, frame.height - BOTTOM)
+
+
+def _level(frame: Frame, level: Level) -> str:
+    """A dashed line from end to end."""
+    return (
+        f'<path class="level" d="M{LEFT} {frame.y(level.y)}H{frame.width - RIGHT}" stroke="{look(level.look)[0]}" '
+        f'stroke-width="1.5" stroke-dasharray="6 4"><title>{text(level.name)}: {level.y:.1%}</title></path>'
+    )
+
+
+def _names(frame: Frame, levels: Sequence[Level], room: Room) -> list[str]:
+    """Of the dashed lines; where lines lie close, their names are stacked, in the order of the lines."""
     parts: list[str] = []
-    place = math.inf
-    for level in sorted(levels, key=lambda level: level.y):
-        y, colour, end = frame.y(level.y), look(level.look)[0], frame.width - RIGHT
-        place = min(y - 5, place - 13)
-        told = f"{text(level.name)}: {level.y:.1%}"
-        parts.append(
-            f'<path class="level" d="M{LEFT} {y}H{end}" stroke="{colour}" stroke-width="1.5" stroke-dasharray="6 4">'
-            f"<title>{told}</title></path>"
-            f'<text x="{end}" y="{place}" text-anchor="end" font-size="11" fill="{MUTED}" '
-            f'stroke="{SURFACE}" stroke-width="3" paint-order="stroke">{told}</text>'
-        )
+    heights = [frame.y(level.y) for level in levels]
+    for group in close_together(heights):
+        lines = [shortened(levels[i].name, f": {levels[i].y:.1%}", room.frame.right - room.frame.left) for i in group]
+        top, bottom = heights[group[0]], heights[group[-1]]
+        words = room.put(names_of_lines(lines, top, bottom, room.frame))
+        parts += [
+            f'<text class="name" x="{words.x}" y="{y}" text-anchor="{words.anchor}" font-size="{words.size}" '
+            f'fill="{MUTED}" stroke="{SURFACE}" stroke-width="3" paint-order="stroke">{text(line)}</text>'
+            for line, y in zip(words.lines, words.baselines, strict=True)
+        ]
     return parts
 
 
-def _note(frame: Frame, colour: str, point: Point) -> str:
+def _note(frame: Frame, colour: str, point: Point, room: Room) -> str:
     x, y = frame.x(point.x), frame.y(point.y)
     ring = f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="{colour}" stroke-width="2"/>'
-    anchor = "end" if x > frame.width - 130 else "start" if x < LEFT + 60 else "middle"
-    # Above the point, unless the picture ends there.
-    place = y - 15 if y > TOP + 20 else y + 25
+    words = room.put(beside_point(point.note, x, y, room.frame))
     return ring + (
-        f'<text x="{x}" y="{place}" text-anchor="{anchor}" fill="{INK}" font-weight="600">{text(point.note)}</text>'
+        f'<text x="{words.x}" y="{words.y}" text-anchor="{words.anchor}" fill="{INK}" font-weight="600" '
+        f'stroke="{SURFACE}" stroke-width="3" paint-order="stroke">{text(point.note)}</text>'
     )
 
 
