@@ -808,6 +808,6 @@ def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from collm import demo
 
     calls = []
-    monkeypatch.setattr(demo, "run_demo", lambda out, *, seed: calls.append((out, seed)))
+    monkeypatch.setattr(demo, "run_demo", lambda out, *, seed, threads: calls.append((out, seed, threads)))
     assert collm("demo", "--out", tmp_path / "demo", "--seed", 3).exit_code == 0
-    assert calls == [(tmp_path / "demo", 3)]
+    assert calls == [(tmp_path / "demo", 3, 1)]

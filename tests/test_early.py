@@ -154,6 +154,9 @@ def test_what_reads_results_needs_no_torch(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"trainer": {"learning_rat": 1}}, "trainer.learning_rat is not .*; did you mean 'learning_rate'"),
+        ({"trainer": {"zqzq": 1}}, "trainer.zqzq is not one of transformers' TrainingArguments$"),
+        ({"training": {"schedule": "kosine"}}, "training.schedule: .* no 'kosine'; did you mean 'cosine'"),
         ({"trainer": {"report_to": "tensorbord"}}, "report_to: .* no 'tensorbord'; did you mean 'tensorboard'"),
         ({"trainer": {"report_to": ["none", "clearml"]}}, "clearml needs the package clearml; pip install clearml"),
         ({"base": {"model": "./gone"}}, r"base: \./gone: there is no such folder"),

@@ -20,7 +20,14 @@ from collm.cli.options import OUTPUT_FOLDER
     help="Where all of it goes.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes all random choices.")
-def demo(out: Path, seed: int) -> None:
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Of each of the two processes. Another number gives other figures: sums of floats in another order.",
+)
+def demo(out: Path, seed: int, threads: int) -> None:
     """Train three small models from scratch, teach them to write together, and show what that is worth.
 
     Two to three minutes on two quiet CPU cores. Writes DIR/results.json and DIR/report.html.
@@ -31,4 +38,4 @@ def demo(out: Path, seed: int) -> None:
     with waiting(f"the demo goes to {out}"):
         from collm.demo import run_demo
 
-    run_demo(out, seed=seed)
+    run_demo(out, seed=seed, threads=threads)

@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from collm.data.messages import REASONING
 from collm.data.shown import ABSENT, SENTINEL, Shown, TemplateError, call_of, named, said, text_of, with_arguments
+from collm.data.tokens import Encoder
 from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
@@ -38,6 +39,7 @@ class ChatTemplate:
         self.source = source
         self.today = today
         self._tokenizer = tokenizer
+        self._encode = Encoder(tokenizer)
         self._tokens = dict(tokenizer.special_tokens_map)
 
     @cached_property
@@ -218,8 +220,7 @@ class ChatTemplate:
 
     def end_in(self, text: str, *, last: bool = False) -> tuple[int, str] | None:
         """Place and text of the first (or last) special or added token in `text`."""
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-        special = (str(self._tokenizer.convert_ids_to_tokens(i)) for i in ids if i in self._special)
+        special = (str(self._tokenizer.convert_ids_to_tokens(i)) for i in self._encode(text) if i in self._special)
         found = [token for token in special if token in text]
         if not found:
             return None

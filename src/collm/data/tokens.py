@@ -11,6 +11,31 @@ from collm.errors import CollmError
 TokenIds = tuple[int, ...]
 
 
+REMEMBERED = 16
+
+
+class Encoder:
+    """Texts to token ids, without the special tokens that a tokenizer would add.
+
+    A row is cut up by looking at the same few texts again and again, so the last ones are remembered: a tokenizer's
+    call costs a small model as much as a token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, TokenIds] = {"": ()}
+
+    def __call__(self, text: str) -> TokenIds:
+        ids = self._known.get(text)
+        if ids is None:
+            # verbose=False: no warning about lengths, which are the models' affair.
+            ids = tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if len(self._known) > REMEMBERED:
+                self._known = {"": ()}
+            self._known[text] = ids
+        return ids
+
+
 class Tokens:
     """A tokenizer as prompts and completions need it.
 
@@ -28,14 +53,11 @@ class Tokens:
             raise CollmError("add_bos is set, but the tokenizer has no BOS token")
         self._tokenizer = tokenizer
         self._add_bos = add_bos
+        self.encode = Encoder(tokenizer)
 
     @property
     def eos(self) -> str:
         return str(self._tokenizer.eos_token)
-
-    def encode(self, text: str) -> TokenIds:
-        # verbose=False: no warning about lengths, which are the models' affair.
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
 
     def token_id(self, token: str) -> int:
         number = self._tokenizer.convert_tokens_to_ids(token)
@@ -48,6 +70,8 @@ class Tokens:
         Tokenised together where that leaves `before` as it is (SentencePiece would else put a space at the joint),
         and on its own where a token would straddle the joint, which a model writing after a prompt cannot do either.
         """
+        if not text:
+            return ()
         head, both = self.encode(before), self.encode(before + text)
         return both[len(head) :] if both[: len(head)] == head else self.encode(text)
 

@@ -74,6 +74,11 @@ class System:
     like: str | None = field(default=None)
     """Defer at random, as often as that system does."""
 
+    @property
+    def alone(self) -> str | None:
+        """Which of the three models this is, fine-tuned or not, where it needs none of the others."""
+        return None if self.assistants else self.checkpoint if self.checkpoint in EXPERTS else BASE
+
 
 BOTH = "both assistants"
 SYSTEMS = (

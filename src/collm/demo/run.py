@@ -28,13 +28,18 @@ from collm.report.trace import Trace, read_traces
 
 SETTINGS, RESULTS, REPORT, LOG = "demo.json", "results.json", "report.html", "log.txt"
 SAMPLES_OF_KIND = 2
-TRAINING = {BASE: 80.0, ARITHMETIC: 55.0, FACTS: 30.0}
-SCORING = 3.0
-"""Seconds of one process on a busy machine: what share of the whole each part is."""
+TRAINING = {BASE: 65.0, ARITHMETIC: 48.0, FACTS: 33.0}
+"""Seconds of one process, as of the other parts: what share of the whole each is."""
 
 
 def run_demo(
-    out: str | Path, *, seed: int = 0, plan: Plan | None = None, workers: int = 2, console: Console | None = None
+    out: str | Path,
+    *,
+    seed: int = 0,
+    plan: Plan | None = None,
+    workers: int = 2,
+    threads: int = 1,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train three small models from scratch, teach them to write together, evaluate, and show it.
 
@@ -42,8 +47,10 @@ def run_demo(
     they come from. A stopped demo goes on where it was. The figures do not depend on `workers`.
 
     Args:
-        workers: processes that work side by side, one thread each; 0 does all in this process. Processes are spawned,
-            so a script that calls this needs the usual `if __name__ == "__main__":`.
+        workers: processes that work side by side; 0 does all in this process, with as many threads as torch has here.
+            Processes are spawned, so a script that calls this needs the usual `if __name__ == "__main__":`.
+        threads: of each process. With another number sums of floats are taken in another order, and training makes
+            other models of it.
         console: where table and samples go; progress goes to stderr.
 
     Returns:
@@ -54,37 +61,32 @@ def run_demo(
     """
     begin = time.monotonic()
     out, plan = Path(out), plan or Plan()
-    resumed = _claim(out, plan, seed)
-    leaders = sorted((s for s in SYSTEMS if s.like is None), key=lambda s: -len(s.assistants))
-    work = sum(TRAINING.values()) + len(TRAINING) * SCORING + sum(map(_work, leaders))
+    resumed = _claim(out, {"seed": seed, "threads": threads, "plan": plan.to_dict()})
+    leaders = [s for s in SYSTEMS if s.like is None]
+    alone = {name: [s for s in leaders if s.alone == name] for name in TRAINING}
+    # The longest first, so that no process waits long for the other.
+    singles = sorted(((_work_single(name, alone[name]), name) for name in TRAINING), reverse=True)
+    pairs = sorted((s for s in leaders if s.assistants), key=_work, reverse=True)
+    work = sum(work for work, _ in singles) + sum(map(_work, pairs))
     say = Progress(begin, Console(file=sys.stderr), work, workers)  # this one: stages write theirs to the log
     if resumed:
         say(f"going on in {out}: what an earlier start has finished is not done again")
     say("inventing a world: people, sums, questions")
-    with Workers(workers, out / LOG, say, say.finished) as pool:
+    with Workers(workers, out / LOG, say, say.finished, threads) as pool:
         pool.all([Job("write_files", (out, plan, seed)), *[Job("nothing")] * (workers - 1)])
         say("training three models from scratch: the base, and an expert each for facts and arithmetic")
-        pool.all([Job("train_single", (out, name, plan, seed), work) for name, work in TRAINING.items()])
-        say("scoring the training questions under each of them")
-        pool.all([Job("score_training_data", (out, name), SCORING) for name in TRAINING])
-        say("training the systems, calibrating on validation questions, evaluating on test questions")
+        say("(what each can do alone is tried, and what each makes of the training questions is kept)")
+        found = pool.all([Job("run_single", (out, name, alone[name], plan, seed), work) for work, name in singles])
+        say("teaching the base when to ask: training, calibrating on validation questions, evaluating on test questions")
         say("(a base with an expert gets worse by itself: it leaves to the expert what that knows)")
-        found = pool.all(
-            [
-                Job(
-                    "run_system",
-                    (out, system, [s for s in SYSTEMS if s.like == system.name], plan, seed),
-                    _work(system),
-                )
-                for system in leaders
-            ]
-        )
+        found += pool.all([Job("run_system", (out, s, _followers(s), plan, seed), _work(s)) for s in pairs])
     lines = {line["name"]: line for part in found for line in part}
     results = {
         "seconds": round(time.monotonic() - begin, 1),
         "resumed": resumed,
         "seed": seed,
         "workers": workers,
+        "threads": threads,
         "test_questions": plan.sizes.test,
         "systems": [lines[system.name] for system in SYSTEMS],
         "plan": plan.to_dict(),
@@ -93,14 +95,24 @@ def run_demo(
     return results
 
 
+def _followers(system: System) -> list[System]:
+    return [other for other in SYSTEMS if other.like == system.name]
+
+
 def _work(system: System) -> float:
     """As `TRAINING`, of a system: its training, where it is not done already, its calibration, its answers."""
-    return 4.0 if system.checkpoint in EXPERTS else (14.0, 20.0, 28.0)[len(system.assistants)]
+    if system.checkpoint in EXPERTS:
+        return 1.0
+    return (12.0, 18.0, 21.0)[len(system.assistants)] + 6.0 * len(_followers(system))
 
 
-def _claim(out: Path, plan: Plan, seed: int) -> bool:
-    """Make `out` this demo's folder; whether an earlier start of it was there."""
-    settings = json.loads(json.dumps({"seed": seed, "plan": plan.to_dict()}))
+def _work_single(name: str, alone: list[System]) -> float:
+    return TRAINING[name] + 3.0 + sum(map(_work, alone))
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> bool:
+    """Make `out` the folder of a demo with these settings; whether an earlier start of it was there."""
+    settings = json.loads(json.dumps(settings))
     path = out / SETTINGS
     if path.is_file():
         if json.loads(path.read_text()) != settings:
@@ -137,7 +149,7 @@ def _show(out: Path, results: dict[str, Any], console: Console) -> None:
         f"answer {results['test_questions']} held-out questions, token by token together. Nobody told the base when "
         "to ask whom."
     )
-    footer = f"collm demo, seed {results['seed']}, {results['seconds']:.0f} s with {results['workers']} processes."
+    footer = f"collm demo, seed {results['seed']}, {results['seconds']:.0f} s, {results['workers']} processes."
     page = Page("collm demo", lead, tuple(rows), "exact match", curve, footer=footer)
     write_html(_by_kind(out, traces), out / REPORT, page)
     write_text(out / RESULTS, json.dumps(results, indent=1, ensure_ascii=False))

@@ -75,6 +75,13 @@ def nothing() -> None:
     """A second process gets ready while the first one writes the files."""
 
 
+def run_single(out: Path, name: str, alone: Sequence[System], plan: Plan, seed: int) -> list[dict[str, Any]]:
+    """One of the three models: trained, asked to score the training questions, and evaluated by itself."""
+    train_single(out, name, plan, seed)
+    score_training_data(out, name)
+    return [line for system in alone for line in run_system(out, system, (), plan, seed)]
+
+
 def _recipe(
     folder: Path, start: Path, train_file: Path, validation: Path, schedule: Schedule, seed: int, **more: Any
 ) -> dict[str, Any]:

@@ -74,9 +74,10 @@ class Workers:
     """Runs stages side by side; what the libraries print on the way goes to a log file.
 
     Args:
-        count: of processes, one thread each; 0 runs everything here.
+        count: of processes; 0 runs everything here.
         say: takes the lines that the stages log, their warnings among them.
         finished: takes the work of a job that has ended, and the seconds that it took.
+        threads: of each process.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Workers:
         log: Path,
         say: Callable[[str], None],
         finished: Callable[[float, float], None] = lambda work, seconds: None,
+        threads: int = 1,
     ) -> None:
         self.log = log
         self.say, self.finished = say, finished
@@ -92,7 +94,8 @@ class Workers:
         if count:
             context = get_context("spawn")
             self._lines: Any = context.Queue()
-            self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(self._lines,))
+            begin = (self._lines, threads)
+            self.pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=begin)
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()
 
@@ -147,14 +150,14 @@ _tell: Tell | None = None
 """In a worker: how lines get to the process that talks."""
 
 
-def _begin(lines: Any) -> None:
+def _begin(lines: Any, threads: int) -> None:
     import torch
 
     import_module(STAGES + ".stages")
     global _tell
     _tell = lines.put
-    # Small models lose time to threads; and sums in another order would be other sums.
-    torch.set_num_threads(1)
+    # Whatever OMP_NUM_THREADS says: with another number sums are taken in another order, and are other sums.
+    torch.set_num_threads(threads)
 
 
 def _logged(log: Path, job: Job) -> tuple[Any, float]:

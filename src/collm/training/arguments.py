@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from transformers import TrainingArguments
 from collm.errors import CollmError
 from collm.models.devices import best_device
 from collm.training.batching import evaluation_steps
+from collm.training.checking import check_trainer
 from collm.training.recipe import Recipe
 from collm.training.reporting import reporters
 
@@ -56,12 +55,7 @@ def training_arguments(recipe: Recipe, num_rows: int) -> TrainingArguments:
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for key in recipe.trainer:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise CollmError(f"trainer.{key} is not one of transformers' TrainingArguments{hint}")
+    check_trainer(recipe)
     try:
         arguments = TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def check_recipe(recipe: Recipe) -> None:
         CollmError: the first that is not, by its key in the recipe.
     """
     require_packages(("accelerate", "peft") if recipe.tune == "lora" else ("accelerate",))
-    _check_loggers(recipe.trainer.get("report_to"))
+    check_trainer(recipe)
     one_file = recipe.data.validation is None
     _check_scores("base", recipe.base)
     try:
@@ -121,6 +122,43 @@ def _check_placement(recipe: Recipe) -> None:
                 f"base.model: {name} is for models that stay as they are (assistants, and the base of tune: gate); to "
                 "train a large base, spread it by accelerate launch with FSDP or DeepSpeed"
             )
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """Does transformers know what its `TrainingArguments` shall be given?
+
+    Read from its source: importing it takes seconds, and torch.
+
+    Raises:
+        CollmError: an argument, schedule or logger that it does not have.
+    """
+    declared = [n.target for n in _body_of("training_args", "TrainingArguments") if isinstance(n, ast.AnnAssign)]
+    fields = {target.id for target in declared if isinstance(target, ast.Name)}
+    for key in recipe.trainer:
+        if fields and key not in fields:
+            hint = nearest(key, fields)
+            raise CollmError(f"trainer.{key} is not one of transformers' TrainingArguments{hint and '; '}{hint}")
+    values = [n.value for n in _body_of("trainer_utils", "SchedulerType") if isinstance(n, ast.Assign)]
+    schedules = [str(value.value) for value in values if isinstance(value, ast.Constant)]
+    if schedules and recipe.training.schedule not in schedules:
+        hint = nearest(recipe.training.schedule, schedules, f"there are {', '.join(schedules)}")
+        raise CollmError(f"training.schedule: transformers has no {recipe.training.schedule!r}; {hint}")
+    _check_loggers(recipe.trainer.get("report_to"))
+
+
+def _body_of(module: str, name: str) -> list[ast.stmt]:
+    """What stands in a class of transformers; nothing where its source is not to be read."""
+    spec = find_spec("transformers")
+    places = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
+    for place in places:
+        try:
+            tree = ast.parse((Path(place) / f"{module}.py").read_text(encoding="utf-8"))
+        except (OSError, SyntaxError):
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                return node.body
+    return []
 
 
 def _check_loggers(asked: object) -> None:
