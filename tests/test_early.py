@@ -84,7 +84,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "out": "run",
         "base": {"model": "base"},
         "assistants": [{"name": "calculator", "model": "calculator"}],
-        "data": {"train": "data.jsonl"},
+        "data": {"train": "data.jsonl", "validation": "data.jsonl"},
         **changes,
     }
 
@@ -97,6 +97,18 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["generate", "pair", "x"], 1, "the assistant 'expert' is missing; give --assistant expert=SPEC"),
     (["generate", "pair", "x", "--assistant", "nobody=base"], 1, "no assistant called nobody; its assistants are"),
     (["generate", "pair", "x", *EXPERT, "--base", "./gone"], 1, "./gone: there is no such folder"),
+    (["generate", "base", "x", "--device", "cudda"], 2, "there is no device 'cudda'; did you mean 'cuda'?"),
+    (["generate", "base", "x", "--device", "cuda:x"], 2, "there is no device 'cuda:x'; use cpu, cuda, cuda:1"),
+    (["chat", "gone"], 1, "gone: there is no such folder, and the hub's cache on this machine has no such model"),
+    (["chat", "pair", *EXPERT, "--alone", "expart"], 1, "did you mean 'expert'?"),
+    (["serve", "gone"], 1, "gone: there is no such folder, and the hub's cache on this machine has no such model"),
+    (["serve", "pair"], 1, "the assistant 'expert' is missing"),
+    (["bench", "--plot", "x.jpg"], 1, "x.jpg: a picture ends in .png, .svg, .pdf"),
+    (
+        ["generate", "gone", "x"],
+        1,
+        "gone: there is no such folder, and the hub's cache on this machine has no such model",
+    ),
     (["generate", "runs/gone", "x"], 1, "runs/gone: there is no such folder; a model is"),
     (["generate", "pair", "x", "--assistant", "expert=gone.gguf"], 1, "gone.gguf: there is no such GGUF file"),
     (["generate", "mute", "x", "--alone", "base"], 1, "mute has no chat template, which a question needs: with --raw"),
@@ -159,6 +171,10 @@ def test_what_reads_results_needs_no_torch(place: Path, tmp_path: Path) -> None:
         ({"training": {"schedule": "kosine"}}, "training.schedule: .* no 'kosine'; did you mean 'cosine'"),
         ({"trainer": {"report_to": "tensorbord"}}, "report_to: .* no 'tensorbord'; did you mean 'tensorboard'"),
         ({"trainer": {"report_to": ["none", "clearml"]}}, "clearml needs the package clearml; pip install clearml"),
+        ({"data": {"train": "data.jsonl"}}, "data.train: a single example cannot be both learnt and held out"),
+        ({"base": {"model": "zq/gone"}}, "base: zq/gone: there is no such folder, and the hub's cache on this machine"),
+        ({"base": {"model": "calculater"}}, "base: there is no model 'calculater'; did you mean the tool 'calculator'"),
+        ({"base": {"model": "a b"}}, "base: a b: there is no such folder, and the hub did not give such a model"),
         ({"base": {"model": "./gone"}}, r"base: \./gone: there is no such folder"),
         ({"base": {"model": "base", "scores": "gone"}}, r"base: scores: there is no folder gone; collm score"),
         ({"data": {"train": "data.jsonl", "validation": "bad.jsonl"}}, r"data\.validation: bad\.jsonl, line 1: not"),
@@ -182,7 +198,7 @@ def test_a_right_recipe_passes_and_an_assistant_that_is_not_opened_may_be_elsewh
     check_recipe(parse_recipe(recipe(trainer={"report_to": "none"})))
     (place / "scores").mkdir(exist_ok=True)
     away = {"name": "large", "model": "/elsewhere/large"}
-    check_recipe(parse_recipe(recipe(assistants=[{**away, "scores": "scores"}])))
+    check_recipe(parse_recipe(recipe(assistants=[{**away, "scores": "scores", "validation_scores": "scores"}])))
     with pytest.raises(
         CollmError, match="'large': /elsewhere/large: there is no such folder.* give the scores as scores"
     ):

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from collm.data.examples import Example, examples_fingerprint, load_examples
+from collm.data.examples import Example, examples_fingerprint, hold_out, load_examples
 from collm.errors import CollmError
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], "answer": "4"}
@@ -153,3 +153,17 @@ def test_fingerprint_follows_texts_and_order_only() -> None:
     assert fingerprint == examples_fingerprint([Example("a", prompt="x", completion="y", fields={"answer": 1}), b])
     others = [[b, a], [a], [a, Example("b", prompt="xy", completion="")], [a, Example("b", prompt="x")]]
     assert len({fingerprint, *(examples_fingerprint(other) for other in others)}) == 5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("count", [2, 3, 29, 300])
+def test_a_share_is_held_out_and_one_at_least_on_either_side(count: int, share: float) -> None:
+    examples = [Example(str(number), prompt="p") for number in range(count)]
+    rest, held_out = hold_out(examples, share)
+    assert rest and held_out and sorted([*rest, *held_out], key=lambda e: int(e.id)) == examples
+    assert count < 300 or abs(len(held_out) / count - share) < 0.1
+    if count == 300:  # more examples move none to the other side
+        more = [*examples, *(Example(f"new{number}", prompt="p") for number in range(50))]
+        assert 0 < share < 1 and {e.id for e in held_out} <= {e.id for e in hold_out(more, share)[1]} or share in (0, 1)
+    with pytest.raises(CollmError, match="a single example"):
+        hold_out(examples[:1], share)

@@ -7,26 +7,12 @@ from pathlib import Path
 
 from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SPECULATIVE
 from collm.bench.figures import ceilings, facts
-from collm.bench.result import BenchResult, Cell
+from collm.bench.result import BenchResult, Cell, check_plot
 from collm.errors import CollmError
 from collm.files import replacing
 
 COLOURS = {BASE_ALONE: "#8a8f98", ASSISTANT_ALONE: "#b8860b", PLAIN: "#0072b2", SPECULATIVE: "#d55e00"}
 LIMITS = ((PLAIN, "plain"), (SPECULATIVE, "speculative"))
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: Path) -> None:
-    """Whether `save_plot` could draw to this path: asked before hours of measuring.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
-        CollmError: another kind of file.
-    """
-    import matplotlib  # noqa: F401
-
-    if path.suffix not in FORMATS:
-        raise CollmError(f"{path}: a picture ends in {', '.join(FORMATS)}")
 
 
 def save_plot(result: BenchResult, path: Path) -> None:

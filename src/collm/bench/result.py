@@ -12,6 +12,9 @@ from collm.bench.ceilings import PassCosts
 from collm.errors import CollmError
 from collm.files import write_text
 
+FORMATS = (".png", ".svg", ".pdf")
+"""Of pictures."""
+
 Kind = Literal["pair", "engine", "batch", "growth", "card"]
 Issued = tuple[int, int, int, float]
 """Rows, tokens of all rows, number of such passes, their seconds in all."""
@@ -112,3 +115,16 @@ class BenchResult(_Strict):
             return cls.model_validate({key: value for key, value in row.items() if key not in ignored})
         except (OSError, ValueError, AttributeError, ValidationError) as error:
             raise CollmError(f"{path} is not the result of a benchmark ({error}); give another folder") from error
+
+
+def check_plot(path: Path) -> None:
+    """Whether `save_plot` could draw to this path: asked before hours of measuring.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (extra `plot`).
+        CollmError: another kind of file.
+    """
+    import matplotlib  # noqa: F401
+
+    if path.suffix not in FORMATS:
+        raise CollmError(f"{path}: a picture ends in {', '.join(FORMATS)}")

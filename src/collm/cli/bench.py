@@ -84,6 +84,10 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     kinds = [kind for kind in KINDS if kind != "card" or _on_gpu(options)]
     if not {*options["only"]} <= {*kinds}:
         raise click.UsageError("--only card measures a GPU: give --device cuda")
+    if plot is not None:
+        from collm.bench.result import check_plot
+
+        check_plot(plot)
     pairs = _pairs(options)
 
     import torch
@@ -95,10 +99,6 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     from collm.bench.table import tables
     from collm.report.terminal import print_table
 
-    if plot is not None:
-        from collm.bench.plot import check_plot, save_plot
-
-        check_plot(plot)
     if threads is not None:
         torch.set_num_threads(threads)
     plan = Plan(
@@ -114,6 +114,8 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     if json_file is not None:
         save(result, json_file)
     if plot is not None:
+        from collm.bench.plot import save_plot
+
         save_plot(result, plot)
     for table in tables(result):
         print_table(table)

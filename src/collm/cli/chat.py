@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import alone_option, decoding_options, load_llm, model_options, sampling_params
+from collm.cli.options import alone_option, check_llm, decoding_options, load_llm, model_options, sampling_params
 from collm.cli.serve import KEY_VARIABLE
 from collm.errors import CollmError
 from collm.files import write_text
@@ -176,10 +176,12 @@ def chat(checkpoint: str, system: str | None, **options: Any) -> None:
     A server's key is read from COLLM_API_KEY.
     """
     params = sampling_params(options)
-    remote = checkpoint.startswith(("http://", "https://"))
-    partner = (
-        Served(checkpoint, os.environ.get(KEY_VARIABLE)) if remote else InProcess(load_llm(checkpoint, options, params))
-    )
+    partner: Partner
+    if checkpoint.startswith(("http://", "https://")):
+        partner = Served(checkpoint, os.environ.get(KEY_VARIABLE))
+    else:
+        check_llm(checkpoint, options, params)
+        partner = InProcess(load_llm(checkpoint, options, params))
     before: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     Talk(partner, params, options["alone"], before).run()
 

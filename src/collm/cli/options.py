@@ -74,6 +74,20 @@ class Named(click.Choice[str]):
             self.fail(f"{error.message.rstrip('.')}{hint and '; '}{hint or '.'}", param, ctx)
 
 
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """A name that torch has for a device; others than the usual ones are judged by torch itself."""
+
+    name = "device"
+    USUAL = ("auto", "cpu", "cuda", "mps", "xpu")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, colon, number = str(value).partition(":")
+        hint = "" if kind in self.USUAL else nearest(kind, self.USUAL)
+        if hint or not kind.isidentifier() or (colon and not number.isdecimal()):
+            self.fail(f"there is no device {value!r}; {hint or 'use cpu, cuda, cuda:1, mps or auto'}", param, ctx)
+        return str(value)
+
+
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -89,6 +103,7 @@ machine_options = _together(
     ),
     click.option(
         "--device",
+        type=Device(),
         default="cpu",
         show_default=True,
         metavar="DEVICE",

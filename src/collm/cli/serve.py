@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from collm.cli.console import Command
+from collm.cli.console import Command, waiting
 from collm.cli.options import EXISTING, check_llm, load_llm, model_options, sampling_params, writer_options
 from collm.errors import CollmError
 
@@ -143,11 +143,12 @@ def _examples(checkpoint: str, given: Path | None) -> list[str]:
 def _require_servable(checkpoint: str, options: dict[str, Any], defaults: SamplingParams) -> None:
     """Tell what is wrong before the weights are loaded: models must be able to share a text."""
     from collm.llm.sources import matched
-    from collm.models.loading import load_tokenizer
-    from collm.models.pairing import cuts_between
     from collm.models.specs import is_tool, is_url, split_spec
 
     found = check_llm(checkpoint, options, defaults)
+    with waiting(f"loading {checkpoint}"):
+        from collm.models.loading import load_tokenizer
+        from collm.models.pairing import cuts_between
     pairs = zip(*matched(options["assistants"], found.info.assistants), strict=True)
     specs = {each.name: str(source) for each, source in pairs}
     # A server is compared when it is asked.

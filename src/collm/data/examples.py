@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,19 @@ def examples_fingerprint(examples: Iterable[Example]) -> str:
         texts += ["last turn"] if example.last_turn else []
         digest.update(json.dumps(texts, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
+
+
+def hold_out(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """The examples to learn from, and those held out: a hash of each id decides, so that adding examples moves none
+    from one side to the other; of few, one at least is on either side.
+
+    Raises:
+        CollmError: there are fewer than two.
+    """
+    if len(examples) < 2:
+        raise CollmError("a single example cannot be both learnt and held out: give more, or a validation file")
+    places = [zlib.crc32(example.id.encode()) / 2**32 for example in examples]
+    # The lowest place is held out in any case, the highest never.
+    border = min(max(share, min(places) + 2**-32), max(places))
+    rest = [example for example, place in zip(examples, places, strict=True) if place >= border]
+    return rest, [example for example, place in zip(examples, places, strict=True) if place < border]

@@ -77,7 +77,9 @@ def run_demo(
         say("training three models from scratch: the base, and an expert each for facts and arithmetic")
         say("(what each can do alone is tried, and what each makes of the training questions is kept)")
         found = pool.all([Job("run_single", (out, name, alone[name], plan, seed), work) for work, name in singles])
-        say("teaching the base when to ask: training, calibrating on validation questions, evaluating on test questions")
+        say(
+            "teaching the base when to ask: training, calibrating on validation questions, evaluating on test questions"
+        )
         say("(a base with an expert gets worse by itself: it leaves to the expert what that knows)")
         found += pool.all([Job("run_system", (out, s, _followers(s), plan, seed), _work(s)) for s in pairs])
     lines = {line["name"]: line for part in found for line in part}

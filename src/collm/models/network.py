@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from collm.errors import CollmError
 from collm.models.guard import gaps, guarded, require_every_tensor
 from collm.models.quiet import quiet
-from collm.models.specs import TOOLS
+from collm.models.specs import no_such_model
 from collm.models.whole import one_line, require_whole_folder, some, weight_files
 
 loading = threading.RLock()
@@ -66,9 +65,6 @@ def load_network(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreT
 
 def not_found(spec: str, error: OSError) -> Exception:
     """What an error of transformers means where nothing is there, most often for a mistyped name; else the error."""
-    close = difflib.get_close_matches(spec, TOOLS, n=1)
-    if close:
-        return CollmError(f"there is no model {spec!r}; did you mean the tool {close[0]!r}?")
     if Path(spec).exists() or spec.startswith("pkg:"):
         return error
-    return CollmError(f"{spec}: there is no such folder, and the hub did not give such a model ({one_line(error)})")
+    return no_such_model(spec, f"the hub did not give such a model ({one_line(error)})")

@@ -8,6 +8,9 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from collm.models.specs import ADAPTER, CONFIG, no_such_model
+from collm.models.whole import one_line
+
 logger = logging.getLogger(__name__)
 
 PATIENCE = 4.0
@@ -32,3 +35,30 @@ def keep_to_this_machine() -> None:
             constants.ENDPOINT,
         )
         constants.HF_HUB_OFFLINE = True
+
+
+def require_on_hub(name: str) -> None:
+    """Ask the hub, or its cache on this machine, for the smallest file of a model: before torch is imported.
+
+    What else may go wrong on the way is left to those who fetch the whole.
+
+    Raises:
+        CollmError: there is no such model.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    keep_to_this_machine()
+    for file in (CONFIG, ADAPTER, "collm.json"):
+        try:
+            hf_hub_download(name, file)
+        except EntryNotFoundError:
+            continue
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise no_such_model(name, f"the hub did not give such a model ({one_line(error)})") from error
+        except (HfHubHTTPError, OSError):
+            return
+        return
+    if constants.is_offline_mode():
+        raise no_such_model(name, "the hub's cache on this machine has no such model (the hub is not asked)")
+    raise no_such_model(name, f"what the hub has under this name is no model: it has no {CONFIG}")

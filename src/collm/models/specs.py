@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from collm.errors import CollmError
+from collm.errors import CollmError, nearest
 from collm.models.whole import has_tokenizer_files, read_object, require_whole_folder
 
 TOOLS = ("calculator",)
@@ -154,13 +154,26 @@ def require_model(spec: str) -> None:
         read_header(place)
         return
     folder = Path(place)
+    if not folder.is_dir():
+        from collm.models.reach import require_on_hub
+
+        require_on_hub(place)
+        return
     require_whole_folder(folder)
-    if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
+    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
         raise CollmError(f"{spec} is a folder without a model: it has neither {CONFIG} nor {ADAPTER}")
     if (folder / CONFIG).is_file() and not has_tokenizer_files(folder):
         raise CollmError(
             f"{spec} holds a model without its tokenizer: save that there, tokenizer.save_pretrained({str(folder)!r})"
         )
+
+
+def no_such_model(spec: str, why: str) -> CollmError:
+    """What is said of a name that leads to nothing, most often a mistyped one."""
+    hint = nearest(spec, TOOLS)
+    if hint:
+        return CollmError(f"there is no model {spec!r}; {hint.replace('mean ', 'mean the tool ').rstrip('?')}")
+    return CollmError(f"{spec}: there is no such folder, and {why}")
 
 
 def has_chat_template(spec: str) -> bool | None:

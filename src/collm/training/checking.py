@@ -6,7 +6,7 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-from collm.data.examples import JSON_SUFFIXES, load_examples
+from collm.data.examples import JSON_SUFFIXES, hold_out, load_examples
 from collm.errors import CollmError, nearest
 from collm.files import require_place
 from collm.models.placement import Placement
@@ -63,7 +63,9 @@ def check_recipe(recipe: Recipe) -> None:
         source = getattr(recipe.data, key)
         if source is not None and Path(source).suffix in JSON_SUFFIXES:
             try:
-                load_examples(source, skip_bad=recipe.data.skip_bad)
+                examples = load_examples(source, skip_bad=recipe.data.skip_bad)
+                if one_file:
+                    hold_out(examples, recipe.data.validation_share)
             except CollmError as error:
                 raise CollmError(f"data.{key}: {error}") from None
     require_place(recipe.out, folder=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from collm.data.chunks import Chunked, Reader, encode
 from collm.data.collate import IGNORED, Row
 from collm.data.encoding import EncodedSet
-from collm.data.examples import Example, examples_fingerprint, load_examples
+from collm.data.examples import Example, examples_fingerprint, hold_out, load_examples
 from collm.data.formatting import Encoded, Formatter
 from collm.data.scores import CHUNKS, TOKENS, load_scores
 from collm.errors import CollmError
@@ -87,21 +86,12 @@ class ScoredSet:
 
 
 def load_split(data: DataSection) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; without a validation file, a hash of each id decides, so that adding examples
-    moves none from one side to the other."""
+    """Training and held-out examples."""
     options: dict[str, Any] = {"skip_bad": data.skip_bad, "last_turn": data.last_turn}
     train = load_examples(data.train, **options)
     if data.validation is not None:
         return train, load_examples(data.validation, **options)
-    held_out = [zlib.crc32(example.id.encode()) / 2**32 < data.validation_share for example in train]
-    validation = [example for example, out in zip(train, held_out, strict=True) if out]
-    rest = [example for example, out in zip(train, held_out, strict=True) if not out]
-    if not validation or not rest:
-        raise CollmError(
-            f"{len(train)} examples cannot be split with validation_share {data.validation_share}: "
-            "raise it, or give a validation file"
-        )
-    return rest, validation
+    return hold_out(train, data.validation_share)
 
 
 def digest(value: object) -> str:
