@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from collm.errors import CollmError
 from collm.files import refuse_full
 from collm.models.gguf.cache import kept
+from collm.models.gguf.fields import Fields
 from collm.models.gguf.header import Header, read_header
 from collm.models.gguf.splitting import ADDS_BOS, SPLITS, split_as
 from collm.models.guard import require_every_tensor
@@ -175,10 +176,25 @@ def _without_bar() -> Iterator[None]:
         module.tqdm = bar
 
 
+@contextmanager
+def _quick_reader() -> Iterator[None]:
+    """Where no weights are read, transformers gets metadata from `Fields` in the place of the package's own reader."""
+    import gguf
+
+    module: Any = gguf
+    own = module.GGUFReader
+    module.GGUFReader = Fields
+    try:
+        yield
+    finally:
+        module.GGUFReader = own
+
+
 def _config(header: Header) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    config: PreTrainedConfig = _reading(header, AutoConfig.from_pretrained)
+    with _quick_reader():
+        config: PreTrainedConfig = _reading(header, AutoConfig.from_pretrained)
     return config
 
 
@@ -189,7 +205,8 @@ def _tokenizer(header: Header) -> PreTrainedTokenizerBase:
     settings: dict[str, Any] = {}
     if pre in ADDS_BOS and "tokenizer.ggml.add_bos_token" not in header.metadata:
         settings["add_bos_token"] = True
-    tokenizer: PreTrainedTokenizerBase = _reading(header, AutoTokenizer.from_pretrained, **settings)
+    with _quick_reader():
+        tokenizer: PreTrainedTokenizerBase = _reading(header, AutoTokenizer.from_pretrained, **settings)
     if pre is not None:
         split_as(tokenizer.backend_tokenizer, pre)
     return tokenizer

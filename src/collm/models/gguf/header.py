@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -21,8 +21,8 @@ ALIGNMENT = 32
 """Where `general.alignment` is not given."""
 LFS = b"version https://git-lfs"
 
-_STRING, _ARRAY = 8, 9
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """How struct writes each type of value that has a fixed size."""
 
 
@@ -59,11 +59,11 @@ class Header:
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
 
-class _Cut(Exception):
+class Cut(Exception):
     """The file ends before what it announces."""
 
 
-class _Reader:
+class Reader:
     """Walks through a file; nothing that a damaged file announces is believed before it is there."""
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -74,7 +74,7 @@ class _Reader:
         """Step over so many bytes; where they begin."""
         start = self.at
         if size < 0 or start + size > len(self.data):
-            raise _Cut
+            raise Cut
         self.at = start + size
         return start
 
@@ -87,24 +87,27 @@ class _Reader:
         start = self.take(size)
         return self.data[start : start + size].decode("utf-8")
 
-    def value(self) -> Any:
-        return self._of(self.number("I"))
+    def entries(self, count: int) -> Iterator[tuple[str, Any]]:
+        """Metadata, by key."""
+        for _ in range(count):
+            key = self.string()
+            yield key, self.value(self.number("I"))
 
-    def _of(self, kind: int) -> Any:
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind == _STRING:
+    def value(self, kind: int) -> Any:
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
             return self.string()
-        if kind != _ARRAY:
+        if kind != ARRAY:
             raise ValueError(f"a value of the unknown type {kind}")
         inner, count = self.number("I"), self.number("Q")
-        if inner in _NUMBERS:
-            self.take(count * struct.calcsize("<" + _NUMBERS[inner]))
-        elif inner == _STRING:
+        if inner in NUMBERS:
+            self.take(count * struct.calcsize("<" + NUMBERS[inner]))
+        elif inner == STRING:
             unpack, data, size, at = struct.Struct("<Q").unpack_from, self.data, len(self.data), self.at
             for _ in range(count):
                 if at + 8 > size:
-                    raise _Cut
+                    raise Cut
                 at += 8 + unpack(data, at)[0]
             self.at = at
             self.take(0)
@@ -136,9 +139,9 @@ def _read_header(path: Path, size: int, _modified: int) -> Header:
             raise CollmError(f"{path} is no GGUF file: it does not begin with GGUF")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                header, end = _parse(path, _Reader(data))
+                header, end = _parse(path, Reader(data))
                 missing = end - size
-            except _Cut:
+            except Cut:
                 missing = 1
             except (ValueError, struct.error) as error:
                 raise CollmError(f"{path} is damaged: its head holds {error}; fetch it again") from None
@@ -154,17 +157,14 @@ def _read_header(path: Path, size: int, _modified: int) -> Header:
     return header
 
 
-def _parse(path: Path, reader: _Reader) -> tuple[Header, int]:
+def _parse(path: Path, reader: Reader) -> tuple[Header, int]:
     """The header, and how long the file must be."""
     reader.take(4)
     version = reader.number("I")
     if version not in VERSIONS:
         raise ValueError(f"GGUF version {version}, of which {' and '.join(map(str, VERSIONS))} can be read")
     num_tensors, num_entries = reader.number("Q"), reader.number("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(num_entries):
-        key = reader.string()
-        metadata[key] = reader.value()
+    metadata = dict(reader.entries(num_entries))
     tensors = []
     for _ in range(num_tensors):
         name = reader.string()
