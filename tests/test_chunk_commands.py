@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from tiny import make_model, make_tokenizer
 
 from collm.cli import main
+from collm.evaluation.result import EvalResult
 from collm.models.info import load_info
 
 
@@ -89,6 +91,17 @@ def test_generate_trace_and_oracle(place: Path) -> None:
     assert base["accuracy"] == pytest.approx(info.training["figures"]["eval_base_accuracy"], abs=1e-6)
     assert figures["tokens"] > 16
 
+    # Whatever tells of these texts counts chunks, and says so.
+    assert figures["unit"] == "chunk"
+    told = run("oracle", pair, *shared, "--data", str(place / "data.jsonl"))
+    assert f"{figures['tokens']} gold chunks of 16 examples" in told and "chunk accuracy" in told
+    told = run("generate", pair, "3 + 1", *shared, "--deferral", "random", "--threshold", "0.5", "--max-tokens", "12")
+    assert f"12 tokens in {len(written['steps'])} chunks" in told
+    told = run("trace", str(place / "trace.jsonl"), "--classes")
+    assert f"{len(written['steps'])} chunks of 1 texts" in told and "kind of chunk" in told
+    page = (place / "page.html").read_text()
+    assert "chunks written by assistants" in page and f"12 tokens in {len(written['steps'])} chunks" in page
+
 
 def test_calibrate_and_eval(place: Path) -> None:
     pair = str(place / "pair")
@@ -104,6 +117,16 @@ def test_calibrate_and_eval(place: Path) -> None:
         "--limit", "4", "--deferral-rate", "0.5", "--out", str(out))  # fmt: skip
     [result] = [json.loads(path.read_text()) for path in place.glob("eval*.json")]
     assert result["tokens"] == 48 and 0 < result["deferral_rate"] < 1
+    chunks = sum(result["written_by"].values())
+    assert result["unit"] == "chunk" and chunks < 48
+    assert result["changed_share"] == result["changed_tokens"] / chunks
+    found = EvalResult.load(out.with_suffix(".json"))
+    assert f"48 tokens in {chunks} chunks" in found.summary()
+    assert replace(found, abstained=chunks).asked_rate == found.deferral_rate + 1, "of the places that there are"
+    page = place / "report.html"
+    run("report", str(out.with_suffix(".json")), "--out", str(page))
+    assert "chunks in the place of tokens" in " ".join(page.read_text().split())
+    assert "Kinds of chunks" in page.read_text() and "Kinds of tokens" not in page.read_text()
 
 
 def test_what_needs_one_tokenizer_says_so(place: Path) -> None:

@@ -32,7 +32,9 @@ from collm.models.info import load_info
 from collm.models.loading import load_tokenizer
 from collm.models.pairing import cuts_between
 from collm.models.tools import Calculator
+from collm.training.rates import at_rates
 from collm.training.recipe import load_recipe, parse_recipe
+from collm.training.summary import summary
 from collm.training.train import train
 from collm.values import Answer, Query
 
@@ -164,6 +166,23 @@ def test_the_gate_alone(workplace: Path, full: Path) -> None:
     assert info.training["figures"]["eval_base_nll"] == pytest.approx(
         trained.training["figures"]["before"]["eval_base_nll"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("tune", ["gate", "full"])
+def test_nats_at_a_rate_are_per_token_like_all_others(
+    workplace: Path, tune: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is deferred, they are those of the base alone."""
+    monkeypatch.setattr(at_rates, "__defaults__", ((0.0,), None))
+    info = load_info(run(workplace, f"rates-{tune}", tune=tune, training={"epochs": 1}))
+    assert info is not None
+    figures = info.training["figures"]
+    [none] = figures["rates"]
+    after = figures.get("after", figures)
+    assert none["nll"] == pytest.approx(after["eval_base_nll"], abs=1e-5)
+    assert none["accuracy"] == pytest.approx(after["eval_base_accuracy"], abs=1e-6)
+    [told] = [text for name, text in summary(workplace / f"rates-{tune}") if name == "pair, 0% deferred"]
+    assert "of the chunks right" in told
 
 
 def test_a_target_rate_is_one_of_chunks(workplace: Path) -> None:

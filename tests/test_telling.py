@@ -100,6 +100,8 @@ def test_rates_take_the_largest_gates() -> None:
     none, two, all_of_them = at_rates(table, (0.0, 0.2, 1.0))
     assert (none.rate, none.accuracy, none.nll) == pytest.approx((0, 0.5, 2.0))
     assert (two.rate, two.accuracy, two.nll) == pytest.approx((0.2, 0.7, (8 * 2.0 + 2 * 0.1) / 10))
+    [over_chunks] = at_rates(table, (0.2,), labelled=20)
+    assert (over_chunks.rate, over_chunks.nll) == pytest.approx((0.2, two.nll / 2)), "nats of chunks, by their tokens"
     assert (all_of_them.rate, all_of_them.accuracy) == pytest.approx((0.9, 0.9))
 
 

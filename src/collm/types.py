@@ -6,6 +6,7 @@ Nothing here knows a torch module, a tokenizer or a file. What travels between d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -17,6 +18,8 @@ BASE = 0
 FinishReason = Literal["stop", "length", "abstained", "error", "cancelled"]
 """`"error"`: a model failed in the middle, `Generation.error` says how; the text so far is kept."""
 Drafted = Literal["", "accepted", "recovered"]
+Unit = Literal["token", "chunk"]
+"""What one step writes, and so what rates and shares count."""
 Message = dict[str, Any]
 """`{"role": ..., "content": ...}` and what else `collm.data.messages` reads, as in the OpenAI API."""
 
@@ -94,6 +97,16 @@ class Step:
         return self.deferred and self.base_token_id is not None and self.base_token_id != self.token_id
 
 
+def unit_of(steps: Iterable[Step]) -> Unit:
+    """Chunks if models with different tokenizers wrote them."""
+    return "chunk" if any(step.data is not None for step in steps) else "token"
+
+
+def told_length(tokens: int, steps: int, unit: Unit) -> str:
+    """How long a text is, for people: `120 tokens`, or `120 tokens in 110 chunks`."""
+    return f"{tokens} tokens" + (f" in {steps} chunks" if unit == "chunk" else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What one text cost.
@@ -149,6 +162,11 @@ class Generation:
         return self.usage.forward_passes
 
     @property
+    def length(self) -> str:
+        """For people: tokens of the base, and chunks where steps are such."""
+        return told_length(self.completion_tokens, len(self.steps), unit_of(self.steps))
+
+    @property
     def completion_tokens(self) -> int:
         return sum(len(step.all_token_ids) for step in self.steps)
 
@@ -159,6 +177,7 @@ class Generation:
 
     @cached_property
     def changed_tokens(self) -> int:
+        """Tokens (or chunks) of an assistant in whose place the base would have written others."""
         return sum(step.changed for step in self.steps)
 
     def _repr_html_(self) -> str:
@@ -175,7 +194,7 @@ class Generation:
                 note += "; the base would have written another token"
             notes.append(note)
         summary = (
-            f"{self.completion_tokens} tokens, {self.deferral_rate:.1%} written by assistants; finished by "
+            f"{self.length}, {self.deferral_rate:.1%} written by assistants; finished by "
             f"{self.finish_reason}{'' if self.error is None else f' ({self.error})'}"
         )
         authors = [step.author for step in self.steps]

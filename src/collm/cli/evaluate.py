@@ -177,6 +177,7 @@ def _show_harness(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     from collm.report.terminal import print_table
+    from collm.types import told_length
 
     table = Table("task", "filter", "shots", "metric")
     for heading in ("value", "± standard error"):
@@ -193,8 +194,9 @@ def _show_harness(results: dict[str, Any]) -> None:
         parts = []
         if "texts" in told:
             passes = ", ".join(f"{name} {count}" for name, count in told["forward_passes"].items())
+            length = told_length(told["tokens"], sum(told["written_by"].values()), told["unit"])
             parts.append(
-                f"{told['texts']} texts of {told['tokens']} tokens, {told['deferral_rate']:.1%} written by assistants; "
+                f"{told['texts']} texts of {length}, {told['deferral_rate']:.1%} written by assistants; "
                 f"forward passes: {passes}"
             )
         if "scored_texts" in told:
@@ -224,7 +226,7 @@ def _show(result: EvalResult) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in result.forward_passes.items())
     click.echo(
         f"{result.num_examples} questions of {result.task} (version {result.task_version}), seed {result.seed}; "
-        f"{result.tokens} tokens in {result.seconds:.0f} s; {result.no_answer} without an answer; "
+        f"{result.length} in {result.seconds:.0f} s; {result.no_answer} without an answer; "
         f"forward passes: {counts}"
     )
     if result.metrics:

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Read DATA with every model of CHECKPOINT and say, token by token, who would have been right.
 
-    Nothing is written: each token is predicted after the gold tokens before it. CHECKPOINT may be a plain model with
-    assistants, too; it has no gate, and its rivals are then compared at the oracle's own rate.
+    Nothing is written: each token is predicted after the gold tokens before it (each chunk after the gold chunks, where
+    models have different tokenizers). CHECKPOINT may be a plain model with assistants, too; it has no gate, and its
+    rivals are then compared at the oracle's own rate.
     """
     examples = read_examples(data, options)
     if len(check_llm(checkpoint, options).model_names) == 1:
@@ -65,7 +66,12 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
             sharing=llm.sharing,
         )
         found = report(
-            reading, llm.model_names, threshold=options["threshold"], rates=options["rates"], seed=options["seed"]
+            reading,
+            llm.model_names,
+            threshold=options["threshold"],
+            rates=options["rates"],
+            seed=options["seed"],
+            unit="token" if llm.sharing is None else "chunk",
         )
         if figures is not None:
             found.save(figures)
@@ -85,8 +91,8 @@ def _show(found: OracleReport) -> None:
         )
         for row in found.rows
     ]
-    title = f"{found.tokens} gold tokens of {found.examples} examples"
-    print_table(systems_table(rows, "token_accuracy", title))
+    title = f"{found.tokens} gold {found.unit}s of {found.examples} examples"
+    print_table(systems_table(rows, f"{found.unit}_accuracy", title))
     for at in found.by_rate:
         figures = ", ".join(f"{name} {value:.1%}" for name, value in at.items() if name != "rate")
         click.echo(f"at a rate of {at['rate']:.0%}: {figures}")

@@ -21,7 +21,7 @@ from collm.decoding.policies import by_gate, log_error, log_odds, to_log_odds
 from collm.evaluation.reading import Reading
 from collm.evaluation.stats import bootstrap_ci
 from collm.files import write_text
-from collm.types import BASE
+from collm.types import BASE, Unit
 
 Floats = NDArray[np.float64]
 GATE, EXPECTED_GAIN, ENTROPY, TOP_PROBABILITY = "gate", "expected gain", "entropy", "top probability"
@@ -44,7 +44,8 @@ class Row:
 @dataclass(frozen=True)
 class OracleReport:
     """`threshold`: the gate's, a probability; None without a gate. `rate`: what those with a dial were set to:
-    the gate's, or without one the oracle's. `by_rate`: accuracies at other rates."""
+    the gate's, or without one the oracle's. `by_rate`: accuracies at other rates. With a `unit` of "chunk" `tokens`,
+    rates and accuracies count chunks."""
 
     examples: int
     tokens: int
@@ -52,6 +53,7 @@ class OracleReport:
     rate: float
     rows: tuple[Row, ...]
     by_rate: tuple[dict[str, float], ...]
+    unit: Unit = "token"
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -68,7 +70,7 @@ def is_report(path: str | Path) -> bool:
         row = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and row.keys() == {field.name for field in fields(OracleReport)}
+    return isinstance(row, dict) and {*row, "unit"} == {field.name for field in fields(OracleReport)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,13 @@ class _Deferred:
 
 
 def report(
-    reading: Reading, names: Sequence[str], *, threshold: float = 0.5, rates: Sequence[float] = (), seed: int = 0
+    reading: Reading,
+    names: Sequence[str],
+    *,
+    threshold: float = 0.5,
+    rates: Sequence[float] = (),
+    seed: int = 0,
+    unit: Unit = "token",
 ) -> OracleReport:
     """Compare all ways of choosing a writer.
 
@@ -90,6 +98,7 @@ def report(
         threshold: of the gate.
         rates: further deferral rates at which those with a dial are compared.
         seed: of the bootstrap.
+        unit: what the reading consists of.
     """
     groups = [str(number) for number in reading.example]
     base = reading.right[:, BASE].astype(np.float64)
@@ -128,6 +137,7 @@ def report(
         rate=rate,
         rows=(*rows, oracle),
         by_rate=by_rate,
+        unit=unit,
     )
 
 

@@ -31,7 +31,7 @@ from collm.report.tokens import EDGES
 
 LEARNT = ("threshold", "sampled", "compose", "expected_gain")
 """Ways of decoding that go by what the base has learnt; all others are there for comparison."""
-RATE, COST = "tokens written by an assistant", "forward passes per token"
+RATE, COST = "share written by an assistant", "forward passes per token"
 """What stands on the x axes."""
 MOST_DEFERRED = 15
 """How many tokens the table of deferred ones shows."""
@@ -146,6 +146,7 @@ def overview_html(overview: Overview) -> str:
         weights=overview.weights,
         calibrations=[(table, for_page(partial(chart_svg, curve_chart(table)))) for table in overview.calibrations],
         written=overview.written,
+        chunked=[result.name for result in results if result.unit == "chunk"],
         deferring=[w for w in overview.written if w.figures is not None and w.result.deferral_rate > 0],
         gate_histograms={w.result.name: _gates(w) for w in overview.written if w.gated},
         most_deferred=MOST_DEFERRED,
@@ -184,9 +185,9 @@ def _gates(written: Written) -> Markup:
         figures.models,
         [MUTED, *(f"var(--a{(author - 1) % NUM_COLOURS + 1},#e69f00)" for author in range(1, len(figures.models)))],
         bin_names=[_probability(edge) if edge % 2 == 0 else "" for edge in EDGES],
-        title=f"{written.result.name}: tokens by the gate's chance of deferring",
+        title=f"{written.result.name}: {figures.unit}s by the gate's chance of deferring",
         x_label="the gate's chance of deferring (log-odds scale)",
-        y_label="tokens",
+        y_label=f"{figures.unit}s",
         mark=1 + threshold - EDGES[0] if inside and threshold is not None else None,
     )
     return for_page(lambda width, height: draw(width=width, height=height), 280)

@@ -18,6 +18,7 @@ from collm.evaluation.task import Task
 from collm.evaluation.tasks.equations import equations
 from collm.files import beside, write_text
 from collm.report.trace import Trace
+from collm.types import Unit, told_length, unit_of
 
 SCORING = ("lm-eval", "math-verify", "rouge-score")
 """Packages that say what is right, in some tasks; of an extra."""
@@ -28,7 +29,8 @@ class EvalResult:
     """One system on one task. Shares are of written tokens, `ci95` is a bootstrap over examples, or over groups.
 
     `written_by`: tokens per model. `changed_tokens`: written by an assistant where the base would have written another
-    token. `abstained`: deferrals to which the assistant gave no answer, so that the base wrote the token.
+    token. `abstained`: deferrals to which the assistant gave no answer, so that the base wrote the token. With a `unit`
+    of "chunk" (models with different tokenizers) these three and all shares count chunks; `tokens` are the base's.
     `no_answer`: texts in which no answer was found (they count as wrong). `equations_right` of `equations_shown` are
     computed right, where the task shows arithmetic. `ids` and `scores` are per example, for paired comparisons; so are
     `groups`: examples of one group are near-duplicates of one another; empty where the data tell of none.
@@ -64,6 +66,22 @@ class EvalResult:
     metrics: dict[str, float] = field(default_factory=dict)
     metrics_ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
     groups: tuple[str, ...] = field(default_factory=tuple)
+    unit: Unit = "token"
+
+    @property
+    def steps(self) -> int:
+        """Tokens, or chunks where `unit` says so: what shares are of."""
+        return sum(self.written_by.values())
+
+    @property
+    def length(self) -> str:
+        """For people: of all texts."""
+        return told_length(self.tokens, self.steps, self.unit)
+
+    @property
+    def asked_rate(self) -> float:
+        """Share of places at which an assistant was asked, whether it answered or not."""
+        return self.deferral_rate + self.abstained / max(1, self.steps)
 
     @property
     def passes_per_token(self) -> dict[str, float]:
@@ -87,7 +105,7 @@ class EvalResult:
         lines = [
             f"{self.name}: {self.metric.replace('_', ' ')} {self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, "
             f"{self.num_examples} examples{grouped} of {self.task} v{self.task_version})",
-            f"  {self.tokens} tokens, {self.deferral_rate:.1%} written by assistants, {self.changed_tokens} changed "
+            f"  {self.length}, {self.deferral_rate:.1%} written by assistants, {self.changed_tokens} changed "
             f"({self.changed_share:.1%}), {self.abstained} deferrals without an answer",
             "  forward passes: " + (", ".join(passes) or "not told"),
             f"  no answer found in {self.no_answer} texts; {self.seconds:.1f} s",
@@ -120,7 +138,8 @@ class EvalResult:
         try:
             row = json.loads(Path(path).read_text(encoding="utf-8"))
             # Fields with a default came later: older results do without them.
-            kept = {f.name: row[f.name] for f in fields(cls) if f.name in row or f.default_factory is MISSING}
+            late = {f.name for f in fields(cls) if f.default is not MISSING or f.default_factory is not MISSING}
+            kept = {f.name: row[f.name] for f in fields(cls) if f.name in row or f.name not in late}
             kept["metrics_ci95"] = {name: tuple(pair) for name, pair in kept.get("metrics_ci95", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CollmError(f"{path} is not the result of an evaluation ({error}); run collm eval again") from None
@@ -205,6 +224,7 @@ def summarise(
         metrics={metric: value for metric, (value, _) in further.items()},
         metrics_ci95={metric: ci95 for metric, (_, ci95) in further.items()},
         groups=tuple(groups),
+        unit=unit_of(steps),
     )
 
 

@@ -30,7 +30,7 @@ class CalibrationRow(_Strict):
     """One point of the rate/quality curve.
 
     `log_odds` is the threshold eta as float32 log-odds (what decoding compares with; a probability near 1 would be
-    rounded to it), `threshold` the same as a probability. `achieved_rate` counts tokens that an assistant wrote.
+    rounded to it), `threshold` the same as a probability. `achieved_rate` counts what an assistant wrote.
     For other signals than the gate `log_odds` holds nats (for the expected gain its logarithm), and `threshold` what
     `SamplingParams.threshold` means.
     """

@@ -14,6 +14,7 @@ from collm.report.pages import render
 from collm.report.plots import curve_chart
 from collm.report.systems import SystemRow
 from collm.report.trace import Trace
+from collm.types import unit_of
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def write_html(traces: Sequence[Trace], path: str | Path, page: Page | None = No
 def _tiles(traces: Sequence[Trace]) -> list[tuple[str, str]]:
     """The figures at the top: value and what it is."""
     steps = [step for trace in traces for step in trace.generation.steps]
-    total = max(1, len(steps))
+    total, unit = max(1, len(steps)), unit_of(steps)
     scores = [trace.score for trace in traces if trace.score is not None]
     tiles = [(str(len(traces)), "texts"), (f"{sum(len(step.all_token_ids) for step in steps):,}", "tokens")]
     if scores:
         tiles.insert(0, (f"{sum(scores) / len(scores):.1%}", "answered right"))
-    tiles.append((f"{sum(step.deferred for step in steps) / total:.1%}", "tokens written by assistants"))
-    tiles.append((f"{sum(step.changed for step in steps) / total:.1%}", "tokens they changed"))
+    tiles.append((f"{sum(step.deferred for step in steps) / total:.1%}", f"{unit}s written by assistants"))
+    tiles.append((f"{sum(step.changed for step in steps) / total:.1%}", f"{unit}s they changed"))
     return tiles

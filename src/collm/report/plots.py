@@ -68,8 +68,8 @@ def curve_chart(table: CalibrationTable) -> Chart:
     levels = {ends[row.log_odds]: row.metric_value for row in table.rows if row.log_odds in ends}
     return Chart(
         (curve_series(table),),
-        title=f"{metric} against the share of tokens written by assistants, task {table.task}",
-        x_label="tokens written by an assistant",
+        title=f"{metric} against the share written by assistants, task {table.task}",
+        x_label="share written by an assistant",
         y_label=metric,
         levels=tuple(Level(name, value) for name, value in levels.items()),
     )

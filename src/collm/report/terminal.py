@@ -111,7 +111,7 @@ def summary(generation: Generation) -> str:
     unanswered = sum(step.abstained for step in generation.steps)
     faults = sum(step.fault is not None for step in generation.steps)
     parts = [
-        f"{generation.completion_tokens} tokens, {generation.deferral_rate:.1%} deferred, "
+        f"{generation.length}, {generation.deferral_rate:.1%} deferred, "
         f"{generation.changed_tokens} changed, {unanswered} deferrals without an answer"
         + (f" ({faults} by a failing assistant)" if faults else "")
         + f", finished by {generation.finish_reason}"
@@ -179,9 +179,9 @@ def print_traces(traces: Iterable[Trace], console: Console | None = None) -> Non
 
 def classes_table(figures: TokenFigures) -> Table:
     """Which kinds of tokens assistants wrote, and changed."""
-    table = Table(title=f"{figures.tokens} tokens of {figures.texts} texts", title_justify="left")
-    table.add_column("kind of token")
-    for heading in ("tokens", "deferred", "share", "changed", "share"):
+    table = Table(title=f"{figures.tokens} {figures.unit}s of {figures.texts} texts", title_justify="left")
+    table.add_column(f"kind of {figures.unit}")
+    for heading in (f"{figures.unit}s", "deferred", "share", "changed", "share"):
         table.add_column(heading, justify="right")
     for name, counts in figures.classes.items():
         deferred, changed = f"{counts.deferred_share:.1%}", f"{counts.changed_share:.1%}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from collm.report.trace import Trace
-from collm.types import BASE, Step
+from collm.types import BASE, Step, Unit, unit_of
 
 TokenClass = Literal["number", "capitalised word", "function word", "other word", "punctuation", "space", "special"]
 CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
@@ -120,7 +120,7 @@ EDGES = tuple(range(-8, 9))
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Counts over the tokens of many texts.
+    """Counts over the tokens of many texts, or over their chunks.
 
     `classes`: every class, in a fixed order. `deferrals`: by how often they occur. `gates`: `[1+K, bins]`, for each
     author its tokens by the gate's log-odds of deferring at them (see `EDGES`); empty where no gate was computed.
@@ -132,6 +132,8 @@ class TokenFigures:
     classes: Mapping[TokenClass, ClassCounts]
     deferrals: tuple[DeferredToken, ...]
     gates: tuple[tuple[int, ...], ...]
+    unit: Unit = "token"
+    """What was counted."""
 
 
 def token_figures(traces: Iterable[Trace]) -> TokenFigures:
@@ -145,8 +147,10 @@ def token_figures(traces: Iterable[Trace]) -> TokenFigures:
     given_up: Counter[str | None] = Counter()
     replaced: dict[str | None, Counter[tuple[int, str]]] = {}
     gates: Counter[tuple[int, int]] = Counter()
+    unit: Unit = "token"
     for trace in traces:
         generation = trace.generation
+        unit = unit_of(generation.steps) if unit == "token" else unit
         models = max(models, generation.model_names, key=len)
         texts += 1
         bases = trace.base_pieces or (None,) * len(generation.steps)
@@ -179,6 +183,7 @@ def token_figures(traces: Iterable[Trace]) -> TokenFigures:
             tuple(gates[author, place] for place in range(len(EDGES) + 1))
             for author in range(len(models) if gates else 0)
         ),
+        unit=unit,
     )
 
 

@@ -32,6 +32,7 @@ from collm.training.hidden import all_hidden, collect_hidden, sample
 from collm.training.made_from import confirm, first_day
 from collm.training.recipe import AFTER_TRAINING, Recipe
 from collm.training.writers import SPLITS, assistant_info, make_writer, readers_of, scores_of
+from collm.types import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             )
             for split, examples in splits.items()
         }
-        head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], progress)
+        unit: Unit = "token" if readers is None else "chunk"
+        head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], unit, progress)
     info = CheckpointInfo(
         kind=recipe.tune,
         base_model=portable(recipe.base.model),
@@ -138,7 +140,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
 
 
 def _initial_head(
-    recipe: Recipe, model: PreTrainedModel, train: ScoredSet, validation: ScoredSet, progress: bool
+    recipe: Recipe, model: PreTrainedModel, train: ScoredSet, validation: ScoredSet, unit: Unit, progress: bool
 ) -> tuple[DeferralHead | None, float, dict[str, Any]]:
     """The gate fitted to pseudo-labels, the scale of the hidden states, and how it fares on held-out tokens.
 
@@ -173,9 +175,10 @@ def _initial_head(
         )
         figures |= dataclasses.asdict(report)
         logger.info(
-            "initial gate: pseudo-labels to defer %.1f %% of tokens; held out: precision %.2f, recall %.2f, "
+            "initial gate: pseudo-labels to defer %.1f %% of %ss; held out: precision %.2f, recall %.2f, "
             "the assistant right on %.0f %% of what it would be asked for",
             100 * sum(report.label_share[1:]),
+            unit,
             report.precision,
             report.recall,
             100 * report.assistant_right,

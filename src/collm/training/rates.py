@@ -29,12 +29,17 @@ class AtRate:
     accuracy: float
     """Tokens whose writer's first choice is the gold one, the text before them being given."""
     nll: float
-    """Nats per token under the law of each token's writer."""
+    """Nats per labelled token under the law of each token's writer."""
 
 
-def at_rates(tokens: TokenTable, rates: Sequence[float] = RATES) -> list[AtRate]:
-    """The tokens of the largest gates go to the assistant of the larger gate, but where it gives one no probability,
-    the base writes. (So it does where a tool abstains; a tool that is certain and wrong cannot be told from that.)"""
+def at_rates(tokens: TokenTable, rates: Sequence[float] = RATES, labelled: float | None = None) -> list[AtRate]:
+    """The tokens (or chunks) of the largest gates go to the assistant of the larger gate, but where it gives one no
+    probability, the base writes. (So it does where a tool abstains; a tool that is certain and wrong cannot be told
+    from that.)
+
+    Args:
+        labelled: tokens that nats are divided by, where rows are chunks; None: as many as rows.
+    """
     chosen = tokens.log_gate[:, 1:].argmax(-1, keepdim=True)
     log_probs, right = tokens.log_probs.gather(1, chosen)[:, 0], tokens.right.gather(1, chosen)[:, 0]
     odds = torch.logsumexp(tokens.log_gate[:, 1:], -1) - tokens.log_gate[:, 0]
@@ -45,6 +50,6 @@ def at_rates(tokens: TokenTable, rates: Sequence[float] = RATES) -> list[AtRate]
         deferred = torch.zeros_like(right)
         deferred[order[: min(able, round(rate * len(order)))]] = True
         accuracy = torch.where(deferred, right, tokens.base_right).float().mean()
-        nll = -torch.where(deferred, log_probs, tokens.base_log_probs).double().mean()
-        found.append(AtRate(float(deferred.float().mean()), float(accuracy), float(nll)))
+        nll = -torch.where(deferred, log_probs, tokens.base_log_probs).double().sum()
+        found.append(AtRate(float(deferred.float().mean()), float(accuracy), float(nll) / (labelled or len(order))))
     return found

@@ -10,6 +10,7 @@ from typing import Any
 from collm.errors import CollmError
 from collm.models.info import CheckpointInfo, found, load_info
 from collm.models.specs import is_tool
+from collm.types import Unit
 
 
 def summary(folder: Path) -> list[tuple[str, str]]:
@@ -28,7 +29,7 @@ def summary(folder: Path) -> list[tuple[str, str]]:
         lines.append(("held-out nll per token", _nll(before, after, "eval_nll")))
     if info.assistants and "eval_base_nll" in after:
         lines.append(("of the base alone", _nll(before, after, "eval_base_nll")))
-    lines += _table(before, after, figures.get("rates", []))
+    lines += _table(before, after, figures.get("rates", []), "token" if info.cuts is None else "chunk")
     gates = [(a.name, after.get(f"eval_gate/{a.name}")) for a in info.assistants]
     if info.assistants and all(gate is not None for _, gate in gates):
         lines.append(("mean gate, held out", ", ".join(f"{name} {_number(gate):.3f}" for name, gate in gates)))
@@ -58,11 +59,13 @@ def _initial_gate(info: CheckpointInfo) -> list[tuple[str, str]]:
     return [("labelled to be deferred", ", ".join(shares)), ("initial gate, held out", fitted)]
 
 
-def _table(before: dict[str, Any], after: dict[str, Any], rates: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _table(
+    before: dict[str, Any], after: dict[str, Any], rates: list[dict[str, Any]], unit: Unit
+) -> list[tuple[str, str]]:
     """Held-out text: the base before and after, and the pair at a few rates."""
 
     def row(accuracy: Any, nll: Any) -> str:
-        return f"{_number(accuracy):6.1%} of the tokens right, {_number(nll):.4f} nats a token"
+        return f"{_number(accuracy):6.1%} of the {unit}s right, {_number(nll):.4f} nats a token"
 
     lines = []
     if "eval_base_accuracy" in before:

@@ -158,7 +158,9 @@ def _at_rates(prepared: Prepared, head: DeferralHead, data: GateData) -> dict[st
     """As `CollmTrainer.evaluate_rates`, for a base that is as it was."""
     scored = prepared.validation
     gates = torch.cat([log_gate(head(part.hidden)).cpu() for part in data.parts(head.weight.device)])
-    found = at_rates(TokenTable(scored.base_log_probs, scored.base_top1, gates, scored.log_probs, scored.top1))
+    found = at_rates(
+        TokenTable(scored.base_log_probs, scored.base_top1, gates, scored.log_probs, scored.top1), labelled=data.count
+    )
     accuracy = float(scored.base_top1.float().mean())
     return {"eval_base_accuracy": accuracy, "rates": [dataclasses.asdict(rate) for rate in found]}
 

@@ -54,6 +54,8 @@ class CollmTrainer(Trainer):
         self.gate_learning_rate = gate_learning_rate
         self._sums: dict[str, Tensor] = {}
         self._tokens: list[Tensor] = []
+        self._labelled = 1.0
+        """Tokens that the last figures are means over."""
         self.price: Price | None = None
         """Set by `follow`, where a target rate is asked for."""
         self._step_sums: list[Tensor] = []
@@ -127,7 +129,7 @@ class CollmTrainer(Trainer):
     def _figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means per labelled token (of who writes, per chunk) over all processes."""
         sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(sums.items())}
-        count = max(1.0, float(sums["count"]))
+        count = self._labelled = max(1.0, float(sums["count"]))
         figures = {name: float(sums[name]) / count for name in ("objective", "nll", "base_nll")}
         # Of writers, where models share chunks: means over those.
         count = max(1.0, float(sums.get("chunks", sums["count"])))
@@ -197,7 +199,8 @@ class CollmTrainer(Trainer):
             return figures, []
         tokens, k = torch.cat(self._tokens), len(self.info.assistants)
         base, log_gate, log_probs, right = tokens.split([2, 1 + k, k, k], dim=1)
-        return figures, at_rates(TokenTable(base[:, 0], base[:, 1] > 0, log_gate, log_probs, right > 0))
+        table = TokenTable(base[:, 0], base[:, 1] > 0, log_gate, log_probs, right > 0)
+        return figures, at_rates(table, labelled=self._labelled)
 
     def _of_all_processes(self, tokens: Tensor) -> Tensor:
         """`[N, C]` on the CPU; no row begins with NaN, so what evens out the processes can be told."""

@@ -217,7 +217,7 @@ def _at_random(recipe: Recipe, table: CalibrationTable, pair: Path) -> list[Way]
     abstains at most of these, so that it writes less.)"""
     assert recipe.evaluation is not None
     found = EvalResult.load(pair)
-    asked = found.deferral_rate + found.abstained / max(1, found.tokens)
+    asked = found.asked_rate
     if not recipe.evaluation.at_random or not asked or table.signal == "random":
         return []
     params = replace(_params(recipe), deferral="random", threshold=round(min(1.0, asked), 4))

@@ -18,6 +18,7 @@ from collm.evaluation.runs import HEADER_VERSION
 from collm.files import claimed
 from collm.identity.comparing import differences
 from collm.report.trace import HEADER_KEY, Trace, trace_from_dict, trace_to_dict
+from collm.types import unit_of
 
 TRACES = "traces.jsonl"
 """Generated texts, in the form of all traces."""
@@ -117,6 +118,7 @@ def generation_figures(traces: Sequence[Trace], names: Sequence[str]) -> Row:
     return {
         "texts": len(traces),
         "tokens": sum(len(step.all_token_ids) for step in steps),
+        "unit": unit_of(steps),
         "deferral_rate": sum(step.deferred for step in steps) / max(1, len(steps)),
         "written_by": {name: sum(step.author == z for step in steps) for z, name in enumerate(names)},
         "changed_tokens": sum(step.changed for step in steps),
