@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from tiny import CORPUS, wrapped
@@ -44,27 +45,32 @@ def train_bpe(pretokenizer: str, vocab_size: int, corpus: list[str], alphabet: l
     return tokenizer
 
 
-def byte_level(pretokenizer: str = "gpt2", vocab_size: int = 420, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over common text; another seed learns other merges."""
-    corpus = [*CORPUS, *MORE] * 3
+def byte_level(
+    pretokenizer: str = "gpt2", vocab_size: int = 420, seed: int = 0, more: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over common text, and more of it; another seed learns other merges."""
+    corpus = [*CORPUS, *MORE, *more] * 3
     random.Random(seed).shuffle(corpus)
     corpus = corpus[seed:]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     return wrapped(train_bpe(pretokenizer, vocab_size, corpus, alphabet))
 
 
-def sentencepiece_like(vocab_size: int = 480) -> PreTrainedTokenizerFast:
-    """As Gemma's: spaces become a mark, no pretokenizer, byte fallback for what is not in the alphabet."""
+def sentencepiece_like(vocab_size: int = 480, *, fallback: bool = True) -> PreTrainedTokenizerFast:
+    """As Gemma's: spaces become a mark, no pretokenizer, byte fallback (or `<unk>`) for what is not in the alphabet."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     size = vocab_size - 256 - 4
     trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=60, show_progress=False)
     trained.train_from_iterator([*CORPUS] * 3, trainer)
     state = json.loads(trained.to_str())["model"]
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    names += [f"<0x{b:02X}>" for b in range(256)] * fallback
     vocab = {name: n for n, name in enumerate([*names, *state["vocab"]])}
     merges = [tuple(merge) for merge in state["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=fallback, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return wrapped(tokenizer)
+    fast = wrapped(tokenizer)
+    fast.unk_token = "<unk>"
+    return fast

@@ -12,22 +12,23 @@ from chunk_toys import MORE, byte_level, sentencepiece_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_model, make_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from collm.cuts import Cuts
+from collm.cuts import START, Cuts
 from collm.data.formatting import Formatter
 from collm.decoding.chunk_text import ChunkText
 from collm.decoding.policies import Threshold
 from collm.errors import CollmError
-from collm.evaluation.chunk_likelihood import chunk_likelihoods
+from collm.evaluation.chunk_likelihood import chunk_likelihoods, chunk_windows, tokens_read
 from collm.evaluation.likelihood import GivenText
-from collm.llm import CollaborativeLM
+from collm.llm import CollaborativeLM, TokenPrompt
 from collm.llm.sharing import share
-from collm.models.codec import ByteCodec, vocabulary
+from collm.models.codec import ByteCodec, NotItsText, vocabulary
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
 from collm.models.local import LocalModel
-from collm.models.pairing import cuts_between
+from collm.models.pairing import SAMPLES, chunking, cuts_between, tell_chunking
 from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams
 from collm.types import Generation
@@ -47,7 +48,7 @@ def local(
     tokenizer: PreTrainedTokenizerFast, name: str, seed: int, heads: int | None = None, **more: Any
 ) -> LocalModel:
     """A random model that never chooses a special token by itself; nor does it end, unless `ends` is given."""
-    ends, ascii = more.pop("ends", None), more.pop("ascii", False)
+    ends, ascii, gate = more.pop("ends", None), more.pop("ascii", False), more.pop("gate", None)
     model = make_model(seed=seed, vocab_size=len(tokenizer) + 3, initializer_range=0.35)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.all_special_ids] = 0.0
@@ -61,6 +62,9 @@ def local(
         head = DeferralHead(32, heads)
         torch.manual_seed(7)
         torch.nn.init.normal_(head.weight, std=0.3)
+        if gate is not None:
+            torch.nn.init.zeros_(head.weight)
+            head.bias.data[:] = torch.tensor(gate[1:])
     return LocalModel(model, tokenizer, head, name=name, **more)
 
 
@@ -371,6 +375,42 @@ def test_a_failing_assistant(pair: CollaborativeLM) -> None:
     assert [step.data for step in whole.steps] == llm.sharing.cuts.chunks(data(whole))  # type: ignore[union-attr]
 
 
+def test_an_assistant_that_lacks_tokens_for_a_character() -> None:
+    """Without byte fallback, `<unk>`: such a text is refused in training; in writing the assistant drops out of it."""
+    own = [byte_level("gpt2", 400), sentencepiece_like(fallback=False)]
+    llm = system(own=own)
+    assert llm.sharing is not None
+    poor = llm.sharing.codecs[1]
+    assert poor.encode("The total is 12") and poor.pieces[own[1].convert_tokens_to_ids("<unk>")] is None
+    with pytest.raises(NotItsText, match="does not give .* back byte for byte"):
+        poor.encode("привет")
+    # What the base writes at random is soon beyond it.
+    params = SamplingParams(max_tokens=40, deferral="random", threshold=0.3, seed=2)
+    [failed] = llm.generate_batch([PROMPT], params)
+    assert failed.finish_reason == "error" and "one has no tokens for" in str(failed.error)
+    whole = llm.generate(PROMPT, replace(params, on_assistant_error="base"))
+    assert whole.completion_tokens == 40 and any("no tokens for" in (step.fault or "") for step in whole.steps)
+
+
+def test_a_beginning_of_text_on_one_side(pair: CollaborativeLM) -> None:
+    """A model whose tokenizer puts BOS before a text reads it, the other does not; the completion has none."""
+    own = tokenizers()[:2]
+    own[1].backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", own[1].bos_token_id)]
+    )
+    llm = system(own=own)
+    params = SamplingParams(max_tokens=24, deferral="random", threshold=0.5, seed=1)
+    prompts = [formatter.prompt("12 + 30 =") for formatter in llm.formatters]
+    assert prompts[1] == (own[1].bos_token_id, *own[1].encode("12 + 30 =", add_special_tokens=False))
+    assert own[0].bos_token_id not in prompts[0]
+    generation = llm.generate("12 + 30 =", params)
+    same = TokenPrompt(tuple(prompts))
+    assert generation.steps == llm.generate(same, params).steps and {0, 1} == {s.author for s in generation.steps}
+    assert generation.steps != pair.generate("12 + 30 =", params).steps, "the assistant sees another prompt"
+    with pytest.raises(CollmError, match="given for 1 of 2 models"):
+        llm.generate(TokenPrompt(tuple(prompts[:1])), params)
+
+
 def test_tools_write_single_tokens() -> None:
     own = [make_tokenizer(285), make_tokenizer(340)]
     base = local(own[0], "base", 0, 2)
@@ -415,6 +455,31 @@ def test_refusals(pair: CollaborativeLM) -> None:
 
     with pytest.raises(CollmError, match="cannot say which of its tokens may open a chunk"):
         share([models[0], FakeModel("fake", 400)], formatters, CheckpointInfo(), False)
+
+
+def test_text_with_few_cuts_is_told_of_and_read_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chinese: bytes of its characters collide, so that a line is but a few chunks."""
+    text = "世界你好，你好世界。世界！" * 3
+    own = [byte_level(), byte_level("none", 420, more=[text])]
+    cuts = cuts_between(own, NAMES[:2])
+    assert cuts is not None
+    codecs = [ByteCodec(tokenizer, cuts, name=name) for tokenizer, name in zip(own, NAMES, strict=False)]
+    told, prose = (chunking(codecs, cuts, [each]) for each in (text, SAMPLES["prose"]))
+    assert told.at_cut < 0.5 < prose.at_cut and told.refused == 0 and prose.doubt is None
+    assert told.doubt is not None and "of the base's tokens start at a cut" in told.doubt
+    monkeypatch.setattr("collm.models.pairing.SAMPLES", {"mine": text})
+    with pytest.warns(UserWarning, match="base, one: only .* start at a cut"):
+        tell_chunking(codecs, cuts)
+    read = ChunkText([(1,), (2,)], codecs, cuts)
+    read.chunks += cuts.chunks(text.encode())
+    assert len(read.chunks) < len(text) / 2
+    for model, codec in enumerate(codecs):
+        assert codec.data(read.read(model).token_ids[1:]) == text.encode()
+        assert list(read.views[model].token_ids[1:]) == codec.encode(text)
+    llm = system(own=own)
+    asked = SamplingParams(max_tokens=20, deferral="random", threshold=0.5, seed=1)
+    generation = llm.generate(text, asked)
+    assert generation.completion_tokens == 20 and generation.error is None
 
 
 def test_the_end_of_a_context_ends_a_text() -> None:
@@ -464,3 +529,40 @@ def test_likelihoods_are_those_of_the_chunks(pair: CollaborativeLM) -> None:
         query = Query.of([*given.prompts[model], *ids[:-1]], len(ids), model=model, given=ids)
         [answers] = pair.models[model].predict([query])
         assert alone.log_prob == pytest.approx(sum(a.given_log_prob for a in answers), abs=1e-3)  # type: ignore[union-attr]
+
+
+def test_a_text_that_is_longer_than_a_context_is_scored_in_windows(pair: CollaborativeLM) -> None:
+    """Each chunk once, whatever lies before; what closes one window is what opens the next."""
+    sharing = pair.sharing
+    assert sharing is not None
+    text = "Paris is the capital of 12 + 30 = 42\n\nreturn x, " * 4 + "the end"
+    begin, contexts = [(1, 2, 3), (4,)], [40, 25]
+    windows = list(chunk_windows(sharing, begin, text, contexts))
+    pieces = [sharing.codecs[0].data(window.completion) for window in windows]
+    assert b"".join(pieces) == text.encode() and len(windows) > 3
+    done = b""
+    for number, (window, piece) in enumerate(zip(windows, pieces, strict=True)):
+        read = tokens_read(sharing, window.completion)
+        assert all(len(p) + n <= c for p, n, c in zip(window.prompts, read, contexts, strict=True))
+        assert window.last_byte == (done[-1] if done else START)
+        for prompt, codec, first in zip(window.prompts, sharing.codecs, begin, strict=True):
+            assert prompt == first if not number else done.endswith(codec.data(prompt)) and codec.data(prompt)
+        done += piece
+    # The end of the text is behind as much of it as a context holds.
+    assert any(len(p) + n == c for p, n, c in zip(windows[-1].prompts, read, contexts, strict=True))
+    [whole] = chunk_windows(sharing, begin, text, [None, None])
+    assert whole.prompts == tuple(begin) and sharing.codecs[0].data(whole.completion) == text.encode()
+    # Where but one model writes, a window's likelihood is that of its tokens, closing factors at both ends.
+    alone = system(gate=(0.0, -200.0))
+    [found] = chunk_likelihoods(alone.models, sharing, windows[1:2])
+    [prompt, _], ids, last = windows[1].prompts, windows[1].completion, [windows[1].last_byte]
+    lasts = last + [START] * (len(ids) - 1) + [pieces[1][-1]]
+    view = View([*prompt, *ids])
+    [answers] = alone.models[0].predict([Query(0, view, len(view), len(ids) + 1, given=[*ids, 0], last_bytes=lasts)])
+    assert all(isinstance(answer, Answer) for answer in answers)
+    total = sum(a.given_log_prob for a in answers[:-1])  # type: ignore[union-attr, misc]
+    total += answers[-1].log_close - answers[0].log_close  # type: ignore[union-attr]
+    assert answers[0].log_close < -0.01, "something may go on there"  # type: ignore[union-attr]
+    assert found.log_prob == pytest.approx(total, abs=1e-4)
+    with pytest.raises(CollmError, match="is longer than a context"):
+        list(chunk_windows(sharing, begin, "return" + " " * 60 + "x", [6, 4]))

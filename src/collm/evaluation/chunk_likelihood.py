@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,11 +49,54 @@ def chunk_likelihoods(
         data = sharing.codecs[BASE].data(text.completion)
         offsets = sharing.cuts.offsets(data)
         each = [
-            _of_model(model, z, text.prompts[z], _own(sharing, text, z), data, offsets, sharing.codecs[z])
+            _of_model(model, z, text, _own(sharing, text, z), data, offsets, sharing.codecs[z])
             for z, model in enumerate(models)
         ]
         lengths = _places(sharing.codecs[BASE], text.completion, offsets)
         yield _joined(each, [b - a for a, b in zip(lengths[:-1], lengths[1:], strict=True)])
+
+
+def tokens_read(sharing: Sharing, completion: Sequence[int]) -> list[int]:
+    """Of each model, for a completion in the base's tokens: all of its own, for the last one may have to close a chunk.
+
+    Raises:
+        CollmError: a tokenizer does not keep the text.
+    """
+    text = GivenText(((0,),) * len(sharing.codecs), tuple(completion))
+    return [len(_own(sharing, text, model)) for model in range(len(sharing.codecs))]
+
+
+def chunk_windows(
+    sharing: Sharing, beginnings: Sequence[Sequence[int]], text: str, contexts: Sequence[int | None]
+) -> Iterator[GivenText]:
+    """A whole text to be scored, in windows that fit into every model's context, each chunk predicted once.
+
+    The first window stands behind `beginnings`, the others behind what each model can hold of the text before, at least
+    one token.
+
+    Raises:
+        CollmError: a tokenizer does not keep the text, or a context cannot hold one of its chunks.
+    """
+    data = text.encode()
+    offsets = sharing.cuts.offsets(data)
+    own = [codec.encode(text) for codec in sharing.codecs]
+    at = [_places(codec, ids, offsets) for codec, ids in zip(sharing.codecs, own, strict=True)]
+    limits = [sys.maxsize if context is None else context for context in contexts]
+    first = 0
+    while first < len(offsets) - 1:
+        before = [1] * len(own) if first else [len(beginning) for beginning in beginnings]
+        room = [limit - taken for limit, taken in zip(limits, before, strict=True)]
+        stop = min(bisect_right(places, places[first] + free) - 1 for places, free in zip(at, room, strict=True))
+        if stop <= first:
+            chunk = data[offsets[first] : offsets[first + 1]].decode(errors="replace")
+            raise CollmError(f"the chunk {chunk!r} is longer than a context: score with a larger max_model_len")
+        prompts = [
+            tuple(ids[max(0, places[stop] - limit) : places[first]] if first else beginning)
+            for ids, places, beginning, limit in zip(own, at, beginnings, limits, strict=True)
+        ]
+        last_byte = data[offsets[first] - 1] if first else START
+        yield GivenText(tuple(prompts), tuple(own[BASE][at[BASE][first] : at[BASE][stop]]), last_byte)
+        first = stop
 
 
 def _own(sharing: Sharing, text: GivenText, model: int) -> Sequence[int]:
@@ -75,7 +120,7 @@ def _places(codec: ByteCodec, ids: Sequence[int], offsets: Sequence[int]) -> lis
 def _of_model(
     model: LanguageModel,
     number: int,
-    prompt: Sequence[int],
+    text: GivenText,
     ids: Sequence[int],
     data: bytes,
     offsets: Sequence[int],
@@ -84,9 +129,10 @@ def _of_model(
     """The chunks of a text; None where the model abstains."""
     at = _places(codec, ids, offsets)
     # Within a chunk nothing is to open: any byte will do.
-    last = [START] * (len(ids) + 1)
+    last = [text.last_byte] + [START] * len(ids)
     for place, offset in zip(at[1:], offsets[1:], strict=True):
         last[place] = data[offset - 1]
+    prompt = text.prompts[number]
     view = View([*prompt, *ids])
     replies: list[Reply] = []
     for start in range(0, len(last), LAWS):

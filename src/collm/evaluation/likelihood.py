@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from collm.cuts import START
 from collm.decoding.baselines import law_of
 from collm.decoding.choosing import most_probable
 from collm.decoding.collaborative import Flow, ModelFailed
@@ -27,10 +28,14 @@ LAWS = 512
 
 @dataclass(frozen=True, slots=True)
 class GivenText:
-    """A completion to be scored, and what stands before it in the eyes of each model, base first."""
+    """A completion to be scored, and what stands before it in the eyes of each model, base first.
+
+    `last_byte`: where models share chunks and the completion goes on with a text, that one's last byte.
+    """
 
     prompts: tuple[TokenIds, ...]
     completion: TokenIds
+    last_byte: int = START
 
     def __post_init__(self) -> None:
         assert self.completion and all(self.prompts), self

@@ -17,9 +17,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 
+from collm.cuts import START
 from collm.decoding.policies import Policy
 from collm.errors import CollmError
-from collm.evaluation.chunk_likelihood import chunk_likelihoods
+from collm.evaluation.chunk_likelihood import chunk_likelihoods, chunk_windows, tokens_read
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.harness.arguments import from_arguments
 from collm.evaluation.harness.identity import harness_settings, law_of
@@ -141,8 +142,12 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         texts, long = [], []
         for request in requests:
             prompts, completion = pair_ids(self.llm.formatters, *request.args)
-            # The last token is not read.
-            cut = cut_to(prompts, self._contexts, len(completion) - 1)
+            rooms = (
+                [len(completion) - 1] * len(prompts)  # the last token is not read
+                if self.llm.sharing is None
+                else tokens_read(self.llm.sharing, completion)
+            )
+            cut = cut_to(prompts, self._contexts, rooms)
             long += [_task(request)] if cut.tokens else []
             texts.append(GivenText(cut.ids, completion))
         self._tell_of_cuts(long)
@@ -152,14 +157,17 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """A text that is longer than a context is taken in windows, each token predicted once."""
+        """A text that is longer than a context is taken in windows, each token (or chunk) predicted once."""
         owners: list[int] = []
         texts: list[GivenText] = []
         for number, request in enumerate(requests):
-            parts = list(windows(self.llm.formatters, request.args[0], self._contexts))
-            if self.llm.sharing is not None and len(parts) > 1:
-                raise self.llm.sharing.refuse("a text that is longer than a context needs models with one tokenizer")
-            for window in parts:
+            text, sharing = request.args[0], self.llm.sharing
+            beginnings = [formatter.prompt("") for formatter in self.llm.formatters]
+            for window in (
+                windows(self.llm.formatters, text, self._contexts)
+                if sharing is None
+                else chunk_windows(sharing, beginnings, text, self._contexts)
+            ):
                 owners.append(number)
                 texts.append(window)
         sums = [0.0] * len(requests)
@@ -183,7 +191,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
         if not context:
             raise CollmError(f"{request.task_name}: the prompt of document {request.doc_id} is empty")
         ids = tuple(prompt_ids(formatter, context) for formatter in self.llm.formatters)
-        cut = cut_to(ids, self._contexts, params.max_tokens - 1)
+        cut = cut_to(ids, self._contexts, [params.max_tokens - 1] * len(ids))
         self._asked[_task(request)][name] = None
         params = replace(params, seed=example_seed(self.params.seed, name))
         return Asked(name, context, TokenPrompt(cut.ids), params, cut.tokens > 0)
@@ -210,7 +218,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
     def _scored(self, requests: Sequence[Instance], texts: Sequence[GivenText], quiet: bool) -> list[Likelihood]:
         self._require_closing(requests)
         law = law_of(self.llm, self.params, self.policy, self.alone)
-        names = [fingerprint("likelihood", text.prompts, text.completion) for text in texts]
+        names = [_name(text) for text in texts]
         for request, name in zip(requests, names, strict=True):
             self._asked[_task(request)][name] = None
         with self._records.keeping_likelihoods() as keep:
@@ -258,3 +266,9 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
 
 def _task(request: Instance) -> str:
     return str(request.task_name)
+
+
+def _name(text: GivenText) -> str:
+    """Of a likelihood. (A byte before it came later: names that do without stay as they were.)"""
+    behind = () if text.last_byte == START else (text.last_byte,)
+    return fingerprint("likelihood", text.prompts, text.completion, *behind)

@@ -66,14 +66,14 @@ class Cut:
     tokens: int
 
 
-def cut_to(ids: Sequence[TokenIds], contexts: Sequence[int | None], room: int) -> Cut:
-    """Keep of each prompt what leaves `room` for more tokens, at least one token.
+def cut_to(ids: Sequence[TokenIds], contexts: Sequence[int | None], rooms: Sequence[int]) -> Cut:
+    """Keep of each prompt what leaves room for so many more tokens of that model, at least one token.
 
     Raises:
         CollmError: there is no room for a prompt.
     """
     kept = []
-    for own, context in zip(ids, contexts, strict=True):
+    for own, context, room in zip(ids, contexts, rooms, strict=True):
         if context is not None and context <= room:
             raise CollmError(
                 f"{room} tokens behind the prompt leave no place for it in a context of {context} tokens: "
