@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from chunk_toys import byte_level
 from test_local import tiny, traffic
+from tiny import make_model
 from transformers import PreTrainedTokenizerFast
 
+from collm.cuts import START
 from collm.errors import CollmError
+from collm.models.codec import ByteCodec
 from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
 from collm.models.paged.cache import PagedCache
@@ -21,8 +25,9 @@ from collm.models.paged.machinery import Machinery
 from collm.models.paged.ops import TorchOps
 from collm.models.paged.stepping import BUCKETS
 from collm.models.paged.telling import TorchTelling
+from collm.models.pairing import cuts_between
 from collm.types import ForwardPass
-from collm.values import Answer, Fault, Query, Reply
+from collm.values import Answer, Draw, Fault, Query, Reply
 from collm.views import Text
 
 
@@ -100,6 +105,46 @@ def test_what_graphs_do_not_tell_is_told_without(tiny_tokenizer: PreTrainedToken
             assert [token for token, _ in a.top] == [token for token, _ in b.top]
             assert (a.law is None) == (b.law is None)
     assert capture(model).replayed == before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_asked_behind_bytes_is_told_by_graphs(temperature: float) -> None:
+    """Masks inside the graph: what may open, its doubt, the closing factor, and the choice, as laws on the host have
+    them; rows of a text that shares no chunks beside them."""
+    tokenizers = [byte_level("gpt2", 400), byte_level("llama3", 460, seed=1)]
+    cuts = cuts_between(tokenizers, ("base", "other"))
+    assert cuts is not None
+    network, head = make_model(vocab_size=len(tokenizers[0]) + 3, initializer_range=0.35), DeferralHead(32, 1)
+    torch.nn.init.normal_(head.weight, std=0.3)
+    codec = ByteCodec(tokenizers[0], cuts)
+    graphs = LocalModel(network, tokenizers[0], head, max_cache_tokens=4000, machinery=machinery())
+    plain = LocalModel(network, tokenizers[0], head, cache=False)
+    texts = [growing(n)[0] for n in (5, 9, 20)]
+    draws = [Draw(seed, 0, temperature, *cut_off) for seed, cut_off in enumerate([(), (0.9,), (1.0, 7)])]
+    graphs.warm_up()
+    for model in (graphs, plain):
+        model.share_chunks(cuts, codec.first_bytes)
+    opened = asked = 0
+    for step in range(12):
+        before = capture(graphs).replayed
+        last = [START, ord("n"), ord(" ")][step % 3]
+        queries = [
+            Query(0, text.views[0], len(text.views[0]), 2, draw, last_bytes=[-1, last], opens=bool(step % 2))
+            if n < 2
+            else Query(0, text.views[0], len(text.views[0]), draw=draw)
+            for n, (text, draw) in enumerate(zip(texts, draws, strict=True))
+        ]
+        for text, found, expected in zip(texts, graphs.predict(queries), plain.predict(queries), strict=True):
+            for a, b in zip(found, expected, strict=True):
+                assert_same(a, b)
+                assert isinstance(a, Answer) and isinstance(b, Answer)
+                assert a.log_close == pytest.approx(b.log_close, abs=1e-4)
+                opened += a.log_close < -0.1
+                asked += 1
+            assert isinstance(found[-1], Answer)
+            text.append(found[-1].token_id)
+        assert capture(graphs).replayed == before + 1, "no pass left the graphs"
+    assert opened > 5 and asked == 60
 
 
 def test_long_prompts_are_read_without_graphs(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -122,7 +122,10 @@ class LocalModel(LanguageModel):
         return self._name
 
     def share_chunks(self, cuts: Cuts, first_bytes: Sequence[int]) -> None:
-        self._laws = replace(self._laws, openings=Openings.of(cuts, first_bytes, self._laws.vocab_size))
+        openings = Openings.of(cuts, first_bytes, self._laws.vocab_size)
+        self._laws = replace(self._laws, openings=openings)
+        if self._stepper is not None:
+            self._stepper.share_chunks(openings)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

@@ -22,13 +22,17 @@ from collm.models.paged.blocks import Blocks
 
 HEAD = 4
 """Numbers before the lines: items, positions of a chunk."""
-LINES = 16
+LINES = 18
+"""An even number: a pass may be uploaded as int64, beside other numbers."""
 IDS, POSITIONS, WHERE, SLOTS = 0, 1, 2, 3
 """Lines of a token: its id, its position in its text, its place in the storage (block x size + offset), its slot."""
 TOKEN, WIDTH, SLOT, START, ITEM = 4, 5, 6, 7, 8
 """Lines of a piece: its first token in the pass, its tokens (0: no piece), its slot, its first position, its first
 item."""
-DRAW = 9
+CUT, OPENS = 9, 10
+"""Lines of a token, where models share chunks: 1 + the byte behind which something is asked (0: nothing of chunks), and
+whether the choice has to open a chunk."""
+DRAW = 11
 """Seven lines of a token: seed (low, high), sample, position in the completion, top-k, temperature and top-p (float32).
 Temperature 0 is greedy."""
 CHUNK = 256

@@ -20,11 +20,12 @@ from collm.models.attention import Row
 from collm.models.backbone import project
 from collm.models.head import DeferralHead
 from collm.models.laws import Asked
+from collm.models.openings import Openings
 from collm.models.paged import plan as planned
 from collm.models.paged.capture import Capture, Work
-from collm.models.paged.plan import DRAW, HEAD, LINES, Plan
+from collm.models.paged.plan import CUT, DRAW, HEAD, LINES, OPENS, Plan
 from collm.models.paged.pool import NARROW, PagedPool
-from collm.models.paged.telling import WORD, Telling, Told, columns
+from collm.models.paged.telling import WORD, OpenTelling, Telling, Told, columns
 from collm.noise import key_of
 
 _log = logging.getLogger(__name__)
@@ -117,8 +118,18 @@ class Stepper:
 
     def takes(self, num_tokens: int, asked: Asked) -> bool:
         """Whether it answers such a pass."""
-        plain = asked.given is None and asked.cuts is None and not asked.num_top and not asked.law
-        return plain and num_tokens <= BUCKETS[-1]
+        plain = asked.given is None and not asked.num_top and not asked.law
+        return plain and num_tokens <= BUCKETS[-1] and (asked.cuts is None or self._shares_chunks)
+
+    @property
+    def _shares_chunks(self) -> bool:
+        return isinstance(self._telling, OpenTelling)
+
+    def share_chunks(self, openings: Openings) -> None:
+        """From now on it answers what is asked behind bytes (`Query.last_bytes`), too. Graphs are captured anew."""
+        telling = self._telling.telling if isinstance(self._telling, OpenTelling) else self._telling
+        self._telling = OpenTelling(telling, openings.to(self._capture.device))
+        self._forget()
 
     def _forget(self) -> None:
         """Graphs know addresses."""
@@ -142,8 +153,12 @@ class Stepper:
             numbers = bucket.into
         tile = self._pool.tile(size)
         items = self._pool.fill(numbers, rows, token_ids, tile)
+        lines = numbers[HEAD:].reshape(LINES, -1)
         if asked.draws.rows:
-            _write_draws(numbers[HEAD:].reshape(LINES, -1), wanted, asked)
+            _write_draws(lines, wanted, asked)
+        if asked.cuts is not None:
+            cuts = np.array(asked.cuts, dtype=np.int32).reshape(-1, 2)
+            lines[CUT, wanted], lines[OPENS, wanted] = cuts[:, 0] + 1, cuts[:, 1]
         counts.uploads += 1
         counts.downloads += 1
         if bucket is None:
@@ -156,7 +171,7 @@ class Stepper:
             self._capture.wait()
             out = bucket.out
         counts.waits += 1
-        return Told(out[:count].copy(), self._head is not None)
+        return Told(out[:count].copy(), self._head is not None, self._shares_chunks)
 
     def _work(self, plan: Plan) -> Tensor:
         hidden = self._pool.run(plan)
@@ -195,7 +210,7 @@ class Stepper:
     def _captured(self, size: int) -> Bucket:
         began = perf_counter()
         into = self._capture.host(planned.size(size))
-        out = self._capture.host(size, columns(self._head))
+        out = self._capture.host(size, columns(self._head) + self._shares_chunks)
         # Padding alone: no text is touched.
         planned.fill_empty(into.numpy(), self._pool.blocks)
         device = into.to(self._capture.device)

@@ -1,7 +1,8 @@
 """What a pass tells of each of its tokens, as one row of numbers that go to the host at once: the plain twin.
 
 Row: top token, its log-probability, entropy, whether something is not a number, the chosen token, its log-probability,
-and the logs of the gate; int32, floats by their bits.
+and the logs of the gate; where models share chunks, last of all the log of the closing factor. Int32, floats by their
+bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from collm.decoding.choosing import draw, race, truncated
 from collm.gate import log_gate
 from collm.models.head import DeferralHead
-from collm.models.paged.plan import DRAW, Plan
+from collm.models.openings import Openings
+from collm.models.paged.plan import CUT, DRAW, OPENS, Plan
 from collm.values import Answer
 
 GATE = 6
@@ -62,19 +64,50 @@ class TorchTelling:
         return torch.stack([top.int(), first, second, bad.int(), chosen.int(), third, *rest], dim=1)
 
 
+@dataclass(frozen=True, eq=False)
+class OpenTelling:
+    """A `Telling` for models that share chunks, as `openings.chosen_at_cuts` is for laws: of what may open a chunk
+    behind the byte in the line `CUT`, with one more column. Masks by the plan alone: a graph holds for all bytes."""
+
+    telling: Telling
+    openings: Openings
+
+    def tell(self, logits: Tensor, hidden: Tensor, head: DeferralHead | None, plan: Plan, vocab_size: int) -> Tensor:
+        known = min(vocab_size, logits.shape[1])
+        logits, openings = logits[:, :known], self.openings.narrowed(known)
+        plain, must_open = (plan.line(CUT) == 0)[:, None], (plan.line(OPENS) > 0)[:, None]
+        last = (plan.line(CUT) - 1).clamp(min=0).long()
+        inside = logits.masked_fill(~(openings.mask(last) | plain), -torch.inf)
+        choice = torch.where(must_open, inside, logits.masked_fill(~(openings.text | plain), -torch.inf))
+        found = self.telling.tell(inside, hidden, head, plan, known)
+        chosen = self.telling.tell(choice, hidden, None, plan, known)
+        norm = logits.float().logsumexp(-1)
+        mass, of_choice = (each.float().logsumexp(-1) - norm for each in (inside, choice))
+        # Of a law over a part of the tokens the other numbers are those of the whole one.
+        numbers = found.view(torch.float32)
+        numbers[:, 1] += mass
+        found[:, 3] |= chosen[:, 3] | ~norm.isfinite()
+        found[:, 4] = chosen[:, 4]
+        numbers[:, 5] = chosen.view(torch.float32)[:, 5] + of_choice
+        close = mass.masked_fill(openings.free[last] | plain[:, 0], 0.0)
+        return torch.cat([found, close[:, None].view(torch.int32)], dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """The rows of a pass on the host."""
 
     rows: NDArray[np.int32]
     has_gate: bool
+    has_close: bool = False
 
     def answers(self, wanted: Sequence[int]) -> Iterator[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
         rows = self.rows if len(wanted) == len(self.rows) else self.rows[list(wanted)]
         for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
+            close = floats.pop() if self.has_close else 0.0
             gate = tuple(floats[GATE:]) if self.has_gate else None
-            yield None if row[3] else Answer(row[4], floats[5], row[0], floats[1], floats[2], gate)
+            yield None if row[3] else Answer(row[4], floats[5], row[0], floats[1], floats[2], gate, log_close=close)
 
     def answer(self, n: int) -> Answer | None:
         """Of the n-th token of the pass."""
