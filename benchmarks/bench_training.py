@@ -4,8 +4,10 @@
 
 Both are forward, backward and AdamW step. Plain is `model(input_ids, labels=labels).loss`, as transformers computes
 it; lean is our own step with objective sft (logits at labelled positions only), which isolates the cost of the gate
-and the mixture. Time: interleaved paired runs, medians with 95 % intervals. Memory: the peak beyond what model and
-optimizer hold, each in a process of its own on the CPU. The run fails only if a whole interval lies beyond its limit.
+and the mixture. With --chunks the question is what a step over chunks, as models with different tokenizers have it,
+costs beside one over tokens: nothing else is measured. Time: interleaved paired runs, medians with 95 % intervals.
+Memory: the peak beyond what model and optimizer hold, each in a process of its own on the CPU. The run fails only if a
+whole interval lies beyond its limit.
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from reporting import report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from collm.bench.paired import Ratio, interleave
+from collm.cuts import START, Cuts
 from collm.data.collate import IGNORED
 from collm.models.head import DeferralHead
 from collm.models.loading import load_model
+from collm.models.openings import Openings
 from collm.training.model import BaseWithGate, LossConfig, Objective
 
-TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.02
+TIME_LIMIT, MEMORY_LIMIT, CHUNKS_LIMIT = 1.05, 1.02, 1.15
+OPENING = 0.8
+"""Share of labelled tokens that open a chunk, as in code; in sums it is larger."""
 LABELLED_SHARE = 0.25
 """Of the tokens, as in short questions with shorter answers."""
 VARIANTS = ("plain", "lean", "marginal")
@@ -57,9 +64,22 @@ def step_of(variant: str, model: PreTrainedModel, args: argparse.Namespace) -> C
     labels[:, : int(args.length * (1 - LABELLED_SHARE))] = IGNORED
     mask = torch.ones_like(ids)
     log_probs = -5 * torch.rand(*shape, 1, generator=generator).to(args.device)
-    objective: Objective = "marginal" if variant == "marginal" else "sft"
-    head = DeferralHead(model.config.hidden_size, 1).to(args.device) if variant == "marginal" else None
-    ours = BaseWithGate(model, head, LossConfig(objective))
+    gated = variant in ("marginal", "chunks")
+    objective: Objective = "marginal" if gated else "sft"
+    head = DeferralHead(model.config.hidden_size, 1).to(args.device) if gated else None
+    opens, openings = None, None
+    if variant == "chunks":
+        # Of random tokens and cuts: what it costs does not depend on which tokens may open.
+        rng = np.random.default_rng(1)
+        cuts = Cuts(rng.random((257, 257)) < OPENING)
+        openings = Openings.of(cuts, rng.integers(0, 256, model.config.vocab_size).tolist(), model.config.vocab_size)
+        last = rng.integers(0, 256, shape)
+        begin = int(args.length * (1 - LABELLED_SHARE))
+        last = np.where(rng.random(shape) < OPENING, last, -1)
+        last[:, :begin], last[:, begin] = -1, START
+        opens = torch.from_numpy(last).to(args.device)
+        openings = openings.to(args.device)
+    ours = BaseWithGate(model, head, LossConfig(objective), openings=openings)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6)
     model.train()
 
@@ -70,7 +90,7 @@ def step_of(variant: str, model: PreTrainedModel, args: argparse.Namespace) -> C
             elif variant == "lean":
                 loss = ours(ids, mask, labels)["loss"]
             else:
-                loss = ours(ids, mask, labels, log_probs)["loss"]
+                loss = ours(ids, mask, labels, log_probs, opens=opens)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
         optimizer.step()
@@ -112,6 +132,22 @@ def measured_in_own_process(variant: str, rounds: int) -> list[float]:
     ]
 
 
+def compare_chunks(args: argparse.Namespace) -> None:
+    steps = {name: step_of(name, build(args.model, args.device), args) for name in ("marginal", "chunks")}
+    seconds = interleave(steps, args.rounds, args.device)
+    ratio = Ratio.of([a / b for a, b in zip(seconds["chunks"], seconds["marginal"], strict=True)])
+    result = {
+        "model": args.model or "random Llama",
+        "dtype": "bf16 autocast" if args.bf16 else "float32",
+        "batch": [args.batch_size, args.length],
+        "opening_share": OPENING,
+        "seconds": {name: sorted(values)[len(values) // 2] for name, values in seconds.items()},
+    }
+    report(result, {f"time, chunks / tokens (at most {CHUNKS_LIMIT})": ratio}, args.out)
+    if ratio.low > CHUNKS_LIMIT:
+        sys.exit("beyond the limit: time, chunks / tokens")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model spec; default: a random Llama of 13M parameters")
@@ -121,11 +157,15 @@ def main() -> None:
     parser.add_argument("--memory-rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--chunks", action="store_true", help="a step over chunks beside one over tokens")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/training.json"))
     args = parser.parse_args()
     if args.memory_of:
         print(peak_memory(args.memory_of, args))
+        return
+    if args.chunks:
+        compare_chunks(args)
         return
     models = {variant: build(args.model, args.device) for variant in VARIANTS}
     steps = {variant: step_of(variant, model, args) for variant, model in models.items()}
