@@ -73,3 +73,8 @@ def test_what_lies_here_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     DeferralHead(32, 1).save(tmp_path / "pair")
     llm = CollaborativeLM.from_pretrained(tmp_path / "pair")
     assert llm.generate("3 + 10 = ", max_tokens=3).steps
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CollmError, match=r"is a folder without a model: it has neither config.json nor adapter_config"):
+        CollaborativeLM.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from collm.errors import CollmError
 from collm.models.guard import gaps, guarded, require_every_tensor
 from collm.models.quiet import quiet
-from collm.models.specs import no_such_model
+from collm.models.specs import no_such_model, require_config
 from collm.models.whole import one_line, require_whole_folder, some, weight_files
 
 loading = threading.RLock()
@@ -31,6 +31,8 @@ def load_network(name: str, *, dtype: torch.dtype | str, **options: Any) -> PreT
         CollmError: naming the file and some of the tensors.
     """
     folder = Path(name) if Path(name).is_dir() else None
+    if folder is not None:
+        require_config(folder)
     names = set() if folder is None else require_whole_folder(folder)
     # A single file is named as such; of several, the folder.
     files = [] if folder is None else weight_files(folder)

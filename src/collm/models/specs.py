@@ -160,12 +160,17 @@ def require_model(spec: str) -> None:
         require_on_hub(place)
         return
     require_whole_folder(folder)
-    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
-        raise CollmError(f"{spec} is a folder without a model: it has neither {CONFIG} nor {ADAPTER}")
+    require_config(folder)
     if (folder / CONFIG).is_file() and not has_tokenizer_files(folder):
         raise CollmError(
             f"{spec} holds a model without its tokenizer: save that there, tokenizer.save_pretrained({str(folder)!r})"
         )
+
+
+def require_config(folder: Path) -> None:
+    """Raises CollmError: it is a folder of something else."""
+    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
+        raise CollmError(f"{folder} is a folder without a model: it has neither {CONFIG} nor {ADAPTER}")
 
 
 def no_such_model(spec: str, why: str) -> CollmError:
