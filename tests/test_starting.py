@@ -197,6 +197,7 @@ FULL = {"--preset": "tool", "--base": "base", "--data": "all.jsonl", "--task": "
         ({"--assistant": "helper"}, 1, ["helper is no tool"]),
         ({"--data": "nowhere.jsonl"}, 1, ["nowhere.jsonl"]),
         ({"--data": "few.jsonl"}, 1, ["too few to be split"]),
+        ({"--data": "asked.jsonl"}, 1, ["asked.jsonl, line 1: 'question' without an answer, a text as 'answer' or"]),
         ({"--data": "no_gold.jsonl"}, 1, ["no gold answer"]),
         ({"--base": "bare"}, 1, ["bare holds a model without its tokenizer"]),
     ],
@@ -207,6 +208,7 @@ def test_what_is_wrong_is_told_and_nothing_written(
 ) -> None:
     (here / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
     (here / "no_gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNMARKED))
+    (here / "asked.jsonl").write_text('{"question": "1 + 1?"}\n')
     (here / "bare").mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         (here / "bare" / name).write_bytes((here / "base" / name).read_bytes())

@@ -296,6 +296,23 @@ def test_weak_supervision_of_the_gate_alone_is_its_initialisation(workplace: Pat
     assert info.training["figures"]["eval_nll"] > marginal.training["figures"]["eval_nll"]
 
 
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (["q_proj", "v_prj"], "the base has no layer 'v_prj'; did you mean 'v_proj'"),
+        (["zqzq"], "no layer 'zqzq'; there are .*q_proj.*, or all-linear"),
+        (r".*\.zq", "no layer of the base matches .*; one is called model.layers.0"),
+        ("[", "'\\[' is no regular expression"),
+    ],
+)
+def test_layers_that_lora_does_not_find_are_told_before_anything_is_scored(
+    workplace: Path, targets: list[str] | str, says: str
+) -> None:
+    with pytest.raises(CollmError, match=says):
+        run(workplace, "no_lora", tune="lora", lora={"target_modules": targets})
+    assert not (workplace / "no_lora" / "cache").exists()
+
+
 def test_lora_is_small_and_loads_merged(workplace: Path) -> None:
     out = run(workplace, "lora", tune="lora", training={"learning_rate": 1e-2})
     assert not (out / "model.safetensors").exists()

@@ -121,8 +121,8 @@ def _copy(recipe: Path, like: str) -> None:
 
     known = shipped()
     if like not in known:
-        hint = nearest(like, known)
-        raise click.UsageError(f"--like {like}: {hint and hint + '; '}there are {', '.join(known)}")
+        hint = nearest(like, known, f"there are {', '.join(known)}")
+        raise click.UsageError(f"--like {like}: there is no such recipe; {hint}")
     write_text(recipe, read_text(known[like]))
     click.echo(f"written to {recipe}; next: collm train {shlex.quote(str(recipe))}")
 

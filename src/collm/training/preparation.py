@@ -29,6 +29,7 @@ from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
 from collm.training.dataset import ScoredSet, assemble, load_split
 from collm.training.hidden import all_hidden, collect_hidden, sample
+from collm.training.lora import check_targets
 from collm.training.made_from import confirm, first_day
 from collm.training.recipe import AFTER_TRAINING, Recipe
 from collm.training.writers import SPLITS, assistant_info, make_writer, readers_of, scores_of
@@ -68,6 +69,8 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     }
     model = load_model(recipe.base.model, dtype=recipe.base.dtype, device=best_device())
     check_project(model)
+    if recipe.tune == "lora":
+        check_targets(recipe.lora, model)  # before hours of scoring
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(recipe.data.max_length, context or recipe.data.max_length)
     formatter = base.open_formatter

@@ -74,8 +74,8 @@ class InitSection(_Section):
 
 class LoraSection(_Section):
     r: int = Field(16, ge=1)
-    alpha: int = 32
-    dropout: float = 0.05
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
 
 

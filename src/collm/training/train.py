@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 from collm.data.collate import Collator
 from collm.data.scoring import openings_of
@@ -35,6 +35,7 @@ from collm.training.folder import claimed
 from collm.training.gate_only import GateData, gate_figures, train_gate
 from collm.training.hidden import all_hidden
 from collm.training.launching import require_launcher
+from collm.training.lora import with_lora
 from collm.training.model import BaseWithGate, LossConfig
 from collm.training.preparation import Prepared, prepare
 from collm.training.progress import Teller, Telling
@@ -169,7 +170,7 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
     recipe = prepared.recipe
     model: nn.Module = prepared.model
     if recipe.tune == "lora":
-        model = _with_lora(recipe, prepared.model)
+        model = with_lora(recipe.lora, prepared.model)
     tokenizer = prepared.tokenizer
     size, chunks = shared_vocab_size(tokenizer), prepared.chunks
     openings = None if chunks is None else openings_of(prepared.model, chunks, size)
@@ -237,29 +238,3 @@ def _before(trainer: CollmTrainer, recipe: Recipe, *, resumed: bool) -> dict[str
     if trainer.is_world_process_zero():
         write_text(path, json.dumps(figures))
     return figures
-
-
-def _with_lora(recipe: Recipe, model: PreTrainedModel) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    section = recipe.lora
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=section.target_modules,
-        exclude_modules=_routers(model) if section.target_modules == "all-linear" else None,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
-
-
-def _routers(model: nn.Module) -> list[str] | None:
-    """The last names of linear layers that an architecture has made something else of (Llama 4's router returns two
-    tensors), which PEFT would wrap as plain ones."""
-    own = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
-    }
-    return sorted(own) or None

@@ -38,7 +38,7 @@ def split(source: Path, folder: Path) -> dict[str, Path]:
     for where, row in json_lines(source):
         if isinstance(row, CollmError):
             raise row
-        row = as_conversation(row)
+        row = as_conversation(row, where)
         example = parse_example(row, where, where)
         group = example.fields.get("group")
         part = part_of(str(example.question) if group is None else f"group {group}", PARTS)
@@ -56,8 +56,12 @@ def split(source: Path, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def as_conversation(row: Any) -> Any:
-    """A row of a question and an answer, under the names that data sets mostly have, as messages; others as is."""
+def as_conversation(row: Any, where: str) -> Any:
+    """A row of a question and an answer, under the names that data sets mostly have, as messages; others as is.
+
+    Raises:
+        CollmError: there is a question, and no answer.
+    """
     if not isinstance(row, dict) or {"messages", "prompt"} & row.keys():
         return row
     for asked, answered in QUESTION_AND_ANSWER:
@@ -66,6 +70,10 @@ def as_conversation(row: Any) -> Any:
             question = f"{row[asked]}\n\n{given}" if asked == "instruction" and given else row[asked]
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row[answered]}]
             return {**row, "messages": turns}
+    answers = {asked: [a for q, a in QUESTION_AND_ANSWER if q == asked] for asked, _ in QUESTION_AND_ANSWER}
+    for asked, names in answers.items():
+        if isinstance(row.get(asked), str):
+            raise CollmError(f"{where}: {asked!r} without an answer, a text as {' or '.join(map(repr, names))}")
     return row
 
 
