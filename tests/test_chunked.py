@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from collm.cuts import START, Cuts
 from collm.data.formatting import Formatter
 from collm.decoding.chunk_text import ChunkText
+from collm.decoding.chunk_writing import FAR, Held
+from collm.decoding.chunked import MISSES, _State
 from collm.decoding.policies import Threshold
 from collm.errors import CollmError
 from collm.evaluation.chunk_likelihood import chunk_likelihoods, chunk_windows, tokens_read
@@ -252,7 +255,8 @@ def test_passes_are_exactly_those_that_the_rule_needs(
     for prompt in [f"{n} + {n} =" for n in range(12)] if ends else PROMPTS:
         written.clear()
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=4, **who)
-        generation = llm.generate(prompt, params)
+        generation = list(llm.stream(prompt, params))[-1].generation
+        assert generation is not None
         needed = passes_needed(generation, written, llm.sharing.cuts.free, max_tokens)
         assert list(generation.forward_passes) == needed
         reasons.add(generation.finish_reason)
@@ -281,6 +285,89 @@ def passes_needed(
         seen = author if looks and holds else None
         room -= len(step.token_ids)
     return passes
+
+
+@pytest.mark.parametrize(
+    ("count", "who", "max_tokens", "temperature", "ends"),
+    [
+        (2, {"deferral": "random", "threshold": 0.3}, 48, 0.0, False),
+        (2, {"deferral": "random", "threshold": 0.3}, 48, 0.8, False),
+        (2, {"deferral": "always"}, 30, 0.8, False),
+        (3, {"deferral": "sampled"}, 48, 0.8, False),
+        (3, {"deferral": "random", "threshold": 0.3}, 48, 0.0, True),
+    ],
+)
+def test_a_look_that_waits_changes_nothing_but_passes(
+    count: int, who: dict[str, Any], max_tokens: int, temperature: float, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody reads along, an assistant looks behind its chunk in its next pass, and what was written meanwhile is
+    taken back if it would have gone on."""
+    counts = Counter[str]()
+
+    def counting(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def counted(*arguments: Any) -> Any:
+            counts[name] += 1
+            return whole(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(Held, "look_and_open")
+    counting(ChunkText, "back")
+    llm = system(count, ends=17 if ends else None)
+    for prompt in [f"{n} + {n} =" for n in range(8)] if ends else PROMPTS:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=4, **who)
+        waiting = llm.generate(prompt, params)
+        counts["passes"] += waiting.forward_passes[1]
+        told = dict(counts)
+        at_once = list(llm.stream(prompt, params))[-1].generation
+        assert at_once is not None and dict(counts) == told, "whoever reads along is told at once"
+        counts["at once"] += at_once.forward_passes[1]
+        assert len(waiting.steps) == len(at_once.steps) and waiting.finish_reason == at_once.finish_reason
+        for one, other in zip(waiting.steps, at_once.steps, strict=True):
+            assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+            assert one.gate == pytest.approx(other.gate, abs=1e-5) and one.signal == pytest.approx(other.signal)
+            assert replace(one, log_prob=0.0, gate=(), signal=None) == replace(
+                other, log_prob=0.0, gate=(), signal=None
+            )
+        assert waiting.text == at_once.text and waiting.pieces == at_once.pieces
+    if who["deferral"] == "always":  # nothing is written in between
+        assert counts["passes"] == counts["at once"] and not counts["look_and_open"]
+        return
+    assert counts["look_and_open"] > 3 and counts["back"], counts
+    if who["deferral"] == "random" and count == 2:
+        assert counts["passes"] < 0.95 * counts["at once"], counts
+
+
+def test_what_is_held_back_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assistant that is seldom asked looks behind its chunk in time; where many would have gone on, none is held."""
+    far: list[int] = []
+    missed: list[bool] = []
+    whole = _State.looked
+
+    def looked(self: _State, text: ChunkText, verdict: Any) -> Any:
+        assert self.held is not None
+        far.append(text.length - self.held.mark.length)
+        steps = whole(self, text, verdict)
+        missed.append(steps is None)
+        return steps
+
+    monkeypatch.setattr(_State, "looked", looked)
+    llm = system(ascii=True)
+    seldom = SamplingParams(max_tokens=200, deferral="random", threshold=0.03, seed=3)
+    found = llm.generate(PROMPT, seldom)
+    assert found.completion_tokens == 200 and FAR <= max(far) < FAR + 20, far
+    # A stop string that stands among what is held ends the text there all the same.
+    at = next(i for i, step in enumerate(found.steps) if step.author) + 6
+    stop = "".join(found.pieces[at : at + 3])
+    stopped = llm.generate(PROMPT, replace(seldom, stop=(stop,)))
+    told = list(llm.stream(PROMPT, replace(seldom, stop=(stop,))))[-1].generation
+    assert told is not None and stopped.text == told.text == found.text[: found.text.index(stop)]
+    for seed in range(6):
+        far.clear(), missed.clear()
+        llm.generate(PROMPT, SamplingParams(max_tokens=120, deferral="random", threshold=0.3, seed=seed))
+        assert sum(missed) <= 2 + len(missed) * MISSES
 
 
 def test_nudging_hands_over_words_of_chunks() -> None:

@@ -47,8 +47,9 @@ class Query(NamedTuple):
     or the whole law.
 
     Where models share chunks (`collm.cuts`), `last_bytes` are for each of these prefixes the byte behind which a chunk
-    might open, `START` at the beginning of a completion. Then only text and ends are chosen, with `opens` only what
-    opens a chunk, and the answers' `top_token_id`, `entropy` and `log_close` are of what opens one.
+    might open, `START` at the beginning of a completion, -1 where nobody asks. Then only text and ends are chosen, with
+    `opens` behind the last prefix only what opens a chunk, and the answers' `top_token_id`, `entropy` and `log_close`
+    are of what opens one.
     """
 
     model: int

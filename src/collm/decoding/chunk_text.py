@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from collm.cuts import START, Codec, Cuts
 from collm.views import Text, View
+
+
+class Mark(NamedTuple):
+    """A place in a `ChunkText`: of each view its length and shift, and how many chunks it holds."""
+
+    chunks: int
+    length: int
+    views: tuple[tuple[int, int], ...]
+    read: tuple[int, ...]
 
 
 class ChunkText(Text):
@@ -70,6 +80,11 @@ class ChunkText(Text):
             self._read[model] += 1
         return view
 
+    def unread(self, model: int, chunks: int, length: int) -> None:
+        """Take back what a view has read behind its first `chunks`, so many tokens."""
+        self.views[model].rewind(length)
+        self._read[model] = chunks
+
     def begin(self, model: int) -> None:
         """A model begins a chunk."""
         self._start = len(self.read(model))
@@ -84,6 +99,19 @@ class ChunkText(Text):
     def undo(self, model: int) -> None:
         """Take that back."""
         self._replace(self.views[model], self._start, ())
+
+    def mark(self) -> Mark:
+        """Where it stands, to come `back` to."""
+        views = tuple((len(view), view.shift) for view in self.views)
+        return Mark(len(self.chunks), self.length, views, tuple(self._read))
+
+    def back(self, mark: Mark) -> None:
+        """Take back all that was written and read since, as if it had never been: the same random numbers are drawn."""
+        del self.chunks[mark.chunks :]
+        self.length, self._read = mark.length, list(mark.read)
+        for view, (length, shift) in zip(self.views, mark.views, strict=True):
+            view.rewind(length)
+            view.shift = shift
 
     def close(self, model: int, chunk: bytes) -> bool:
         """The chunk is written. Whether it stands in the model's view as it was written, so that what was asked behind

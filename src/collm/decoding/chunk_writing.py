@@ -10,11 +10,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 from collm.cuts import END, LONGEST_CHUNK
-from collm.decoding.chunk_text import ChunkText
+from collm.decoding.chunk_text import ChunkText, Mark
 from collm.decoding.collaborative import Ask, ModelFailed, Request, gate_of
 from collm.errors import CollmError
 from collm.types import BASE, FinishReason, Step
-from collm.values import Answer, Draw, Fault, Query, Replies
+from collm.values import Answer, Draw, Fault, Query, Replies, Reply
+
+FAR = 32
+"""Tokens that were written since a chunk, from which on its author looks behind it in a pass of its own: what is held
+back may have to be written again, and may hold a stop string."""
 
 
 class Full(Exception):
@@ -25,13 +29,15 @@ class Full(Exception):
 class Written:
     """A chunk; empty if the text ends in its place.
 
-    `peek`: what its author would write next, if it looked. `cut_off`: there was no room for the rest.
+    `peek`: what its author would write next, if it looked. `cut_off`: there was no room for the rest. `unseen`: it did
+    not look, and might have gone on.
     """
 
     data: bytes
     log_prob: float
     peek: Answer | None = None
     cut_off: bool = False
+    unseen: bool = False
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -74,12 +80,13 @@ def _query(text: ChunkText, model: int, draw: Draw, last_byte: int, *, opens: bo
 
 
 def write_chunk(
-    text: ChunkText, author: int, answer: Answer, draw: Draw, room: int
+    text: ChunkText, author: int, answer: Answer, draw: Draw, room: int, *, look: bool = True
 ) -> Generator[Request, Replies | None, Written | Fault]:
     """One chunk, from the author's first token on; a fault if the author fails within it.
 
     Args:
         room: tokens that may still be written; an assistant's are taken for the base's.
+        look: False leaves the look ahead out where a chunk is likely to close (`Written.unseen`).
     """
     codec, free = text.codecs[author], text.cuts.free
     text.begin(author)
@@ -100,6 +107,8 @@ def write_chunk(
                 f"a chunk of more than {LONGEST_CHUNK} tokens: the models' tokenizers have too few cuts in such text; "
                 "take models of one tokenizer for it"
             )
+        if not look and data[-1:].isalnum() and codec.canonical(data) == text.written(author):
+            return Written(data, log_prob, unseen=True)
         [reply] = yield from _query(text, author, draw, data[-1], opens=False)
         if isinstance(reply, Fault):
             return reply
@@ -160,3 +169,57 @@ def settle(
         token_lengths=tuple(len(codec.pieces[token_id] or b"") for token_id in token_ids),
     )
     return step, {author: written.peek} if holds and written.peek is not None else {}
+
+
+@dataclass(slots=True)
+class Held:
+    """A chunk whose author has not looked behind it, and what was written since: not told to anybody yet.
+
+    The author looks behind it in the pass that it needs anyway when it is asked next. Where it would have gone on with
+    the chunk, all is taken back to `mark`, and written again with a look.
+
+    Args:
+        mark: in front of the chunk; `peeks`: what was known there of the models' next tokens.
+        last_byte: of the chunk, which ends its author's view.
+    """
+
+    author: int
+    mark: Mark
+    peeks: dict[int, Answer]
+    last_byte: int
+    steps: list[Step]
+
+    def closed_by(self, text: ChunkText, verdict: Reply) -> bool:
+        """Did the chunk end there? Then its step is whole."""
+        if not isinstance(verdict, Answer):
+            return False
+        if not text.cuts.opens(self.last_byte, text.codecs[self.author].first_bytes[verdict.token_id]):
+            return False
+        first = self.steps[0]
+        self.steps[0] = replace(first, log_prob=first.log_prob + verdict.log_close)
+        return True
+
+    def look(self, text: ChunkText, draws: Sequence[Draw]) -> Ask:
+        """What the author would have written behind the chunk, in a pass of its own."""
+        return (yield from _query(text, self.author, draws[self.author], self.last_byte, opens=False))
+
+    def look_and_open(self, text: ChunkText, draws: Sequence[Draw]) -> Ask:
+        """The same, and what it would open the next chunk with: in one pass, unless that would be a long one."""
+        model, view = self.author, text.views[self.author]
+        begin, limit = len(view), text.limits[self.author]
+        if len(text.chunks) == self.mark.chunks + 1:  # nothing was written since
+            [verdict] = yield from self.look(text, draws)
+            return [verdict, verdict]
+        try:
+            rows = len(text.read(model)) - begin + 1
+        except CollmError:
+            rows = FAR
+        if rows >= FAR or (limit is not None and len(view) > limit):
+            text.unread(model, self.mark.chunks + 1, begin)
+            [verdict] = yield from self.look(text, draws)
+            return [verdict, None]
+        lasts = (self.last_byte, *[-1] * (rows - 2), text.last_byte)
+        query = Query(model, view, len(view), rows, draws[model], last_bytes=lasts, opens=True)
+        replies = yield (query,)
+        assert replies is not None
+        return [replies[0][0], replies[0][-1]]

@@ -7,82 +7,171 @@ Drawn texts follow the law of chunks exactly. Or the assistant writes, and the b
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
 from collm.cuts import END
 from collm.decoding.chunk_text import ChunkText
-from collm.decoding.chunk_writing import Full, Written, ask_at_cut, draw_of, given_a_cut, may_open, settle, write_chunk
-from collm.decoding.collaborative import Ask, Flow, ModelFailed, Writers, required
+from collm.decoding.chunk_writing import (
+    FAR,
+    Full,
+    Held,
+    Written,
+    ask_at_cut,
+    draw_of,
+    given_a_cut,
+    may_open,
+    settle,
+    write_chunk,
+)
+from collm.decoding.collaborative import Ask, Flow, ModelFailed, Request, Writers, required
 from collm.decoding.nudging import WRITER, Nudging, usable_writer
-from collm.decoding.policies import Policy, decide
+from collm.decoding.policies import Always, Policy, decide
 from collm.sampling_params import SamplingParams
-from collm.types import BASE
-from collm.values import Answer, Fault, Reply
+from collm.types import BASE, FinishReason, Step
+from collm.values import Answer, Draw, Fault, Replies, Reply
+
+MISSES = 0.125
+"""Share of held chunks that may turn out to go on. Of two real models it is some hundredths."""
 
 
-def chunked(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int) -> Flow:
+def chunked(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int, *, ahead: bool = False) -> Flow:
     """Chunk by chunk: the base reads, the policy names who writes, that model writes until it would open another one.
 
     Args:
         params: `max_tokens` are the base's; stop strings are `stopping`'s affair.
         end_id: the base's token that stands for an end that another model has written.
+        ahead: an assistant looks behind its chunk when it is asked next, and steps are held back until then (`Held`):
+            the same text with fewer passes of assistants, where nobody reads along.
     """
-    try:
-        return (yield from _chunks(text, params, policy, end_id))
-    except Full:
-        return "length"
-
-
-def _chunks(text: ChunkText, params: SamplingParams, policy: Policy, end_id: int) -> Flow:
     draws = [draw_of(params.draw, model) for model in range(len(text.views))]
-    peeks: dict[int, Answer] = {}
-    while text.length < params.max_tokens:
-        base = peeks.get(BASE)
-        if base is None:
-            [reply] = yield from ask_at_cut(text, BASE, draws, params.top_log_probs)
-            base = required(reply)
-        decision = decide(policy, given_a_cut(base), draws[BASE], len(text.chunks))
-        writers = Writers(base, decision.signal)
-        room = params.max_tokens - text.length
-        written: Written | None = None
-        for candidate in decision.authors:
-            if candidate == BASE:
-                break
-            answer: Reply = peeks.get(candidate)
-            if answer is None:
-                [answer] = yield from ask_at_cut(text, candidate, draws, 0)
-            if isinstance(answer, Answer) and not may_open(text, candidate, answer.token_id):
-                answer = None  # a tool that would go on with somebody's token
-            if not writers.settled_by(candidate, answer, params):
+    # Who always writes has looked anyway.
+    state = _State({}, ahead and not isinstance(policy, Always))
+    while True:
+        ending: FinishReason | ModelFailed | None = None
+        try:
+            ending = yield from _chunk(text, params, policy, end_id, draws, state)
+        except Full:
+            ending = "length"
+        except ModelFailed as failure:
+            ending = failure
+        held = state.held
+        if held is not None and (ending is not None or text.length - held.mark.length >= FAR):
+            try:
+                [verdict] = yield from held.look(text, draws)
+            except Full:
+                return "length"
+            steps = state.looked(text, verdict)
+            if steps is None:
                 continue
-            assert isinstance(answer, Answer)
-            found = yield from write_chunk(text, candidate, answer, draws[candidate], room)
-            if isinstance(found, Written):
-                written = found
-                break
-            text.undo(candidate)
-            writers.author, writers.answer = BASE, None
-            writers.settled_by(candidate, found, params)
-        if written is None:
-            found = yield from write_chunk(text, BASE, base, draws[BASE], room)
-            if isinstance(found, Fault):
-                raise ModelFailed(found.reason)
+            yield from steps
+        if ending is None:
+            continue
+        if isinstance(ending, ModelFailed):
+            raise ending
+        return ending
+
+
+@dataclass(slots=True)
+class _State:
+    """`peeks`: what models are known to write next. `careful`: the number of a chunk that is written with a look.
+    `looks`: how many chunks were held, of which `misses` would have gone on."""
+
+    peeks: dict[int, Answer]
+    ahead: bool
+    held: Held | None = None
+    careful: int = -1
+    looks: int = 0
+    misses: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether chunks are held: not where many would have gone on, which costs more than it saves."""
+        return self.ahead and self.misses <= 1 + self.looks * MISSES
+
+    def looked(self, text: ChunkText, verdict: Reply) -> list[Step] | None:
+        """The steps that were held, if the chunk did end there; None: all is taken back to where it began."""
+        held, self.held = self.held, None
+        assert held is not None
+        self.looks += 1
+        if held.closed_by(text, verdict):
+            return held.steps
+        self.misses += 1
+        text.back(held.mark)
+        self.peeks, self.careful = held.peeks, held.mark.chunks
+        return None
+
+
+def _chunk(
+    text: ChunkText, params: SamplingParams, policy: Policy, end_id: int, draws: Sequence[Draw], state: _State
+) -> Generator[Request | Step, Replies | None, FinishReason | None]:
+    """One chunk, or the step back to one that was held; why the text ends, if it does."""
+    room = params.max_tokens - text.length
+    if room <= 0:
+        return "length"
+    mark, peeks = text.mark(), dict(state.peeks)
+    base = peeks.get(BASE)
+    if base is None:
+        [reply] = yield from ask_at_cut(text, BASE, draws, params.top_log_probs)
+        base = peeks[BASE] = required(reply)
+    decision = decide(policy, given_a_cut(base), draws[BASE], len(text.chunks))
+    writers = Writers(base, decision.signal)
+    written: Written | None = None
+    for candidate in decision.authors:
+        if candidate == BASE:
+            break
+        answer: Reply = peeks.get(candidate)
+        if state.held is not None:
+            verdict: Reply
+            if candidate == state.held.author:
+                verdict, answer = yield from state.held.look_and_open(text, draws)
+            else:
+                [verdict] = yield from state.held.look(text, draws)
+            steps = state.looked(text, verdict)
+            if steps is None:
+                return None
+            yield from steps
+        if answer is None:
+            [answer] = yield from ask_at_cut(text, candidate, draws, 0)
+        if isinstance(answer, Answer):
+            peeks[candidate] = answer
+            if not may_open(text, candidate, answer.token_id):
+                answer = None  # a tool that would go on with somebody's token
+        if not writers.settled_by(candidate, answer, params):
+            continue
+        assert isinstance(answer, Answer)
+        look = not state.waits or len(text.chunks) == state.careful
+        found = yield from write_chunk(text, candidate, answer, draws[candidate], room, look=look)
+        if isinstance(found, Written):
             written = found
-        answer = writers.answer or writers.base
-        step, peeks = settle(
-            text,
-            written,
-            writers.author,
-            answer,
-            writers.base,
-            room,
-            end_id,
-            abstained=writers.abstained,
-            fault=writers.fault,
-            signal=writers.signal,
-        )
+            break
+        text.undo(candidate)
+        writers.author, writers.answer = BASE, None
+        writers.settled_by(candidate, found, params)
+    if written is None:
+        found = yield from write_chunk(text, BASE, base, draws[BASE], room)
+        if isinstance(found, Fault):
+            raise ModelFailed(found.reason)
+        written = found
+    step, state.peeks = settle(
+        text,
+        written,
+        writers.author,
+        writers.answer or writers.base,
+        writers.base,
+        room,
+        end_id,
+        abstained=writers.abstained,
+        fault=writers.fault,
+        signal=writers.signal,
+    )
+    if written.unseen:
+        state.held = Held(writers.author, mark, peeks, written.data[-1], [step])
+    elif state.held is not None:
+        state.held.steps.append(step)
+    else:
         yield step
-        if written.finish_reason is not None:
-            return written.finish_reason
-    return "length"
+    return written.finish_reason
 
 
 def nudged(text: ChunkText, params: SamplingParams, method: Nudging, end_id: int) -> Flow:

@@ -35,7 +35,7 @@ from collm.models.placement import dtype_name
 from collm.models.tokenizers import QuickDecoder
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation
-from collm.values import LanguageModel
+from collm.values import LanguageModel, StreamingModel
 from collm.views import Text
 
 GREEDY = SamplingParams()
@@ -228,7 +228,8 @@ class CollaborativeLM:
         ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
         each = numbered(list(zip(ids, each, strict=True)))
         writings = [
-            (i, self._writing(own, how, policy, alone)) for i, (own, how) in enumerate(zip(ids, each, strict=True))
+            (i, self._writing(own, how, policy, alone, ahead=True))
+            for i, (own, how) in enumerate(zip(ids, each, strict=True))
         ]
         at_a_time = min(batch_size, len(prompts))
         return finished(self._engine_for(at_a_time), writings, at_a_time)
@@ -350,9 +351,15 @@ class CollaborativeLM:
         return self._writing(self._prompt_ids(prompt, 0), asked(params, settings), policy, alone)
 
     def _writing(
-        self, ids: tuple[TokenIds, ...], params: SamplingParams, policy: Method | None, alone: int | str | None
+        self,
+        ids: tuple[TokenIds, ...],
+        params: SamplingParams,
+        policy: Method | None,
+        alone: int | str | None,
+        *,
+        ahead: bool = False,
     ) -> Writing:
-        """A text that is ready to be written."""
+        """A text that is ready to be written; `ahead`: nobody reads along, so that steps may be held back."""
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
         bounds = list(zip(ids, self.context_lengths, strict=True))
         # Where models share but chunks, an assistant's tokens are not the base's: its own context is watched.
@@ -370,7 +377,9 @@ class CollaborativeLM:
         text = Text(ids) if self.sharing is None or found is None else self.sharing.text(ids, self.context_lengths)
         self.engine.require_room(text, own.max_tokens)
         if self.sharing is not None:
-            flow, transcript = self.sharing.writing(text, own, found, number)
+            # A server reads a text again for each answer about it: two at a time would save nothing.
+            ahead = ahead and not any(isinstance(model, StreamingModel) for model in self.models)
+            flow, transcript = self.sharing.writing(text, own, found, number, ahead=ahead)
         else:
             if found is None:
                 flow = single(number, text, own, eos)

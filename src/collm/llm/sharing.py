@@ -65,11 +65,14 @@ class Sharing:
             for formatter, codec, own in zip(formatters, self.codecs, same, strict=True)
         ]
 
-    def writing(self, text: Text, params: SamplingParams, method: Method | None, alone: int) -> tuple[Flow, Transcript]:
+    def writing(
+        self, text: Text, params: SamplingParams, method: Method | None, alone: int, *, ahead: bool = False
+    ) -> tuple[Flow, Transcript]:
         """The flow of a text, and how its steps read.
 
         Args:
             method: None: the model of the number `alone` writes by itself, in its own tokens.
+            ahead: steps may be held back (`chunked`).
 
         Raises:
             CollmError: the method or a setting needs tokens that all models share.
@@ -100,7 +103,7 @@ class Sharing:
         if isinstance(method, Nudging):
             return nudged(text, params, method, self.end_id), transcript
         policy: Policy = method  # type: ignore[assignment]
-        return chunked(text, params, policy, self.end_id), transcript
+        return chunked(text, params, policy, self.end_id, ahead=ahead), transcript
 
 
 def share(

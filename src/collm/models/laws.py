@@ -60,7 +60,8 @@ class Asked:
             tops += [query.num_top] * (j - i)
             law = law or query.law
             lasts = query.last_bytes[i:j] if query.last_bytes else [-1] * (j - i)
-            cuts += [number for last in lasts for number in (last, int(query.opens))]
+            end = query.num_last - 1 if query.opens else -1
+            cuts += [number for n, last in enumerate(lasts, i) for number in (last, int(n == end))]
             any_cuts |= bool(query.last_bytes)
         wanted = given if any_given else None
         return cls(Draws.of(draws), wanted, tops, law, draws, cuts if any_cuts else None)
