@@ -95,6 +95,44 @@ def test_continuation(line: str, rest: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "rest"),
+    [
+        (r"so \( 12 \times 35 =", " 420"),
+        (r"\[ 5\cdot 20 = ", "100"),
+        (r"\[ 60 \div 8 = 7", ".5"),
+        (r"\( 60 \times \frac{3}{4} =", " 45"),
+        (r"\(\frac{40}{4} = ", "10"),
+        (r"\[ \dfrac{\frac{12}{2}}{3} + 1 =", " 3"),
+        (r"\left(2 + 3\right) \times 4 =", " 20"),
+        (r"\[ \frac{70 \text{ apples}}{7 \text{ weeks}} =", " 10"),
+        (r"8 \text{ games/daughter} \times 2 \text{ daughters} = ", "16"),
+        (r"\text{Increase in year 2} = 24 \times 0.50 =", " 12"),
+        (r"\$5 \times 3 =", r" \$15"),
+        (r"\$5 \times 3 = \$", "15"),
+        (r"\$5 \times 3 = \$1", "5"),
+        (r"\$5 \times 3 = ", r"\$15"),
+        (r"5 \times 3 = \$", "15"),
+        (r"\$5 \times 3 = 1", "5"),
+        ("\\$5 \\times 3 = \\", "$15"),  # the tokens of a dollar may part
+        (r"20\% + 5\% =", r" 25\%"),
+        ("12 \\times 3 = 36 \\", None),
+        (r"12 \times x =", None),
+        (r"20 \timesx 3 =", None),
+        (r"\sqrt{16} =", None),
+        (r"1\frac{1}{2} + 1 =", None),  # one and a half, or half of one
+        (r"\text{2 more than} 3 =", None),
+        (r"3 \text{ times 4} =", None),
+        (r"2^{3} \times 4 =", None),
+        (r"\frac{D}{3} \times 2 =", None),
+        (r"\frac{4}{0} =", None),
+    ],
+)
+def test_arithmetic_in_latex(line: str, rest: str | None) -> None:
+    """As models write it that have learnt mathematics."""
+    assert continuation(line) == rest
+
+
+@pytest.mark.parametrize(
     ("value", "decimals", "text"),
     [
         (Fraction(1, 2), 0, "1"),

@@ -18,6 +18,8 @@ DEVICE ?= cpu
 TESTED ?= 150
 # Problems that each threshold is tried on.
 TRIED ?= 60
+# Texts that are written at a time. A core with bfloat16 writes 1.5 times as many tokens a second with 32 as with 16.
+BATCH ?= 16
 
 # Scores that were made already, for those who do not want to wait: used if they are of these very weights and data.
 KEPT ?= $(if $(HUB),,recipes/qwen/scores)
@@ -42,7 +44,7 @@ RULE_ifeval := ifeval
 LONG_gsm8k := 400
 LONG_mbpp := 400
 LONG_ifeval := 1280
-WRITE = --task $(RULE_$(1)) --max-tokens $(LONG_$(1)) --batch-size 16 --dtype $(DTYPE) --device $(DEVICE)
+WRITE = --task $(RULE_$(1)) --max-tokens $(LONG_$(1)) --batch-size $(BATCH) --dtype $(DTYPE) --device $(DEVICE)
 MACHINE := --dtype $(DTYPE) --device $(DEVICE)
 
 # Fine-tuned alone; the gate alone beside the base as it was published; LoRA and gate together.
@@ -55,7 +57,7 @@ SIGNALS := gate expected_gain entropy
 all: oracle calibrate test
 
 help:
-	@echo "make -f recipes/qwen/study.mk [data|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/qwen/study.mk [data|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 # -- weights and data --------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,28 @@ MAX_EXPRESSION = 120
 
 _LEXEME = re.compile(r"\s+|\$\s+(?=[\d.])|\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?|\*\*|[-+*/×÷−–xX()^]")
 _OPERATORS = {"+": "+", "-": "-", "−": "-", "–": "-", "*": "*", "×": "*", "x": "*", "X": "*", "/": "/", "÷": "/"}
-_WRITTEN = re.compile(r"\s?\$?(-?\$?[\d,]*\.?\d*)")
+_WRITTEN = re.compile(r"\s?(?:\\?\$)?(-?(?:\\?\$)?[\d,]*\.?\d*|-?\\)")
 _BULLET = re.compile(r"\s*(?:[-+*•–]|\d+[.)])\s+")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+")
+_UNIT = re.compile(r"(?<=[\d%])\s*\\(?:text|textrm|mathrm|mbox)\{[^{}\d]*\}")
+"""A unit behind a number, in LaTeX."""
+_MIXED = re.compile(r"(?<=\d)\s*\\[dt]?frac(?![A-Za-z])")
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+_COMMAND = re.compile(r"\\(?:(?:(times|cdot|ast)|(div)|left|right)(?![A-Za-z])|[,;:! ]|([$%]))")
+
+
+def _plain(latex: str) -> str:
+    """Arithmetic in LaTeX in the signs that are read here; what else there is stays as it is and is not understood."""
+    text = _UNIT.sub("", latex)
+    text = _MIXED.sub("?", text)  # one and a half, or half of one
+    while (simpler := _FRACTION.sub(r"((\1)/(\2))", text)) != text:
+        text = simpler
+
+    def sign(match: re.Match[str]) -> str:
+        times, divided, mark = match.groups()
+        return "*" if times else "/" if divided else mark or " "
+
+    return _COMMAND.sub(sign, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +195,15 @@ def continuation(line: str, decimals: int = 4) -> str | None:
     """What a calculator writes next after `line`, or None where it has nothing to say.
 
     It speaks between an "=" that follows an expression and the end of that number: `"56 * 9 ="` -> `" 504"`,
-    `"56 * 9 = 5"` -> `"04"`, `"56 * 9 = 504"` -> None. Spacing, `$`, `%` and thousands commas follow the expression.
+    `"56 * 9 = 5"` -> `"04"`, `"56 * 9 = 504"` -> None. Spacing, `$`, `%` and thousands commas follow the expression,
+    which may be LaTeX: `r"\\( 12 \times \\$35 ="` -> `r" \\$420"`.
     """
     before, sign, written = line.rpartition("=")
     if not sign or before[-1:] in tuple("<>!=:~") or not _WRITTEN.fullmatch(written):
         return None
-    found = _evaluate(before.rpartition("=")[2])
+    expression = before.rpartition("=")[2]
+    is_latex = "\\" in expression
+    found = _evaluate(_plain(expression) if is_latex else expression)
     if found is None:
         return None
     head = (" " if before.endswith(" ") else "") if not written else ""
@@ -189,10 +211,11 @@ def continuation(line: str, decimals: int = 4) -> str | None:
     plain = format_number(found.value, decimals).removeprefix("-")
     grouped = format_number(found.value, decimals, commas=True).removeprefix("-")
     minus = "" if plain == "0" else minus
-    unit = "%" if found.percent else ""
+    escape = "\\" if is_latex and re.search(r"\\[$%]", expression) else ""
+    unit = escape + "%" if found.percent else ""
     # The expression's own style first; then what the text before may have begun instead.
     amounts = (grouped, plain) if found.commas else (plain, grouped)
-    marks = ("$", "") if found.dollar else ("", "$")
+    marks = (escape + "$", "") if found.dollar else ("", "\\$" if is_latex else "$")
     so_far = written.strip()
     for mark in marks:
         for amount in amounts:

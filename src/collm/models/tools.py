@@ -125,8 +125,8 @@ class Calculator(Tool):
     """Writes the result of the arithmetic before an "=" in the current line; abstains everywhere else.
 
     Exact fractions, rounded half-up to `decimals` places; `+ - * / x × ÷`, parentheses, decimals, negative numbers,
-    `$`, `%` and thousands commas. White space on its own is left to the base; once the number is complete it abstains,
-    so what comes after it is the base's affair.
+    `$`, `%` and thousands commas; the same in LaTeX (`\\( 12 \\times 35 =`, fractions, units in `\\text`). White space
+    on its own is left to the base; once the number is complete it abstains: what comes after it is the base's affair.
 
     Args:
         decimals: decimal places kept.
