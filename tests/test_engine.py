@@ -18,6 +18,7 @@ import pytest
 from flows import alone, writing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from writing_on import WritingOn
 
 from collm.decoding.collaborative import Flow, collaborative
 from collm.decoding.experience import FIRST_PIECE, SHORTEST_PIECE, Experience
@@ -27,6 +28,7 @@ from collm.decoding.speculative import speculative
 from collm.engine import Engine, Event, Finished, Twin, run
 from collm.engine.passes import answers
 from collm.engine.scheduler import Scheduler
+from collm.engine.turns import Turn
 from collm.engine.twin import Writing
 from collm.errors import CollmError
 from collm.models.fake import FakeModel
@@ -957,3 +959,71 @@ def test_a_piece_of_a_prompt_takes_a_part_of_a_usual_pass() -> None:
             experience.observe_pass(0, 4, 4, 0.045)
         experience.observe_reading(0, 4, 64, 0.045 + 64 * reading)
         assert experience.reading_tokens(0, 4) == piece
+
+
+# -- texts that write on by themselves
+
+
+def turn(
+    dear: float = 4.0, asked: Sequence[float] = (), heard: bool = False, patience: float = 1.0
+) -> tuple[Turn, list[float]]:
+    clock = [0.0]
+    return Turn(lambda: clock[0], 0.0, asked, dear, patience, lambda: heard), clock
+
+
+def test_a_model_keeps_its_turn_as_long_as_it_would_get_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collm.engine.turns.ON_THEIR_OWN", 100.0)
+    keep_on, clock = turn()
+    for now in range(10):
+        clock[0] = now
+        assert keep_on(3, 0), "nobody waits"
+    # Three seconds, then six, then nine of waiting, where a pass of the dear model would delay two texts by eight.
+    for now, stays in ((10, True), (11, True), (12, True), (13, False)):
+        clock[0] = now
+        assert keep_on(2, 3) == stays
+    keep_on, clock = turn(dear=2.5)
+    clock[0] = 1.0
+    assert keep_on(100, 1)
+    clock[0] = 3.5
+    assert not keep_on(100, 1), "the first one waits for the time of a pass"
+    # What waited before counts; a model that is no dearer goes first; so does whatever has come up meanwhile.
+    keep_on, clock = turn(asked=[-3.0])
+    clock[0] = 0.5
+    assert keep_on(2, 0)
+    clock[0] = 1.1
+    assert not keep_on(2, 0)
+    assert not turn(dear=0.0)[0](5, 1) and turn(dear=0.0)[0](5, 0)
+    assert not turn(heard=True)[0](5, 0) and not turn()[0](0, 5) and not turn(patience=0.0)[0](5, 1)
+    keep_on, clock = turn()
+    clock[0] = 100.0
+    assert not keep_on(5, 0), "readers want to see something"
+
+
+def test_texts_write_on_until_somebody_comes() -> None:
+    """A new text joins after the pass that runs, and a cancelled one ends."""
+    model = WritingOn(FakeModel("base", V), stops=0.0)
+    engine = Engine([model], max_num_seqs=2)
+    told: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+
+    def submit(number: int, max_tokens: int) -> int:
+        flow, text, _ = alone(0, [prompt_of(number)], SamplingParams(max_tokens=max_tokens), [frozenset()])
+        return engine.submit(flow, text, max_tokens, lambda event: told.put((number, event)))
+
+    try:
+        long = submit(1, 10**6)
+        while told.get(timeout=10)[1] is None:
+            pass
+        submit(2, 5)
+        second = list[Event]()
+        while not second or not isinstance(second[-1], Finished):
+            number, event = told.get(timeout=10)
+            if number == 2:
+                second.append(event)
+        assert len(second) == 6 and max(model.calls) > 1
+        engine.cancel(long)
+        while not isinstance(event, Finished) or number != 1:
+            number, event = told.get(timeout=10)
+        assert event.finish_reason == "cancelled"
+        assert event.usage.forward_passes == (event.usage.completion_tokens,)
+    finally:
+        engine.close()

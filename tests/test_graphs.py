@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,12 @@ from tiny import make_model
 from transformers import PreTrainedTokenizerFast
 
 from collm.cuts import START
+from collm.decoding.collaborative import collaborative, single
+from collm.decoding.experience import Experience
+from collm.decoding.pace import AdaptivePace
+from collm.decoding.policies import ByEntropy
+from collm.decoding.speculative import speculative
+from collm.engine import Finished, run
 from collm.errors import CollmError
 from collm.models.codec import ByteCodec
 from collm.models.head import DeferralHead
@@ -24,11 +30,13 @@ from collm.models.paged.capture import FakeCapture
 from collm.models.paged.machinery import Machinery
 from collm.models.paged.ops import TorchOps
 from collm.models.paged.stepping import BUCKETS
-from collm.models.paged.telling import TorchTelling
+from collm.models.paged.telling import Told, TorchTelling
+from collm.models.paged.writing import LONGEST
 from collm.models.pairing import cuts_between
-from collm.types import ForwardPass
-from collm.values import Answer, Draw, Fault, Query, Reply
-from collm.views import Text
+from collm.sampling_params import SamplingParams
+from collm.types import BASE, ForwardPass
+from collm.values import Answer, Draw, Fault, KeepOn, Query, Replies, Reply, WriteOn
+from collm.views import Text, View
 
 
 def machinery(fails: Callable[[], None] | None = None) -> Machinery:
@@ -87,6 +95,216 @@ def test_a_pass_is_one_upload_one_launch_one_wait(tiny_tokenizer: PreTrainedToke
     counts = model._stepper.counts
     assert counts.launches == counts.uploads == counts.downloads == counts.waits == 11
     assert counts.passes == {48: 1, 4: 10} and capture(model).recorded == recorded
+
+
+class Counted:
+    """A `KeepOn` that allows so many passes, and remembers what it was asked."""
+
+    def __init__(self, more: int = 10**6) -> None:
+        self.more, self.asked = more, list[tuple[int, int]]()
+
+    def __call__(self, going: int, stopped: int) -> bool:
+        self.asked.append((going, stopped))
+        return going > 0 and len(self.asked) <= self.more
+
+
+def on_its_own(model: LocalModel, view: View, leave: WriteOn, draw: Draw, count: int) -> list[Reply]:
+    """What it would answer token by token."""
+    ids, found = list(view.token_ids), list[Reply]()
+    for _ in range(count):
+        text = View(ids[: view.prompt_length])
+        text.token_ids += ids[view.prompt_length :]
+        [[reply]] = model.predict([Query(0, text, len(ids), draw=draw)])
+        found.append(reply)
+        assert isinstance(reply, Answer)
+        ids.append(reply.token_id)
+    return found
+
+
+def test_texts_write_on_as_if_each_token_were_asked_for(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Over the ends of blocks, some longer than others, some of them drawn; one launch a pass, and what the text takes
+    over of it is not read again."""
+    network, rng = tiny("llama"), random.Random(3)
+    head = DeferralHead(32, 1)
+    model = LocalModel(network, tiny_tokenizer, head, num_slots=4, max_cache_tokens=1200, machinery=machinery())
+    plain = LocalModel(network, tiny_tokenizer, head, cache=False)
+    assert model.writes_on and not plain.writes_on
+    texts = [Text([[rng.randrange(3, 300) for _ in range(n)]]) for n in (5, 14, 23)]
+    draws = [Draw(), Draw(7, 0, 1.0, 0.9), Draw(8, 0, 1.0)]
+    leaves = [WriteOn(30), WriteOn(11), WriteOn(2)]
+    passes: list[ForwardPass] = []
+
+    def queries() -> list[Query]:
+        return [
+            Query(0, text.views[0], len(text.views[0]), draw=draw, write_on=leave)
+            for text, draw, leave in zip(texts, draws, leaves, strict=True)
+        ]
+
+    first = model.write_on(queries(), Counted())
+    assert [len(found) for found in first] == [1, 1, 1], "prompts are read first"
+    for text, [reply] in zip(texts, first, strict=True):
+        assert isinstance(reply, Answer)
+        text.append(reply.token_id)
+    model.on_pass = passes.append
+    before, keep_on = capture(model).replayed, Counted()
+    found = model.write_on(queries(), keep_on)
+    assert [len(replies) for replies in found] == [31, 12, 3]
+    assert capture(model).replayed - before == len(passes) == 31
+    assert [each.tokens for each in passes] == [3] * 3 + [2] * 9 + [1] * 19
+    assert keep_on.asked[-1] == (0, 3)
+    for text, replies, leave, draw in zip(texts, found, leaves, draws, strict=True):
+        expected = on_its_own(plain, text.views[0], leave, draw, len(replies))
+        for pair in zip(replies, expected, strict=True):
+            assert_same(*pair)
+    # The first text takes all of it over, the second half and then something else, the third nothing.
+    for text, replies, count in zip(texts, found, (30, 6, 0), strict=True):
+        for reply in replies[:count]:
+            assert isinstance(reply, Answer)
+            text.append(reply.token_id)
+    texts[1].append(299)
+    texts[2].append(298)
+    assert [model.missing(query) for query in queries()] == [1, 2 - 1, 1]
+    passes.clear()
+    after = model.predict([query._replace(write_on=None) for query in queries()])
+    assert [each.tokens for each in passes] == [3]
+    for query, [reply] in zip(queries(), after, strict=True):
+        assert_same(reply, plain.predict([query])[0][0])
+
+
+def test_what_was_written_on_and_taken_back_is_read_anew(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    network, rng = tiny("llama"), random.Random(4)
+    model = LocalModel(network, tiny_tokenizer, num_slots=3, max_cache_tokens=600, machinery=machinery())
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    texts = [Text([[rng.randrange(3, 300) for _ in range(rng.randrange(3, 20))]]) for _ in range(3)]
+    for _ in range(40):
+        queries = [
+            Query(0, text.views[0], len(text.views[0]), write_on=WriteOn(rng.randrange(1, 12)))
+            for text in rng.sample(texts, rng.randrange(1, 4))
+        ]
+        for query, replies in zip(queries, model.write_on(queries, Counted(rng.randrange(8))), strict=True):
+            [text] = [text for text in texts if text.views[0] is query.view]
+            for n, reply in enumerate(replies):
+                assert_same(reply, plain.predict([Query(0, query.view, len(query.view))])[0][0])
+                assert isinstance(reply, Answer)
+                text.append(reply.token_id)
+                if rng.random() < 0.1:
+                    text.rewind(rng.randrange(text.length))
+                    break
+                if rng.random() < 0.1:
+                    text.append(rng.randrange(300))
+                    break
+                assert n < len(replies)
+        for text in texts:
+            if len(text.views[0]) > 150:
+                text.rewind(2)
+
+
+def stopping(model: LocalModel, leave: WriteOn, keep_on: KeepOn) -> list[Reply]:
+    text = Text([list(range(3, 12))])
+    model.predict([Query(0, text.views[0], 8)])
+    [found] = model.write_on([Query(0, text.views[0], 9, write_on=leave)], keep_on)
+    return found
+
+
+def test_where_texts_stop_to_write_on(tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny("llama")
+    head = DeferralHead(32, 1)
+    model = LocalModel(network, tiny_tokenizer, head, num_slots=2, max_cache_tokens=400, machinery=machinery())
+    whole = stopping(model, WriteOn(200), Counted())
+    assert len(whole) == 1 + LONGEST
+    assert len(stopping(model, WriteOn(200), Counted(7))) == 8
+    doubts = [reply.entropy for reply in whole if isinstance(reply, Answer)]
+    until = ByEntropy(sorted(doubts)[-5], 1)
+    deferred = [n for n, doubt in enumerate(doubts) if doubt > until.nats]
+    assert len(deferred) == 4
+    for passing in (0, 1, 3):
+        # The answer where it would defer is the last one.
+        assert len(stopping(model, WriteOn(200, until, passing), Counted())) == deferred[passing] + 1
+    assert len(stopping(model, WriteOn(200, until, 4), Counted())) == 1 + LONGEST
+    last = whole[6]
+    assert isinstance(last, Answer)
+    monkeypatch.setattr(model, "_eos_token_ids", frozenset({last.token_id}))
+    first = next(n for n, reply in enumerate(whole) if isinstance(reply, Answer) and reply.token_id == last.token_id)
+    assert stopping(model, WriteOn(200), Counted())[first:] == [whole[first]]
+
+
+def test_a_text_that_writes_on_into_what_is_no_number_ends_alone(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny("llama")
+    model = LocalModel(network, tiny_tokenizer, num_slots=2, max_cache_tokens=400, machinery=machinery())
+    texts = [Text([list(range(3, 9))]), Text([list(range(40, 60))])]
+    model.predict([Query(0, text.views[0], len(text.views[0]) - 1) for text in texts])
+    assert model._stepper is not None
+    told, count = model._stepper.told, [0]
+
+    def spoilt() -> Told:
+        found = told()
+        count[0] += 1
+        if count[0] == 4:
+            found.rows[0, 3] = 1
+        return found
+
+    monkeypatch.setattr(model._stepper, "told", spoilt)
+    queries = [Query(0, text.views[0], len(text.views[0]), write_on=WriteOn(9)) for text in texts]
+    broken, whole = model.write_on(queries, Counted())
+    assert len(whole) == 10 and all(isinstance(reply, Answer) for reply in whole)
+    assert len(broken) == 4 and isinstance(broken[-1], Fault)
+    assert "after position 9 are not numbers" in broken[-1].reason
+    assert [model.missing(query) for query in queries] == [6, 1], "the broken one is read anew"
+
+
+@pytest.mark.parametrize("how", ["single", "plain", "speculative"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_engine_writes_the_same_text_in_fewer_calls(
+    how: str, temperature: float, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    networks = tiny("llama", num_hidden_layers=1), tiny("llama")
+    heads = [DeferralHead(32, 1), None]
+    eos, experience = [frozenset({2})] * 2, Experience()
+    policy = ByEntropy(3.5, 1)
+
+    def written(models: list[LocalModel]) -> dict[int, list[int]]:
+        writings, found = [], dict[int, list[int]]()
+        for seed in range(5):
+            text = Text([[seed + 3, 7, 11, 20 * seed]] * 2)
+            params = SamplingParams(max_tokens=40, temperature=temperature, top_p=0.9, seed=seed)
+            if how == "single":
+                flow = single(BASE, text, params, eos)
+            elif how == "plain":
+                flow = collaborative(text, params, policy, eos)
+            else:
+                flow = speculative(text, params, policy, eos, AdaptivePace(experience))
+            writings.append((flow, text, 40))
+        for number, event in run(writings, models, 4, experience=experience):
+            if isinstance(event, Finished):
+                assert event.error is None
+            else:
+                found.setdefault(number, []).append(event.token_id)
+        return found
+
+    plain = [
+        LocalModel(network, tiny_tokenizer, head, cache=False) for network, head in zip(networks, heads, strict=True)
+    ]
+    graphs = [
+        LocalModel(network, tiny_tokenizer, head, num_slots=4, max_cache_tokens=800, machinery=machinery())
+        for network, head in zip(networks, heads, strict=True)
+    ]
+    passes, calls = [0], [0]
+    for model in graphs:
+        model.warm_up()
+        model.on_pass = lambda done: passes.__setitem__(0, passes[0] + 1)
+    base_calls = graphs[0].write_on
+
+    def counted(queries: Sequence[Query], keep_on: KeepOn) -> Replies:
+        calls[0] += 1
+        return base_calls(queries, keep_on)
+
+    graphs[0].write_on = counted  # type: ignore[method-assign]
+    found = written(graphs)
+    assert 0 < calls[0] < 0.8 * passes[0]
+    experience = Experience()
+    assert found == written(plain)
 
 
 def test_what_graphs_do_not_tell_is_told_without(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

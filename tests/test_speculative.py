@@ -13,11 +13,12 @@ import pytest
 from flows import writing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from writing_on import WritingOn
 
 from collm.decoding.collaborative import collaborative
 from collm.decoding.drafts import best_draft, draft_cost, plain_cost, run_cost
 from collm.decoding.experience import Experience, PassCosts
-from collm.decoding.pace import AdaptivePace, FixedPace, Pace
+from collm.decoding.pace import AdaptivePace, FixedPace, Leave, Pace
 from collm.decoding.policies import (
     Always,
     ByEntropy,
@@ -60,6 +61,9 @@ class RandomPace:
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
+
+    def leave(self, pending: int) -> Leave:
+        return Leave(int(self._rng.integers(1, 9)) if self._rng.random() < 0.5 else None, int(self._rng.integers(0, 5)))
 
     def asks(self, assistant: int, pending: int) -> bool:
         return pending >= int(self._rng.integers(1, 6))
@@ -106,6 +110,7 @@ def plainly(steps: Sequence[Step]) -> list[Step]:
     eos=st.sampled_from([None, 0]),
     abstention=st.sampled_from([0.0, 0.3]),
     max_tokens=st.integers(1, 24),
+    writes_on=st.sampled_from([None, 0.0, 0.3]),
 )
 def test_speculative_equals_plain(
     name: str,
@@ -116,10 +121,18 @@ def test_speculative_equals_plain(
     eos: int | None,
     abstention: float,
     max_tokens: int,
+    writes_on: float | None,
 ) -> None:
-    models = fakes(num_assistants, eos, abstention=abstention)
+    """Also if the models write on by themselves, and stop now and then for no reason."""
+    plain = fakes(num_assistants, eos, abstention=abstention)
+    models: list[LanguageModel] = list(plain)
+    if writes_on is not None:
+        models = [WritingOn(model, seed + n, writes_on) for n, model in enumerate(plain)]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.9 if temperature else 1, seed=seed)
-    steps, finished = texts(models, params, POLICIES[name], None, tuple(prompt))
+    steps, finished = texts(plain, params, POLICIES[name], None, tuple(prompt))
+    again, at_once = texts(models, params, POLICIES[name], None, tuple(prompt))
+    # Not a pass more is made than where each token is asked for.
+    assert again == steps and at_once.usage.forward_passes == finished.usage.forward_passes
     fast, end = texts(models, params, POLICIES[name], RandomPace(seed), tuple(prompt))
     assert plainly(fast) == steps and end.finish_reason == finished.finish_reason
     usage = end.usage

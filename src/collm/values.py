@@ -39,12 +39,25 @@ class Draw:
 GREEDY = Draw()
 
 
+class WriteOn(NamedTuple):
+    """Leave to write on by itself: up to `max_tokens` tokens more, each behind the one that it chose before.
+
+    `until`: where it would defer (a `Policy`) it stops, but for the first `passing` times; None: it never defers.
+    """
+
+    max_tokens: int
+    until: Any = None
+    passing: int = 0
+
+
 class Query(NamedTuple):
     """One pass of a model: an answer after each of the last `num_last` prefixes of the first `length` tokens of `view`.
 
     `num_last` 0 reads without an answer (a piece of a long prompt). On request the answers carry the log-probability
     of *given* tokens, `given[i]` being the one behind the i-th of these prefixes, the `num_top` most probable tokens,
     or the whole law.
+
+    With `write_on` a model may give more answers than that (`LanguageModel.write_on`); it need not.
 
     Where models share chunks (`collm.cuts`), `last_bytes` are for each of these prefixes the byte behind which a chunk
     might open, `START` at the beginning of a completion, -1 where nobody asks. Then only text and ends are chosen, with
@@ -62,6 +75,7 @@ class Query(NamedTuple):
     law: bool = False
     last_bytes: Sequence[int] = ()
     opens: bool = False
+    write_on: WriteOn | None = None
 
     @classmethod
     def of(
@@ -87,7 +101,8 @@ class Extend(NamedTuple):
 
     The answers come as a stream, one for each token, and the flow that asked may stop listening after any of them.
     `until` says where this model would defer (a `Policy`), None where it never does. A model that cannot test it
-    itself is asked token by token. `num_top` as in `Query`.
+    itself is asked token by token. `num_top` as in `Query`. `passing`: deferrals that whoever asked would write past; a
+    model may stop at any.
     """
 
     model: int
@@ -96,6 +111,7 @@ class Extend(NamedTuple):
     draw: Draw = GREEDY
     until: Any = None
     num_top: int = 0
+    passing: int = 0
 
 
 NO_TOKEN: Final = -1
@@ -150,6 +166,10 @@ Reply = Answer | Fault | None
 """`None`: the model abstains after this prefix (a tool that has nothing to say). The base never does."""
 Replies = list[list[Reply]]
 """For each query its answers, oldest prefix first."""
+
+
+KeepOn = Callable[[int, int], bool]
+"""See `LanguageModel.write_on`."""
 
 
 class LanguageModel(ABC):
@@ -224,6 +244,21 @@ class LanguageModel(ABC):
     @abstractmethod
     def predict(self, queries: Sequence[Query]) -> Replies:
         """The answers of one pass. Those to one query depend on no other query, nor on earlier calls."""
+
+    @property
+    def writes_on(self) -> bool:
+        """Whether it can write several tokens in one call (`write_on`), for less than as many calls cost."""
+        return False
+
+    def write_on(self, queries: Sequence[Query], keep_on: KeepOn) -> Replies:
+        """As `predict`, but behind the last prefix of a query with `Query.write_on` it may write on, and gives the
+        answers after those tokens, too: the last one where it stopped, at the end of the text or where it would defer.
+
+        Args:
+            keep_on: asked before each further pass whether there shall be one, with how many texts would take part and
+                how many have stopped so far.
+        """
+        return self.predict(queries)
 
     @property
     def max_cache_tokens(self) -> int | None:

@@ -30,7 +30,8 @@ class More:
 
 MORE: Final = More()
 Request = tuple[Query, ...] | Extend | More
-"""`Extend` and `MORE` are sent one answer, as a single query of one prefix is."""
+"""`Extend` and `MORE` are sent the answer that a single query of one prefix is sent, and those behind it that the model
+has found by itself meanwhile, each for the token that the one before chose."""
 Flow = Generator[Request | Step, Replies | None, FinishReason]
 Ask = Generator[Request, Replies | None, list[Reply]]
 
@@ -80,33 +81,35 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
     draw = params.draw
     writes_on = False
     while text.length < params.max_tokens:
-        position = text.length
         replies = yield (
             MORE
             if writes_on
-            else Extend(BASE, text.views[BASE], params.max_tokens - position, draw, policy, params.top_log_probs)
+            else Extend(BASE, text.views[BASE], params.max_tokens - text.length, draw, policy, params.top_log_probs)
         )
         assert replies is not None
-        [[reply]] = replies
-        base = required(reply)
-        decision = decide(policy, base, draw, position)
-        writers = Writers(base, decision.signal)
-        writes_on = decision.authors[0] == BASE
-        for candidate in decision.authors:
-            if candidate == BASE:
+        [found] = replies
+        for reply in found:
+            base = required(reply)
+            decision = decide(policy, base, draw, text.length)
+            writers = Writers(base, decision.signal)
+            writes_on = decision.authors[0] == BASE
+            for candidate in decision.authors:
+                if candidate == BASE:
+                    break
+                [reply] = yield from ask(text, [candidate], draw, num_top=params.top_log_probs)
+                if writers.settled_by(candidate, reply, params):
+                    break
+            if writers.answer is None and base.token_id == NO_TOKEN:
+                # It stopped to defer, and nobody else has written.
+                [reply] = yield from ask(text, [BASE], draw, num_top=params.top_log_probs)
+                writers.base = required(reply)
+            step = writers.step()
+            text.append(step.token_id)
+            yield step
+            if ends_text(step.token_id, step.author, eos):
+                return "stop"
+            if not writes_on:
                 break
-            [reply] = yield from ask(text, [candidate], draw, num_top=params.top_log_probs)
-            if writers.settled_by(candidate, reply, params):
-                break
-        if writers.answer is None and base.token_id == NO_TOKEN:
-            # It stopped to defer, and nobody else has written.
-            [reply] = yield from ask(text, [BASE], draw, num_top=params.top_log_probs)
-            writers.base = required(reply)
-        step = writers.step()
-        text.append(step.token_id)
-        yield step
-        if ends_text(step.token_id, step.author, eos):
-            return "stop"
     return "length"
 
 
@@ -163,14 +166,14 @@ def single(
     while text.length < params.max_tokens:
         replies = yield request
         assert replies is not None
-        [[reply]] = replies
         request = MORE
-        if reply is None:
-            return "abstained"
-        answer = required(reply)
-        text.append(answer.token_id)
-        base_token_id = answer.top_token_id if model == BASE else None
-        yield Step(answer.token_id, model, answer.log_prob, gate_of(answer.log_gate), base_token_id, top=answer.top)
-        if ends_text(answer.token_id, model, eos):
-            return "stop"
+        for reply in replies[0]:
+            if reply is None:
+                return "abstained"
+            answer = required(reply)
+            text.append(answer.token_id)
+            base_token_id = answer.top_token_id if model == BASE else None
+            yield Step(answer.token_id, model, answer.log_prob, gate_of(answer.log_gate), base_token_id, top=answer.top)
+            if ends_text(answer.token_id, model, eos):
+                return "stop"
     return "length"

@@ -43,7 +43,7 @@ class PassCosts:
     _variance: float = 0.0
     _covariance: float = 0.0
 
-    def observe(self, rows: int, tokens: int, seconds: float) -> None:
+    def observe(self, rows: int, tokens: float, seconds: float) -> None:
         if self.seen >= 5:
             seconds = min(seconds, 3 * self.pass_seconds(tokens))  # a hiccup of the machine, not a cost
         self.seen += 1
@@ -141,10 +141,10 @@ class Experience:
             found = self._strides[assistant] = deferrals * gap if deferrals > 1 else 0.0
         return found
 
-    def _passed(self, model: int) -> None:
+    def _passed(self, model: int, passes: int = 1) -> None:
         if model == BASE:
             for assistant in self.drafted:
-                self.drafted[assistant] += 1
+                self.drafted[assistant] += passes
         elif model in self.drafted:
             self.drafted[model] = 0
             self._strides.pop(model, None)
@@ -154,8 +154,9 @@ class Experience:
         if len(curve) > 1 and model not in self.costs:
             self.costs[model] = PassCosts(seen=3, curve=tuple(curve))
 
-    def observe_pass(self, model: int, rows: int, tokens: int, seconds: float) -> None:
-        self._passed(model)
+    def observe_pass(self, model: int, rows: int, tokens: float, seconds: float, passes: int = 1) -> None:
+        """Some passes in one call, of so many tokens each on average, and seconds."""
+        self._passed(model, passes)
         self.costs.setdefault(model, PassCosts()).observe(rows, tokens, seconds)
 
     def observe_reading(self, model: int, decoding: int, read: int, seconds: float) -> None:

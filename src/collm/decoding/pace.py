@@ -5,16 +5,32 @@ Speculation never changes a text, so everything here may be an estimate, wall-cl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from collm.decoding.drafts import best_draft
 from collm.decoding.experience import Experience, Tally
 from collm.types import BASE
 
+EVERY = 1 << 30
+"""As many as there may be."""
+
+
+class Leave(NamedTuple):
+    """How far a model may write on by itself, where it can: so many tokens, past so many deferrals. Tokens that are
+    given are drafted in any case; None leaves the number to the deferrals."""
+
+    tokens: int | None = None
+    passing: int = 0
+
 
 class Pace(Protocol):
     """How far one text's drafts may go."""
+
+    def leave(self, pending: int) -> Leave:
+        """How far the base may draft on, with so many deferrals pending."""
+        ...
 
     def asks(self, assistant: int, pending: int) -> bool:
         """Whether this assistant is asked now, with so many deferrals to it pending, rather than drafting goes on."""
@@ -35,6 +51,9 @@ class FixedPace:
 
     num_deferrals: int = 1
     num_run: int = 0
+
+    def leave(self, pending: int) -> Leave:
+        return Leave(None, self.num_deferrals - 1 - pending)
 
     def asks(self, assistant: int, pending: int) -> bool:
         return pending >= self.num_deferrals
@@ -58,6 +77,8 @@ class AdaptivePace:
         self._tokens = 0.0
         self._tallies: dict[int, Tally] = {}
         self._last = BASE
+        self._assistant = BASE + 1
+        """The one that is likely to be asked next: that of the last deferral."""
         self._plans: dict[int, tuple[float, tuple[int, int]]] = {}
 
     def observe(self, author: int, agreed: bool) -> None:
@@ -77,7 +98,15 @@ class AdaptivePace:
         """Deferrals, the present one counted, that are best pending when the assistant is asked; 1 = plain."""
         return self._best(assistant)[0]
 
+    def leave(self, pending: int) -> Leave:
+        assistant = self._assistant
+        stride = self._engine.stride(assistant)
+        if stride is None:
+            return Leave(None, self._best(assistant)[0] - 1 - pending)
+        return Leave(max(1, math.ceil(stride - self._engine.drafted[assistant])), EVERY)
+
     def asks(self, assistant: int, pending: int) -> bool:
+        self._assistant = assistant
         stride = self._engine.stride(assistant)
         return pending >= self._best(assistant)[0] if stride is None else self._engine.drafted[assistant] >= stride
 

@@ -18,10 +18,11 @@ decoding, whatever was drafted. The price: two laws at total variation distance 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 from collm.decoding.collaborative import MORE, Flow, Request, Writers, ends_text, required
-from collm.decoding.pace import Pace
+from collm.decoding.pace import Leave, Pace
 from collm.decoding.policies import Decision, Policy, decide
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Step
@@ -39,7 +40,7 @@ def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequenc
             if draft.length:
                 yield from draft.ask(BASE, min(draft.end, params.max_tokens - 1))
             else:
-                yield from draft.ask_on(BASE)
+                yield from draft.ask_on(BASE, pace.leave)
         settled = draft.settle()
         if isinstance(settled, int):
             yield from _gather(draft, settled, pace)
@@ -58,9 +59,13 @@ def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequenc
 def _gather(draft: _Draft, assistant: int, pace: Pace) -> Asking:
     """Let the base draft on through its deferrals to this assistant, then ask it about all of them at once."""
     pending = [p for p in range(draft.position, draft.end + 1) if draft.first_author(p) == assistant]
-    while not pace.asks(assistant, len(pending)) and (token_id := draft.base_draft()) is not None:
+    while (token_id := draft.base_draft()) is not None:
+        known = draft.end + 1 in draft.known[BASE]
+        if not known and pace.asks(assistant, len(pending)):
+            break
         draft.append(token_id)
-        yield from draft.ask_on(BASE)
+        if not known:
+            yield from draft.ask_on(BASE, pace.leave, len(pending))
         if draft.first_author(draft.end) == assistant:
             pending.append(draft.end)
     # An assistant that is asked only because an earlier one abstained is nobody's first.
@@ -69,10 +74,11 @@ def _gather(draft: _Draft, assistant: int, pace: Pace) -> Asking:
 
 def _run_on(draft: _Draft, assistant: int, num_tokens: int) -> Asking:
     """Let the assistant write on by itself; the base will check whether it would have deferred."""
-    for _ in range(num_tokens):
+    for n in range(num_tokens):
         if draft.end >= draft.params.max_tokens:
             return
-        yield from draft.ask_on(assistant)
+        if draft.end not in draft.known[assistant]:
+            yield from draft.ask_on(assistant, partial(Leave, num_tokens - n))
         token_id = draft.would_write(assistant, draft.end)
         if token_id is None:
             return
@@ -95,6 +101,8 @@ class _Draft:
         self._decisions: dict[int, Decision] = {}
         self._extends = (-1, 0)
         """The model whose `Extend` runs, and where its next answer belongs."""
+        self._until = 0
+        """Where its leave ends, if it has one."""
 
     @property
     def length(self) -> int:
@@ -120,18 +128,34 @@ class _Draft:
         self._extends = (-1, 0)
         self.known[model].update(enumerate(replies[0], self.position))
 
-    def ask_on(self, model: int) -> Asking:
-        """The model's answer at the end of what is drafted; it goes on by itself if it wrote the token before."""
+    def ask_on(self, model: int, how_far: Callable[[int], Leave], pending: int = 0) -> Asking:
+        """The model's answer at the end of what is drafted, and perhaps some behind it; it goes on by itself if it
+        wrote the token before.
+
+        Args:
+            how_far: it may write on, with so many deferrals `pending`.
+        """
         request: Request = MORE
-        if self._extends != (model, self.end):
-            until = self._policy if model == BASE else None
-            limit = self.params.max_tokens - self.end
-            request = Extend(model, self._text.views[model], limit, self._how, until, self.params.top_log_probs)
+        if self._extends != (model, self.end) or self.end == self._until:
+            left, leave = self.params.max_tokens - self.end, how_far(pending)
+            limit, self._until = left, -1
+            if leave.tokens is not None:
+                limit = min(left, leave.tokens)
+                self._until = self.end + limit
+            request = Extend(
+                model,
+                self._text.views[model],
+                limit,
+                self._how,
+                self._policy if model == BASE else None,
+                self.params.top_log_probs,
+                leave.passing,
+            )
         replies = yield request
         assert replies is not None
-        [[reply]] = replies
-        self._extends = (model, self.end + 1)
-        self.known[model][self.end] = reply
+        [found] = replies
+        self._extends = (model, self.end + len(found))
+        self.known[model].update(enumerate(found, self.end))
 
     def decision(self, position: int) -> Decision:
         """The models to ask for a token whose base has answered."""
@@ -151,10 +175,12 @@ class _Draft:
 
     def base_draft(self) -> int | None:
         """What the base would write at `end`, if the text would go on behind it."""
-        token_id = self.would_write(BASE, self.end)
-        if token_id is None or self.end + 1 >= self.params.max_tokens:
+        end = self._text.length
+        reply = self.known[BASE].get(end)
+        if not isinstance(reply, Answer) or end + 1 >= self.params.max_tokens:
             return None
-        return None if ends_text(token_id, self.first_author(self.end), self.eos) else token_id
+        token_id = reply.token_id
+        return None if ends_text(token_id, self.decision(end).authors[0], self.eos) else token_id
 
     def settle(self) -> int | Step:
         """The next token, or the assistant that is still to be asked about it."""
@@ -176,15 +202,25 @@ class _Draft:
 
     def write(self, step: Step) -> None:
         """Take a settled token over; replies about what it contradicts are forgotten."""
-        if self._tokens and self._tokens[0] == step.token_id:
+        position, token_id = self.position, step.token_id
+        if self._tokens and self._tokens[0] == token_id:
             del self._tokens[0]
-            for known in (*self.known, self._decisions):
-                known.pop(self.position, None)  # type: ignore[attr-defined]
+            for known in self.known:
+                known.pop(position, None)
+            self._decisions.pop(position, None)
         else:
-            if self._tokens:
+            drafted = bool(self._tokens)
+            if drafted:
                 self._tokens.clear()
-                self._text.rewind(self.position)
-            self._text.append(step.token_id)
-            for known in (*self.known, self._decisions):
-                known.clear()  # type: ignore[attr-defined]
+                self._text.rewind(position)
+            self._text.append(token_id)
+            for model, known in enumerate(self.known):
+                # What a model has said by itself behind its own token holds if that is the one.
+                if drafted or self.would_write(model, position) != token_id:
+                    known.clear()
+                    if model == BASE:
+                        self._decisions.clear()
+                else:
+                    del known[position]
+            self._decisions.pop(position, None)
         self.position += 1

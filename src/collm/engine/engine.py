@@ -138,7 +138,8 @@ class _Driver:
         patience: float,
         experience: Experience | None,
     ) -> None:
-        self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.inbox = inbox
         self.scheduler = Scheduler(
             models,
             max_num_seqs=max_num_seqs,
@@ -146,6 +147,7 @@ class _Driver:
             patience=patience,
             experience=experience,
             post=self.inbox.put,
+            heard=lambda: not inbox.empty(),
         )
         self.numbers = count()
         # Nothing goes on beside the passes of a single device, so the thread that owns the flows runs them, too: waking
@@ -301,7 +303,7 @@ class _Driver:
         """One pass, and how long it took."""
         began = time.perf_counter()
         try:
-            replies = answers(self.scheduler.models[batch.model], batch.queries)
+            replies = answers(self.scheduler.models[batch.model], batch.queries, batch.keep_on)
         except BaseException as error:  # this thread has to go on, and to say that the pass is over
             _log.critical("a pass failed", exc_info=error)
             fault: Reply = Fault(f"the pass failed: {type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from collm.decoding.experience import LONGEST_PIECE, SHORTEST_PIECE, Experience
 from collm.engine.running import Running
 from collm.errors import CollmError
-from collm.values import Answer, Fault, LanguageModel, Query, Replies
+from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class Batch:
     decoding: int
     started: float = 0.0
     expired: bool = False
+    keep_on: KeepOn | None = None
+    """How long its texts may write on by themselves; None: they may not."""
 
     @property
     def reading(self) -> int:
@@ -102,17 +104,25 @@ def plan_pass(
 
 def _piece(query: Query, left: int) -> Query:
     """What is read of a query if so many of its tokens are left for later."""
-    return query._replace(length=query.length - left, num_last=0, given=None) if left else query
+    return query._replace(length=query.length - left, num_last=0, given=None, write_on=None) if left else query
+
+
+def written_on(batch: Batch, replies: Replies) -> list[int]:
+    """The tokens of each further pass in which texts wrote on by themselves."""
+    if batch.keep_on is None:
+        return []
+    more = [len(reply) - query.num_last for reply, query in zip(replies, batch.queries, strict=True)]
+    return [sum(number >= n for number in more) for n in range(1, max(more) + 1)]
 
 
 KINDS = frozenset((Answer, Fault, type(None)))
 """What a reply is."""
 
 
-def answers(model: LanguageModel, queries: Sequence[Query]) -> Replies:
+def answers(model: LanguageModel, queries: Sequence[Query], keep_on: KeepOn | None = None) -> Replies:
     """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault."""
     try:
-        replies = model.predict(queries)
+        replies = model.predict(queries) if keep_on is None else model.write_on(queries, keep_on)
         if not _complete(replies, queries):
             raise CollmError(f"{model.name} does not answer what it is asked: a fault of this model")
         return replies
@@ -130,7 +140,8 @@ def _complete(replies: Replies, queries: Sequence[Query]) -> bool:
         return False
     for reply, query in zip(replies, queries, strict=True):
         # What is only read is not answered, unless by a fault.
-        if len(reply) != query.num_last and (len(reply), query.num_last) != (1, 0):
+        most = query.num_last if query.write_on is None else query.num_last + query.write_on.max_tokens
+        if not query.num_last <= len(reply) <= most and (len(reply), query.num_last) != (1, 0):
             return False
         # Anything else would be taken for a model that abstains.
         if not KINDS.issuperset(map(type, reply)):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 
 from collm.decoding.experience import Experience
-from collm.engine.passes import Batch, Waiting, plan_pass
+from collm.engine.passes import Batch, Waiting, plan_pass, written_on
 from collm.engine.running import Running
-from collm.engine.turns import Device, dear_seconds, whose_turn
+from collm.engine.turns import Device, Turn, dear_seconds, whose_turn
 from collm.types import BASE
 from collm.values import Fault, LanguageModel, Replies, Reply, StreamingModel
 
@@ -23,6 +23,7 @@ class Queues:
     Args:
         patience, timeout: see `Scheduler`.
         take: what becomes of the answers to a query: the text, the query's place, its answers.
+        heard: see `Scheduler`.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Queues:
         timeout: float | None,
         clock: Callable[[], float],
         take: Callable[[Running, int, list[Reply]], None],
+        heard: Callable[[], bool],
     ) -> None:
         for number, model in enumerate(models):
             experience.expect(number, model.pass_curve)
@@ -51,10 +53,11 @@ class Queues:
         """A text that may stand in a queue has ended."""
         self._models, self._experience = models, experience
         self._patience, self._timeout = patience, timeout
-        self._clock, self._take = clock, take
+        self._clock, self._take, self._heard = clock, take, heard
 
-    def next_pass(self, key: Hashable, num_running: int) -> Batch | None:
-        """The pass that a device is to run, if it is idle and anybody wants one; of `num_running` texts."""
+    def next_pass(self, key: Hashable, num_running: int, more_wait: bool) -> Batch | None:
+        """The pass that a device is to run, if it is idle and anybody wants one; of `num_running` texts, while others
+        (`more_wait`) wait for one of them to end."""
         device = self.devices[key]
         if device.batch is not None:
             return None
@@ -76,9 +79,21 @@ class Queues:
                 continue
             self.of_model[number] = batch.left
             batch.started = now
+            if self._models[number].writes_on and all(query.write_on is not None for query in batch.queries):
+                batch.keep_on = self._turn(number, device, wanted, now, more_wait)
             device.begins(batch)
             return batch
         return None
+
+    def _turn(
+        self, number: int, device: Device, wanted: Mapping[int, Sequence[Waiting]], now: float, more_wait: bool
+    ) -> Turn:
+        """How long texts may write on in a pass that begins now."""
+        others = [each.item.asked for model, queue in wanted.items() if model != number for each in queue]
+        dear = 0.0
+        if number == BASE and not more_wait and len(device.models) == len(self._models):
+            dear = min((dear_seconds(n, self._experience) for n in device.models if n != BASE), default=0.0)
+        return Turn(self._clock, now, others, dear, self._patience, self._heard)
 
     def _fail(self, number: int, reason: str) -> None:
         """Faults for all who wait for a model."""
@@ -94,15 +109,20 @@ class Queues:
         device.batch = None
         if batch.expired:
             return
+        tokens = (batch.tokens, *written_on(batch, replies))
+        each = seconds / len(tokens)
         if batch.reading:
             self._experience.observe_reading(number, batch.decoding, batch.reading, seconds)
         else:
-            self._experience.observe_pass(number, len(batch.queries), batch.tokens, seconds)
+            self._experience.observe_pass(number, len(batch.queries), sum(tokens) / len(tokens), each, len(tokens))
         unfinished = []
         for (item, place, query), reply, is_piece in zip(batch.waiting, replies, batch.unfinished, strict=True):
             if item.done:
                 continue
             item.forward_passes[number] += 1
+            if batch.keep_on is not None:
+                item.forward_passes[number] += len(reply) - query.num_last
+                item.stopped = batch.started + each * (1 + len(reply) - query.num_last)
             if not is_piece:
                 self._take(item, place, reply)
             elif any(isinstance(each, Fault) for each in reply):

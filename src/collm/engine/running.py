@@ -48,6 +48,8 @@ class Running:
     num_models: int
     started: float = 0.0
     asked: float = 0.0
+    stopped: float | None = None
+    """When it stopped to write on by itself, in a call of which others have made use since."""
     replies: list[list[Reply]] = field(default_factory=list)
     left: int = 0
     extend: Extend | None = None

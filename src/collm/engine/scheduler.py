@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 
 from collm.decoding.collaborative import Flow, ModelFailed, More, Request
 from collm.decoding.experience import Experience
-from collm.engine.passes import Batch, Waiting, answers
+from collm.engine.passes import Batch, Waiting, answers, written_on
 from collm.engine.queues import Queues
 from collm.engine.running import Finished, Running, Sink
 from collm.engine.streams import Streams
 from collm.errors import CollmError
 from collm.types import FinishReason, Step
-from collm.values import Extend, LanguageModel, Query, Replies, Reply
+from collm.values import Extend, LanguageModel, Query, Replies, Reply, WriteOn
 from collm.views import Text
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class Scheduler:
             that assistant; see `whose_turn`. 0 serves assistants at once.
         timeout: seconds after which a pass that has not come back is given up; its texts get a fault.
         post: runs a call in the thread that owns the scheduler: what streaming models deliver comes through it.
+        heard: whether something has come up meanwhile, so that nobody should write on by himself any longer. From any
+            thread.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Scheduler:
         timeout: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
         post: Callable[[Callable[[], None]], None],
+        heard: Callable[[], bool] = lambda: False,
     ) -> None:
         self.models, self.max_num_seqs = tuple(models), max_num_seqs
         self.experience = experience or Experience()
@@ -64,7 +67,9 @@ class Scheduler:
             timeout=timeout,
             clock=clock,
             take=self._take,
+            heard=heard,
         )
+        self._writes_on = [model.writes_on for model in self.models]
         self._streams = Streams(self.models, clock=clock, post=post, take=self._take, go_on=self._advance)
 
     @property
@@ -73,12 +78,13 @@ class Scheduler:
 
     def next_pass(self, device: Hashable) -> Batch | None:
         """The pass that a device is to run, if it is idle and anybody wants one."""
-        return self._queues.next_pass(device, len(self.running))
+        return self._queues.next_pass(device, len(self.running), bool(self.waiting))
 
     def finish(self, device: Hashable, batch: Batch, replies: Replies, seconds: float) -> None:
-        """A pass is done: its texts go on."""
+        """A pass is done, or some passes in which texts wrote on: they go on."""
         if self.on_pass is not None:
-            self.on_pass(batch.model, batch.tokens)
+            for tokens in (batch.tokens, *written_on(batch, replies)):
+                self.on_pass(batch.model, tokens)
         self._queues.finish(device, batch, replies, seconds)
 
     def expire(self) -> None:
@@ -214,13 +220,19 @@ class Scheduler:
             return self._write_on(item, extend, anew=request is extend)
         view = extend.view
         length = len(view.token_ids)
-        return self._queue(item, (Query(extend.model, view, length, 1, extend.draw, None, extend.num_top),))
+        more = extend.max_tokens - 1 - (length - item.extended_from)
+        leave = None
+        if more > 0 and self._writes_on[extend.model]:
+            leave = WriteOn(more, extend.until, extend.passing)
+        query = Query(extend.model, view, length, 1, extend.draw, None, extend.num_top, write_on=leave)
+        return self._queue(item, (query,))
 
     def _queue(self, item: Running, queries: tuple[Query, ...]) -> Replies | None:
         if item.stream is not None:
             self._streams.stop(item)
-        item.asked, item.left = self._clock(), len(queries)
-        item.replies = [[] for _ in queries]
+        # Whose model went on for others has waited since it stopped for him.
+        item.asked, item.stopped = self._clock() if item.stopped is None else item.stopped, None
+        item.left, item.replies = len(queries), [[] for _ in queries]
         item.ticket += 1
         if item.remote:
             item.remote = {}

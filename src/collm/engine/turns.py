@@ -65,6 +65,47 @@ def whose_turn(
     return BASE
 
 
+ON_THEIR_OWN = 0.025
+"""Seconds for which texts write on by themselves at most, so that readers see a steady stream, and that nobody who
+comes waits."""
+
+
+class Turn:
+    """How long a model may write on by itself (`KeepOn`): as long as it would get its turn again (`whose_turn`), if
+    nothing has come up (`heard`).
+
+    Args:
+        now: when its turn began.
+        asked: since when those wait that want another model of this device.
+        dear: as in `whose_turn`; 0 also where it would be better not to wait for other reasons.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        now: float,
+        asked: Sequence[float],
+        dear: float,
+        patience: float,
+        heard: Callable[[], bool],
+    ) -> None:
+        self._clock, self._until, self._heard = clock, now + ON_THEIR_OWN, heard
+        self._last, self._first = now, min(asked, default=now)
+        self._others = self._waiting = len(asked)
+        self._waited = sum(now - each for each in asked)
+        self._dear, self._longest = dear, patience * dear
+
+    def __call__(self, going: int, stopped: int) -> bool:
+        now = self._clock()
+        if not going or now >= self._until or self._heard():
+            return False
+        self._waited += self._waiting * (now - self._last)
+        if not self._waiting:
+            self._first = now
+        self._last, self._waiting = now, self._others + stopped
+        return not self._waiting or (self._waited < going * self._dear and now - self._first < self._longest)
+
+
 def dear_seconds(number: int, experience: Experience) -> float:
     """Seconds of an assistant's pass as they have been lately if it is known to be dearer than one of the base, else 0.
 

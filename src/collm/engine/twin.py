@@ -42,6 +42,7 @@ class Twin:
             patience=patience,
             clock=clock,
             post=self._inbox.put,
+            heard=lambda: not self._inbox.empty(),
         )
         self.events: deque[tuple[int, Event]] = deque()
         self._count = 0
@@ -70,7 +71,7 @@ class Twin:
         for device, batch in passes:
             if batch is not None:
                 began = self._clock()
-                replies = answers(scheduler.models[batch.model], batch.queries)
+                replies = answers(scheduler.models[batch.model], batch.queries, batch.keep_on)
                 scheduler.finish(device, batch, replies, self._clock() - began)
         if self.num_unfinished and not any(batch for _, batch in passes) and not self.events:
             self._inbox.get()()  # only a streaming model can be what everybody waits for

@@ -40,6 +40,11 @@ class Asked:
     to open a chunk (1 or 0)."""
 
     @classmethod
+    def drawn(cls, how: Sequence[tuple[Draw, int]]) -> Asked:
+        """Nothing but tokens."""
+        return cls(Draws.of(how), how=how)
+
+    @classmethod
     def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:
         """Of each query its prefixes from the i-th to before the j-th."""
         draws: list[tuple[Draw, int]] = []
@@ -49,7 +54,7 @@ class Asked:
             draws += [(query.draw, first + n) for n in range(i, j)]
             plain = plain and query.given is None and not (query.num_top or query.law or query.last_bytes)
         if plain:
-            return cls(Draws.of(draws), how=draws)
+            return cls.drawn(draws)
         given: list[int] = []
         tops: list[int] = []
         cuts: list[int] = []

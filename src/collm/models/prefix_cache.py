@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from collm.models.attention import Row
-from collm.values import Query, Reply
+from collm.values import Answer, Query, Reply
 from collm.views import View
 
 PASS_TOKENS = 1024
@@ -29,7 +29,8 @@ class Slot:
     """The first `held` tokens of `view`, as it was when it had been rewound `rewinds` times, are stored.
 
     `source`: a text that is read at the same time, and how much of its beginning is this one's, too. `reused`: tokens
-    that were copied or taken over instead of computed.
+    that were copied or taken over instead of computed. `ahead`: tokens stored behind the first so many, which the model
+    wrote by itself; what of them the text takes over is held, too.
     """
 
     view: View | None = None
@@ -39,6 +40,19 @@ class Slot:
     ended: bool = True
     source: tuple[View, int] | None = None
     reused: int = 0
+    ahead: tuple[int, Sequence[int]] | None = None
+
+    def valid(self, view: View) -> int:
+        """Tokens of its text that are stored and still the text's own."""
+        held = self.held
+        if self.ahead is not None and self.ahead[0] == held:
+            more = self.ahead[1]
+            held += _common(view.token_ids[held : held + len(more)], more, len(more))
+        return held if self.rewinds == view.rewinds else min(held, view.valid_since(self.rewinds))
+
+    def settle(self, view: View) -> None:
+        """Hold what is valid."""
+        self.held, self.rewinds, self.ahead = self.valid(view), view.rewinds, None
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +129,7 @@ class PrefixCache(ABC):
         place, slots = self._places.get(view), self.slots
         if place is None or place >= len(slots) or slots[place].view is not view:
             return 0
-        return min(slots[place].held, view.valid_since(slots[place].rewinds))
+        return slots[place].valid(view)
 
     def reused(self, view: View) -> int:
         """Tokens of a text that were copied or taken over when it came. From any thread."""
@@ -171,8 +185,8 @@ class PrefixCache(ABC):
             slot = slots[place]
             if slot.source is not None or slot.used == clock:  # the same text twice
                 return None
-            if slot.rewinds != view.rewinds:
-                slot.held, slot.rewinds = min(slot.held, view.valid_since(slot.rewinds)), view.rewinds
+            if slot.rewinds != view.rewinds or slot.ahead is not None:
+                slot.settle(view)
             slot.used, slot.ended = clock, False
             first = length - query.num_last
             done = slot.held if slot.held < first else first
@@ -198,7 +212,7 @@ class PrefixCache(ABC):
                 busy.add(self._seat(view, busy))
             place = self._places[view]
             slot = self.slots[place]
-            slot.held, slot.rewinds = min(slot.held, view.valid_since(slot.rewinds)), view.rewinds
+            slot.settle(view)
             slot.used = self._clock
             slot.ended = view in late
             found.append(Job(query, place, min(slot.held, query.length - query.num_last)))
@@ -224,6 +238,11 @@ class PrefixCache(ABC):
         job.done = done
         slot = self.slots[job.slot]
         slot.held = max(slot.held, done)
+
+    def hold_ahead(self, job: Job) -> None:
+        """So are the tokens that the model wrote behind a job, but for the last one."""
+        written = job.replies[job.query.num_last - 1 : -1]
+        self.slots[job.slot].ahead = job.query.length, [each.token_id for each in written if isinstance(each, Answer)]
 
     def clear(self, job: Job) -> None:
         """Nothing of what a job has stored may be read again: NaN passes through attention masks."""

@@ -96,6 +96,14 @@ class PagedCache(PrefixCache):
         # A text takes at most a block for what it begins and one for a shared one, besides those that it fills.
         return self._pool.blocks.num_free >= 2 * len(jobs) + tokens // self._pool.block
 
+    def room_ahead(self, jobs: Sequence[Job], tokens: Sequence[int]) -> bool:
+        """Whether texts may grow by so many tokens each beyond what is asked of them."""
+        blocks = self._pool.blocks
+        needed = [
+            blocks.takes(job.slot, job.done, job.query.length + more) for job, more in zip(jobs, tokens, strict=True)
+        ]
+        return blocks.num_free >= sum(needed)
+
     def _make_room(self, queries: Sequence[Query]) -> None:
         self.open()
         while len(self.slots) < self.num_slots:

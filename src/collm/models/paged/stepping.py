@@ -23,7 +23,7 @@ from collm.models.laws import Asked
 from collm.models.openings import Openings
 from collm.models.paged import plan as planned
 from collm.models.paged.capture import Capture, Work
-from collm.models.paged.plan import CUT, DRAW, HEAD, LINES, OPENS, Plan
+from collm.models.paged.plan import CUT, DRAW, HEAD, IDS, LINES, OPENS, POSITIONS, START, WHERE, Plan
 from collm.models.paged.pool import NARROW, PagedPool
 from collm.models.paged.telling import WORD, OpenTelling, Telling, Told, columns
 from collm.noise import key_of
@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
+
+
+MOVING = [POSITIONS, WHERE, START, DRAW + 3]
+"""Lines of what moves with a token; the last one, its position in the completion."""
 
 
 @dataclass(slots=True)
@@ -77,7 +81,14 @@ class Stepper:
         self._buckets: dict[int, Bucket] = {}
         self._refused: set[int] = set()
         self._moves = pool.moves
+        self._last: tuple[Bucket, int] | None = None
+        """Of the last pass, with its tokens."""
         self.counts = Counts()
+
+    @property
+    def block(self) -> int:
+        """Positions of a block of the storage."""
+        return self._pool.block
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -136,7 +147,11 @@ class Stepper:
         self._buckets, self._refused, self._moves = {}, set(), self._pool.moves
 
     def step(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int], asked: Asked) -> Told:
-        """What one pass tells of each of its tokens.
+        """What one pass tells of each of its tokens. See `start`."""
+        return self.start(rows, token_ids, wanted, asked) or self.told()
+
+    def start(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int], asked: Asked) -> Told | None:
+        """Start a pass, for which `told` waits; or what it tells, if it has run already.
 
         Args:
             rows, token_ids: as `PagedPool.forward`.
@@ -159,19 +174,47 @@ class Stepper:
         if asked.cuts is not None:
             cuts = np.array(asked.cuts, dtype=np.int32).reshape(-1, 2)
             lines[CUT, wanted], lines[OPENS, wanted] = cuts[:, 0] + 1, cuts[:, 1]
+        if bucket is not None:
+            self._last = bucket, count
+            self._replay(bucket)
+            return None
+        self._last = None
+        device = host.to(self._capture.device, non_blocking=True)
+        out = self._work(Plan(device, size, tile, items)).cpu().numpy()
         counts.uploads += 1
         counts.downloads += 1
-        if bucket is None:
-            device = host.to(self._capture.device, non_blocking=True)
-            out = self._work(Plan(device, size, tile, items)).cpu().numpy()
-        else:
-            bucket.replay()
-            counts.launches += 1
-            counts.passes[bucket.size] = counts.passes.get(bucket.size, 0) + 1
-            self._capture.wait()
-            out = bucket.out
         counts.waits += 1
-        return Told(out[:count].copy(), self._head is not None, self._shares_chunks)
+        return Told(out, self._head is not None, self._shares_chunks)
+
+    def move(self, moving: NDArray[np.int32], token_ids: NDArray[np.int32]) -> None:
+        """Start the last pass, of one token of each row, once more over other tokens, those of some rows (`moving`, 1
+        or 0) one position further. None of them comes into another block or chunk by that. `told` waits for it."""
+        assert self._last is not None
+        bucket, count = self._last
+        lines = bucket.into[HEAD:].reshape(LINES, -1)
+        lines[IDS, :count] = token_ids
+        lines[MOVING, :count] += moving
+        self._replay(bucket)
+
+    def _replay(self, bucket: Bucket) -> None:
+        bucket.replay()
+        counts = self.counts
+        counts.launches += 1
+        counts.uploads += 1
+        counts.passes[bucket.size] = counts.passes.get(bucket.size, 0) + 1
+
+    def told(self) -> Told:
+        """What the pass tells that was started last."""
+        assert self._last is not None
+        bucket, count = self._last
+        self._capture.wait()
+        self.counts.waits += 1
+        self.counts.downloads += 1
+        return Told(bucket.out[:count].copy(), self._head is not None, self._shares_chunks)
+
+    def wait(self) -> None:
+        """Until nothing runs any more."""
+        self._capture.wait()
 
     def _work(self, plan: Plan) -> Tensor:
         hidden = self._pool.run(plan)

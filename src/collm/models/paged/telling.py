@@ -23,8 +23,8 @@ from collm.models.openings import Openings
 from collm.models.paged.plan import CUT, DRAW, OPENS, Plan
 from collm.values import Answer
 
-GATE = 6
-"""Column of the gate's first number."""
+CHOSEN, GATE = 4, 6
+"""Columns of the chosen token and of the gate's first number."""
 WORD = 0xFFFFFFFF
 
 
@@ -101,13 +101,20 @@ class Told:
     has_gate: bool
     has_close: bool = False
 
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The chosen ones."""
+        return self.rows[:, CHOSEN]
+
     def answers(self, wanted: Sequence[int]) -> Iterator[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
         rows = self.rows if len(wanted) == len(self.rows) else self.rows[list(wanted)]
         for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
             close = floats.pop() if self.has_close else 0.0
             gate = tuple(floats[GATE:]) if self.has_gate else None
-            yield None if row[3] else Answer(row[4], floats[5], row[0], floats[1], floats[2], gate, log_close=close)
+            yield (
+                None if row[3] else Answer(row[CHOSEN], floats[5], row[0], floats[1], floats[2], gate, log_close=close)
+            )
 
     def answer(self, n: int) -> Answer | None:
         """Of the n-th token of the pass."""

@@ -1,0 +1,190 @@
+"""Texts that write on by themselves: passes one after the other in which little changes, each taking the tokens that
+the one before chose. What the host does for a token is a fraction of what it takes to be asked for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from collm.decoding.policies import Policy, decide
+from collm.models.attention import Row
+from collm.models.laws import Asked
+from collm.models.paged.cache import PagedCache
+from collm.models.paged.plan import CHUNK
+from collm.models.paged.stepping import BUCKETS, Stepper
+from collm.models.paged.telling import Told
+from collm.models.prefix_cache import Job
+from collm.types import BASE, ForwardPass
+from collm.values import Answer, Fault, KeepOn
+
+LONGEST = 64
+"""Tokens that a text writes on by itself in one call at most."""
+
+
+def are_steps(jobs: Sequence[Job]) -> bool:
+    """Whether these are texts of each of which the next token is asked for, and nothing else."""
+    if len(jobs) > BUCKETS[-1]:
+        return False
+    for job in jobs:
+        query = job.query
+        if query.num_last != 1 or query.length - job.done != 1 or query.given is not None:
+            return False
+        if query.num_top or query.law or query.last_bytes:
+            return False
+    return True
+
+
+def write(
+    stepper: Stepper,
+    cache: PagedCache,
+    jobs: Sequence[Job],
+    keep_on: KeepOn | None,
+    ends: frozenset[int],
+    fault: Callable[[int], Fault],
+    tell: Callable[[ForwardPass], None],
+) -> None:
+    """Answer jobs that `are_steps`, and let their texts write on as far as each may; see `LanguageModel.write_on`.
+
+    Args:
+        keep_on: None: none may.
+        ends: tokens that end a text.
+        fault: replied in place of an answer that is not a number, behind so many tokens.
+        tell: is told of each pass.
+    """
+    going = [_Writer(at, job) for at, job in enumerate(jobs)]
+    if keep_on is not None and not cache.room_ahead(jobs, [writer.left for writer in going]):
+        keep_on = None
+    try:
+        passes = _Passes(stepper, going)
+        passes.start()
+        while going:
+            began = perf_counter()
+            told = passes.told()
+            on: list[_Writer] = []
+            if keep_on is not None and not any(writer.may_defer for writer in going):
+                # Nobody stops but at the end of his text, so that the next pass can run while this one is looked at.
+                on = [writer for writer in going if writer.left]
+                if keep_on(len(on), len(jobs) - len(on)):
+                    passes.go_on(told, on)
+                else:
+                    keep_on, on = None, []
+            for writer, answer in zip(going, told.answers([writer.at for writer in going]), strict=True):
+                writer.take(answer, fault)
+            longest = max([writer.length for writer in going])
+            tell(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
+            if on:
+                going = [writer for writer in on if writer.goes_on(ends)]
+                if not going:
+                    stepper.wait()
+                continue
+            going = [writer for writer in going if writer.goes_on(ends)] if keep_on is not None else []
+            if keep_on is not None and keep_on(len(going), len(jobs) - len(going)):
+                passes.go_on(told, going)
+            else:
+                going = []
+    except BaseException:
+        stepper.wait()
+        for job in jobs:
+            cache.clear(job)
+        raise
+    for job in jobs:
+        cache.hold(job, job.query.length)
+        if job.broken:
+            cache.clear(job)
+        elif len(job.replies) > 1:
+            cache.hold_ahead(job)
+
+
+class _Writer:
+    """One text, and what it may still do. `at`: its place in the passes; `length`: tokens that have been read."""
+
+    __slots__ = ("at", "job", "left", "length", "passing", "until")
+
+    def __init__(self, at: int, job: Job) -> None:
+        self.at, self.job, self.length = at, job, job.done
+        self.left, self.passing = 0, 0
+        self.until: Policy | None = None
+        leave = job.query.write_on
+        if leave is not None:
+            self.left, self.passing, self.until = min(leave.max_tokens, LONGEST), leave.passing, leave.until
+
+    @property
+    def may_defer(self) -> bool:
+        return self.until is not None and self.passing < self.left
+
+    def take(self, answer: Answer | None, fault: Callable[[int], Fault]) -> None:
+        """Its last token has been read, and this is said behind it."""
+        self.length += 1
+        if answer is None:
+            self.job.broken = True
+            self.job.replies.append(fault(self.length))
+        else:
+            self.job.replies.append(answer)
+
+    @property
+    def position(self) -> int:
+        """Of the token chosen last, in the completion."""
+        view = self.job.query.view
+        return self.length - view.prompt_length + view.shift
+
+    def goes_on(self, ends: frozenset[int]) -> bool:
+        """Whether it is to write another token behind the one chosen last, which may not be asked twice."""
+        reply = self.job.replies[-1]
+        if not self.left or not isinstance(reply, Answer) or reply.token_id in ends:
+            return False
+        if self.until is not None and self.may_defer:
+            defers = decide(self.until, reply, self.job.query.draw, self.position).authors[0] != BASE
+            self.passing -= defers
+            if self.passing < 0:
+                return False
+        self.left -= 1
+        return True
+
+
+class _Passes:
+    """The numbers of these passes. A text that has stopped stays where it is and is read there again, so that the
+    others need not move."""
+
+    def __init__(self, stepper: Stepper, writers: Sequence[_Writer]) -> None:
+        self._stepper = stepper
+        self._slots = [writer.job.slot for writer in writers]
+        starts = [writer.length for writer in writers]
+        self._starts = np.array(starts, dtype=np.int32)
+        """Of the tokens that are read next."""
+        tokens = [writer.job.query.view.token_ids[start] for writer, start in zip(writers, starts, strict=True)]
+        self._tokens = np.array(tokens, dtype=np.int32)
+        self._moving = np.ones(len(writers), dtype=np.int32)
+        self._draws = [(writer.job.query.draw, writer.position + 1) for writer in writers]
+        self._begun = self._starts.copy()
+        self._told: Told | None = None
+        """Of a pass that has run at once, without a graph."""
+        self._alike = 0
+        """Passes whose numbers are those of the last one, moved on."""
+        self._unit = math.gcd(stepper.block, CHUNK)
+
+    def start(self) -> None:
+        if self._alike:
+            self._alike -= 1
+            self._stepper.move(self._moving, self._tokens)
+            return
+        rows = [Row(slot, start, 1) for slot, start in zip(self._slots, self._starts.tolist(), strict=True)]
+        gone = (self._starts - self._begun).tolist()
+        asked = Asked.drawn([(draw, position + n) for (draw, position), n in zip(self._draws, gone, strict=True)])
+        self._told = self._stepper.start(rows, self._tokens.tolist(), range(len(rows)), asked)
+        if self._told is None:
+            self._alike = int((self._unit - 1 - self._starts % self._unit)[self._moving > 0].min())
+
+    def told(self) -> Told:
+        return self._told or self._stepper.told()
+
+    def go_on(self, told: Told, writers: Sequence[_Writer]) -> None:
+        """Another pass, in which the tokens are read that were chosen, of these texts."""
+        if len(writers) < self._moving.sum():
+            self._moving[:] = 0
+            self._moving[[writer.at for writer in writers]] = 1
+        np.copyto(self._tokens, told.tokens, where=self._moving > 0)
+        self._starts += self._moving
+        self.start()

@@ -1,0 +1,66 @@
+"""A model that writes on by itself as far as it likes, for tests of whoever lets it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from collm.decoding.policies import decide
+from collm.models.fake import FakeModel
+from collm.types import BASE
+from collm.values import Answer, KeepOn, LanguageModel, Query, Replies, Reply
+from collm.views import View
+
+
+class WritingOn(LanguageModel):
+    """Passes one after the other over the tokens that a fake chose; sometimes it stops for no reason."""
+
+    writes_on = True
+
+    def __init__(self, model: FakeModel, seed: int = 0, stops: float = 0.2) -> None:
+        self._model, self._rng, self._stops = model, random.Random(seed), stops
+        self.calls: list[int] = []
+        """Passes of each call."""
+
+    @property
+    def name(self) -> str:
+        return self._model.name
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._model.eos_token_ids
+
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        self.calls.append(1)
+        return self._model.predict(queries)
+
+    def write_on(self, queries: Sequence[Query], keep_on: KeepOn) -> Replies:
+        found = self.predict(queries)
+        left = {
+            n: [query.write_on.max_tokens, query.write_on.passing] for n, query in enumerate(queries) if query.write_on
+        }
+        going = [n for n in left if self._goes_on(queries[n], found[n], left[n])]
+        while going and keep_on(len(going), len(queries) - len(going)):
+            self.calls[-1] += 1
+            for n in going:
+                found[n] += self._model.predict([_behind(queries[n], found[n])])[0]
+            going = [n for n in going if self._goes_on(queries[n], found[n], left[n])]
+        return found
+
+    def _goes_on(self, query: Query, found: Sequence[Reply], left: list[int]) -> bool:
+        reply, leave = found[-1], query.write_on
+        assert leave is not None
+        if not isinstance(reply, Answer) or not left[0] or reply.token_id in self.eos_token_ids:
+            return False
+        position = query.length + len(found) - 1 - query.view.prompt_length
+        if leave.until is not None and decide(leave.until, reply, query.draw, position).authors[0] != BASE:
+            left[1] -= 1
+        left[0] -= 1
+        return left[1] >= 0 and self._rng.random() >= self._stops
+
+
+def _behind(query: Query, found: Sequence[Reply]) -> Query:
+    written = [reply.token_id for reply in found if isinstance(reply, Answer)]
+    view = View(query.view.token_ids[: query.view.prompt_length])
+    view.token_ids += [*query.view.token_ids[view.prompt_length : query.length], *written]
+    return query._replace(view=view, length=len(view), write_on=None)
