@@ -52,12 +52,12 @@ MODELS := sft gate pair
 RATES := 10 20 40
 SIGNALS := gate expected_gain entropy
 
-.PHONY: all help data scores train calibrate oracle test
+.PHONY: all help data kept scores train calibrate oracle test
 .SECONDARY:
 all: oracle calibrate test
 
 help:
-	@echo "make -f recipes/qwen/study.mk [data|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/qwen/study.mk [data|kept|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 # -- weights and data --------------------------------------------------------------------------------------------------
 
@@ -82,6 +82,11 @@ $(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json)
 	$(COLLM) prepare ifeval $(IFEVAL) --out $(DATA)/ifeval --parts test
 	$(foreach part,calibration train,$(PYTHON) recipes/scales/own_texts.py $(RUNS)/ifeval/own/$(part).jsonl \
 	    --data $(PROMPTS)/$(part).jsonl --out $(DATA)/ifeval/$(part).jsonl &&) true
+
+# Pairs, thresholds and results that were made already; scores are taken one by one.
+kept:
+	mkdir -p $(RUNS)
+	cp -rn recipes/qwen/kept/gsm8k $(RUNS)/
 
 # -- scores and models -------------------------------------------------------------------------------------------------
 
