@@ -23,8 +23,8 @@ from collm.models.openings import Openings
 from collm.models.paged.plan import CUT, DRAW, OPENS, Plan
 from collm.values import Answer
 
-CHOSEN, GATE = 4, 6
-"""Columns of the chosen token and of the gate's first number."""
+BAD, CHOSEN, GATE = 3, 4, 6
+"""Columns: whether something is no number, the chosen token, the gate's first number."""
 WORD = 0xFFFFFFFF
 
 
@@ -103,8 +103,12 @@ class Told:
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """The chosen ones."""
+        """The chosen ones; anything at all where something is no number."""
         return self.rows[:, CHOSEN]
+
+    @property
+    def all_numbers(self) -> bool:
+        return not self.rows[:, BAD].any()
 
     def answers(self, wanted: Sequence[int]) -> Iterator[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
@@ -112,9 +116,8 @@ class Told:
         for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
             close = floats.pop() if self.has_close else 0.0
             gate = tuple(floats[GATE:]) if self.has_gate else None
-            yield (
-                None if row[3] else Answer(row[CHOSEN], floats[5], row[0], floats[1], floats[2], gate, log_close=close)
-            )
+            told = Answer(row[CHOSEN], floats[5], row[0], floats[1], floats[2], gate, log_close=close)
+            yield None if row[BAD] else told
 
     def answer(self, n: int) -> Answer | None:
         """Of the n-th token of the pass."""

@@ -64,7 +64,7 @@ def write(
             began = perf_counter()
             told = passes.told()
             on: list[_Writer] = []
-            if keep_on is not None and not any(writer.may_defer for writer in going):
+            if keep_on is not None and told.all_numbers and not any(writer.may_defer for writer in going):
                 # Nobody stops but at the end of his text, so that the next pass can run while this one is looked at.
                 on = [writer for writer in going if writer.left]
                 if keep_on(len(on), len(jobs) - len(on)):
