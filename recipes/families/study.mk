@@ -5,7 +5,7 @@
 #
 # Days on two cores, in steps; each may be stopped at any time and goes on where it was. Everything is chosen on the
 # calibration parts; the test parts are opened once for all systems (`make ... test`). Run so far: `look`, and of
-# `small` all but entropy, nudging and the base as published (docs/results.md).
+# `small` all but nudging and the base as published (docs/results.md).
 # The rest was looked at (`make -n`); tests/test_chunk_commands.py runs its commands for a tiny pair.
 include recipes/common.mk
 MBPP ?= mbpp.jsonl
