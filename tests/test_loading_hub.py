@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import make_model, make_tokenizer
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 
 from collm import CollaborativeLM
@@ -78,3 +79,15 @@ def test_what_lies_here_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
     with pytest.raises(CollmError, match=r"is a folder without a model: it has neither config.json nor adapter_config"):
         CollaborativeLM.from_pretrained(tmp_path)
+
+
+def test_a_hub_that_does_not_answer_says_nothing_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(*_: Any) -> str:
+        raise LocalEntryNotFoundError("nobody there")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_answer)
+    monkeypatch.setattr(reach, "getproxies", lambda: {"https": "http://proxy.example"})  # so it is not tried before
+    reach.require_on_hub("nobody/nothing")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CollmError, match="the hub's cache on this machine has no such model"):
+        reach.require_on_hub("nobody/nothing")

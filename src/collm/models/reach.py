@@ -46,12 +46,22 @@ def require_on_hub(name: str) -> None:
         CollmError: there is no such model.
     """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     keep_to_this_machine()
     for file in (CONFIG, ADAPTER, "collm.json"):
         try:
             hf_hub_download(name, file)
+        except LocalEntryNotFoundError:
+            if constants.is_offline_mode():
+                continue
+            return  # it did not answer
         except EntryNotFoundError:
             continue
         except (HFValidationError, RepositoryNotFoundError) as error:
