@@ -87,7 +87,7 @@ def test_at_every_width_nothing_overflows_and_axe_finds_nothing_serious(opened: 
 def test_a_curve_has_the_models_alone_as_lines(opened: Any) -> None:
     page = opened("report.html", 1280)
     texts = page.locator("svg").evaluate_all("all => all.map((each) => each.textContent)")
-    curves = [text for text in texts if "tokens written by an assistant" in text]
+    curves = [text for text in texts if "share written by an assistant" in text]
     assert curves and all("base alone" in text for text in curves)
 
 

@@ -87,6 +87,7 @@ $(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json)
 kept:
 	mkdir -p $(RUNS)
 	cp -rn recipes/qwen/kept/gsm8k $(RUNS)/
+	cd $(RUNS)/gsm8k/test && for each in *.jsonl.xz; do test -e $${each%.xz} || xz -dk $$each; done
 
 # -- scores and models -------------------------------------------------------------------------------------------------
 
