@@ -102,7 +102,7 @@ class AdaptivePace:
         assistant = self._assistant
         stride = self._engine.stride(assistant)
         if stride is None:
-            return Leave(None, self._best(assistant)[0] - 1 - pending)
+            return Leave(None, self.deferrals(assistant) - 1 - pending)
         return Leave(max(1, math.ceil(stride - self._engine.drafted[assistant])), EVERY)
 
     def asks(self, assistant: int, pending: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 
 from collm.decoding.experience import Experience
-from collm.engine.passes import Batch, Waiting, plan_pass, written_on
+from collm.engine.passes import Batch, Waiting, plan_pass
 from collm.engine.running import Running
 from collm.engine.turns import Device, Turn, dear_seconds, whose_turn
 from collm.types import BASE
@@ -102,14 +102,13 @@ class Queues:
             if not item.done:
                 self._take(item, place, [Fault(reason)] * max(1, query.num_last))
 
-    def finish(self, key: Hashable, batch: Batch, replies: Replies, seconds: float) -> None:
-        """A pass is done: its texts go on."""
+    def finish(self, key: Hashable, batch: Batch, replies: Replies, seconds: float, tokens: Sequence[int]) -> None:
+        """A pass is done, or some passes of so many `tokens` each: its texts go on."""
         device, number = self.devices[key], batch.model
         assert device.batch is batch
         device.batch = None
         if batch.expired:
             return
-        tokens = (batch.tokens, *written_on(batch, replies))
         each = seconds / len(tokens)
         if batch.reading:
             self._experience.observe_reading(number, batch.decoding, batch.reading, seconds)

@@ -82,10 +82,11 @@ class Scheduler:
 
     def finish(self, device: Hashable, batch: Batch, replies: Replies, seconds: float) -> None:
         """A pass is done, or some passes in which texts wrote on: they go on."""
+        tokens = (batch.tokens, *written_on(batch, replies))
         if self.on_pass is not None:
-            for tokens in (batch.tokens, *written_on(batch, replies)):
-                self.on_pass(batch.model, tokens)
-        self._queues.finish(device, batch, replies, seconds)
+            for each in tokens:
+                self.on_pass(batch.model, each)
+        self._queues.finish(device, batch, replies, seconds, tokens)
 
     def expire(self) -> None:
         """Give up what has not been answered for too long; what is asked of such a model meanwhile fails at once."""

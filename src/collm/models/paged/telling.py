@@ -86,8 +86,8 @@ class OpenTelling:
         # Of a law over a part of the tokens the other numbers are those of the whole one.
         numbers = found.view(torch.float32)
         numbers[:, 1] += mass
-        found[:, 3] |= chosen[:, 3] | ~norm.isfinite()
-        found[:, 4] = chosen[:, 4]
+        found[:, BAD] |= chosen[:, BAD] | ~norm.isfinite()
+        found[:, CHOSEN] = chosen[:, CHOSEN]
         numbers[:, 5] = chosen.view(torch.float32)[:, 5] + of_choice
         close = mass.masked_fill(openings.free[last] | plain[:, 0], 0.0)
         return torch.cat([found, close[:, None].view(torch.int32)], dim=1)

@@ -79,12 +79,13 @@ def write(
                 going = [writer for writer in on if writer.goes_on(ends)]
                 if not going:
                     stepper.wait()
-                continue
-            going = [writer for writer in going if writer.goes_on(ends)] if keep_on is not None else []
-            if keep_on is not None and keep_on(len(going), len(jobs) - len(going)):
-                passes.go_on(told, going)
+            elif keep_on is None:
+                break
             else:
-                going = []
+                going = [writer for writer in going if writer.goes_on(ends)]
+                if not keep_on(len(going), len(jobs) - len(going)):
+                    break
+                passes.go_on(told, going)
     except BaseException:
         stepper.wait()
         for job in jobs:
