@@ -190,8 +190,7 @@ def test_the_study_runs_on_stand_ins(
         runpy.run_path(words[1], run_name="__main__")
     found = {path.stem: json.loads(path.read_text()) for path in (runs / "gsm8k" / "test").glob("*.json")}
     assert {name for name in found if "-" in name} == {
-        "gate-gate_20",
-        *(f"pair-{signal}_20" for signal in ("gate", "expected_gain", "entropy", "random")),
+        f"{pair}-{signal}_20" for pair in ("gate", "pair") for signal in ("gate", "expected_gain", "entropy", "random")
     }
     assert {result["num_examples"] for result in found.values()} == {3}
     assert set(found["proxy_tuning"]["forward_passes"]) == {"base", "large", "untuned"}

@@ -143,8 +143,8 @@ $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv: | $(RUNS)/$(1)/$(2)/collm.json $(HA
 	    --signal $(3) --rates $(4) --rounds 3 --out $(RUNS)/$(1)/thresholds/$(2)-$(3)
 endef
 EACH := 0.1$(comma)0.2$(comma)0.4
-$(foreach task,$(FULL),$(eval $(call calibration,$(task),gate,gate,$(EACH)))\
-    $(foreach signal,$(SIGNALS),$(eval $(call calibration,$(task),pair,$(signal),$(EACH)))))
+$(foreach task,$(FULL),$(foreach pair,gate pair,$(foreach signal,$(SIGNALS),\
+    $(eval $(call calibration,$(task),$(pair),$(signal),$(EACH))))))
 $(foreach signal,gate entropy,$(eval $(call calibration,ifeval,pair,$(signal),0.2)))
 
 # -- the one look at the test parts ------------------------------------------------------------------------------------
@@ -180,12 +180,13 @@ METHOD_entropy := entropy
 define at_rate
 $(call system,$(1),$(2)-$(3)_$(4),$(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv,$(RUNS)/$(1)/$(2) --method $(METHOD_$(3)) --deferral-rate 0.$(4))
 endef
+# $(1): a task, $(2): a pair, $(3): a rate in percent
 define at_random
-$(call system,$(1),pair-random_$(2),$(RUNS)/$(1)/pair/collm.json $(HAVE),$(RUNS)/$(1)/pair --method random --deferral-rate 0.$(2))
+$(call system,$(1),$(2)-random_$(3),$(RUNS)/$(1)/$(2)/collm.json $(HAVE),$(RUNS)/$(1)/$(2) --method random --deferral-rate 0.$(3))
 endef
-$(foreach task,$(FULL),$(foreach rate,$(RATES),\
-    $(eval $(call at_rate,$(task),gate,gate,$(rate)))$(eval $(call at_random,$(task),$(rate)))\
-    $(foreach signal,$(SIGNALS),$(eval $(call at_rate,$(task),pair,$(signal),$(rate))))))
+$(foreach task,$(FULL),$(foreach rate,$(RATES),$(foreach pair,gate pair,\
+    $(eval $(call at_random,$(task),$(pair),$(rate)))\
+    $(foreach signal,$(SIGNALS),$(eval $(call at_rate,$(task),$(pair),$(signal),$(rate)))))))
 
 $(foreach signal,gate entropy,$(eval $(call at_rate,ifeval,pair,$(signal),20)))
 
