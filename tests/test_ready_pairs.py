@@ -1,0 +1,82 @@
+"""The pairs under `pretrained/`: of the format of now, small, with what people need to judge them, and told of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from collm.evaluation.result import EvalResult
+from collm.models.head import DeferralHead
+from collm.models.info import FORMAT_VERSION, CheckpointInfo, load_info
+from collm.training.recipe import load_recipe
+
+FOLDER = Path(__file__).parent.parent / "pretrained"
+READY = sorted(path for path in FOLDER.iterdir() if path.is_dir())
+QWEN = FOLDER / "qwen2.5-coder-0.5b-1.5b"
+
+
+@pytest.fixture(params=READY, ids=lambda path: path.name)
+def ready(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
+def described(folder: Path) -> CheckpointInfo:
+    info = load_info(folder)
+    assert info is not None
+    return info
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def test_it_is_a_whole_checkpoint_of_now(ready: Path) -> None:
+    info = described(ready)
+    assert info.format_version == FORMAT_VERSION and info.kind in ("lora", "gate")
+    assert len(info.base_fingerprint or "") == 33
+    assert DeferralHead.load(ready).num_assistants == len(info.assistants)
+    recipe = load_recipe(ready / "recipe.yaml")
+    assert recipe.tune == info.kind and recipe.base.model == info.base_model
+    assert [a.model for a in recipe.assistants] == [a.spec for a in info.assistants]
+
+
+def test_it_names_no_place_of_the_machine_that_made_it(ready: Path) -> None:
+    info = described(ready)
+    assert info.base_place is None and all(assistant.place is None for assistant in info.assistants)
+    for path in ready.iterdir():
+        assert not any(place in path.read_bytes() for place in (b"/home/", b"/root/", b"/tmp/", b"site-packages"))
+
+
+def test_it_holds_nobody_s_weights(ready: Path) -> None:
+    assert sum(file.stat().st_size for file in ready.iterdir()) < 20e6
+    kept = {"gate.safetensors", *(("adapter_model.safetensors",) if described(ready).kind == "lora" else ())}
+    assert {file.name for file in ready.glob("*.safetensors")} == kept
+
+
+def test_its_figures_were_measured_at_a_threshold_of_its_calibration(ready: Path) -> None:
+    info = described(ready)
+    [file] = ready.glob("test_*.json")
+    result = EvalResult.load(file)
+    [table] = [table for table in info.calibration if table.task == result.task]
+    assert min(abs(row.achieved_rate - result.deferral_rate) for row in table.rows) < 0.02
+    if info.chosen is not None:
+        assert (info.chosen.task, info.chosen.signal) == (table.task, table.signal)
+        assert info.chosen.deferral_rate in [row.target_rate for row in table.rows]
+
+
+def test_people_are_told_of_it(ready: Path) -> None:
+    told, [file] = (FOLDER / "README.md").read_text(encoding="utf-8"), ready.glob("test_*.json")
+    assert f"`{ready.name}/`" in told and percent(EvalResult.load(file).value) in told
+    info, card = described(ready), (ready / "README.md").read_text(encoding="utf-8")
+    assert f"`{info.base_model}`" in card and str(info.base_fingerprint) in card
+
+
+def test_the_pair_of_qwen_s_names_the_hub_s_models_and_says_what_it_was_measured_on() -> None:
+    info, card = described(QWEN), (QWEN / "README.md").read_text(encoding="utf-8")
+    assert info.base_model == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert [assistant.spec for assistant in info.assistants] == ["Qwen/Qwen2.5-Coder-1.5B-Instruct"]
+    assert DeferralHead.load(QWEN).weight.shape == (1, 896)
+    assert "Q4_K_M" in card and "license: apache-2.0" in card
+    assert percent(EvalResult.load(QWEN / "test_gsm8k.json").value) in card
