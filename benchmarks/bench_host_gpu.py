@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from time import thread_time
 from typing import Any
@@ -124,7 +126,11 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
     from collm.sampling_params import SamplingParams
     from collm.views import Text
 
-    scheduler = Scheduler(models, max_num_seqs=batch, clock=clock, post=lambda call: call(), experience=experience)
+    # Earlier commits know less.
+    own: dict[str, Any] = {"during": nullcontext()} if "during" in signature(Scheduler).parameters else {}
+    scheduler = Scheduler(
+        models, max_num_seqs=batch, clock=clock, post=lambda call: call(), experience=experience, **own
+    )
     ended: list[Finished] = []
     eos = (frozenset[int](), frozenset[int]())
     for n in range(batch):
@@ -145,7 +151,7 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
         found = scheduler.next_pass("cpu")
         assert found is not None
         began, graphs = clock(), clock.graphs
-        more = () if getattr(found, "keep_on", None) is None else (found.keep_on,)
+        more = [getattr(found, name) for name in ("keep_on", "tell") if getattr(found, name, None) is not None]
         replies = answers(models[found.model], found.queries, *more)
         if clock.graphs == graphs:  # prompts are read without a graph
             clock.replay(CURVES[found.model](found.tokens), thread_time())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from collm.decoding.policies import decide
 from collm.models.fake import FakeModel
 from collm.types import BASE
-from collm.values import Answer, KeepOn, LanguageModel, Query, Replies, Reply
+from collm.values import Answer, KeepOn, LanguageModel, Query, Replies, Reply, Tell
 from collm.views import View
 
 
@@ -34,14 +34,17 @@ class WritingOn(LanguageModel):
         self.calls.append(1)
         return self._model.predict(queries)
 
-    def write_on(self, queries: Sequence[Query], keep_on: KeepOn) -> Replies:
-        found = self.predict(queries)
+    def write_on(self, queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
+        found, told = self.predict(queries), [0] * len(queries)
         left = {
             n: [query.write_on.max_tokens, query.write_on.passing] for n, query in enumerate(queries) if query.write_on
         }
         going = [n for n in left if self._goes_on(queries[n], found[n], left[n])]
         while going and keep_on(len(going), len(queries) - len(going)):
             self.calls[-1] += 1
+            if tell is not None and self._rng.random() < 0.8:
+                tell([(n, found[n][told[n] :]) for n in range(len(queries)) if len(found[n]) > told[n]])
+                told = list(map(len, found))
             for n in going:
                 found[n] += self._model.predict([_behind(queries[n], found[n])])[0]
             going = [n for n in going if self._goes_on(queries[n], found[n], left[n])]

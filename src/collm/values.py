@@ -169,6 +169,7 @@ Replies = list[list[Reply]]
 
 
 KeepOn = Callable[[int, int], bool]
+Tell = Callable[[list[tuple[int, list[Reply]]]], None]
 """See `LanguageModel.write_on`."""
 
 
@@ -250,13 +251,15 @@ class LanguageModel(ABC):
         """Whether it can write several tokens in one call (`write_on`), for less than as many calls cost."""
         return False
 
-    def write_on(self, queries: Sequence[Query], keep_on: KeepOn) -> Replies:
+    def write_on(self, queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
         """As `predict`, but behind the last prefix of a query with `Query.write_on` it may write on, and gives the
         answers after those tokens, too: the last one where it stopped, at the end of the text or where it would defer.
 
         Args:
             keep_on: asked before each further pass whether there shall be one, with how many texts would take part and
                 how many have stopped so far.
+            tell: may be told, while a pass runs, the answers that are there by then, each once and in order, with the
+                places of their queries: whoever reads them need not wait for the others. All are returned, too.
         """
         return self.predict(queries)
 

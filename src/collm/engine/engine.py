@@ -140,6 +140,15 @@ class _Driver:
     ) -> None:
         inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.inbox = inbox
+        # Nothing goes on beside the passes of a single device, so the thread that owns the flows runs them, too: waking
+        # another one costs some ten microseconds a pass.
+        self._alone = (
+            len({model.device for model in models if not model.instant}) == 1
+            and timeout is None
+            and not any(isinstance(model, StreamingModel) for model in models)
+        )
+        self._flows = threading.Lock()
+        """Held by whoever touches the texts: the driver, but for the time of a pass that it runs itself."""
         self.scheduler = Scheduler(
             models,
             max_num_seqs=max_num_seqs,
@@ -148,22 +157,14 @@ class _Driver:
             experience=experience,
             post=self.inbox.put,
             heard=lambda: not inbox.empty(),
+            during=self._flows if self._alone else None,
         )
         self.numbers = count()
-        # Nothing goes on beside the passes of a single device, so the thread that owns the flows runs them, too: waking
-        # another one costs some ten microseconds a pass.
-        self._alone = (
-            len(self.scheduler.devices) == 1
-            and timeout is None
-            and not any(isinstance(model, StreamingModel) for model in models)
-        )
         self._busy = False
         """It has just run a pass: there may be more to do already."""
         self._idle: dict[Hashable, SimpleQueue[Callable[[], None] | None]] = {}
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
-        self._flows = threading.Lock()
-        """Held by whoever touches the texts: the driver, but for the time of a pass that it runs itself."""
         self._process = os.getpid()
         self._stopped = False
 
@@ -303,7 +304,7 @@ class _Driver:
         """One pass, and how long it took."""
         began = time.perf_counter()
         try:
-            replies = answers(self.scheduler.models[batch.model], batch.queries, batch.keep_on)
+            replies = answers(self.scheduler.models[batch.model], batch.queries, batch.keep_on, batch.tell)
         except BaseException as error:  # this thread has to go on, and to say that the pass is over
             _log.critical("a pass failed", exc_info=error)
             fault: Reply = Fault(f"the pass failed: {type(error).__name__}: {error}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from collm.decoding.experience import LONGEST_PIECE, SHORTEST_PIECE, Experience
 from collm.engine.running import Running
 from collm.errors import CollmError
-from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies
+from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies, Tell
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ class Batch:
     expired: bool = False
     keep_on: KeepOn | None = None
     """How long its texts may write on by themselves; None: they may not."""
+    tell: Tell | None = None
+    """Who takes their answers while they do."""
+    told: list[int] = field(default_factory=list)
+    """By text, how many answers have been taken meanwhile."""
 
     @property
     def reading(self) -> int:
@@ -119,10 +123,12 @@ KINDS = frozenset((Answer, Fault, type(None)))
 """What a reply is."""
 
 
-def answers(model: LanguageModel, queries: Sequence[Query], keep_on: KeepOn | None = None) -> Replies:
+def answers(
+    model: LanguageModel, queries: Sequence[Query], keep_on: KeepOn | None = None, tell: Tell | None = None
+) -> Replies:
     """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault."""
     try:
-        replies = model.predict(queries) if keep_on is None else model.write_on(queries, keep_on)
+        replies = model.predict(queries) if keep_on is None else model.write_on(queries, keep_on, tell)
         if not _complete(replies, queries):
             raise CollmError(f"{model.name} does not answer what it is asked: a fault of this model")
         return replies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 from collm.decoding.experience import Experience
@@ -23,7 +24,8 @@ class Queues:
     Args:
         patience, timeout: see `Scheduler`.
         take: what becomes of the answers to a query: the text, the query's place, its answers.
-        heard: see `Scheduler`.
+        go_on: what becomes of those that are found while the text writes on by itself; of none, once it does no longer.
+        heard, during: see `Scheduler`.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Queues:
         timeout: float | None,
         clock: Callable[[], float],
         take: Callable[[Running, int, list[Reply]], None],
+        go_on: Callable[[Running, list[Reply]], None],
         heard: Callable[[], bool],
+        during: AbstractContextManager[object] | None,
     ) -> None:
         for number, model in enumerate(models):
             experience.expect(number, model.pass_curve)
@@ -53,7 +57,7 @@ class Queues:
         """A text that may stand in a queue has ended."""
         self._models, self._experience = models, experience
         self._patience, self._timeout = patience, timeout
-        self._clock, self._take, self._heard = clock, take, heard
+        self._clock, self._take, self._go_on, self._heard, self._during = clock, take, go_on, heard, during
 
     def next_pass(self, key: Hashable, num_running: int, more_wait: bool) -> Batch | None:
         """The pass that a device is to run, if it is idle and anybody wants one; of `num_running` texts, while others
@@ -81,6 +85,8 @@ class Queues:
             batch.started = now
             if self._models[number].writes_on and all(query.write_on is not None for query in batch.queries):
                 batch.keep_on = self._turn(number, device, wanted, now, more_wait)
+                batch.told = [0] * len(batch.queries)
+                batch.tell = None if self._during is None else partial(self._tell, batch, self._during)
             device.begins(batch)
             return batch
         return None
@@ -94,6 +100,18 @@ class Queues:
         if number == BASE and not more_wait and len(device.models) == len(self._models):
             dear = min((dear_seconds(n, self._experience) for n in device.models if n != BASE), default=0.0)
         return Turn(self._clock, now, others, dear, self._patience, self._heard)
+
+    def _tell(self, batch: Batch, during: AbstractContextManager[object], found: list[tuple[int, list[Reply]]]) -> None:
+        """Hand out answers of passes that run. A text that has asked for something else since gets no more of them."""
+        with during:
+            for at, replies in found:
+                item = batch.waiting[at].item
+                if batch.expired or item.done or (batch.told[at] and item.call is not batch):
+                    continue
+                batch.told[at] += len(replies)
+                item.forward_passes[batch.model] += len(replies)
+                item.call = batch
+                self._go_on(item, replies)
 
     def _fail(self, number: int, reason: str) -> None:
         """Faults for all who wait for a model."""
@@ -115,14 +133,21 @@ class Queues:
         else:
             self._experience.observe_pass(number, len(batch.queries), sum(tokens) / len(tokens), each, len(tokens))
         unfinished = []
-        for (item, place, query), reply, is_piece in zip(batch.waiting, replies, batch.unfinished, strict=True):
-            if item.done:
+        told = batch.told or [0] * len(replies)
+        for (item, place, query), reply, is_piece, before in zip(
+            batch.waiting, replies, batch.unfinished, told, strict=True
+        ):
+            if item.done or (before and item.call is not batch):
                 continue
-            item.forward_passes[number] += 1
-            if batch.keep_on is not None:
-                item.forward_passes[number] += len(reply) - query.num_last
+            item.call = None
+            if batch.keep_on is None:
+                item.forward_passes[number] += 1
+            else:
+                item.forward_passes[number] += 1 + len(reply) - query.num_last - before
                 item.stopped = batch.started + each * (1 + len(reply) - query.num_last)
-            if not is_piece:
+            if before:
+                self._go_on(item, reply[before:])
+            elif not is_piece:
                 self._take(item, place, reply)
             elif any(isinstance(each, Fault) for each in reply):
                 self._take(item, place, reply[:1] * max(1, query.num_last))

@@ -55,6 +55,8 @@ class Running:
     extend: Extend | None = None
     extended_from: int = 0
     """Where its view ended when it was asked for."""
+    call: object = None
+    """The passes in which it writes on by itself, and whose answers it takes as they come."""
     stream: Stream | None = None
     ticket: int = 0
     """Rises with each request: what a streaming model delivers late is not taken for an answer to the next one."""

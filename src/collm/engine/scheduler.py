@@ -10,8 +10,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import AbstractContextManager
 
-from collm.decoding.collaborative import Flow, ModelFailed, More, Request
+from collm.decoding.collaborative import MORE, Flow, ModelFailed, More, Request
 from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, Waiting, answers, written_on
 from collm.engine.queues import Queues
@@ -38,6 +39,7 @@ class Scheduler:
         post: runs a call in the thread that owns the scheduler: what streaming models deliver comes through it.
         heard: whether something has come up meanwhile, so that nobody should write on by himself any longer. From any
             thread.
+        during: entered by the thread of a pass that hands out answers while it runs; None: none may.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Scheduler:
         clock: Callable[[], float] = time.perf_counter,
         post: Callable[[Callable[[], None]], None],
         heard: Callable[[], bool] = lambda: False,
+        during: AbstractContextManager[object] | None = None,
     ) -> None:
         self.models, self.max_num_seqs = tuple(models), max_num_seqs
         self.experience = experience or Experience()
@@ -67,7 +70,9 @@ class Scheduler:
             timeout=timeout,
             clock=clock,
             take=self._take,
+            go_on=self._go_on,
             heard=heard,
+            during=during,
         )
         self._writes_on = [model.writes_on for model in self.models]
         self._streams = Streams(self.models, clock=clock, post=post, take=self._take, go_on=self._advance)
@@ -215,6 +220,8 @@ class Scheduler:
             item.extend, item.extended_from = request, len(request.view.token_ids)
         elif not isinstance(request, More):
             return self._queue(item, request)
+        elif item.call is not None:
+            return None
         extend = item.extend
         assert extend is not None, "MORE goes on with an Extend"
         if extend.model in self._streams:
@@ -231,6 +238,7 @@ class Scheduler:
     def _queue(self, item: Running, queries: tuple[Query, ...]) -> Replies | None:
         if item.stream is not None:
             self._streams.stop(item)
+        item.call = None
         # Whose model went on for others has waited since it stopped for him.
         item.asked, item.stopped = self._clock() if item.stopped is None else item.stopped, None
         item.left, item.replies = len(queries), [[] for _ in queries]
@@ -262,6 +270,13 @@ class Scheduler:
         elif found is None:
             item.asked, item.left = self._clock(), 1
         return found
+
+    def _go_on(self, item: Running, replies: list[Reply]) -> None:
+        """A text that writes on by itself takes what is there; without replies, its passes have ended."""
+        if replies:
+            self._advance(item, [replies])
+        else:
+            self._ask(item, MORE)
 
     def _take(self, item: Running, place: int, replies: list[Reply]) -> None:
         item.replies[place] = replies

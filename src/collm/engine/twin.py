@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
@@ -43,6 +44,7 @@ class Twin:
             clock=clock,
             post=self._inbox.put,
             heard=lambda: not self._inbox.empty(),
+            during=nullcontext(),
         )
         self.events: deque[tuple[int, Event]] = deque()
         self._count = 0
@@ -71,7 +73,7 @@ class Twin:
         for device, batch in passes:
             if batch is not None:
                 began = self._clock()
-                replies = answers(scheduler.models[batch.model], batch.queries, batch.keep_on)
+                replies = answers(scheduler.models[batch.model], batch.queries, batch.keep_on, batch.tell)
                 scheduler.finish(device, batch, replies, self._clock() - began)
         if self.num_unfinished and not any(batch for _, batch in passes) and not self.events:
             self._inbox.get()()  # only a streaming model can be what everybody waits for

@@ -30,7 +30,7 @@ from collm.models.prefix_cache import Job, PrefixCache, passes
 from collm.models.tokenizers import shared_vocab_size
 from collm.models.turns import Network
 from collm.types import ForwardPass
-from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies, Reply
+from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies, Reply, Tell
 from collm.views import View
 
 
@@ -184,22 +184,22 @@ class LocalModel(LanguageModel):
         A query that cannot be answered gets faults, and the others their answers: one that is too long for the context
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
-        return self._predict(queries, None)
+        return self._predict(queries)
 
     @property
     def writes_on(self) -> bool:
         return self._stepper is not None
 
     @torch.inference_mode()
-    def write_on(self, queries: Sequence[Query], keep_on: KeepOn) -> Replies:
-        return self._predict(queries, keep_on)
+    def write_on(self, queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
+        return self._predict(queries, keep_on, tell)
 
-    def _predict(self, queries: Sequence[Query], keep_on: KeepOn | None) -> Replies:
+    def _predict(self, queries: Sequence[Query], keep_on: KeepOn | None = None, tell: Tell | None = None) -> Replies:
         try:
             with self._network.lock, self._on_device(), narrow.narrow_products():
                 if self._activate is not None:
                     self._activate()
-                replies = self._usual(queries, keep_on)
+                replies = self._usual(queries, keep_on, tell)
                 if replies is not None:
                     return replies
                 faults = [self._too_long(query) for query in queries]
@@ -251,7 +251,7 @@ class LocalModel(LanguageModel):
             torch.cuda.synchronize(self._device)  # weights may still be on their way, on another stream
             self._stream = torch.cuda.Stream(self._device)
 
-    def _usual(self, queries: Sequence[Query], keep_on: KeepOn | None) -> Replies | None:
+    def _usual(self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None) -> Replies | None:
         """The answers of a usual pass (`PrefixCache.usual_jobs`), behind which texts may write on; None where it is
         none."""
         if not isinstance(self._cache, PrefixCache) or not queries:
@@ -267,7 +267,7 @@ class LocalModel(LanguageModel):
             if max(job.query.view.token_ids[job.done : job.query.length]) >= known:
                 return None
         if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
-            write(self._stepper, self._cache, jobs, keep_on, self.eos_token_ids, self._no_numbers, self._tell)
+            write(self._stepper, self._cache, jobs, keep_on, tell, self.eos_token_ids, self._no_numbers, self._tell)
         else:
             self._pass(self._cache, [(job, job.query.length) for job in jobs])
         return [job.replies for job in jobs]

@@ -49,6 +49,7 @@ def paged_serves(lm: PreTrainedModel, pool: PagedPool, stepper: Stepper, vocab_s
         if not pool.layers or any(layer.heads != pool.layers[0].heads for layer in pool.layers):
             return "its layers store different things"
         pool.reserve(2, 2 * (tokens // pool.block + 1), tokens)
+        stepper.compile()
         expected = _expected(lm, tokens)
         if not _same(_in_pieces(lm, pool, tokens), expected, lm):
             return "other hidden states than a plain pass"

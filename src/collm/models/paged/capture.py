@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,10 @@ class Capture(Protocol):
 
     def wait(self) -> None:
         """Until all that was started is done."""
+        ...
+
+    def compiling(self) -> AbstractContextManager[None] | None:
+        """While it holds, kernels are not launched but compiled; None where there are none to be compiled."""
         ...
 
 
@@ -70,6 +75,11 @@ class CudaCapture:
     def wait(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
 
+    def compiling(self) -> AbstractContextManager[None]:
+        from collm.models.paged.launching import compiled_ahead
+
+        return compiled_ahead()
+
 
 class FakeCapture:
     """Replays by doing the work again, where tensors lie: the plain twin, which counts.
@@ -102,3 +112,6 @@ class FakeCapture:
 
     def wait(self) -> None:
         self.waits += 1
+
+    def compiling(self) -> None:
+        return None

@@ -30,7 +30,7 @@ from collm.noise import key_of
 
 _log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
 
 
@@ -60,7 +60,7 @@ class Counts:
 
 
 class Stepper:
-    """The passes that decode: those of up to 256 tokens that ask for tokens, entropies and gates alone.
+    """The passes that decode: those of up to 512 tokens that ask for tokens, entropies and gates alone.
 
     A graph is captured when its bucket is first met, or by `warm_up`. Where the memory does not suffice, or a network
     cannot be captured, passes run without: slower, never otherwise.
@@ -99,15 +99,28 @@ class Stepper:
         """That of a bucket, if it is captured."""
         return self._buckets.get(size)
 
+    def compile(self) -> None:
+        """Compile the kernels of all passes, several at a time, rather than one by one when they are first needed."""
+        compiling = self._capture.compiling()
+        if compiling is None:
+            return
+        try:
+            with compiling:
+                # Passes that read have larger tiles, whose kernels are compiled for themselves.
+                for size in (NARROW, NARROW + 1):
+                    numbers = np.empty(planned.size(size), dtype=np.int32)
+                    planned.fill_empty(numbers, self._pool.blocks)
+                    uploaded = torch.from_numpy(numbers).to(self._capture.device)
+                    self._work(Plan(uploaded, size, self._pool.tile(size), planned.num_items(size)))
+        except Exception as error:
+            if is_lost(error):
+                raise
+            _log.info("%s: kernels are compiled one by one", self._name, exc_info=error)
+
     def warm_up(self, largest: int = BUCKETS[-1]) -> float:
         """Capture all graphs of up to so many tokens, large ones first, whose memory the others then share; returns
         the seconds that it took."""
         began = perf_counter()
-        # Reading has larger tiles, whose kernels are compiled for themselves.
-        numbers = np.empty(planned.size(NARROW + 1), dtype=np.int32)
-        planned.fill_empty(numbers, self._pool.blocks)
-        uploaded = torch.from_numpy(numbers).to(self._capture.device)
-        self._pool.run(Plan(uploaded, NARROW + 1, self._pool.tile(NARROW + 1), 1))
         for size in reversed(BUCKETS):
             if size <= largest:
                 self._bucket(size)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from collm.models.paged import llama_kernels as kernels
 from collm.models.paged.dense import Heads, Turns
+from collm.models.paged.launching import launch
 from collm.models.paged.plan import Plan
 
 GATED = 1024
@@ -18,7 +19,7 @@ class TritonDense:
 
     def add_norm(self, x: Tensor, delta: Tensor | None, factor: float, weight: Tensor, eps: float) -> Tensor:
         out, width = x.new_empty(x.shape), x.shape[1]
-        kernels.add_norm[(len(x),)](
+        launch(kernels.add_norm, (len(x),),
             x, x if delta is None else delta, weight, out, float(factor), width, eps, ADD=delta is not None,
             B=triton.next_power_of_2(width), num_warps=8,
         )  # fmt: skip
@@ -27,7 +28,7 @@ class TritonDense:
     def gated(self, gate_up: Tensor) -> Tensor:
         count, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((count, width))
-        kernels.gated[(count, triton.cdiv(width, GATED))](gate_up, out, width, B=GATED)
+        launch(kernels.gated, (count, triton.cdiv(width, GATED)), gate_up, out, width, B=GATED)
         return out
 
     def turn_and_store(
@@ -43,7 +44,7 @@ class TritonDense:
         count = len(qkv)
         query = qkv.new_empty((count, heads.queries, heads.dim))
         query_norm, key_norm = norms or (qkv, qkv)
-        kernels.turn_and_store[(count, heads.queries + 2 * heads.keys)](
+        launch(kernels.turn_and_store, (count, heads.queries + 2 * heads.keys),
             qkv, query, keys, values, turns.cos, turns.sin, query_norm, key_norm, plan.numbers, count, heads.eps,
             HQ=heads.queries, KV=heads.keys, D=heads.dim, DP=triton.next_power_of_2(heads.dim), R=heads.rotated,
             BLOCK=keys.shape[2], NORM=norms is not None, num_warps=1,

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from collm.models.paged import kernels
+from collm.models.paged.launching import launch
 from collm.models.paged.plan import Plan
 
 PROGRAMS = 264
@@ -30,12 +31,12 @@ class TritonOps:
         self._programs, self._keys = programs, keys
 
     def enter(self, plan: Plan, table: Tensor, size: int) -> None:
-        kernels.enter[(plan.num_tokens,)](plan.numbers, table, plan.num_tokens, table.shape[1], BLOCK=size)
+        launch(kernels.enter, (plan.num_tokens,), plan.numbers, table, plan.num_tokens, table.shape[1], BLOCK=size)
 
     def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> None:
         count, heads, dim = key.shape
         key, value = _dense_heads(key), _dense_heads(value)
-        kernels.store[(count, heads)](
+        launch(kernels.store, (count, heads),
             key, value, keys, values, plan.numbers, plan.num_tokens, *key.stride()[:2], *value.stride()[:2],
             KV=heads, D=dim, DP=triton.next_power_of_2(dim), BLOCK=keys.shape[2], num_warps=1,
         )  # fmt: skip
@@ -61,14 +62,16 @@ class TritonOps:
         programs = max(count, -(-self._programs // kv))
         shape = {"HQ": heads, "G": heads // kv, "D": dim, "DP": padded, "M": tile}
         pieces = PIECES[0] if count <= PIECES[0] else max(PIECES[1], triton.next_power_of_2(count))
-        kernels.attend[(programs, kv)](
+        launch(kernels.attend, (programs, kv),
             query, keys, values, out, part, stats, plan.numbers, table, count, programs, table.shape[1],
             scale, window, softcap or 0.0, *query.stride()[:2], **shape, BLOCK=size,
             N=min(self._keys, size), NP=pieces,
             WINDOW=window > 0, CAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
         )  # fmt: skip
-        kernels.combine[(count, kv)](part, stats, out, plan.numbers, count, **shape, AT_A_TIME=COMBINED, num_warps=4)
+        launch(kernels.combine, (count, kv),
+            part, stats, out, plan.numbers, count, **shape, AT_A_TIME=COMBINED, num_warps=4,
+        )  # fmt: skip
         return out
 
 

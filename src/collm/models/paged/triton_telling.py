@@ -8,6 +8,7 @@ from torch import Tensor
 
 from collm.models.head import DeferralHead
 from collm.models.paged import telling_kernels as kernels
+from collm.models.paged.launching import launch
 from collm.models.paged.plan import Plan
 from collm.models.paged.telling import columns
 
@@ -33,17 +34,17 @@ class TritonTelling:
         shares = triton.cdiv(known, share)
         parts = logits.new_empty((count, 5, shares), dtype=torch.float32)
         out = torch.empty((count, width), dtype=torch.int32, device=logits.device)
-        kernels.look[(count, shares)](
-            logits, parts, logits.stride(0), known, SHARE=share, BV=block, S=shares, num_warps=4
-        )
+        launch(kernels.look, (count, shares),
+            logits, parts, logits.stride(0), known, SHARE=share, BV=block, S=shares, num_warps=4,
+        )  # fmt: skip
         number = 0 if head is None else head.num_assistants
         weight, bias = (hidden, hidden) if head is None else (head.weight, head.bias)
-        kernels.tell[(count,)](
+        launch(kernels.tell, (count,),
             parts, hidden, weight, bias, out, hidden.stride(0), hidden.shape[1],
             S=shares, SP=triton.next_power_of_2(shares), BH=triton.next_power_of_2(hidden.shape[1]), K=number,
             KP=triton.next_power_of_2(number + 1), C=width, num_warps=4,
         )  # fmt: skip
-        kernels.choose[(count,)](
+        launch(kernels.choose, (count,),
             logits, out, plan.numbers, plan.num_tokens, logits.stride(0), known, C=width,
             BV=min(self._looked, triton.next_power_of_2(known)), num_warps=8,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from collm.models.paged.stepping import BUCKETS, Stepper
 from collm.models.paged.telling import Told
 from collm.models.prefix_cache import Job
 from collm.types import BASE, ForwardPass
-from collm.values import Answer, Fault, KeepOn
+from collm.values import Answer, Fault, KeepOn, Tell
 
 LONGEST = 64
 """Tokens that a text writes on by itself in one call at most."""
@@ -42,17 +42,18 @@ def write(
     cache: PagedCache,
     jobs: Sequence[Job],
     keep_on: KeepOn | None,
+    tell: Tell | None,
     ends: frozenset[int],
     fault: Callable[[int], Fault],
-    tell: Callable[[ForwardPass], None],
+    passed: Callable[[ForwardPass], None],
 ) -> None:
     """Answer jobs that `are_steps`, and let their texts write on as far as each may; see `LanguageModel.write_on`.
 
     Args:
-        keep_on: None: none may.
+        keep_on, tell: None: none may; nobody wants to be told.
         ends: tokens that end a text.
         fault: replied in place of an answer that is not a number, behind so many tokens.
-        tell: is told of each pass.
+        passed: is told of each pass.
     """
     going = [_Writer(at, job) for at, job in enumerate(jobs)]
     if keep_on is not None and not cache.room_ahead(jobs, [writer.left for writer in going]):
@@ -63,29 +64,32 @@ def write(
         while going:
             began = perf_counter()
             told = passes.told()
-            on: list[_Writer] = []
-            if keep_on is not None and told.all_numbers and not any(writer.may_defer for writer in going):
-                # Nobody stops but at the end of his text, so that the next pass can run while this one is looked at.
+            found = told.answers([writer.at for writer in going])
+            if keep_on is None:
+                on = []
+            elif told.all_numbers and not any(writer.may_defer for writer in going):
+                # Nobody stops but at the end of his text, so that the next pass can start before this one is looked at.
                 on = [writer for writer in going if writer.left]
-                if keep_on(len(on), len(jobs) - len(on)):
-                    passes.go_on(told, on)
-                else:
-                    keep_on, on = None, []
-            for writer, answer in zip(going, told.answers([writer.at for writer in going]), strict=True):
+            else:
+                answers = list(found)
+                found = iter(answers)
+                on = [writer for writer, answer in zip(going, answers, strict=True) if writer.goes_on(answer, ends)]
+            runs = keep_on is not None and keep_on(len(on), len(jobs) - len(on))
+            if runs:
+                passes.go_on(told, on)
+                for writer in on:
+                    writer.left -= 1
+            for writer, answer in zip(going, found, strict=True):
                 writer.take(answer, fault)
             longest = max([writer.length for writer in going])
-            tell(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
-            if on:
-                going = [writer for writer in on if writer.goes_on(ends)]
-                if not going:
-                    stepper.wait()
-            elif keep_on is None:
+            passed(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
+            if not runs:
                 break
-            else:
-                going = [writer for writer in going if writer.goes_on(ends)]
-                if not keep_on(len(going), len(jobs) - len(going)):
-                    break
-                passes.go_on(told, going)
+            if tell is not None:
+                tell([(writer.at, writer.job.replies[-1:]) for writer in going])
+            going = [writer for writer in on if not writer.has_ended(ends)]
+        if not going:
+            stepper.wait()  # a pass that runs in vain
     except BaseException:
         stepper.wait()
         for job in jobs:
@@ -131,18 +135,18 @@ class _Writer:
         view = self.job.query.view
         return self.length - view.prompt_length + view.shift
 
-    def goes_on(self, ends: frozenset[int]) -> bool:
-        """Whether it is to write another token behind the one chosen last, which may not be asked twice."""
-        reply = self.job.replies[-1]
-        if not self.left or not isinstance(reply, Answer) or reply.token_id in ends:
+    def goes_on(self, answer: Answer | None, ends: frozenset[int]) -> bool:
+        """Whether it is to write another token behind the one that is chosen here, which is asked once."""
+        if answer is None or not self.left or answer.token_id in ends:
             return False
-        if self.until is not None and self.may_defer:
-            defers = decide(self.until, reply, self.job.query.draw, self.position).authors[0] != BASE
+        if self.until is not None and self.passing < self.left:
+            defers = decide(self.until, answer, self.job.query.draw, self.position + 1).authors[0] != BASE
             self.passing -= defers
-            if self.passing < 0:
-                return False
-        self.left -= 1
-        return True
+        return self.passing >= 0
+
+    def has_ended(self, ends: frozenset[int]) -> bool:
+        reply = self.job.replies[-1]
+        return not isinstance(reply, Answer) or reply.token_id in ends
 
 
 class _Passes:
