@@ -97,6 +97,14 @@ def test_a_pass_is_one_upload_one_launch_one_wait(tiny_tokenizer: PreTrainedToke
     assert counts.passes == {48: 1, 4: 10} and capture(model).recorded == recorded
 
 
+def test_what_a_graph_reads_lives_as_long_as_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A graph holds addresses alone: memory given back would go to somebody else, whom each pass would overwrite."""
+    model = LocalModel(tiny("llama"), tiny_tokenizer, max_cache_tokens=400, machinery=machinery())
+    model.predict([Query.of([1, 2, 3, 4, 5])])
+    bucket = model._stepper.graph(8)
+    assert bucket is not None and bucket.plan.numbers.tolist() == bucket.into.tolist() and 5 in bucket.into
+
+
 class Counted:
     """A `KeepOn` that allows so many passes, and remembers what it was asked."""
 

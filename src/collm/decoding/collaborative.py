@@ -11,7 +11,7 @@ and then the completion all of them share.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -24,8 +24,14 @@ from collm.views import Text
 
 
 @final
+@dataclass(frozen=True, slots=True)
 class More:
-    """Asks for the next answer of the `Extend` that runs; any other request ends it."""
+    """Asks for the next answer of the `Extend` that runs; any other request ends it.
+
+    `passing`: how many deferrals the model may pass from here on, where that has changed; it is asked if need be.
+    """
+
+    passing: Callable[[], int] | None = None
 
 
 MORE: Final = More()

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
-from collm.decoding.collaborative import MORE, Flow, Request, Writers, ends_text, required
+from collm.decoding.collaborative import Flow, More, Request, Writers, ends_text, required
 from collm.decoding.pace import Leave, Pace
 from collm.decoding.policies import Decision, Policy, decide
 from collm.sampling_params import SamplingParams
@@ -135,7 +135,7 @@ class _Draft:
         Args:
             how_far: it may write on, with so many deferrals `pending`.
         """
-        request: Request = MORE
+        request: Request = More(lambda: how_far(pending).passing)
         if self._extends != (model, self.end) or self.end == self._until:
             left, leave = self.params.max_tokens - self.end, how_far(pending)
             limit, self._until = left, -1

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from collm.decoding.collaborative import Flow
+from collm.decoding.collaborative import MORE, Flow, More
 from collm.types import FinishReason, Step, Usage
 from collm.values import Extend, Reply
 from collm.views import Text
@@ -57,6 +57,8 @@ class Running:
     """Where its view ended when it was asked for."""
     call: object = None
     """The passes in which it writes on by itself, and whose answers it takes as they come."""
+    more: More = MORE
+    """What it asked for last in them."""
     stream: Stream | None = None
     ticket: int = 0
     """Rises with each request: what a streaming model delivers late is not taken for an answer to the next one."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager
 
-from collm.decoding.collaborative import MORE, Flow, ModelFailed, More, Request
+from collm.decoding.collaborative import Flow, ModelFailed, More, Request
 from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, Waiting, answers, written_on
 from collm.engine.queues import Queues
@@ -221,6 +221,7 @@ class Scheduler:
         elif not isinstance(request, More):
             return self._queue(item, request)
         elif item.call is not None:
+            item.more = request
             return None
         extend = item.extend
         assert extend is not None, "MORE goes on with an Extend"
@@ -231,7 +232,8 @@ class Scheduler:
         more = extend.max_tokens - 1 - (length - item.extended_from)
         leave = None
         if more > 0 and self._writes_on[extend.model]:
-            leave = WriteOn(more, extend.until, extend.passing)
+            changed = request.passing if isinstance(request, More) else None
+            leave = WriteOn(more, extend.until, extend.passing if changed is None else changed())
         query = Query(extend.model, view, length, 1, extend.draw, None, extend.num_top, write_on=leave)
         return self._queue(item, (query,))
 
@@ -276,7 +278,7 @@ class Scheduler:
         if replies:
             self._advance(item, [replies])
         else:
-            self._ask(item, MORE)
+            self._ask(item, item.more)
 
     def _take(self, item: Running, place: int, replies: list[Reply]) -> None:
         item.replies[place] = replies

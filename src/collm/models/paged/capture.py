@@ -78,7 +78,7 @@ class CudaCapture:
     def compiling(self) -> AbstractContextManager[None]:
         from collm.models.paged.launching import compiled_ahead
 
-        return compiled_ahead()
+        return compiled_ahead(self._device)
 
 
 class FakeCapture:

@@ -7,27 +7,34 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import attrgetter
 from typing import Any
 
+import torch
 import triton
 
-_ahead: ContextVar[bool] = ContextVar("ahead", default=False)
+_ahead: ContextVar[list[Any] | None] = ContextVar("ahead", default=None)
+"""The kernels that are compiled instead of being launched."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    if _ahead.get():
-        kernel.warmup(*arguments, grid=grid, **constants)
-    else:
+    compiled = _ahead.get()
+    if compiled is None:
         kernel[grid](*arguments, **constants)
+    else:
+        compiled.append(kernel.warmup(*arguments, grid=grid, **constants))
 
 
 @contextmanager
-def compiled_ahead() -> Iterator[None]:
+def compiled_ahead(device: torch.device) -> Iterator[None]:
     """What would be launched meanwhile is compiled instead, all at the same time; at the end it is ready."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    token = _ahead.set(True)
-    try:
-        with pool, triton.AsyncCompileMode(pool):
-            yield
-    finally:
-        _ahead.reset(token)
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        compiled: list[Any] = []
+        token = _ahead.set(compiled)
+        try:
+            with triton.AsyncCompileMode(pool):
+                yield
+        finally:
+            _ahead.reset(token)
+        # What launches a kernel is compiled, too, by a C compiler, when it is first asked for.
+        list(pool.map(attrgetter("run"), {id(each): each for each in compiled}.values()))

@@ -40,12 +40,14 @@ MOVING = [POSITIONS, WHERE, START, DRAW + 3]
 
 @dataclass(slots=True)
 class Bucket:
-    """The fixed buffers of passes of up to `size` tokens, and what replays them."""
+    """The fixed buffers of passes of up to `size` tokens, and what replays them. A graph knows addresses and holds
+    nothing: `plan`, which it uploads `into`, must live as long as it does."""
 
     size: int
     into: NDArray[np.int32]
     out: NDArray[np.int32]
     replay: Work
+    plan: Plan
 
 
 @dataclass(slots=True)
@@ -278,7 +280,7 @@ class Stepper:
 
         replay = self._capture.record(work)
         _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
-        return Bucket(size, into.numpy(), out.numpy(), replay)
+        return Bucket(size, into.numpy(), out.numpy(), replay, plan)
 
 
 def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) -> None:
