@@ -111,7 +111,12 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
         stepper._capture.wait = lambda: clock[0].wait()
         stepper._forget()
         model.warm_up()
-        model._pass_curve = [(size, seconds(size)) for size in stepper.buckets]
+        fewest = (1, *(size + 1 for size in stepper.buckets))
+        model._pass_curve = [
+            (tokens, seconds(size))
+            for size, first in zip(stepper.buckets, fewest, strict=False)
+            for tokens in sorted({first, size})
+        ]
 
 
 def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: Any, clock: Clock) -> Any:

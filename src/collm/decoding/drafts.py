@@ -18,6 +18,7 @@ from typing import Protocol
 
 MAX_DEFERRALS = 16
 MAX_RUN = 16
+MAX_STRIDE = 64
 MIN_GAIN = 0.03
 """Share of a deferral's cost that drafting must promise to save; below it the estimates decide nothing."""
 
@@ -60,6 +61,20 @@ def best_draft(
     if min(by_base[deferrals], by_assistant[run]) > (1 - MIN_GAIN) * plain:
         return 1, 0
     return (deferrals, 0) if by_base[deferrals] <= by_assistant[run] else (1, run)
+
+
+def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> int:
+    """How many tokens all texts draft in step until the assistant judges them, so that one that is settled costs least.
+
+    Each stands with probability q = 1 - (1 - a) / g, so that of n tokens `1 + q + ... + q^(n-1)` are settled. Those
+    behind the last deferral, g - 1, are not judged.
+    """
+    stands = 1 - (1 - agreement) / gap
+
+    def cost(drafted: int) -> float:
+        return (drafted * base(1) + assistant(max(1.0, drafted - (gap - 1)))) / _geometric(stands, drafted)
+
+    return min(range(1, MAX_STRIDE + 1), key=cost)
 
 
 def _geometric(ratio: float, terms: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from collm.decoding.drafts import BlockCost, best_draft
+from collm.decoding.drafts import BlockCost, best_draft, best_stride
 from collm.types import BASE
 
 SHORTEST_PIECE, FIRST_PIECE, LONGEST_PIECE = 8, 64, 1024
@@ -88,8 +88,10 @@ class PassCosts:
 
 
 def _on_curve(curve: Sequence[tuple[int, float]], tokens: float) -> float:
-    """Linear between the points; beyond the last one, as between the last two."""
-    last = next((n for n, (at, _) in enumerate(curve) if tokens <= at), len(curve) - 1)
+    """Linear between the points; beyond the last one, in proportion."""
+    if tokens > curve[-1][0]:
+        return curve[-1][1] * tokens / curve[-1][0]
+    last = next(n for n, (at, _) in enumerate(curve) if tokens <= at)
     (low, below), (high, above) = curve[max(0, last - 1)], curve[max(1, last)]
     return max(below, below + (tokens - low) * (above - below) / (high - low))
 
@@ -114,13 +116,13 @@ class Experience:
     tallies: dict[int, Tally] = field(default_factory=dict)
     drafted: dict[int, int] = field(default_factory=dict)
     """By assistant that takes turns with the base on one device: passes of the base since its last one."""
-    _strides: dict[int, float] = field(default_factory=dict)
+    _strides: dict[int, int] = field(default_factory=dict)
 
     def share_device(self, assistants: Iterable[int]) -> None:
         """These take turns with the base."""
         self.drafted = dict.fromkeys(assistants, 0)
 
-    def stride(self, assistant: int) -> float | None:
+    def stride(self, assistant: int) -> int | None:
         """Passes of the base from one pass of this assistant to its next, if all texts draft in step; None where each
         text goes at its own pace.
 
@@ -138,7 +140,7 @@ class Experience:
             agreement = (tally.agreed + 0.5) / (tally.deferred + 1)
             both = base.blocks(), costs[assistant].blocks(base.rows)
             deferrals, _ = best_draft(gap, agreement, 0.0, *both)  # no runs: others would wait for each token
-            found = self._strides[assistant] = deferrals * gap if deferrals > 1 else 0.0
+            found = self._strides[assistant] = best_stride(gap, agreement, *both) if deferrals > 1 else 0
         return found
 
     def _passed(self, model: int, passes: int = 1) -> None:

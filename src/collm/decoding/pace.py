@@ -5,7 +5,6 @@ Speculation never changes a text, so everything here may be an estimate, wall-cl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -103,7 +102,7 @@ class AdaptivePace:
         stride = self._engine.stride(assistant)
         if stride is None:
             return Leave(None, self.deferrals(assistant) - 1 - pending)
-        return Leave(max(1, math.ceil(stride - self._engine.drafted[assistant])), EVERY)
+        return Leave(max(1, stride - self._engine.drafted[assistant]), EVERY)
 
     def asks(self, assistant: int, pending: int) -> bool:
         self._assistant = assistant

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from collm.models.attention import Row
 
 BLOCK = 256
 """Positions of a block. Large enough for a loop of its own in the attention kernel: with the block's number read in the
@@ -66,6 +70,17 @@ class Blocks:
             new = self._take()
             blocks.append(new)
             self.table[slot, place] = new
+        return copies
+
+    def write_rows(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
+        """`write` for the tokens of a pass, most of which go where their texts have room."""
+        size, owners, copies = self.size, self._owners, list[tuple[int, int]]()
+        for row in rows:
+            start, blocks = row.start, self.of_slot[row.slot]
+            first = start // size
+            last = (start + row.width - 1) // size
+            if first < last or last >= len(blocks) or owners[blocks[first]] > 1:
+                copies += self.write(row.slot, start, row.end)
         return copies
 
     def share(self, source: int, target: int, length: int) -> int:

@@ -154,11 +154,10 @@ class PagedPool:
 
     def fill(self, numbers: NDArray[np.int32], rows: Sequence[Row], token_ids: Sequence[int], tile: int) -> int:
         """Make room for the tokens of a pass, and write it down; returns how many items of work it has."""
-        for row in rows:
-            for source, target in self.blocks.write(row.slot, row.start, row.end):
-                for pair in self._stored:
-                    for tensor in pair:
-                        tensor[target].copy_(tensor[source])
+        for source, target in self.blocks.write_rows(rows):
+            for pair in self._stored:
+                for tensor in pair:
+                    tensor[target].copy_(tensor[source])
         return fill(numbers, rows, token_ids, self.blocks, tile // self.groups)
 
     def run(self, plan: Plan) -> Tensor:

@@ -34,7 +34,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
 
 
-MOVING = [POSITIONS, WHERE, START, DRAW + 3]
+MOVING = (POSITIONS, WHERE, START, DRAW + 3)
 """Lines of what moves with a token; the last one, its position in the completion."""
 
 
@@ -129,7 +129,8 @@ class Stepper:
         return perf_counter() - began
 
     def measured(self, repeats: int = 3) -> list[tuple[int, float]]:
-        """Seconds of a replay of each graph, over padding: the shortest of some. They do not fall with the tokens."""
+        """Seconds of a replay of each graph, over padding, for the fewest and the most tokens that it serves: the
+        shortest of some. They do not fall with the tokens."""
         found: list[tuple[int, float]] = []
         for size, bucket in sorted(self._buckets.items()):
             planned.fill_empty(bucket.into, self._pool.blocks)
@@ -139,7 +140,8 @@ class Stepper:
                 bucket.replay()
                 self._capture.wait()
                 times.append(perf_counter() - began)
-            found.append((size, max(min(times), found[-1][1] if found else 0.0)))
+            fewest, before = (found[-1][0] + 1, found[-1][1]) if found else (1, 0.0)
+            found += [(tokens, max(min(times), before)) for tokens in sorted({fewest, size})]
         return found
 
     def takes(self, num_tokens: int, asked: Asked) -> bool:
@@ -208,7 +210,8 @@ class Stepper:
         bucket, count = self._last
         lines = bucket.into[HEAD:].reshape(LINES, -1)
         lines[IDS, :count] = token_ids
-        lines[MOVING, :count] += moving
+        for which in MOVING:  # one by one: numpy copies what is chosen by a list
+            lines[which, :count] += moving
         self._replay(bucket)
 
     def _replay(self, bucket: Bucket) -> None:

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from collm.decoding.policies import Policy, decide
+from collm.decoding.policies import Policy, defers
 from collm.models.attention import Row
 from collm.models.laws import Asked
 from collm.models.paged.cache import PagedCache
@@ -17,7 +17,7 @@ from collm.models.paged.plan import CHUNK
 from collm.models.paged.stepping import BUCKETS, Stepper
 from collm.models.paged.telling import Told
 from collm.models.prefix_cache import Job
-from collm.types import BASE, ForwardPass
+from collm.types import ForwardPass
 from collm.values import Answer, Fault, KeepOn, Tell
 
 LONGEST = 64
@@ -106,19 +106,35 @@ def write(
 class _Writer:
     """One text, and what it may still do. `at`: its place in the passes; `length`: tokens that have been read."""
 
-    __slots__ = ("at", "job", "left", "length", "passing", "until")
+    __slots__ = ("at", "draw", "job", "left", "length", "passing", "until", "_before")
 
     def __init__(self, at: int, job: Job) -> None:
-        self.at, self.job, self.length = at, job, job.done
+        query = job.query
+        self.at, self.job, self.length, self.draw = at, job, job.done, query.draw
         self.left, self.passing = 0, 0
         self.until: Policy | None = None
-        leave = job.query.write_on
+        leave = query.write_on
         if leave is not None:
             self.left, self.passing, self.until = min(leave.max_tokens, LONGEST), leave.passing, leave.until
+        self._before = query.view.prompt_length - query.view.shift
 
     @property
     def may_defer(self) -> bool:
         return self.until is not None and self.passing < self.left
+
+    @property
+    def position(self) -> int:
+        """Of the token that is chosen next, in the completion."""
+        return self.length + 1 - self._before
+
+    def goes_on(self, answer: Answer | None, ends: frozenset[int]) -> bool:
+        """Whether it is to write another token behind the one that is chosen here, which is asked once."""
+        if answer is None or not self.left or answer.token_id in ends:
+            return False
+        until = self.until
+        if until is not None and self.passing < self.left and defers(until, answer, self.draw, self.position):
+            self.passing -= 1
+        return self.passing >= 0
 
     def take(self, answer: Answer | None, fault: Callable[[int], Fault]) -> None:
         """Its last token has been read, and this is said behind it."""
@@ -128,21 +144,6 @@ class _Writer:
             self.job.replies.append(fault(self.length))
         else:
             self.job.replies.append(answer)
-
-    @property
-    def position(self) -> int:
-        """Of the token chosen last, in the completion."""
-        view = self.job.query.view
-        return self.length - view.prompt_length + view.shift
-
-    def goes_on(self, answer: Answer | None, ends: frozenset[int]) -> bool:
-        """Whether it is to write another token behind the one that is chosen here, which is asked once."""
-        if answer is None or not self.left or answer.token_id in ends:
-            return False
-        if self.until is not None and self.passing < self.left:
-            defers = decide(self.until, answer, self.job.query.draw, self.position + 1).authors[0] != BASE
-            self.passing -= defers
-        return self.passing >= 0
 
     def has_ended(self, ends: frozenset[int]) -> bool:
         reply = self.job.replies[-1]
@@ -162,7 +163,7 @@ class _Passes:
         tokens = [writer.job.query.view.token_ids[start] for writer, start in zip(writers, starts, strict=True)]
         self._tokens = np.array(tokens, dtype=np.int32)
         self._moving = np.ones(len(writers), dtype=np.int32)
-        self._draws = [(writer.job.query.draw, writer.position + 1) for writer in writers]
+        self._draws = [(writer.draw, writer.position) for writer in writers]
         self._begun = self._starts.copy()
         self._told: Told | None = None
         """Of a pass that has run at once, without a graph."""
