@@ -372,24 +372,27 @@ def decoding(bench: Bench, batches: Sequence[int] = (1, 16), overlapped: bool = 
 
 
 def overhead(bench: Bench) -> None:
-    """Wall time over the times of the replays of the very passes that were run, for the pair with its policy."""
+    """Wall time over the times of the replays of the very passes that were run, for the pair with its policy: the
+    median of some runs, since hosts hiccup."""
     from collm.engine import Engine
 
-    limit = 256 if bench.cuda else 6
+    limit, runs = (256, 5) if bench.cuda else (6, 2)
     models = [bench.models["base"], bench.models["assistant"]]
+    spent = [card.Spent(model, 64 + limit // 2) for model in models]
     for batch in (1, 16):
         engine = Engine(models, max_num_seqs=batch)
         try:
             write(bench, engine, batch, limit, "plain", 7)
-            spent = [card.Spent(model, 64 + limit // 2) for model in models]
-            _, seconds, _ = write(bench, engine, batch, limit, "plain", 8, watched=spent)
-            told = {
-                "wall": seconds,
-                "graphs": [each.seconds for each in spent],
-                "passes": [each.passes for each in spent],
-            }
+            found = []
+            for seed in range(8, 8 + runs):
+                _, seconds, _ = write(bench, engine, batch, limit, "plain", seed, watched=spent)
+                graphs = [each.seconds for each in spent]
+                found.append((seconds / sum(graphs), seconds, graphs, [each.passes for each in spent]))
+            found.sort(key=lambda run: run[0])
+            ratio, wall, graphs, passes = found[len(found) // 2]
+            told = {"wall": wall, "graphs": graphs, "passes": passes, "all": [run[0] for run in found]}
             bench.note(f"overhead_s.b{batch}", told)
-            bench.ratio(f"overhead.b{batch}", seconds / sum(each.seconds for each in spent))
+            bench.ratio(f"overhead.b{batch}", ratio)
         finally:
             engine.close()
 

@@ -11,18 +11,29 @@ pytest.importorskip("triton")
 from collm.models.paged import launching
 
 
+class Promised:
+    """What stands for a kernel that is being compiled; in some versions of Triton it has nothing but this."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def result(self) -> Kernel:
+        return self._kernel
+
+
 class Kernel:
     def __init__(self) -> None:
         self.launched: list[Any] = []
         self.compiled: list[Any] = []
         self.readied = 0
+        self.promised = Promised(self)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **constants: self.launched.append((grid, arguments, constants))
 
-    def warmup(self, *arguments: Any, grid: tuple[int, ...], **constants: Any) -> Kernel:
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **constants: Any) -> Promised:
         self.compiled.append((grid, arguments, constants))
-        return self
+        return self.promised
 
     @property
     def run(self) -> None:

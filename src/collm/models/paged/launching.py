@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,4 +36,10 @@ def compiled_ahead(device: torch.device) -> Iterator[None]:
         finally:
             _ahead.reset(token)
         # What launches a kernel is compiled, too, by a C compiler, when it is first asked for.
-        list(pool.map(attrgetter("run"), {id(each): each for each in compiled}.values()))
+        list(pool.map(_make_ready, {id(each): each for each in compiled}.values()))
+
+
+def _make_ready(kernel: Any) -> None:
+    """Also one that was promised while it was being compiled."""
+    kernel = kernel.result() if hasattr(kernel, "result") else kernel
+    _ = kernel.run
