@@ -77,7 +77,7 @@ def same(a: Generation, b: Generation) -> bool:
     assert [g for s in a.steps for g in s.gate] == pytest.approx([g for s in b.steps for g in s.gate], abs=1e-3)
     assert [s.signal or 0 for s in a.steps] == pytest.approx([s.signal or 0 for s in b.steps], abs=1e-3)
     neutral: dict[str, Any] = {"log_prob": 0.0, "gate": (), "draft": "", "discarded": 0, "signal": None}
-    rounded = [replace(g, steps=tuple(replace(s, **neutral) for s in g.steps), usage=Usage()) for g in (a, b)]
+    rounded = [replace(g, steps=tuple(s._replace(**neutral) for s in g.steps), usage=Usage()) for g in (a, b)]
     return rounded[0] == rounded[1]
 
 

@@ -167,7 +167,7 @@ def test_nothing_a_model_wrote_can_break_the_page(files: list[Path], tmp_path: P
     [fine] = overview(files[1:2]).written
     [trace, *_] = fine.samples
     pieces = tuple(NASTY for _ in trace.generation.pieces)
-    steps = tuple(replace(step, author=1, base_token_id=-1) for step in trace.generation.steps)
+    steps = tuple(step._replace(author=1, base_token_id=-1) for step in trace.generation.steps)
     generation = replace(trace.generation, pieces=pieces, steps=steps, model_names=(NASTY, NASTY), text=NASTY)
     asked = ({"role": NASTY, "content": NASTY},) * 2
     nasty = Trace(NASTY, generation, asked, pieces, 0.0, NASTY, NASTY)

@@ -149,7 +149,7 @@ def test_the_page_has_table_curve_and_a_limit() -> None:
 
 
 def test_the_gate_view_is_offered_where_there_is_a_gate() -> None:
-    without = replace(WRITTEN, steps=tuple(replace(step, gate=()) for step in WRITTEN.steps))
+    without = replace(WRITTEN, steps=tuple(step._replace(gate=()) for step in WRITTEN.steps))
     assert 'data-view="gate"' in html_report([Trace("a", WRITTEN, "p")])
     page = html_report([Trace("a", without, "p")])
     assert 'data-view="gate"' not in page and "data-g=" not in page

@@ -97,7 +97,7 @@ def texts(
 
 
 def plainly(steps: Sequence[Step]) -> list[Step]:
-    return [replace(step, draft="", discarded=0) for step in steps]
+    return [step._replace(draft="", discarded=0) for step in steps]
 
 
 @pytest.mark.parametrize("name", POLICIES)

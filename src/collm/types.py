@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 BASE = 0
 """Index of the base model; assistants are 1..K."""
@@ -39,8 +39,7 @@ class ForwardPass:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One written token; where models have different tokenizers, one written chunk.
 
     `log_prob` is the natural log-probability of the token under the law of its author (for `compose`: under the

@@ -196,7 +196,7 @@ class Held:
         if not text.cuts.opens(self.last_byte, text.codecs[self.author].first_bytes[verdict.token_id]):
             return False
         first = self.steps[0]
-        self.steps[0] = replace(first, log_prob=first.log_prob + verdict.log_close)
+        self.steps[0] = first._replace(log_prob=first.log_prob + verdict.log_close)
         return True
 
     def look(self, text: ChunkText, draws: Sequence[Draw]) -> Ask:
