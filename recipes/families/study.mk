@@ -4,8 +4,8 @@
 #     make -f recipes/families/study.mk GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
 #
 # Days on two cores, in steps; each may be stopped at any time and goes on where it was. Everything is chosen on the
-# calibration parts; the test parts are opened once for all systems (`make ... test`). Run so far: `look`, and of
-# `small` all but nudging and the base as published (docs/results.md).
+# calibration parts; the test parts are opened once for all systems (`make ... test`). Run so far: `look`, and
+# all of `small` (docs/results.md).
 # The rest was looked at (`make -n`); tests/test_chunk_commands.py runs its commands for a tiny pair.
 include recipes/common.mk
 MBPP ?= mbpp.jsonl
@@ -120,7 +120,7 @@ $(eval $(call small_system,half,$(SPEC_half)/config.json,$(SPEC_half),400))
 $(eval $(call small_system,gate,$(PAIR_SMALL)/collm.json,$(PAIR_SMALL) --method threshold --threshold 0.5,200))
 $(eval $(call small_system,random,$(PAIR_SMALL)/collm.json,$(PAIR_SMALL) --method random --threshold $(SMALL_RANDOM),200))
 $(eval $(call small_system,entropy,$(PAIR_SMALL)/collm.json,$(PAIR_SMALL) --method entropy --threshold $(SMALL_ENTROPY),200))
-$(eval $(call small_system,nudging,$(SMALL)/sft/collm.json,$(SMALL)/sft --assistant qwen=$(SPEC_half) --method nudging,200))
+$(eval $(call small_system,nudging,$(SMALL)/sft/collm.json,$(SMALL)/sft --assistant qwen=$(SPEC_half) --method nudging,400))
 $(eval $(call small_system,base,$(SPEC_half)/config.json,$(MODEL),200))
 # On gold text: who is right where, and what the gate, doubt and chance would choose.
 small: $(SMALL)/oracle.json
