@@ -140,6 +140,18 @@ def test_speculative_equals_plain(
     assert usage.drafted == usage.accepted + usage.recovered + sum(step.discarded for step in fast)
 
 
+@pytest.mark.parametrize("stops", [0.0, 0.3, 0.7])
+def test_a_call_that_goes_on_has_the_leave_that_is_left(stops: float) -> None:
+    """Wherever a model stops by itself, it drafts past as many deferrals as were meant: not a pass more."""
+    params, policy = SamplingParams(max_tokens=120, seed=5), Random(0.3, 1)
+    plain = fakes(1)
+    models = [WritingOn(model, n, stops) for n, model in enumerate(plain)]
+    steps, token_by_token = texts(plain, params, policy, FixedPace(4))
+    again, on = texts(models, params, policy, FixedPace(4))
+    assert again == steps and on.usage.forward_passes == token_by_token.usage.forward_passes
+    assert tuple(sum(model.calls) for model in models) == token_by_token.usage.forward_passes
+
+
 @pytest.mark.parametrize("num_assistants", [1, 2])
 def test_sampled_texts_follow_the_enumerated_law(num_assistants: int) -> None:
     """Z drawn, X drawn, both sides drafting: the marginal `prod_t sum_z P(z) P_z(x)` over all texts of three tokens."""
