@@ -113,8 +113,8 @@ def defers(policy: Policy, base: Answer, draw: Draw, position: int) -> bool:
         return base.defers
     if isinstance(policy, Random):
         return uniforms(draw.seed, draw.sample, position, "deferral", 2)[0] < policy.rate
-    if isinstance(policy, Threshold) and base.log_gate is not None and len(base.log_gate) == 2:
-        return base.log_gate[1] - base.log_gate[BASE] > policy.log_odds
+    if isinstance(policy, Threshold) and base.log_gate is not None:
+        return log_odds(base.log_gate) > policy.log_odds
     return policy.decide(base, draw, position).authors[0] != BASE
 
 

@@ -50,8 +50,11 @@ class Batch:
     """How long its texts may write on by themselves; None: they may not."""
     tell: Tell | None = None
     """Who takes their answers while they do."""
-    told: list[int] = field(default_factory=list)
+    told: list[int] = field(init=False)
     """By text, how many answers have been taken meanwhile."""
+
+    def __post_init__(self) -> None:
+        self.told = [0] * len(self.queries)
 
     @property
     def reading(self) -> int:

@@ -85,7 +85,6 @@ class Queues:
             batch.started = now
             if self._models[number].writes_on and all(query.write_on is not None for query in batch.queries):
                 batch.keep_on = self._turn(number, device, wanted, now, more_wait)
-                batch.told = [0] * len(batch.queries)
                 batch.tell = None if self._during is None else partial(self._tell, batch, self._during)
             device.begins(batch)
             return batch
@@ -133,18 +132,17 @@ class Queues:
         else:
             self._experience.observe_pass(number, len(batch.queries), sum(tokens) / len(tokens), each, len(tokens))
         unfinished = []
-        told = batch.told or [0] * len(replies)
         for (item, place, query), reply, is_piece, before in zip(
-            batch.waiting, replies, batch.unfinished, told, strict=True
+            batch.waiting, replies, batch.unfinished, batch.told, strict=True
         ):
             if item.done or (before and item.call is not batch):
                 continue
             item.call = None
-            if batch.keep_on is None:
-                item.forward_passes[number] += 1
-            else:
-                item.forward_passes[number] += 1 + len(reply) - query.num_last - before
-                item.stopped = batch.started + each * (1 + len(reply) - query.num_last)
+            passes = 1
+            if batch.keep_on is not None:
+                passes += len(reply) - query.num_last
+                item.stopped = batch.started + each * passes
+            item.forward_passes[number] += passes - before
             if before:
                 self._go_on(item, reply[before:])
             elif not is_piece:

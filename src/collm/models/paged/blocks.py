@@ -55,8 +55,6 @@ class Blocks:
         """
         blocks = self.of_slot[slot]
         first, last = start // self.size, self.needed(end)
-        if first + 1 == last <= len(blocks) and self._owners[blocks[first]] == 1:
-            return []
         copies: list[tuple[int, int]] = []
         for place in range(first, min(last, len(blocks))):
             block = blocks[place]

@@ -99,7 +99,7 @@ class PagedCache(PrefixCache):
     def room_ahead(self, jobs: Sequence[Job], tokens: Sequence[int]) -> bool:
         """Whether texts may grow by so many tokens each beyond what is asked of them."""
         blocks = self._pool.blocks
-        if blocks.num_free >= len(jobs) * (2 + max(tokens, default=0) // blocks.size):
+        if self._has_room(jobs, sum(tokens)):
             return True
         needed = [
             blocks.takes(job.slot, job.done, job.query.length + more) for job, more in zip(jobs, tokens, strict=True)

@@ -4,7 +4,7 @@ the one before chose. What the host does for a token is a fraction of what it ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -64,22 +64,21 @@ def write(
         while going:
             began = perf_counter()
             told = passes.told()
-            found = told.answers([writer.at for writer in going])
+            answers: Iterable[Answer | None] = told.answers([writer.at for writer in going])
             if keep_on is None:
                 on = []
             elif told.all_numbers and not any(writer.may_defer for writer in going):
                 # Nobody stops but at the end of his text, so that the next pass can start before this one is looked at.
                 on = [writer for writer in going if writer.left]
             else:
-                answers = list(found)
-                found = iter(answers)
+                answers = list(answers)
                 on = [writer for writer, answer in zip(going, answers, strict=True) if writer.goes_on(answer, ends)]
             runs = keep_on is not None and keep_on(len(on), len(jobs) - len(on))
             if runs:
                 passes.go_on(told, on)
                 for writer in on:
                     writer.left -= 1
-            for writer, answer in zip(going, found, strict=True):
+            for writer, answer in zip(going, answers, strict=True):
                 writer.take(answer, fault)
             longest = max([writer.length for writer in going])
             passed(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
