@@ -12,6 +12,7 @@ import torch
 from chunk_toys import MORE, byte_level, sentencepiece_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_graphs import machinery
 from tiny import make_model, make_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -158,6 +159,27 @@ def test_cached_batched_and_streamed_are_the_same(count: int, who: dict[str, Any
             assert "".join(one.pieces) == one.text
         assert len({author for g in each for author in (s.author for s in g.steps)}) > 1
         assert [s.data for g in each for s in g.steps] == [c for g in each for c in llm.sharing.cuts.chunks(data(g))]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("who", [{"deferral": "threshold"}, {"deferral": "random", "threshold": 0.5}])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_graphs_write_what_the_twin_writes(temperature: float, who: dict[str, Any]) -> None:
+    """Whole texts, with the mask of openings inside the graphs."""
+    llm, plain = system(machinery=machinery(), max_cache_tokens=800), system(cache=False)
+    params = SamplingParams(max_tokens=24, temperature=temperature, top_p=0.9, seed=1, **who)
+    found = [model for model in llm.models if isinstance(model, LocalModel)]
+    passes = [0]
+    for model in found:
+        model.on_pass = lambda done: passes.__setitem__(0, passes[0] + 1)
+    written, expected = llm.generate_batch(PROMPTS, params), plain.generate_batch(PROMPTS, params)
+    assert {step.author for each in written for step in each.steps} == {0, 1}
+    for one, other in zip(written, expected, strict=True):
+        assert [(s.data, s.author, s.token_ids) for s in one.steps] == [
+            (s.data, s.author, s.token_ids) for s in other.steps
+        ]
+        assert [s.log_prob for s in one.steps] == pytest.approx([s.log_prob for s in other.steps], abs=1e-3)
+    in_graphs = sum(sum(model._stepper.counts.passes.values()) for model in found if model._stepper is not None)
+    assert in_graphs == passes[0] > 20, "no pass left the graphs"
 
 
 def test_each_model_keeps_its_own_ids(pair: CollaborativeLM) -> None:
