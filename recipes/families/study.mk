@@ -35,45 +35,64 @@ METHOD_gate := threshold
 METHOD_expected_gain := expected_gain
 METHOD_entropy := entropy
 
-.PHONY: all help look small data cuts train oracle calibrate test
+.PHONY: all help look look-large look-mbpp small small-pair data cuts train oracle calibrate test
 .SECONDARY:
 all: cuts oracle calibrate test
 
 help:
-	@echo "make -f recipes/families/study.mk [look|small|data|cuts|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/families/study.mk [look|look-large|look-mbpp|small|small-pair|data|cuts|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 $(HAVE):
 	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS)
 
 data: $(TASKS:%=$(DATA)/%/train.jsonl)
 
-# The smallest honest part, an hour: the gate alone on 200 problems (of those that other studies have spent), judged on gold
-# text of 100 of the calibration part's. Scores that are kept are used if they are of these very weights and data.
+# The smallest honest parts, an hour each: the gate alone, judged on gold text. `look`: GSM8K and the 0.5B, 200 problems (of
+# those that other studies have spent), judged on 100 of the calibration part. `look-large`: the same with the 1.5B.
+# `look-mbpp`: MBPP's 374 of training and the 0.5B, judged on 60 of its calibration part. Scores that are kept are used if
+# they are of these very weights and data.
 LOOK := $(DATA)/gsm8k/look
-KEPT := recipes/families/scores/gsm8k
-look: $(RUNS)/gsm8k/look-oracle.json
-	$(PYTHON) recipes/families/gold.py --base $(RUNS)/scores/gsm8k/base-calibration \
-	    --assistant $(RUNS)/scores/gsm8k/half-calibration --reading $(RUNS)/gsm8k/look-oracle.jsonl \
-	    --data $(LOOK)-test.jsonl --rate 0.1 --rate 0.2 --rate 0.4
+KEPT := recipes/families/scores
+look: look-gsm8k-half
+look-large: look-gsm8k-large
+look-mbpp: look-mbpp-half
 $(LOOK)-test.jsonl: | $(DATA)/gsm8k/train.jsonl
 	head -n 200 $(DATA)/gsm8k/spent.jsonl > $(LOOK)-train.jsonl
 	head -n 42 $(DATA)/gsm8k/calibration.jsonl > $(LOOK)-validation.jsonl
 	tail -n +43 $(DATA)/gsm8k/calibration.jsonl > $(LOOK)-test.jsonl
-# $(1): base or half, $(2): a part, $(3): who is scored, and among whom
+$(DATA)/mbpp/look-test.jsonl: | $(DATA)/mbpp/train.jsonl
+	cp $(DATA)/mbpp/train.jsonl $(DATA)/mbpp/look-train.jsonl
+	head -n 30 $(DATA)/mbpp/calibration.jsonl > $(DATA)/mbpp/look-validation.jsonl
+	tail -n +31 $(DATA)/mbpp/calibration.jsonl > $(DATA)/mbpp/look-test.jsonl
+# $(1): a task, $(2): who is scored, $(3): a part, $(4): the weights, and among whom
 define look_scores
-$(RUNS)/gsm8k/look/collm.json: | $(RUNS)/scores/gsm8k/$(1)-$(2)/scores.json
-$(RUNS)/scores/gsm8k/$(1)-$(2)/scores.json: | $(LOOK)-test.jsonl $(SPEC_half)/config.json
-	mkdir -p $(RUNS)/scores/gsm8k
-	$(if $(wildcard $(KEPT)/$(1)-$(2)),cp -r $(KEPT)/$(1)-$(2) $(RUNS)/scores/gsm8k/)
-	$(COLLM) score $(DATA)/gsm8k/$(2).jsonl $(3) --max-length 512 --dtype bfloat16 --out $(RUNS)/scores/gsm8k/$(1)-$(2)
+$(RUNS)/scores/$(1)/$(2)-$(3)/scores.json: | $(DATA)/$(1)/look-test.jsonl $(HAVE)
+	mkdir -p $(RUNS)/scores/$(1)
+	$(if $(wildcard $(KEPT)/$(1)/$(2)-$(3)),cp -r $(KEPT)/$(1)/$(2)-$(3) $(RUNS)/scores/$(1)/)
+	$(COLLM) score $(DATA)/$(1)/$(3).jsonl $(4) --max-length 512 --dtype bfloat16 --out $(RUNS)/scores/$(1)/$(2)-$(3)
 endef
-$(foreach part,look-train calibration,$(eval $(call look_scores,base,$(part),--model $(MODEL) --with $(SPEC_half)))\
-    $(eval $(call look_scores,half,$(part),--model $(SPEC_half) --base $(MODEL))))
-$(RUNS)/gsm8k/look/collm.json: | $(LOOK)-test.jsonl
-	$(COLLM) train recipes/families/gate.yaml
-$(RUNS)/gsm8k/look-oracle.json: | $(RUNS)/gsm8k/look/collm.json
-	$(COLLM) oracle $(RUNS)/gsm8k/look --data $(LOOK)-test.jsonl --dtype bfloat16 --rates 0.05,0.1,0.2,0.4,0.6 \
-	    --out $(RUNS)/gsm8k/look-oracle.jsonl
+# All sizes of Qwen have one tokenizer, so that the base's chunks are the same beside each.
+$(foreach task,$(TASKS),$(foreach part,look-train calibration,\
+    $(eval $(call look_scores,$(task),base,$(part),--model $(MODEL) --with $(SPEC_half)))\
+    $(foreach name,$(ASSISTANTS),$(eval $(call look_scores,$(task),$(name),$(part),--model $(SPEC_$(name)) --base $(MODEL))))))
+# $(1): a task, $(2): an assistant, $(3): where its scores lie, $(4): the pair's folder
+define look_of
+.PHONY: look-$(1)-$(2)
+look-$(1)-$(2): $(4)-oracle.json
+	$(PYTHON) recipes/families/gold.py --base $(3)/base-calibration --assistant $(3)/$(2)-calibration \
+	    --reading $(4)-oracle.jsonl --data $(DATA)/$(1)/look-test.jsonl --rate 0.1 --rate 0.2 --rate 0.4
+	$(PYTHON) recipes/families/paired.py $(4)-oracle.jsonl
+$(4)-oracle.json: | $(4)/collm.json
+	$(COLLM) oracle $(4) --data $(DATA)/$(1)/look-test.jsonl --dtype bfloat16 --rates 0.05,0.1,0.2,0.4,0.6 --out $(4)-oracle.jsonl
+$(4)/collm.json: | $(foreach name,base $(2),$(3)/$(name)-look-train/scores.json $(3)/$(name)-calibration/scores.json)
+	$(COLLM) train recipes/families/gate.yaml out=$(4) \
+	    data.train=$(DATA)/$(1)/look-train.jsonl data.validation=$(DATA)/$(1)/look-validation.jsonl \
+	    base.scores=$(3)/base-look-train base.validation_scores=$(3)/base-calibration \
+	    'assistants=[{name: qwen$(comma) model: $(SPEC_$(2))$(comma) dtype: bfloat16$(comma) scores: $(3)/$(2)-look-train$(comma) \
+	    validation_scores: $(3)/$(2)-calibration}]'
+endef
+$(foreach task,$(TASKS),$(foreach name,$(ASSISTANTS),\
+    $(eval $(call look_of,$(task),$(name),$(RUNS)/scores/$(task),$(RUNS)/$(task)/look-$(name)))))
 
 # The smallest part with a tuned base: tuned on the form of 300 answers; a gate over it, learnt from 200 problems that it was
 # not tuned on, with the assistant's scores that are kept. Judged on gold text of 40 of the calibration part, and on texts
@@ -103,15 +122,31 @@ $(SMALL)/scores/$(1)/scores.json: | $(LOOK)-small.jsonl $(SMALL)/sft/collm.json 
 $(PAIR_SMALL)/collm.json: | $(SMALL)/scores/$(1)/scores.json
 endef
 $(foreach part,train validation,$(eval $(call small_scores,$(part))))
-SMALL_QWEN := assistants=[{name: qwen, model: $(SPEC_half), dtype: bfloat16, scores: $(KEPT)/half-look-train, \
-    validation_scores: $(KEPT)/half-calibration}]
+SMALL_QWEN := assistants=[{name: qwen, model: $(SPEC_half), dtype: bfloat16, scores: $(KEPT)/gsm8k/half-look-train, \
+    validation_scores: $(KEPT)/gsm8k/half-calibration}]
 $(PAIR_SMALL)/collm.json:
 	$(COLLM) train recipes/families/gate.yaml out=$(PAIR_SMALL) cache=$(RUNS)/small/cache base.model=$(SMALL)/sft \
 	    base.scores=$(SMALL)/scores/train base.validation_scores=$(SMALL)/scores/validation \
 	    '$(SMALL_QWEN)'
+# Base and gate together: on the 300 answers that the base alone was tuned on, in as many steps.
+TOGETHER := $(SMALL)/together
+$(SMALL)/scores/half-train-300/scores.json: | $(LOOK)-small.jsonl $(SPEC_half)/config.json
+	mkdir -p $(SMALL)/scores
+	$(if $(wildcard $(KEPT)/gsm8k/half-train-300),cp -r $(KEPT)/gsm8k/half-train-300 $(SMALL)/scores/)
+	$(COLLM) score $(DATA)/gsm8k/train-300.jsonl --model $(SPEC_half) --base $(MODEL) --max-length 512 --dtype bfloat16 \
+	    --out $(SMALL)/scores/half-train-300
+$(TOGETHER)/collm.json: | $(SMALL)/scores/half-train-300/scores.json
+	$(COLLM) train recipes/families/pair.yaml out=$(TOGETHER) cache=$(RUNS)/small/cache \
+	    data.train=$(DATA)/gsm8k/train-300.jsonl data.validation=$(LOOK)-validation.jsonl \
+	    base.dtype=bfloat16 training.epochs=1 training.batch_size=8 training.gradient_accumulation=1 \
+	    training.learning_rate=5.0e-4 training.evaluations=2 \
+	    '$(subst $(KEPT)/gsm8k/half-look-train,$(SMALL)/scores/half-train-300,$(SMALL_QWEN))'
 # $(1): a system's name, $(2): what must be there, $(3): checkpoint and options, $(4): how long answers may become
 define small_system
 SMALL_SYSTEMS += $(1)
+$(call small_text,$(1),$(2),$(3),$(4))
+endef
+define small_text
 $(SMALL)/test/$(1).json: | $(2) $(LOOK)-small.jsonl
 	$(COLLM) eval $(3) $(SMALL_WRITE) --max-tokens $(4) --data $(LOOK)-small.jsonl --name $(1) --out $(SMALL)/test/$(1).jsonl
 endef
@@ -133,6 +168,33 @@ $(SMALL)/test/report.html: | $(SMALL_SYSTEMS:%=$(SMALL)/test/%.json)
 	$(COLLM) compare $(SMALL_SYSTEMS:%=$(SMALL)/test/%.json) --against gate
 	$(COLLM) report $(SMALL_SYSTEMS:%=$(SMALL)/test/%.json) --against gate \
 	    --title "SmolLM2-135M beside Qwen2.5-Coder-0.5B: GSM8K" --out $(SMALL)/test/report.html
+
+# Base and gate together on gold text and in texts, and the gate over the tuned base at other rates, beside chance. Thresholds
+# are of 16 of the calibration part that nothing else has read.
+SMALL_RATES ?= 10 20 40
+$(LOOK)-tried.jsonl: | $(LOOK)-test.jsonl
+	tail -n +41 $(LOOK)-test.jsonl | head -n 16 > $(LOOK)-tried.jsonl
+# $(1): a pair's name
+define small_tried
+$(SMALL)/tried/$(1)/curve.csv: | $(SMALL)/$(1)/collm.json $(LOOK)-tried.jsonl
+	$(COLLM) calibrate $(SMALL)/$(1) $(SMALL_WRITE) --max-tokens 200 --data $(LOOK)-tried.jsonl --rates 0.1,0.2,0.4 --rounds 2 \
+	    --out $(SMALL)/tried/$(1)
+$(foreach rate,$(SMALL_RATES),
+SMALL_AT += $(1)_$(rate)
+$(call small_text,$(1)_$(rate),$(SMALL)/tried/$(1)/curve.csv,$(SMALL)/$(1) --method threshold --deferral-rate 0.$(rate),200))
+endef
+$(foreach name,gate together,$(eval $(call small_tried,$(name))))
+$(foreach rate,$(SMALL_RATES),$(eval SMALL_AT += random_$(rate))$(eval $(call small_text,random_$(rate),\
+    $(PAIR_SMALL)/collm.json,$(PAIR_SMALL) --method random --threshold 0.$(rate),200)))
+small-pair: $(SMALL)/together-oracle.json $(SMALL)/test/rates.html
+$(SMALL)/together-oracle.json: | $(TOGETHER)/collm.json $(SMALL)/oracle.json
+	$(COLLM) oracle $(TOGETHER) --data $(LOOK)-test.jsonl --limit 40 --dtype bfloat16 --rates 0.1,0.2,0.4 \
+	    --out $(SMALL)/together-oracle.jsonl
+	$(PYTHON) recipes/families/paired.py $(SMALL)/together-oracle.jsonl --beside $(SMALL)/oracle.jsonl
+$(SMALL)/test/rates.html: | $(SMALL_AT:%=$(SMALL)/test/%.json) $(SMALL)/test/sft.json $(SMALL)/test/half.json
+	$(COLLM) compare $(SMALL_AT:%=$(SMALL)/test/%.json) $(SMALL)/test/sft.json $(SMALL)/test/half.json --against together_20
+	$(COLLM) report $(SMALL_AT:%=$(SMALL)/test/%.json) $(SMALL)/test/sft.json $(SMALL)/test/half.json --against together_20 \
+	    --title "SmolLM2-135M beside Qwen2.5-Coder-0.5B at three rates: GSM8K" --out $(SMALL)/test/rates.html
 
 # In what pieces the models can take turns. $(1): a task, $(2): an assistant
 define cuts_of
