@@ -156,8 +156,8 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
         found = scheduler.next_pass("cpu")
         assert found is not None
         began, graphs = clock(), clock.graphs
-        more = [getattr(found, name) for name in ("keep_on", "tell") if getattr(found, name, None) is not None]
-        replies = answers(models[found.model], found.queries, *more)
+        more = {name: getattr(found, name) for name in ("keep_on", "tell", "chosen") if hasattr(found, name)}
+        replies = answers(models[found.model], found.queries, **more)
         if clock.graphs == graphs:  # prompts are read without a graph
             clock.replay(CURVES[found.model](found.tokens), thread_time())
             clock.wait()

@@ -22,6 +22,7 @@ from collm.decoding.policies import ByEntropy
 from collm.decoding.speculative import speculative
 from collm.engine import Finished, run
 from collm.errors import CollmError
+from collm.models import caching
 from collm.models.codec import ByteCodec
 from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
@@ -33,9 +34,10 @@ from collm.models.paged.stepping import BUCKETS
 from collm.models.paged.telling import Told, TorchTelling
 from collm.models.paged.writing import LONGEST
 from collm.models.pairing import cuts_between
+from collm.models.selftest import paged_serves
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, ForwardPass
-from collm.values import Answer, Draw, Fault, KeepOn, Query, Replies, Reply, Tell, WriteOn
+from collm.values import GREEDY, Answer, Draw, Fault, Foreseen, KeepOn, Query, Replies, Reply, WriteOn
 from collm.views import Text, View
 
 
@@ -262,6 +264,90 @@ def test_a_text_that_writes_on_into_what_is_no_number_ends_alone(
     assert [model.missing(query) for query in queries] == [6, 1], "the broken one is read anew"
 
 
+def test_a_way_to_run_a_network_is_tried_once(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, tried = tiny("llama"), list[str | None]()
+
+    def counted(*what: Any) -> str | None:
+        tried.append(paged_serves(*what))
+        return tried[-1]
+
+    monkeypatch.setattr(caching, "paged_serves", counted)
+    for _ in range(2):
+        model = LocalModel(network, tiny_tokenizer, num_slots=2, max_cache_tokens=400, machinery=machinery())
+        assert model.writes_on
+    assert tried == [None]
+    # With a gate the passes tell more; of another network nothing is known.
+    LocalModel(network, tiny_tokenizer, DeferralHead(32, 1), max_cache_tokens=400, machinery=machinery())
+    LocalModel(tiny("llama"), tiny_tokenizer, max_cache_tokens=400, machinery=machinery())
+    assert tried == [None] * 3
+
+
+def test_a_pass_that_was_begun_is_taken_by_those_who_ask_for_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    network = tiny("llama")
+    model, plain = (
+        LocalModel(network, tiny_tokenizer, num_slots=4, max_cache_tokens=800, cache=cache, machinery=machinery())
+        for cache in (True, False)
+    )
+    model.warm_up()
+    counts = model._stepper.counts  # type: ignore[union-attr]
+    texts = [Text([list(range(3 + n, 40))]) for n in range(3)]
+
+    def queries(which: Sequence[int], draw: Draw) -> list[Query]:
+        views = [texts[n].views[0] for n in which]
+        return [Query(0, view, len(view), 1, draw) for view in views]
+
+    def begun(which: Sequence[int], draw: Draw, back: int = 0) -> tuple[int, ...]:
+        """Passes that were begun, that were taken, and all of them, where each text, a token further, was foreseen, and
+        some asked for."""
+        for text in texts:
+            text.append(9)
+        coming = [Foreseen(text.views[0], len(text.views[0]) - 1 - back, 9, draw) for text in texts]
+        before = counts.foreseen, counts.taken, counts.launches
+        model.foresee(coming)
+        asked = queries(which, draw)
+        for found, expected in zip(model.predict(asked), plain.predict(asked), strict=True):
+            for a, b in zip(found, expected, strict=True):
+                assert_same(a, b)
+        after = counts.foreseen, counts.taken, counts.launches
+        return tuple(b - a for a, b in zip(before, after, strict=True))
+
+    model.predict(queries(range(3), GREEDY))
+    drawn = Draw(seed=3, temperature=1.0)
+    for draw in (GREEDY, drawn):
+        for which in ([0, 1, 2], [2, 0], [1]):
+            assert begun(which, draw) == (1, 1, 1)
+            model.predict(queries(range(3), draw))  # those that were left out have been read by nobody
+    # Another token than the one that was foreseen, or another place: a pass in vain, and nothing else.
+    texts[0].append(9)
+    model.foresee([Foreseen(texts[0].views[0], len(texts[0].views[0]) - 1, 8, GREEDY)])
+    asked = queries([0], GREEDY)
+    assert_same(model.predict(asked)[0][0], plain.predict(asked)[0][0])
+    assert begun([0, 1, 2], GREEDY, back=2) == (1, 0, 2)
+    # Nor is it taken once anything else has been asked, by another text in the same place either.
+    model.foresee([Foreseen(texts[0].views[0], len(texts[0].views[0]), 11, GREEDY)])
+    other = Text([[30, 31, 32, 33]])
+    model.predict([Query(0, other.views[0], 4)])
+    taken = counts.taken
+    texts[0].append(11)
+    asked = queries([0], GREEDY)
+    assert_same(model.predict(asked)[0][0], plain.predict(asked)[0][0])
+    assert counts.taken == taken
+    # What cannot go on so is left alone: a text that is not known, a token that there is not, a context that is full.
+    before = counts.foreseen
+    stranger = Text([[5, 6]]).views[0]
+    known = texts[0].views[0]
+    for each in (Foreseen(stranger, 2, 9, GREEDY), Foreseen(known, len(known) + 5, 9, GREEDY)):
+        model.foresee([each])
+    model.foresee([Foreseen(known, len(known), 10**6, GREEDY)])
+    model.foresee([Foreseen(known, len(known), -1, GREEDY)])
+    assert counts.foreseen == before
+    asked = queries([0, 1, 2], drawn)
+    for found, expected in zip(model.predict(asked), plain.predict(asked), strict=True):
+        assert_same(found[0], expected[0])
+
+
 @pytest.mark.parametrize("how", ["single", "plain", "speculative"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_engine_writes_the_same_text_in_fewer_calls(
@@ -304,13 +390,18 @@ def test_the_engine_writes_the_same_text_in_fewer_calls(
         model.on_pass = lambda done: passes.__setitem__(0, passes[0] + 1)
     base_calls = graphs[0].write_on
 
-    def counted(queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
+    def counted(queries: Sequence[Query], *how: Any) -> Replies:
         calls[0] += 1
-        return base_calls(queries, keep_on, tell)
+        return base_calls(queries, *how)
 
     graphs[0].write_on = counted  # type: ignore[method-assign]
     found = written(graphs)
     assert 0 < calls[0] < 0.8 * passes[0]
+    base = graphs[0]._stepper
+    assert base is not None and base.counts.taken <= base.counts.foreseen
+    assert base.counts.taken > 10 if how != "single" else not base.counts.foreseen
+    # What is begun and not asked for is of texts that ended.
+    assert base.counts.foreseen - base.counts.taken <= 5
     experience = Experience()
     assert found == written(plain)
 

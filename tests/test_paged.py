@@ -154,6 +154,25 @@ def test_no_item_is_long_and_none_too_many() -> None:
         assert chunk == planned.CHUNK
 
 
+def test_few_tokens_are_written_down_as_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(40):
+        rng, blocks = random.Random(seed), Blocks(4000, 16, 600, SIZE)
+        rows, size = [], rng.choice([32, 96])
+        while (left := size - sum(row.width for row in rows)) and len(rows) < 12:
+            rows.append(
+                Row(len(rows), rng.choice([0, 3, SIZE - 1, 700, 9000]), min(left, rng.choice([1, 1, 2, 7, 30])))
+            )
+            blocks.write(rows[-1].slot, 0, rows[-1].end)
+        ids = [rng.randrange(1000) for row in rows for _ in range(row.width)]
+        written = []
+        for few in (planned.FEW, 0):
+            monkeypatch.setattr(planned, "FEW", few)
+            numbers = np.full(planned.size(size), 7, dtype=np.int32)
+            written.append((fill(numbers, rows, ids, blocks, 4), numbers.tolist()))
+            monkeypatch.undo()
+        assert written[0] == written[1]
+
+
 def test_blocks_are_shared_until_they_are_written() -> None:
     """Random traffic against a dictionary of what each slot holds; `content` stands for the storage."""
     for seed in range(30):

@@ -127,7 +127,7 @@ def test_speculative_equals_plain(
     plain = fakes(num_assistants, eos, abstention=abstention)
     models: list[LanguageModel] = list(plain)
     if writes_on is not None:
-        models = [WritingOn(model, seed + n, writes_on) for n, model in enumerate(plain)]
+        models = [WritingOn(model, seed + n, writes_on, lies=0.1) for n, model in enumerate(plain)]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.9 if temperature else 1, seed=seed)
     steps, finished = texts(plain, params, POLICIES[name], None, tuple(prompt))
     again, at_once = texts(models, params, POLICIES[name], None, tuple(prompt))
@@ -150,6 +150,22 @@ def test_a_call_that_goes_on_has_the_leave_that_is_left(stops: float) -> None:
     again, on = texts(models, params, policy, FixedPace(4))
     assert again == steps and on.usage.forward_passes == token_by_token.usage.forward_passes
     assert tuple(sum(model.calls) for model in models) == token_by_token.usage.forward_passes
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("pace", [None, FixedPace(1), FixedPace(4), FixedPace(1, 2)])
+def test_what_the_base_begins_with_is_what_it_is_asked(pace: Pace | None, temperature: float) -> None:
+    """Where no text ends and no assistant abstains, by the tokens alone that an assistant has chosen."""
+    params = SamplingParams(max_tokens=60, seed=5, temperature=temperature)
+    models = [WritingOn(model, n, 0.0) for n, model in enumerate(fakes(1))]
+    steps, _ = texts(models, params, Random(0.3, 1), pace)
+    base, assistant = models
+    deferred = sum(step.deferred for step in steps)
+    assert deferred > 8
+    assert base.asked.issuperset(base.foreseen) and not assistant.foreseen
+    runs = isinstance(pace, FixedPace) and pace.num_run > 0
+    # The last token may be an assistant's; where it writes on by itself the base checks what it has written.
+    assert len(base.foreseen) >= (0 if runs else len(assistant.calls) - 1)
 
 
 @pytest.mark.parametrize("num_assistants", [1, 2])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from collm.decoding.policies import decide
 from collm.models.fake import FakeModel
 from collm.types import BASE
-from collm.values import Answer, KeepOn, LanguageModel, Query, Replies, Reply, Tell
+from collm.values import Answer, Chosen, Foreseen, KeepOn, LanguageModel, Query, Replies, Reply, Tell
 from collm.views import View
 
 
@@ -17,10 +17,13 @@ class WritingOn(LanguageModel):
 
     writes_on = True
 
-    def __init__(self, model: FakeModel, seed: int = 0, stops: float = 0.2) -> None:
-        self._model, self._rng, self._stops = model, random.Random(seed), stops
+    def __init__(self, model: FakeModel, seed: int = 0, stops: float = 0.2, lies: float = 0.0) -> None:
+        self._model, self._rng, self._stops, self._lies = model, random.Random(seed), stops, lies
         self.calls: list[int] = []
         """Passes of each call."""
+        self.foreseen: list[tuple[int, ...]] = []
+        """Prefixes that it was told it would probably be asked for."""
+        self.asked: set[tuple[int, ...]] = set()
 
     @property
     def name(self) -> str:
@@ -32,10 +35,17 @@ class WritingOn(LanguageModel):
 
     def predict(self, queries: Sequence[Query]) -> Replies:
         self.calls.append(1)
+        self.asked |= {tuple(query.view.token_ids[: query.length]) for query in queries}
         return self._model.predict(queries)
 
-    def write_on(self, queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
+    def write_on(
+        self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None = None, chosen: Chosen | None = None
+    ) -> Replies:
         found, told = self.predict(queries), [0] * len(queries)
+        if chosen is not None:
+            chosen([(query, [self._guess(reply) for reply in found[n]]) for n, query in enumerate(queries)])
+        if keep_on is None:
+            return found
         left = {
             n: [query.write_on.max_tokens, query.write_on.passing] for n, query in enumerate(queries) if query.write_on
         }
@@ -49,6 +59,14 @@ class WritingOn(LanguageModel):
                 found[n] += self._model.predict([_behind(queries[n], found[n])])[0]
             going = [n for n in going if self._goes_on(queries[n], found[n], left[n])]
         return found
+
+    def foresee(self, coming: Sequence[Foreseen]) -> None:
+        for each in coming:
+            assert len(each.view) >= each.length
+            self.foreseen.append((*each.view.token_ids[: each.length], each.token_id))
+
+    def _guess(self, reply: Reply) -> int:
+        return reply.token_id if isinstance(reply, Answer) and self._rng.random() >= self._lies else 1
 
     def _goes_on(self, query: Query, found: Sequence[Reply], left: list[int]) -> bool:
         reply, leave = found[-1], query.write_on

@@ -50,6 +50,20 @@ class WriteOn(NamedTuple):
     passing: int = 0
 
 
+class Foreseen(NamedTuple):
+    """What a model will probably be asked: how it goes on behind `token_id`, which comes behind the first `length`
+    tokens of `view`, whatever these are followed by now."""
+
+    view: View
+    length: int
+    token_id: int
+    draw: Draw
+
+
+Then = Callable[[Sequence[int]], Foreseen | None]
+"""See `Query.then`."""
+
+
 class Query(NamedTuple):
     """One pass of a model: an answer after each of the last `num_last` prefixes of the first `length` tokens of `view`.
 
@@ -57,7 +71,9 @@ class Query(NamedTuple):
     of *given* tokens, `given[i]` being the one behind the i-th of these prefixes, the `num_top` most probable tokens,
     or the whole law.
 
-    With `write_on` a model may give more answers than that (`LanguageModel.write_on`); it need not.
+    With `write_on` a model may give more answers than that (`LanguageModel.write_on`); it need not. `then` says, where
+    whoever asks can tell, what the base will be asked next if these tokens are chosen behind the prefixes; it is called
+    before the answers are there, and changes none.
 
     Where models share chunks (`collm.cuts`), `last_bytes` are for each of these prefixes the byte behind which a chunk
     might open, `START` at the beginning of a completion, -1 where nobody asks. Then only text and ends are chosen, with
@@ -76,6 +92,7 @@ class Query(NamedTuple):
     last_bytes: Sequence[int] = ()
     opens: bool = False
     write_on: WriteOn | None = None
+    then: Then | None = None
 
     @classmethod
     def of(
@@ -170,6 +187,7 @@ Replies = list[list[Reply]]
 
 KeepOn = Callable[[int, int], bool]
 Tell = Callable[[list[tuple[int, list[Reply]]]], None]
+Chosen = Callable[[list[tuple[Query, Sequence[int]]]], None]
 """See `LanguageModel.write_on`."""
 
 
@@ -251,17 +269,26 @@ class LanguageModel(ABC):
         """Whether it can write several tokens in one call (`write_on`), for less than as many calls cost."""
         return False
 
-    def write_on(self, queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
+    def write_on(
+        self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None = None, chosen: Chosen | None = None
+    ) -> Replies:
         """As `predict`, but behind the last prefix of a query with `Query.write_on` it may write on, and gives the
         answers after those tokens, too: the last one where it stopped, at the end of the text or where it would defer.
 
         Args:
             keep_on: asked before each further pass whether there shall be one, with how many texts would take part and
-                how many have stopped so far.
+                how many have stopped so far. None: there shall be none.
             tell: may be told, while a pass runs, the answers that are there by then, each once and in order, with the
                 places of their queries: whoever reads them need not wait for the others. All are returned, too.
+            chosen: may be told, without `keep_on`, the tokens that are chosen behind the prefixes of each query, before
+                the answers are put together: another model may begin meanwhile (`foresee`). Of a prediction that is
+                no number, anything at all.
         """
         return self.predict(queries)
+
+    def foresee(self, coming: Sequence[Foreseen]) -> None:  # noqa: B027 (most models wait until they are asked)
+        """It may begin with a pass that answers these. What is asked then answers as ever, begun or not. Called while
+        another model of the same `device` answers, in its thread."""
 
     @property
     def max_cache_tokens(self) -> int | None:

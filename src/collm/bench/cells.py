@@ -27,13 +27,14 @@ Passes = tuple[Measured, ...]
 
 def pair_cell(pair: Pair, effort: Effort, batch: int, rate: float) -> Cell:
     """Base and assistant alone, the pair plain and speculative, and bare passes of the shapes these issue."""
+    alone = pair.system()  # of each model in turn, which share nothing
     runs = {
-        BASE_ALONE: engine(pair, effort, batch, alone=0),
+        BASE_ALONE: engine(pair, effort, batch, alone=0, llm=alone),
         PLAIN: engine(pair, effort, batch, deferring(pair, rate, False)),
         SPECULATIVE: engine(pair, effort, batch, deferring(pair, rate, True)),
     }
     if pair.networks[1] is not None:
-        runs[ASSISTANT_ALONE] = engine(pair, effort, batch, alone=1)
+        runs[ASSISTANT_ALONE] = engine(pair, effort, batch, alone=1, llm=alone)
     bare = _bare(pair, sorted({1, batch}), effort.prompt_tokens + effort.tokens // 2, effort.prompt_tokens)
     found, passes = _beside(bare, runs, effort)
     written = [[text for _, texts in found[system] for text in texts] for system in (PLAIN, SPECULATIVE)]
@@ -45,12 +46,13 @@ def pair_cell(pair: Pair, effort: Effort, batch: int, rate: float) -> Cell:
 def engine_cell(pair: Pair, effort: Effort, batch: int) -> Cell:
     """Each model alone: in this engine, and as transformers' own `generate` runs it."""
     base, assistant = pair.networks
+    alone = pair.system()
     runs = {
-        BASE_ALONE: engine(pair, effort, batch, alone=0),
+        BASE_ALONE: engine(pair, effort, batch, alone=0, llm=alone),
         REFERENCE.format(BASE_ALONE): reference(pair, effort, batch, base),
     }
     if assistant is not None:
-        runs[ASSISTANT_ALONE] = engine(pair, effort, batch, alone=1)
+        runs[ASSISTANT_ALONE] = engine(pair, effort, batch, alone=1, llm=alone)
         runs[REFERENCE.format(ASSISTANT_ALONE)] = reference(pair, effort, batch, assistant)
         if batch == 1:  # all that transformers' assisted generation can do
             runs[ASSISTED] = reference(pair, effort, batch, assistant, draft=base)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, final
 
 from collm.decoding.policies import Policy, decide
 from collm.errors import CollmError
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Drafted, FinishReason, Step
-from collm.values import NO_TOKEN, Answer, Draw, Extend, Fault, Query, Replies, Reply
+from collm.values import NO_TOKEN, Answer, Draw, Extend, Fault, Foreseen, Query, Replies, Reply, Then
 from collm.views import Text
 
 
@@ -54,11 +55,14 @@ def required(reply: Reply) -> Answer:
     return reply
 
 
-def ask(text: Text, models: Sequence[int], draw: Draw, *, num_top: int = 0, law: bool = False) -> Ask:
-    """One reply from each of `models` for the token at the end of the text."""
+def ask(
+    text: Text, models: Sequence[int], draw: Draw, *, num_top: int = 0, law: bool = False, then: Then | None = None
+) -> Ask:
+    """One reply from each of `models` for the token at the end of the text; `then` as in `Query`."""
     views = text.views
     replies = yield tuple(
-        Query(model, views[model], len(views[model]), draw=draw, num_top=num_top, law=law) for model in models
+        Query(model, views[model], len(views[model]), draw=draw, num_top=num_top, law=law, then=then)
+        for model in models
     )
     assert replies is not None and len(replies) == len(models)
     return [reply for [reply] in replies]
@@ -86,6 +90,8 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
     """
     draw = params.draw
     writes_on = False
+    # Passes of the base that tell more are not begun before they are asked for.
+    goes_on = None if params.top_log_probs else partial(_goes_on, text, params.max_tokens, draw, eos)
     while text.length < params.max_tokens:
         replies = yield (
             MORE
@@ -102,7 +108,8 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
             for candidate in decision.authors:
                 if candidate == BASE:
                     break
-                [reply] = yield from ask(text, [candidate], draw, num_top=params.top_log_probs)
+                then = None if goes_on is None else partial(goes_on, candidate)
+                [reply] = yield from ask(text, [candidate], draw, num_top=params.top_log_probs, then=then)
                 if writers.settled_by(candidate, reply, params):
                     break
             if writers.answer is None and base.token_id == NO_TOKEN:
@@ -117,6 +124,17 @@ def collaborative(text: Text, params: SamplingParams, policy: Policy, eos: Seque
             if not writes_on:
                 break
     return "length"
+
+
+def _goes_on(
+    text: Text, max_tokens: int, draw: Draw, eos: Sequence[frozenset[int]], author: int, tokens: Sequence[int]
+) -> Foreseen | None:
+    """What the base is asked once this author's token is written."""
+    [token_id] = tokens
+    if ends_text(token_id, author, eos) or text.length + 1 >= max_tokens:
+        return None
+    view = text.views[BASE]
+    return Foreseen(view, len(view), token_id, draw)
 
 
 @dataclass(slots=True)

@@ -56,11 +56,13 @@ def best_draft(
     """
     plain = plain_cost(gap, base, assistant)
     by_base = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
-    by_assistant = {n: run_cost(n, gap, continuation, base, assistant) for n in range(1, MAX_RUN + 1)}
-    deferrals, run = min(by_base, key=by_base.__getitem__), min(by_assistant, key=by_assistant.__getitem__)
-    if min(by_base[deferrals], by_assistant[run]) > (1 - MIN_GAIN) * plain:
+    runs = range(1, MAX_RUN + 1 if continuation else 1)
+    by_assistant = {n: run_cost(n, gap, continuation, base, assistant) for n in runs}
+    deferrals, run = min(by_base, key=by_base.__getitem__), min(by_assistant, key=by_assistant.__getitem__, default=0)
+    least = by_assistant.get(run, math.inf)
+    if min(by_base[deferrals], least) > (1 - MIN_GAIN) * plain:
         return 1, 0
-    return (deferrals, 0) if by_base[deferrals] <= by_assistant[run] else (1, run)
+    return (deferrals, 0) if by_base[deferrals] <= least else (1, run)
 
 
 def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> int:
@@ -69,10 +71,10 @@ def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockC
     Each stands with probability q = 1 - (1 - a) / g, so that of n tokens `1 + q + ... + q^(n-1)` are settled. Those
     behind the last deferral, g - 1, are not judged.
     """
-    stands = 1 - (1 - agreement) / gap
+    stands, step = 1 - (1 - agreement) / gap, base(1)
 
     def cost(drafted: int) -> float:
-        return (drafted * base(1) + assistant(max(1.0, drafted - (gap - 1)))) / _geometric(stands, drafted)
+        return (drafted * step + assistant(max(1.0, drafted - (gap - 1)))) / _geometric(stands, drafted)
 
     return min(range(1, MAX_STRIDE + 1), key=cost)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -91,7 +92,7 @@ def _on_curve(curve: Sequence[tuple[int, float]], tokens: float) -> float:
     """Linear between the points; beyond the last one, in proportion."""
     if tokens > curve[-1][0]:
         return curve[-1][1] * tokens / curve[-1][0]
-    last = next(n for n, (at, _) in enumerate(curve) if tokens <= at)
+    last = bisect_left(curve, (tokens, 0.0))
     (low, below), (high, above) = curve[max(0, last - 1)], curve[max(1, last)]
     return max(below, below + (tokens - low) * (above - below) / (high - low))
 

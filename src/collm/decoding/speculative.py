@@ -26,7 +26,7 @@ from collm.decoding.pace import Leave, Pace
 from collm.decoding.policies import Decision, Policy, decide
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Step
-from collm.values import Answer, Extend, Query, Replies, Reply
+from collm.values import Answer, Extend, Foreseen, Query, Replies, Reply
 from collm.views import Text
 
 Asking = Generator[Request, Replies | None, None]
@@ -69,7 +69,7 @@ def _gather(draft: _Draft, assistant: int, pace: Pace) -> Asking:
         if draft.first_author(draft.end) == assistant:
             pending.append(draft.end)
     # An assistant that is asked only because an earlier one abstained is nobody's first.
-    yield from draft.ask(assistant, max(pending, default=draft.position))
+    yield from draft.ask(assistant, max(pending, default=draft.position), pace)
 
 
 def _run_on(draft: _Draft, assistant: int, num_tokens: int) -> Asking:
@@ -117,16 +117,51 @@ class _Draft:
         self._tokens.append(token_id)
         self._text.append(token_id)
 
-    def ask(self, model: int, last: int) -> Asking:
-        """One pass of a model over the positions from the next one to be settled to `last`."""
+    def ask(self, model: int, last: int, pace: Pace | None = None) -> Asking:
+        """One pass of a model over the positions from the next one to be settled to `last`; of an assistant by whose
+        tokens, at this `pace`, the base may begin with what it is asked next."""
         view = self._text.views[model]
         num_last = last - self.position + 1
+        # Passes of the base that tell more are not begun before they are asked for.
+        then = None if pace is None or self.params.top_log_probs else partial(self._goes_on, pace, model, last)
         replies = yield (
-            Query(model, view, view.prompt_length + last, num_last, self._how, None, self.params.top_log_probs),
+            Query(
+                model,
+                view,
+                view.prompt_length + last,
+                num_last,
+                self._how,
+                None,
+                self.params.top_log_probs,
+                then=then,
+            ),
         )
         assert replies is not None and len(replies) == 1
         self._extends = (-1, 0)
         self.known[model].update(enumerate(replies[0], self.position))
+
+    def _goes_on(self, pace: Pace, model: int, last: int, tokens: Sequence[int]) -> Foreseen | None:
+        """What the base is asked next if an assistant has chosen these from the next position to the `last` one: behind
+        the first token that is not the drafted one, or behind the draft."""
+        known, first = self.known[BASE], self.position
+        for position in range(first, self.end + 1):
+            if position not in known:
+                return None
+            author = self.first_author(position)
+            if author == BASE:
+                token_id = required(known[position]).token_id
+            elif author == model and position <= last:
+                token_id = tokens[position - first]
+            else:
+                return None
+            if ends_text(token_id, author, self.eos) or position + 1 >= self.params.max_tokens:
+                return None
+            if position == self.end or token_id != self._tokens[position - first]:
+                if author != BASE and pace.run(author):
+                    return None
+                view = self._text.views[BASE]
+                return Foreseen(view, view.prompt_length + position, token_id, self._how)
+        return None
 
     def ask_on(self, model: int, how_far: Callable[[int], Leave], pending: int = 0) -> Asking:
         """The model's answer at the end of what is drafted, and perhaps some behind it; it goes on by itself if it

@@ -16,7 +16,7 @@ from weakref import finalize
 
 from collm.decoding.collaborative import Flow
 from collm.decoding.experience import Experience
-from collm.engine.passes import Batch, answers
+from collm.engine.passes import Batch, run_pass
 from collm.engine.running import Finished, Sink
 from collm.engine.scheduler import Scheduler, lengths_of
 from collm.errors import CollmError
@@ -304,7 +304,7 @@ class _Driver:
         """One pass, and how long it took."""
         began = time.perf_counter()
         try:
-            replies = answers(self.scheduler.models[batch.model], batch.queries, batch.keep_on, batch.tell)
+            replies = run_pass(self.scheduler.models, batch)
         except BaseException as error:  # this thread has to go on, and to say that the pass is over
             _log.critical("a pass failed", exc_info=error)
             fault: Reply = Fault(f"the pass failed: {type(error).__name__}: {error}")

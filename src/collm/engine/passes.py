@@ -10,7 +10,7 @@ from typing import NamedTuple
 from collm.decoding.experience import LONGEST_PIECE, SHORTEST_PIECE, Experience
 from collm.engine.running import Running
 from collm.errors import CollmError
-from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies, Tell
+from collm.values import Answer, Chosen, Fault, KeepOn, LanguageModel, Query, Replies, Tell
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Batch:
     """How long its texts may write on by themselves; None: they may not."""
     tell: Tell | None = None
     """Who takes their answers while they do."""
+    chosen: Chosen | None = None
+    """Who is told what a pass has chosen before its answers are there."""
     told: list[int] = field(init=False)
     """By text, how many answers have been taken meanwhile."""
 
@@ -126,12 +128,24 @@ KINDS = frozenset((Answer, Fault, type(None)))
 """What a reply is."""
 
 
+def run_pass(models: Sequence[LanguageModel], batch: Batch) -> Replies:
+    """What a batch is answered, in the thread of its device."""
+    return answers(models[batch.model], batch.queries, batch.keep_on, batch.tell, batch.chosen)
+
+
 def answers(
-    model: LanguageModel, queries: Sequence[Query], keep_on: KeepOn | None = None, tell: Tell | None = None
+    model: LanguageModel,
+    queries: Sequence[Query],
+    keep_on: KeepOn | None = None,
+    tell: Tell | None = None,
+    chosen: Chosen | None = None,
 ) -> Replies:
     """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault."""
     try:
-        replies = model.predict(queries) if keep_on is None else model.write_on(queries, keep_on, tell)
+        if keep_on is None and chosen is None:
+            replies = model.predict(queries)
+        else:
+            replies = model.write_on(queries, keep_on, tell, chosen)
         if not _complete(replies, queries):
             raise CollmError(f"{model.name} does not answer what it is asked: a fault of this model")
         return replies

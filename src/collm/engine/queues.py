@@ -13,7 +13,7 @@ from collm.engine.passes import Batch, Waiting, plan_pass
 from collm.engine.running import Running
 from collm.engine.turns import Device, Turn, dear_seconds, whose_turn
 from collm.types import BASE
-from collm.values import Fault, LanguageModel, Replies, Reply, StreamingModel
+from collm.values import Chosen, Fault, Foreseen, LanguageModel, Query, Replies, Reply, StreamingModel
 
 _log = logging.getLogger(__name__)
 
@@ -86,9 +86,39 @@ class Queues:
             if self._models[number].writes_on and all(query.write_on is not None for query in batch.queries):
                 batch.keep_on = self._turn(number, device, wanted, now, more_wait)
                 batch.tell = None if self._during is None else partial(self._tell, batch, self._during)
+            elif number != BASE and not more_wait and len(wanted) == 1 + (BASE in wanted) and not batch.left:
+                batch.chosen = self._chosen(number)
             device.begins(batch)
             return batch
         return None
+
+    def _chosen(self, number: int) -> Chosen | None:
+        """Who is told what an assistant chooses: the base of the same device, whose turn comes next."""
+        during, base, model = self._during, self._models[BASE], self._models[number]
+        if during is None or not (base.writes_on and model.writes_on) or base.device != model.device:
+            return None
+        return partial(self._foresee, base, during)
+
+    def _foresee(
+        self,
+        base: LanguageModel,
+        during: AbstractContextManager[object],
+        found: list[tuple[Query, Sequence[int]]],
+    ) -> None:
+        """Let the base begin with what it will be asked while the answers are put together from which that follows."""
+        with during:
+            coming = []
+            for waiting in self.of_model[BASE] or ():
+                query = waiting.query
+                if query.write_on is None or query.num_top:
+                    return  # not a pass in which all go on
+                if not waiting.item.done:
+                    last = query.length - 1
+                    coming.append(Foreseen(query.view, last, query.view.token_ids[last], query.draw))
+            thens = [query.then(tokens) for query, tokens in found if query.then is not None]
+            coming += [each for each in thens if each is not None]
+        if coming:
+            base.foresee(coming)
 
     def _turn(
         self, number: int, device: Device, wanted: Mapping[int, Sequence[Waiting]], now: float, more_wait: bool

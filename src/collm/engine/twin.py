@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 from collm.decoding.collaborative import Flow
 from collm.decoding.experience import Experience
-from collm.engine.passes import answers
+from collm.engine.passes import run_pass
 from collm.engine.running import Event
 from collm.engine.scheduler import Scheduler
 from collm.values import LanguageModel
@@ -73,7 +73,7 @@ class Twin:
         for device, batch in passes:
             if batch is not None:
                 began = self._clock()
-                replies = answers(scheduler.models[batch.model], batch.queries, batch.keep_on, batch.tell)
+                replies = run_pass(scheduler.models, batch)
                 scheduler.finish(device, batch, replies, self._clock() - began)
         if self.num_unfinished and not any(batch for _, batch in passes) and not self.events:
             self._inbox.get()()  # only a streaming model can be what everybody waits for

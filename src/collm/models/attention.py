@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ WASTED_POSITIONS = 128
 """Positions read in vain that cost a CPU about as much as another call; accelerators are short of calls instead."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One text in a pass: `width` tokens from position `start` on, whose keys go to `slot`."""
 
     slot: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from collm.models.paged.stepping import Stepper
 from collm.models.prefix_cache import PrefixCache
 from collm.models.selftest import crop_serves, paged_serves, pool_serves
 from collm.models.slot_cache import SlotCache
+from collm.models.turns import Network
 
 _log = logging.getLogger(__name__)
 
@@ -86,12 +87,17 @@ def _paged(
         found = PagedPool(lm, pool.layers, pool.groups, machinery.ops, body, machinery.block)
         return found, Stepper(lm, head, vocab_size, found, machinery.capture, machinery.telling, name)
 
-    reason = None
+    reason: str | None = None
+    serves = Network.of(lm).serves
     for body in _bodies(lm, machinery):
-        trial, stepper = fresh(body)
-        reason = paged_serves(lm, trial, stepper, vocab_size)
-        trial.free()
+        way = _way(lm, head, machinery, body)
+        reason = None
+        if way not in serves:  # a trial takes a second or two
+            trial, stepper = fresh(body)
+            reason = paged_serves(lm, trial, stepper, vocab_size)
+            trial.free()
         if reason is None:
+            serves.add(way)
             lasting, stepper = fresh(body)
             longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LONGEST
             return PagedCache(lasting, num_slots, max_tokens, longest, name), stepper
@@ -101,6 +107,13 @@ def _paged(
         stacklevel=4,
     )
     return None
+
+
+def _way(lm: PreTrainedModel, head: DeferralHead | None, machinery: Machinery, body: Body | None) -> Hashable:
+    """What the outcome of a trial depends on: what there is of the network, and what runs it."""
+    parts = machinery.ops, machinery.telling, machinery.capture, machinery.dense, body
+    modules = sum(1 for _ in lm.modules())
+    return modules, lm.dtype, lm.device, head is None, machinery.block, tuple(type(part) for part in parts)
 
 
 def _bodies(lm: PreTrainedModel, machinery: Machinery) -> Iterator[Body | None]:

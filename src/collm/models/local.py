@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from time import perf_counter
 
 import torch
@@ -25,12 +26,12 @@ from collm.models.openings import Openings
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.machinery import Machinery
 from collm.models.paged.stepping import Stepper, is_lost
-from collm.models.paged.writing import are_steps, write
+from collm.models.paged.writing import are_steps, foresee, write
 from collm.models.prefix_cache import Job, PrefixCache, passes
 from collm.models.tokenizers import shared_vocab_size
 from collm.models.turns import Network
 from collm.types import ForwardPass
-from collm.values import Answer, Fault, KeepOn, LanguageModel, Query, Replies, Reply, Tell
+from collm.values import Answer, Chosen, Fault, Foreseen, KeepOn, LanguageModel, Query, Replies, Reply, Tell
 from collm.views import View
 
 
@@ -191,15 +192,37 @@ class LocalModel(LanguageModel):
         return self._stepper is not None
 
     @torch.inference_mode()
-    def write_on(self, queries: Sequence[Query], keep_on: KeepOn, tell: Tell | None = None) -> Replies:
-        return self._predict(queries, keep_on, tell)
+    def write_on(
+        self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None = None, chosen: Chosen | None = None
+    ) -> Replies:
+        return self._predict(queries, keep_on, tell, chosen)
 
-    def _predict(self, queries: Sequence[Query], keep_on: KeepOn | None = None, tell: Tell | None = None) -> Replies:
+    @torch.inference_mode()
+    def foresee(self, coming: Sequence[Foreseen]) -> None:
+        # Networks with several adapters are left as they are: the pass that runs needs its own.
+        if self._stepper is None or not isinstance(self._cache, PagedCache) or self._activate is not None:
+            return
+        known = self._known_tokens
+        if all(0 <= each.token_id < known for each in coming):
+            with self._network.lock, self._on_device():
+                foresee(self._stepper, self._cache, coming, self._longest(self._cache))
+
+    def _predict(
+        self,
+        queries: Sequence[Query],
+        keep_on: KeepOn | None = None,
+        tell: Tell | None = None,
+        chosen: Chosen | None = None,
+    ) -> Replies:
         try:
             with self._network.lock, self._on_device(), narrow.narrow_products():
                 if self._activate is not None:
                     self._activate()
-                replies = self._usual(queries, keep_on, tell)
+                try:
+                    replies = self._usual(queries, keep_on, tell, chosen)
+                finally:
+                    if self._stepper is not None:
+                        self._stepper.void()
                 if replies is not None:
                     return replies
                 faults = [self._too_long(query) for query in queries]
@@ -251,15 +274,19 @@ class LocalModel(LanguageModel):
             torch.cuda.synchronize(self._device)  # weights may still be on their way, on another stream
             self._stream = torch.cuda.Stream(self._device)
 
-    def _usual(self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None) -> Replies | None:
+    def _longest(self, cache: PrefixCache) -> int | None:
+        """Tokens that a text may have."""
+        bounds = [bound for bound in (cache.max_tokens, self._context_length) if bound is not None]
+        return min(bounds, default=None)
+
+    def _usual(
+        self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None, chosen: Chosen | None
+    ) -> Replies | None:
         """The answers of a usual pass (`PrefixCache.usual_jobs`), behind which texts may write on; None where it is
         none."""
         if not isinstance(self._cache, PrefixCache) or not queries:
             return None
-        longest = self._cache.max_tokens
-        if self._context_length is not None:
-            longest = self._context_length if longest is None else min(longest, self._context_length)
-        jobs = self._cache.usual_jobs(queries, longest)
+        jobs = self._cache.usual_jobs(queries, self._longest(self._cache))
         if jobs is None:
             return None
         known = self._known_tokens
@@ -267,9 +294,10 @@ class LocalModel(LanguageModel):
             if max(job.query.view.token_ids[job.done : job.query.length]) >= known:
                 return None
         if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
-            write(self._stepper, self._cache, jobs, keep_on, tell, self.eos_token_ids, self._no_numbers, self._tell)
+            faults = self.eos_token_ids, self._no_numbers
+            write(self._stepper, self._cache, jobs, keep_on, tell, chosen, *faults, self._tell)
         else:
-            self._pass(self._cache, [(job, job.query.length) for job in jobs])
+            self._pass(self._cache, [(job, job.query.length) for job in jobs], chosen)
         return [job.replies for job in jobs]
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
@@ -361,8 +389,8 @@ class LocalModel(LanguageModel):
                 self._pass(cache, pieces)
         return (job.replies for job in jobs)
 
-    def _pass(self, cache: PrefixCache, pieces: Sequence[tuple[Job, int]]) -> None:
-        """One forward pass for the tokens of each job from `done` to `end`."""
+    def _pass(self, cache: PrefixCache, pieces: Sequence[tuple[Job, int]], chosen: Chosen | None = None) -> None:
+        """One forward pass for the tokens of each job from `done` to `end`; `chosen` as in `write_on`."""
         began = perf_counter()
         if len(pieces) > 1:
             pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
@@ -384,6 +412,9 @@ class LocalModel(LanguageModel):
         try:
             if self._stepper is not None and self._stepper.takes(len(token_ids), asked):
                 told = self._stepper.step(rows, token_ids, wanted, asked)
+                if chosen is not None:
+                    tokens = iter(told.tokens[wanted].tolist())
+                    chosen([(query, list(islice(tokens, j - i))) for query, i, j in prefixes])
                 found = self._checked(told.answers(wanted), prefixes)
             else:
                 found = self._eager(cache, rows, token_ids, wanted, prefixes, asked)

@@ -173,7 +173,9 @@ class PrefixCache(ABC):
             longest: tokens that a text may have.
         """
         if self._ended:
-            return None
+            if not all(view in self._places for view in tuple(self._ended)):
+                return None
+            self._settle_ended()
         found: list[Job] = []
         places, slots, room = self._places, self.slots, PASS_TOKENS
         clock = self._clock = self._clock + 1

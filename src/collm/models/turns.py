@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from threading import RLock
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,8 @@ class Network:
 
     def __init__(self) -> None:
         self.lock = RLock()
+        self.serves: set[Hashable] = set()
+        """Ways to run it that have been tried and found to be right."""
 
     @staticmethod
     def of(model: PreTrainedModel) -> Network:

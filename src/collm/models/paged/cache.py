@@ -11,6 +11,7 @@ from collm.models.memory import free_bytes
 from collm.models.paged.pool import PagedPool
 from collm.models.prefix_cache import Job, PrefixCache, Slot
 from collm.values import Query
+from collm.views import View
 
 _log = logging.getLogger(__name__)
 
@@ -93,8 +94,37 @@ class PagedCache(PrefixCache):
         return self.num_slots * (-(-self._context_length // self._pool.block) + 1)
 
     def _has_room(self, jobs: Sequence[Job], tokens: int) -> bool:
+        return self._has_blocks(len(jobs), tokens)
+
+    def _has_blocks(self, texts: int, tokens: int) -> bool:
         # A text takes at most a block for what it begins and one for a shared one, besides those that it fills.
-        return self._pool.blocks.num_free >= 2 * len(jobs) + tokens // self._pool.block
+        return self._pool.blocks.num_free >= 2 * texts + tokens // self._pool.block
+
+    def cut_back(self, texts: Sequence[tuple[View, int]], longest: int | None) -> list[int] | None:
+        """The slots of texts each of which goes on behind its first so many tokens, by one more: they hold no more than
+        those any longer. None if one of them does not hold as many, or there is not room for all.
+
+        Args:
+            longest: tokens that a text may have.
+        """
+        if not self._has_blocks(len(texts), len(texts)):
+            return None
+        found = []
+        for view, length in texts:
+            place = self._places.get(view)
+            if (
+                place is None
+                or (longest is not None and length >= longest)
+                or (slot := self.slots[place]).source is not None
+            ):
+                return None
+            slot.settle(view)
+            if slot.held < length:
+                return None
+            found.append(place)
+        for place, (_, length) in zip(found, texts, strict=True):
+            self.slots[place].held = length
+        return found
 
     def room_ahead(self, jobs: Sequence[Job], tokens: Sequence[int]) -> bool:
         """Whether texts may grow by so many tokens each beyond what is asked of them."""

@@ -40,6 +40,8 @@ CHUNK = 256
 MORE_ITEMS = 256
 """Items beyond one for each token that a pass may have: it bounds the memory of partial results."""
 NO_ITEM = 2**31 - 1
+FEW, MANY = 64, 96
+"""Texts and tokens of a pass, at most, that is written down one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ def fill(
     fill_empty(numbers, blocks)
     lines = numbers[HEAD:].reshape(LINES, -1)
     count = len(token_ids)
-    if count == len(rows):
-        items = _decoding(numbers, lines, rows, token_ids, blocks)
+    if len(rows) <= FEW and count <= MANY:
+        items = _few(numbers, lines, rows, token_ids, blocks, per_piece)
         if items:
             return items
     shape = np.array([(row.slot, row.start, row.width) for row in rows], dtype=np.int32)
@@ -122,24 +124,47 @@ def _empty(size: int, slot: int, where: int) -> NDArray[np.int32]:
     return numbers
 
 
-def _decoding(
+def _few(
     numbers: NDArray[np.int32],
     lines: NDArray[np.int32],
     rows: Sequence[Row],
     token_ids: Sequence[int],
     blocks: Blocks,
+    per_piece: int,
 ) -> int:
-    """The usual pass, one token of each text: Python is quicker here than a dozen calls of numpy. 0 where there would
-    be too many items."""
-    found, item, size = [], 0, blocks.size
-    for token, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)):
-        slot, start = row.slot, row.start
-        where = blocks.of_slot[slot][start // size] * size + start % size
-        found.append((token_id, start, where, slot, token, 1, slot, start, item))
-        item += start // CHUNK + 1
+    """The usual pass, a few tokens of each of some texts: Python is quicker here than dozens of calls of numpy. 0 where
+    there would be too many items."""
+    size, token, item = blocks.size, 0, 0
+    positions: list[int] = []
+    where: list[int] = []
+    slots: list[int] = []
+    pieces: list[tuple[int, int, int, int, int]] = []
+    for slot, start, width in rows:
+        own = blocks.of_slot[slot]
+        if width == 1:
+            positions.append(start)
+            where.append(own[start // size] * size + start % size)
+            slots.append(slot)
+            pieces.append((token, 1, slot, start, item))
+            item += start // CHUNK + 1
+            token += 1
+            continue
+        end = start + width
+        positions += range(start, end)
+        slots += [slot] * width
+        for place in range(start // size, (end - 1) // size + 1):
+            first = place * size
+            moved = own[place] * size - first
+            where += range(max(start, first) + moved, min(end, first + size) + moved)
+        for done in range(0, width, per_piece):
+            wide = min(per_piece, width - done)
+            pieces.append((token + done, wide, slot, start + done, item))
+            item += (start + done + wide - 1) // CHUNK + 1
+        token += width
     if item > num_items(lines.shape[1]):
         return 0
-    lines[: ITEM + 1, : len(found)] = np.array(found, dtype=np.int32).T
+    lines[: SLOTS + 1, :token] = (token_ids, positions, where, slots)
+    lines[TOKEN : ITEM + 1, : len(pieces)] = np.array(pieces, dtype=np.int32).T
     numbers[0] = item
     return item
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from collm.models.paged.plan import CUT, DRAW, HEAD, IDS, LINES, OPENS, POSITION
 from collm.models.paged.pool import NARROW, PagedPool
 from collm.models.paged.telling import WORD, OpenTelling, Telling, Told, columns
 from collm.noise import key_of
+from collm.values import Draw
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +52,25 @@ class Bucket:
     plan: Plan
 
 
+class Place(NamedTuple):
+    """What a row of a pass reads, one token, and how it chooses the next one."""
+
+    slot: int
+    start: int
+    token_id: int
+    draw: Draw
+    position: int
+    """Of the token that is chosen, in the completion."""
+
+
 @dataclass(slots=True)
 class Counts:
-    """What passes did, for tests and `collm bench`: by bucket how many, uploads, downloads."""
+    """What passes did, for tests and `collm bench`: by bucket how many, uploads, downloads; how many began before they
+    were asked for, and how many of these were."""
 
     passes: dict[int, int] = field(default_factory=dict)
+    foreseen: int = 0
+    taken: int = 0
     launches: int = 0
     uploads: int = 0
     downloads: int = 0
@@ -85,6 +101,10 @@ class Stepper:
         self._moves = pool.moves
         self._last: tuple[Bucket, int] | None = None
         """Of the last pass, with its tokens."""
+        self._foreseen: list[Place] | None = None
+        """The rows of a pass that runs, which nobody has asked for yet."""
+        self._in_vain = False
+        """A pass may still run whose numbers nobody will ask for."""
         self.counts = Counts()
 
     @property
@@ -168,12 +188,17 @@ class Stepper:
         return self.start(rows, token_ids, wanted, asked) or self.told()
 
     def start(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int], asked: Asked) -> Told | None:
-        """Start a pass, for which `told` waits; or what it tells, if it has run already.
+        """Start a pass, for which `told` waits; or what it tells, if it has run already. One that was foreseen and has
+        not been taken is forgotten.
 
         Args:
             rows, token_ids: as `PagedPool.forward`.
             wanted: the tokens behind which something is asked.
         """
+        self.void()
+        if self._in_vain:
+            self._in_vain = False
+            self._capture.wait()  # it may still be reading its numbers
         count = len(token_ids)
         bucket = self._bucket(next(size for size in BUCKETS if size >= count))
         counts = self.counts
@@ -202,6 +227,35 @@ class Stepper:
         counts.downloads += 1
         counts.waits += 1
         return Told(out, self._head is not None, self._shares_chunks)
+
+    def foresee(self, places: Sequence[Place]) -> None:
+        """Start a pass of one token of each row that will probably be asked for (`take`); not without a graph."""
+        count = len(places)
+        if count > BUCKETS[-1] or next(size for size in BUCKETS if size >= count) not in self._buckets:
+            return
+        rows = [Row(place.slot, place.start, 1) for place in places]
+        asked = Asked.drawn([(place.draw, place.position) for place in places])
+        if self.start(rows, [place.token_id for place in places], range(count), asked) is None:
+            self._foreseen = list(places)
+            self.counts.foreseen += 1
+
+    def void(self) -> None:
+        """What was foreseen is not asked for: texts have changed since."""
+        self._in_vain |= self._foreseen is not None
+        self._foreseen = None
+
+    def take(self, places: Sequence[Place]) -> tuple[list[Place], list[int]] | None:
+        """The rows of the pass that was foreseen, and which of them these are; None if it is not theirs."""
+        foreseen = self._foreseen
+        if foreseen is None:
+            return None
+        at = {place.slot: n for n, place in enumerate(foreseen)}
+        found = [at.get(place.slot, -1) for place in places]
+        if any(n < 0 or foreseen[n] != place for n, place in zip(found, places, strict=True)):
+            return None
+        self._foreseen = None
+        self.counts.taken += 1
+        return foreseen, found
 
     def move(self, moving: NDArray[np.int32], token_ids: NDArray[np.int32]) -> None:
         """Start the last pass, of one token of each row, once more over other tokens, those of some rows (`moving`, 1

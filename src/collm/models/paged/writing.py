@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from time import perf_counter
 
 import numpy as np
@@ -14,11 +15,12 @@ from collm.models.attention import Row
 from collm.models.laws import Asked
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.plan import CHUNK
-from collm.models.paged.stepping import BUCKETS, Stepper
+from collm.models.paged.stepping import BUCKETS, Place, Stepper
 from collm.models.paged.telling import Told
 from collm.models.prefix_cache import Job
 from collm.types import ForwardPass
-from collm.values import Answer, Fault, KeepOn, Tell
+from collm.values import Answer, Chosen, Fault, Foreseen, KeepOn, Tell
+from collm.views import View
 
 LONGEST = 64
 """Tokens that a text writes on by itself in one call at most."""
@@ -37,12 +39,32 @@ def are_steps(jobs: Sequence[Job]) -> bool:
     return True
 
 
+def foresee(stepper: Stepper, cache: PagedCache, coming: Sequence[Foreseen], longest: int | None) -> None:
+    """Start a pass that goes on as texts probably will (`LanguageModel.foresee`), if all of them can.
+
+    Args:
+        longest: tokens that a text may have.
+    """
+    if slots := cache.cut_back([(each.view, each.length) for each in coming], longest):
+        places = [
+            Place(slot, each.length, each.token_id, each.draw, each.length + 1 - _before(each.view))
+            for slot, each in zip(slots, coming, strict=True)
+        ]
+        stepper.foresee(places)
+
+
+def _before(view: View) -> int:
+    """What comes before the positions of the completion."""
+    return view.prompt_length - view.shift
+
+
 def write(
     stepper: Stepper,
     cache: PagedCache,
     jobs: Sequence[Job],
     keep_on: KeepOn | None,
     tell: Tell | None,
+    chosen: Chosen | None,
     ends: frozenset[int],
     fault: Callable[[int], Fault],
     passed: Callable[[ForwardPass], None],
@@ -50,7 +72,7 @@ def write(
     """Answer jobs that `are_steps`, and let their texts write on as far as each may; see `LanguageModel.write_on`.
 
     Args:
-        keep_on, tell: None: none may; nobody wants to be told.
+        keep_on, tell, chosen: None: none may; nobody wants to be told.
         ends: tokens that end a text.
         fault: replied in place of an answer that is not a number, behind so many tokens.
         passed: is told of each pass.
@@ -59,12 +81,13 @@ def write(
     if keep_on is not None and not cache.room_ahead(jobs, [writer.left for writer in going]):
         keep_on = None
     try:
-        passes = _Passes(stepper, going)
-        passes.start()
+        passes = _Passes.begun(stepper, going)
         while going:
             began = perf_counter()
             told = passes.told()
-            answers: Iterable[Answer | None] = told.answers([writer.at for writer in going])
+            if chosen is not None:
+                chosen([(writer.job.query, [int(told.tokens[writer.row])]) for writer in going])
+            answers: Iterable[Answer | None] = told.answers([writer.row for writer in going])
             if keep_on is None:
                 on = []
             elif told.all_numbers and not any(writer.may_defer for writer in going):
@@ -103,19 +126,20 @@ def write(
 
 
 class _Writer:
-    """One text, and what it may still do. `at`: its place in the passes; `length`: tokens that have been read."""
+    """One text, and what it may still do. `at`, `row`: its place among the queries, and in the passes; `length`: tokens
+    that have been read."""
 
-    __slots__ = ("at", "draw", "job", "left", "length", "passing", "until", "_before")
+    __slots__ = ("at", "draw", "job", "left", "length", "passing", "row", "until", "_before")
 
     def __init__(self, at: int, job: Job) -> None:
         query = job.query
-        self.at, self.job, self.length, self.draw = at, job, job.done, query.draw
+        self.at, self.row, self.job, self.length, self.draw = at, at, job, job.done, query.draw
         self.left, self.passing = 0, 0
         self.until: Policy | None = None
         leave = query.write_on
         if leave is not None:
             self.left, self.passing, self.until = min(leave.max_tokens, LONGEST), leave.passing, leave.until
-        self._before = query.view.prompt_length - query.view.shift
+        self._before = _before(query.view)
 
     @property
     def may_defer(self) -> bool:
@@ -125,6 +149,11 @@ class _Writer:
     def position(self) -> int:
         """Of the token that is chosen next, in the completion."""
         return self.length + 1 - self._before
+
+    @property
+    def place(self) -> Place:
+        """Before its first pass."""
+        return Place(self.job.slot, self.length, self.job.query.view.token_ids[self.length], self.draw, self.position)
 
     def goes_on(self, answer: Answer | None, ends: frozenset[int]) -> bool:
         """Whether it is to write another token behind the one that is chosen here, which is asked once."""
@@ -153,22 +182,38 @@ class _Passes:
     """The numbers of these passes. A text that has stopped stays where it is and is read there again, so that the
     others need not move."""
 
-    def __init__(self, stepper: Stepper, writers: Sequence[_Writer]) -> None:
+    def __init__(self, stepper: Stepper, places: Sequence[Place]) -> None:
         self._stepper = stepper
-        self._slots = [writer.job.slot for writer in writers]
-        starts = [writer.length for writer in writers]
-        self._starts = np.array(starts, dtype=np.int32)
+        self._slots = [place.slot for place in places]
+        self._starts = np.array([place.start for place in places], dtype=np.int32)
         """Of the tokens that are read next."""
-        tokens = [writer.job.query.view.token_ids[start] for writer, start in zip(writers, starts, strict=True)]
-        self._tokens = np.array(tokens, dtype=np.int32)
-        self._moving = np.ones(len(writers), dtype=np.int32)
-        self._draws = [(writer.draw, writer.position) for writer in writers]
+        self._tokens = np.array([place.token_id for place in places], dtype=np.int32)
+        self._moving = np.ones(len(places), dtype=np.int32)
+        self._draws = [(place.draw, place.position) for place in places]
         self._begun = self._starts.copy()
         self._told: Told | None = None
         """Of a pass that has run at once, without a graph."""
         self._alike = 0
         """Passes whose numbers are those of the last one, moved on."""
         self._unit = math.gcd(stepper.block, CHUNK)
+
+    @classmethod
+    def begun(cls, stepper: Stepper, writers: list[_Writer]) -> _Passes:
+        """The first one is on its way; it may have been foreseen. Writers stand in its order."""
+        places = [writer.place for writer in writers]
+        taken = stepper.take(places)
+        if taken is None:
+            passes = cls(stepper, places)
+            passes.start()
+            return passes
+        places, rows = taken
+        for writer, row in zip(writers, rows, strict=True):
+            writer.row = row
+        writers.sort(key=attrgetter("row"))
+        passes = cls(stepper, places)
+        passes.only(writers)
+        passes.runs_alike()
+        return passes
 
     def start(self) -> None:
         if self._alike:
@@ -180,16 +225,24 @@ class _Passes:
         asked = Asked.drawn([(draw, position + n) for (draw, position), n in zip(self._draws, gone, strict=True)])
         self._told = self._stepper.start(rows, self._tokens.tolist(), range(len(rows)), asked)
         if self._told is None:
-            self._alike = int((self._unit - 1 - self._starts % self._unit)[self._moving > 0].min())
+            self.runs_alike()
+
+    def runs_alike(self) -> None:
+        """How many passes may follow before a text comes into another block or chunk."""
+        self._alike = int((self._unit - 1 - self._starts % self._unit)[self._moving > 0].min())
+
+    def only(self, writers: Sequence[_Writer]) -> None:
+        """These go on, nobody else."""
+        if len(writers) < self._moving.sum():
+            self._moving[:] = 0
+            self._moving[[writer.row for writer in writers]] = 1
 
     def told(self) -> Told:
         return self._told or self._stepper.told()
 
     def go_on(self, told: Told, writers: Sequence[_Writer]) -> None:
         """Another pass, in which the tokens are read that were chosen, of these texts."""
-        if len(writers) < self._moving.sum():
-            self._moving[:] = 0
-            self._moving[[writer.at for writer in writers]] = 1
+        self.only(writers)
         np.copyto(self._tokens, told.tokens, where=self._moving > 0)
         self._starts += self._moving
         self.start()
