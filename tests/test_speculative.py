@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from writing_on import WritingOn
 
 from collm.decoding.collaborative import collaborative
-from collm.decoding.drafts import best_draft, draft_cost, plain_cost, run_cost
+from collm.decoding.drafts import MIN_GAIN, best_draft, best_stride, draft_cost, plain_cost, run_cost
 from collm.decoding.experience import Experience, PassCosts
 from collm.decoding.pace import AdaptivePace, FixedPace, Leave, Pace
 from collm.decoding.policies import (
@@ -150,6 +151,31 @@ def test_a_call_that_goes_on_has_the_leave_that_is_left(stops: float) -> None:
     again, on = texts(models, params, policy, FixedPace(4))
     assert again == steps and on.usage.forward_passes == token_by_token.usage.forward_passes
     assert tuple(sum(model.calls) for model in models) == token_by_token.usage.forward_passes
+
+
+@pytest.mark.parametrize("agreement", [0.5, 0.9, 0.98])
+def test_of_strides_that_cost_nearly_the_same_the_shortest_is_taken(agreement: float) -> None:
+    """Texts of which each token is judged: the expected seconds of a settled one, by trying out."""
+
+    def base(tokens: float) -> float:
+        return 1.0
+
+    def assistant(tokens: float) -> float:
+        return 7.0 if tokens <= 16 else 12.0  # a step, as passes of a GPU have
+
+    def cost(drafted: int) -> float:
+        rng = random.Random(drafted)
+        settled = 0
+        for _ in range(4000):
+            stood = next((n for n in range(1, drafted) if rng.random() > agreement), drafted)
+            settled += stood
+        return 4000 * (drafted + assistant(drafted)) / settled
+
+    costs = {drafted: cost(drafted) for drafted in range(1, 65)}
+    found = best_stride(1.0, agreement, base, assistant)
+    least = min(costs.values())
+    assert costs[found] < (1 + 1.6 * MIN_GAIN) * least
+    assert all(costs[shorter] > (1 + 0.4 * MIN_GAIN) * least for shorter in range(1, found))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -47,6 +47,8 @@ class Plan:
     contexts: Sequence[int] = (128, 512, 1024, 2048, 4096)
     effort: Effort = Effort()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    engine_batches: Sequence[int] | None = None
+    """Of `engine` cells; None: all."""
 
     def cells(self, name: str) -> Iterator[tuple[str, Callable[[Pair], Cell]]]:
         """Key and way to measure each cell of a pair."""
@@ -60,7 +62,7 @@ class Plan:
                     key = cell_key("pair", name, batch, rate, shown)
                     yield key, partial(pair_cell, effort=effort, batch=batch, rate=rate)
         if "engine" in self.kinds:
-            for batch in self.batches:
+            for batch in self.engine_batches or self.batches:
                 yield cell_key("engine", name, batch, 0, shown), partial(engine_cell, effort=effort, batch=batch)
         if "batch" in self.kinds and largest > 1:
             key = cell_key("batch", name, largest, middle, shown)

@@ -78,8 +78,11 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     Everything is interleaved on the same prompts; figures are medians with 95 % intervals, and ceilings come from
     forward passes measured in the same rounds.
     """
+    engine_batches = None
     if options["quick"]:
         quick = QUICK | (QUICK_ON_GPU if _on_gpu(options) else {})
+        if _on_gpu(options):  # `generate` takes its time, and only one text at a time has a demand
+            engine_batches = (1,)
         options |= {key: value for key, value in quick.items() if _left_alone(key)}
     kinds = [kind for kind in KINDS if kind != "card" or _on_gpu(options)]
     if not {*options["only"]} <= {*kinds}:
@@ -109,6 +112,7 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
         options["context"],
         Effort(options["rounds"], options["tokens"], options["prompt_tokens"], options["seed"]),
         {key: options[key] for key in ("pair", "base", "assistant", "layers", "shape", "dtype", "device")},
+        engine_batches,
     )
     result = run(plan, out)
     if json_file is not None:

@@ -20,7 +20,7 @@ MAX_DEFERRALS = 16
 MAX_RUN = 16
 MAX_STRIDE = 64
 MIN_GAIN = 0.03
-"""Share of a deferral's cost that drafting must promise to save; below it the estimates decide nothing."""
+"""Share of a cost that drafting, or drafting further, must promise to save; below it the estimates decide nothing."""
 
 
 class BlockCost(Protocol):
@@ -69,14 +69,18 @@ def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockC
     """How many tokens all texts draft in step until the assistant judges them, so that one that is settled costs least.
 
     Each stands with probability q = 1 - (1 - a) / g, so that of n tokens `1 + q + ... + q^(n-1)` are settled. Those
-    behind the last deferral, g - 1, are not judged.
+    behind the last deferral, g - 1, are not judged; if all before them stand, they are read the next time instead. Of
+    strides that cost nearly the same it is the shortest: less is lost where a text ends, or where an estimate errs.
     """
     stands, step = 1 - (1 - agreement) / gap, base(1)
 
     def cost(drafted: int) -> float:
-        return (drafted * step + assistant(max(1.0, drafted - (gap - 1)))) / _geometric(stands, drafted)
+        read = drafted - (gap - 1) * (1 - stands**drafted)
+        return (drafted * step + assistant(max(1.0, read))) / _geometric(stands, drafted)
 
-    return min(range(1, MAX_STRIDE + 1), key=cost)
+    costs = [cost(drafted) for drafted in range(1, MAX_STRIDE + 1)]
+    most = (1 + MIN_GAIN) * min(costs)
+    return next(n for n, each in enumerate(costs, 1) if each <= most)
 
 
 def _geometric(ratio: float, terms: int) -> float:
