@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, action="append", default=[], help="further rates of chunks")
     arguments = parser.parse_args()
     scores = [{row["id"]: row for row in load_scores(path)} for path in (arguments.base, arguments.assistant)]
-    names = [json.loads(line)["id"] for line in arguments.data.read_text().splitlines()]
+    every = [json.loads(line)["id"] for line in arguments.data.read_text().splitlines()]
+    names = [name for name in every if all(name in each for each in scores)]
+    if len(names) < len(every):
+        print(f"{len(every) - len(names)} of {len(every)} left out: too long to be scored")
     reading = read(arguments.reading)
     problem: list[int] = []
     right: list[tuple[bool, bool]] = []

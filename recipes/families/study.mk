@@ -4,7 +4,7 @@
 #     make -f recipes/families/study.mk GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
 #
 # Days on two cores, in steps; each may be stopped at any time and goes on where it was. Everything is chosen on the
-# calibration parts; the test parts are opened once for all systems (`make ... test`). Run so far: `look`,
+# calibration parts; the test parts are opened once for all systems (`make ... test`). Run so far: `look`, `look-mbpp`,
 # all of `small`, and of `small-pair` all but texts of some rates (docs/results.md tells which).
 # The rest was looked at (`make -n`); tests/test_chunk_commands.py runs its commands for a tiny pair.
 include recipes/common.mk
