@@ -34,6 +34,7 @@ from collm.decoding.policies import (
 from collm.decoding.speculative import speculative
 from collm.engine import Finished, run
 from collm.engine.scheduler import Scheduler
+from collm.engine.twin import Twin
 from collm.models.fake import FakeModel
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Step
@@ -192,6 +193,29 @@ def test_what_the_base_begins_with_is_what_it_is_asked(pace: Pace | None, temper
     runs = isinstance(pace, FixedPace) and pace.num_run > 0
     # The last token may be an assistant's; where it writes on by itself the base checks what it has written.
     assert len(base.foreseen) >= (0 if runs else len(assistant.calls) - 1)
+
+
+def test_the_base_begins_while_texts_wait_for_others_to_end() -> None:
+    """But not where one ends: the prompt of the next one joins the pass that follows."""
+    models = [WritingOn(model, n, 0.0) for n, model in enumerate(fakes(1))]
+    flows = (
+        writing(
+            collaborative,
+            [(3, 1, seed % V)] * 2,
+            SamplingParams(max_tokens=12, seed=seed),
+            Random(0.5, 1),
+            [frozenset()] * 2,
+        )
+        for seed in range(6)
+    )
+    twin, ended = Twin(models, 2), 0
+    for flow, text, max_tokens in flows:
+        twin.submit(flow, text, max_tokens)
+    while ended < 6:
+        ended += sum(isinstance(event, Finished) for _, event in twin.step())
+    base, assistant = models
+    assert base.asked.issuperset(base.foreseen)
+    assert len(base.foreseen) > len(assistant.calls) / 2
 
 
 @pytest.mark.parametrize("num_assistants", [1, 2])

@@ -86,22 +86,23 @@ class Queues:
             if self._models[number].writes_on and all(query.write_on is not None for query in batch.queries):
                 batch.keep_on = self._turn(number, device, wanted, now, more_wait)
                 batch.tell = None if self._during is None else partial(self._tell, batch, self._during)
-            elif number != BASE and not more_wait and len(wanted) == 1 + (BASE in wanted) and not batch.left:
-                batch.chosen = self._chosen(number)
+            elif number != BASE and len(wanted) == 1 + (BASE in wanted) and not batch.left:
+                batch.chosen = self._chosen(number, more_wait)
             device.begins(batch)
             return batch
         return None
 
-    def _chosen(self, number: int) -> Chosen | None:
+    def _chosen(self, number: int, more_wait: bool) -> Chosen | None:
         """Who is told what an assistant chooses: the base of the same device, whose turn comes next."""
         during, base, model = self._during, self._models[BASE], self._models[number]
         if during is None or not (base.writes_on and model.writes_on) or base.device != model.device:
             return None
-        return partial(self._foresee, base, during)
+        return partial(self._foresee, base, more_wait, during)
 
     def _foresee(
         self,
         base: LanguageModel,
+        more_wait: bool,
         during: AbstractContextManager[object],
         found: list[tuple[Query, Sequence[int]]],
     ) -> None:
@@ -116,6 +117,8 @@ class Queues:
                     last = query.length - 1
                     coming.append(Foreseen(query.view, last, query.view.token_ids[last], query.draw))
             thens = [query.then(tokens) for query, tokens in found if query.then is not None]
+            if more_wait and None in thens:
+                return  # the prompt of one that waits is read with the next pass
             coming += [each for each in thens if each is not None]
         if coming:
             base.foresee(coming)
