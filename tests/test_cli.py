@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.cli import main
+from collm.cli.console import speaking
 
 PROBLEMS = [("12 + 30", 42), ("56 * 9", 504), ("9 - 3", 6), ("30 / 5", 6), ("7 + 8", 15), ("4 * 25", 100)] * 2
 
@@ -811,3 +813,15 @@ def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(demo, "run_demo", lambda out, *, seed, threads: calls.append((out, seed, threads)))
     assert collm("demo", "--out", tmp_path / "demo", "--seed", 3).exit_code == 0
     assert calls == [(tmp_path / "demo", 3, 1)]
+
+
+def test_the_same_words_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a warning for each of many texts one line is enough; the next command says it again."""
+    of_ours = {"__name__": "collm.somewhere", "warnings": warnings}
+    for _ in range(2):
+        with speaking(verbose=False):
+            for words in ("this is slow", "this is slow", "this is slower"):
+                exec(f"warnings.warn({words!r})", of_ours)
+            exec("warnings.warn('of a library')", {"__name__": "elsewhere", "warnings": warnings})
+    told = capsys.readouterr().err
+    assert told.splitlines() == ["warning: this is slow", "warning: this is slower"] * 2

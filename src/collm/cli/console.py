@@ -62,7 +62,7 @@ def speaking(verbose: bool) -> Iterator[None]:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", module=r"collm(\..*)?")
+            warnings.filterwarnings("default", module=r"collm(\..*)?")  # the same words once, not for each text
             warnings.showwarning = _show_warning
         try:
             yield
