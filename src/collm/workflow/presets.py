@@ -22,7 +22,7 @@ class Preset:
     told: str
     rate: float
     why_rate: str
-    signal: Literal["gate", "expected_gain"]
+    signal: Literal["gate", "entropy"]
     why_signal: str
     rates: tuple[float, ...]
     assistant_dtype: str | None = None
@@ -42,8 +42,8 @@ LARGER = Preset(
     "a larger model of the same family, better nearly everywhere, that costs more for each token",
     0.3,
     "of the tokens at most: without it a model that is better everywhere would write everything",
-    "expected_gain",
-    "defer where the gate wants it and the base is likely to be wrong: it spends a small share best",
+    "entropy",
+    "defer where the base is in doubt; or gate, or expected_gain (docs/guide.md has the figures)",
     (0.0, 0.1, 0.2, 0.3, 0.4, 1.0),
     assistant_dtype="bfloat16",
 )
