@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from collm.evaluation.result import EvalResult
+from collm.llm.deferral import cut_for_rate, settled
 from collm.models.head import DeferralHead
 from collm.models.info import FORMAT_VERSION, CheckpointInfo, load_info
+from collm.sampling_params import SamplingParams
 from collm.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "pretrained"
@@ -57,20 +61,21 @@ def test_it_holds_nobody_s_weights(ready: Path) -> None:
 
 def test_its_figures_were_measured_at_a_threshold_of_its_calibration(ready: Path) -> None:
     info = described(ready)
-    [file] = ready.glob("test_*.json")
-    result = EvalResult.load(file)
+    results = [EvalResult.load(file) for file in ready.glob("test_*.json")]
     signal = "gate" if info.chosen is None else info.chosen.signal
-    [table] = [table for table in info.calibration if (table.task, table.signal) == (result.task, signal)]
-    rates = [row.achieved_rate for row in table.rows]
-    if info.chosen is not None:
-        assert info.chosen.task == result.task
-        rates = [row.achieved_rate for row in table.rows if row.target_rate == info.chosen.deferral_rate]
-    assert min(abs(rate - result.deferral_rate) for rate in rates) < 0.02
+    assert info.chosen is None or info.chosen.task in [result.task for result in results]
+    for result in results:
+        [table] = [table for table in info.calibration if (table.task, table.signal) == (result.task, signal)]
+        rates = [row.achieved_rate for row in table.rows]
+        if info.chosen is not None:
+            rates = [row.achieved_rate for row in table.rows if row.target_rate == info.chosen.deferral_rate]
+        assert min(abs(rate - result.deferral_rate) for rate in rates) < 0.02
 
 
 def test_people_are_told_of_it(ready: Path) -> None:
-    told, [file] = (FOLDER / "README.md").read_text(encoding="utf-8"), ready.glob("test_*.json")
-    assert f"`{ready.name}/`" in told and percent(EvalResult.load(file).value) in told
+    told = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert f"`{ready.name}/`" in told
+    assert all(percent(EvalResult.load(file).value) in told for file in ready.glob("test_*.json"))
     info, card = described(ready), (ready / "README.md").read_text(encoding="utf-8")
     assert f"`{info.base_model}`" in card and str(info.base_fingerprint) in card
 
@@ -81,4 +86,22 @@ def test_the_pair_of_qwen_s_names_the_hub_s_models_and_says_what_it_was_measured
     assert [assistant.spec for assistant in info.assistants] == ["Qwen/Qwen2.5-Coder-1.5B-Instruct"]
     assert DeferralHead.load(QWEN).weight.shape == (1, 896)
     assert "Q4_K_M" in card and "license: apache-2.0" in card
-    assert percent(EvalResult.load(QWEN / "test_gsm8k.json").value) in card
+    for task in ("gsm8k", "mbpp"):
+        assert percent(EvalResult.load(QWEN / f"test_{task}.json").value) in card
+
+
+def test_a_rate_is_of_the_task_that_the_pair_was_chosen_for_unless_another_is_named() -> None:
+    info = described(QWEN)
+    assert info.chosen is not None
+
+    def cut(**asked: Any) -> float:
+        params = settled(SamplingParams(**asked), info.chosen)
+        assert params.deferral_rate is not None
+        return cut_for_rate(info.calibration, params.deferral_rate, params.task, "entropy")
+
+    by_default = cut()
+    assert by_default == cut(deferral="entropy", deferral_rate=0.2) == cut(deferral_rate=0.2)
+    assert by_default < cut(deferral="entropy", deferral_rate=0.2, task="mbpp") == cut(deferral_rate=0.2, task="mbpp")
+    # The gate is calibrated for one task, which need not be named.
+    gate = settled(SamplingParams(deferral="threshold", deferral_rate=0.2), info.chosen)
+    assert gate.task is None and math.isfinite(cut_for_rate(info.calibration, 0.2, gate.task))

@@ -86,8 +86,8 @@ $(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json)
 # Pairs, thresholds and results that were made already; scores are taken one by one.
 kept:
 	mkdir -p $(RUNS)
-	cp -rn recipes/qwen/kept/gsm8k $(RUNS)/
-	cd $(RUNS)/gsm8k/test && for each in *.jsonl.xz; do test -e $${each%.xz} || xz -dk $$each; done
+	for task in $(notdir $(patsubst %/,%,$(wildcard recipes/qwen/kept/*/))); do cp -rn recipes/qwen/kept/$$task $(RUNS)/; \
+	    (cd $(RUNS)/$$task/test && for each in *.jsonl.xz; do test -e $${each%.xz} || xz -dk $$each; done) || exit 1; done
 
 # -- scores and models -------------------------------------------------------------------------------------------------
 

@@ -51,10 +51,12 @@ METHODS: dict[Signal, Deferral] = {signal: deferral for deferral, signal in READ
 def settled(params: SamplingParams, chosen: Chosen | None) -> SamplingParams:
     """`params` that say who writes: where they do not, as the checkpoint's choice does.
 
-    A rate that is given is one of the chosen signal's calibration.
+    A rate that is given is one of the chosen signal's calibration, of the chosen task unless another one is named.
     """
     if params.deferral is not None:
-        return params
+        if chosen is None or params.deferral_rate is None or params.deferral != METHODS[chosen.signal]:
+            return params
+        return replace(params, task=params.task or chosen.task)
     if chosen is None:
         return replace(params, deferral="threshold")
     rate = chosen.deferral_rate if params.deferral_rate is None else params.deferral_rate
