@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -334,6 +335,21 @@ def test_a_pass_that_was_begun_is_taken_by_those_who_ask_for_it(tiny_tokenizer: 
     asked = queries([0], GREEDY)
     assert_same(model.predict(asked)[0][0], plain.predict(asked)[0][0])
     assert counts.taken == taken
+    # Nor is anybody waited for: another thread may use the model.
+    began, busy, over = counts.foreseen, threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with model._network.lock:
+            busy.set()
+            over.wait(10)
+
+    other_thread = threading.Thread(target=hold)
+    other_thread.start()
+    busy.wait(10)
+    model.foresee([Foreseen(texts[0].views[0], len(texts[0].views[0]), 11, GREEDY)])
+    over.set()
+    other_thread.join()
+    assert counts.foreseen == began
     # What cannot go on so is left alone: a text that is not known, a token that there is not, a context that is full.
     before = counts.foreseen
     stranger = Text([[5, 6]]).views[0]

@@ -203,9 +203,15 @@ class LocalModel(LanguageModel):
         if self._stepper is None or not isinstance(self._cache, PagedCache) or self._activate is not None:
             return
         known = self._known_tokens
-        if all(0 <= each.token_id < known for each in coming):
-            with self._network.lock, self._on_device():
-                foresee(self._stepper, self._cache, coming, self._longest(self._cache))
+        if not all(0 <= each.token_id < known for each in coming):
+            return
+        # Whoever calls holds the lock of another network, so nobody may be waited for.
+        if self._network.lock.acquire(blocking=False):
+            try:
+                with self._on_device():
+                    foresee(self._stepper, self._cache, coming, self._longest(self._cache))
+            finally:
+                self._network.lock.release()
 
     def _predict(
         self,
