@@ -165,8 +165,8 @@ def test_few_tokens_are_written_down_as_many_are(monkeypatch: pytest.MonkeyPatch
             blocks.write(rows[-1].slot, 0, rows[-1].end)
         ids = [rng.randrange(1000) for row in rows for _ in range(row.width)]
         written = []
-        for few in (planned.FEW, 0):
-            monkeypatch.setattr(planned, "FEW", few)
+        for few in (planned.FEW_TEXTS, 0):
+            monkeypatch.setattr(planned, "FEW_TEXTS", few)
             numbers = np.full(planned.size(size), 7, dtype=np.int32)
             written.append((fill(numbers, rows, ids, blocks, 4), numbers.tolist()))
             monkeypatch.undo()

@@ -195,6 +195,48 @@ def test_what_the_base_begins_with_is_what_it_is_asked(pace: Pace | None, temper
     assert len(base.foreseen) >= (0 if runs else len(assistant.calls) - 1)
 
 
+class Failing(WritingOn):
+    """Its answers are faults from a position on, but for what it is told to begin with."""
+
+    def __init__(self, model: FakeModel, since: int) -> None:
+        super().__init__(model, stops=1.0)
+        self._since = since
+
+    def predict(self, queries: Sequence[Query]) -> Replies:
+        found = super().predict(queries)
+        for query, replies in zip(queries, found, strict=True):
+            for n, end in enumerate(query.ends):
+                if end - query.view.prompt_length >= self._since:
+                    replies[n] = Fault("base: NaN")
+        return found
+
+
+@pytest.mark.parametrize("since", range(3, 12))
+def test_a_draft_that_ends_in_a_fault_costs_no_token_before_it(since: int) -> None:
+    params, policy = SamplingParams(max_tokens=30, seed=5), Random(0.3, 1)
+    models = [WritingOn(model, stops=1.0) for model in fakes(1, agreement=1.0)]
+    steps, _ = texts(models, params, policy, None)
+    models = [Failing(models[0]._model, since), WritingOn(models[1]._model, stops=1.0)]
+    found, finished = texts(models, params, policy, FixedPace(4))
+    assert plainly(found) == steps[:since] and finished.error == "base: NaN"
+
+
+def test_whoever_begins_in_vain_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, policy = SamplingParams(max_tokens=30, seed=5), Random(0.3, 1)
+    calls = []
+
+    def fails(self: WritingOn, coming: Sequence[object]) -> None:
+        calls.append(coming)
+        raise RuntimeError("no room")
+
+    models = [WritingOn(model, stops=1.0) for model in fakes(1)]
+    steps, _ = texts(models, params, policy, FixedPace(4))
+    monkeypatch.setattr(WritingOn, "foresee", fails)
+    models = [WritingOn(model, stops=1.0) for model in fakes(1)]
+    found, finished = texts(models, params, policy, FixedPace(4))
+    assert found == steps and finished.error is None and len(calls) == 1
+
+
 def test_the_base_begins_while_texts_wait_for_others_to_end() -> None:
     """But not where one ends: the prompt of the next one joins the pass that follows."""
     models = [WritingOn(model, n, 0.0) for n, model in enumerate(fakes(1))]

@@ -27,7 +27,7 @@ Passes = tuple[Measured, ...]
 
 def pair_cell(pair: Pair, effort: Effort, batch: int, rate: float) -> Cell:
     """Base and assistant alone, the pair plain and speculative, and bare passes of the shapes these issue."""
-    alone = pair.system()  # of each model in turn, which share nothing
+    alone = pair.system()  # of each model in turn: caches and costs are kept by model
     runs = {
         BASE_ALONE: engine(pair, effort, batch, alone=0, llm=alone),
         PLAIN: engine(pair, effort, batch, deferring(pair, rate, False)),

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import click
@@ -62,8 +63,8 @@ def speaking(verbose: bool) -> Iterator[None]:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", module=r"collm(\..*)?")  # the same words once, not for each text
-            warnings.showwarning = _show_warning
+            warnings.filterwarnings("always", module=r"collm(\..*)?")
+            warnings.showwarning = partial(_show_warning, set())
         try:
             yield
         finally:
@@ -89,8 +90,11 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"warning: {message}", err=True)
+def _show_warning(told: set[str], message: Warning | str, *_: Any, **__: Any) -> None:
+    """The same words once, not for each text. `told`: what has been said."""
+    if str(message) not in told:
+        told.add(str(message))
+        click.echo(f"warning: {message}", err=True)
 
 
 def echo_json(value: Any, default: Callable[[Any], Any] | None = None) -> None:

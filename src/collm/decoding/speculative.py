@@ -145,11 +145,12 @@ class _Draft:
         the first token that is not the drafted one, or behind the draft."""
         known, first = self.known[BASE], self.position
         for position in range(first, self.end + 1):
-            if position not in known:
+            reply = known.get(position)
+            if not isinstance(reply, Answer):
                 return None
             author = self.first_author(position)
             if author == BASE:
-                token_id = required(known[position]).token_id
+                token_id = reply.token_id
             elif author == model and position <= last:
                 token_id = tokens[position - first]
             else:

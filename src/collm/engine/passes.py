@@ -113,7 +113,9 @@ def plan_pass(
 
 def _piece(query: Query, left: int) -> Query:
     """What is read of a query if so many of its tokens are left for later."""
-    return query._replace(length=query.length - left, num_last=0, given=None, write_on=None) if left else query
+    return (
+        query._replace(length=query.length - left, num_last=0, given=None, write_on=None, then=None) if left else query
+    )
 
 
 def written_on(batch: Batch, replies: Replies) -> list[int]:

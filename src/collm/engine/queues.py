@@ -55,6 +55,8 @@ class Queues:
         experience.share_device(number for number in beside if number != BASE)
         self.some_ended = False
         """A text that may stand in a queue has ended."""
+        self._begins_early = True
+        """The base may begin before it is asked."""
         self._models, self._experience = models, experience
         self._patience, self._timeout = patience, timeout
         self._clock, self._take, self._go_on, self._heard, self._during = clock, take, go_on, heard, during
@@ -93,9 +95,11 @@ class Queues:
         return None
 
     def _chosen(self, number: int, more_wait: bool) -> Chosen | None:
-        """Who is told what an assistant chooses: the base of the same device, whose turn comes next."""
+        """Who is told what an assistant chooses: the base of the same device, whose turn probably comes next."""
         during, base, model = self._during, self._models[BASE], self._models[number]
-        if during is None or not (base.writes_on and model.writes_on) or base.device != model.device:
+        if during is None or not (self._begins_early and base.writes_on and model.writes_on):
+            return None
+        if base.device != model.device:
             return None
         return partial(self._foresee, base, more_wait, during)
 
@@ -107,8 +111,26 @@ class Queues:
         found: list[tuple[Query, Sequence[int]]],
     ) -> None:
         """Let the base begin with what it will be asked while the answers are put together from which that follows."""
+        try:
+            self._begin(base, more_wait, during, found)
+        except Exception:  # whatever it is, the answers are there, and whoever asks the base next is told
+            _log.warning("%s could not begin early, and will not any more", base.name, exc_info=True)
+            self._begins_early = False
+
+    def _begin(
+        self,
+        base: LanguageModel,
+        more_wait: bool,
+        during: AbstractContextManager[object],
+        found: list[tuple[Query, Sequence[int]]],
+    ) -> None:
         with during:
-            coming = []
+            if any(query.then is None and query.write_on is None for query, _ in found):
+                return  # nobody knows what they will ask
+            thens = [query.then(tokens) for query, tokens in found if query.then is not None]
+            if more_wait and None in thens:
+                return  # the prompt of one that waits is read with the next pass
+            coming = [each for each in thens if each is not None]
             for waiting in self.of_model[BASE] or ():
                 query = waiting.query
                 if query.write_on is None or query.num_top:
@@ -116,10 +138,6 @@ class Queues:
                 if not waiting.item.done:
                     last = query.length - 1
                     coming.append(Foreseen(query.view, last, query.view.token_ids[last], query.draw))
-            thens = [query.then(tokens) for query, tokens in found if query.then is not None]
-            if more_wait and None in thens:
-                return  # the prompt of one that waits is read with the next pass
-            coming += [each for each in thens if each is not None]
         if coming:
             base.foresee(coming)
 

@@ -90,7 +90,7 @@ def _paged(
     reason: str | None = None
     serves = Network.of(lm).serves
     for body in _bodies(lm, machinery):
-        way = _way(lm, head, machinery, body)
+        way = _way(lm, head, vocab_size, machinery, body)
         reason = None
         if way not in serves:  # a trial takes a second or two
             trial, stepper = fresh(body)
@@ -109,11 +109,13 @@ def _paged(
     return None
 
 
-def _way(lm: PreTrainedModel, head: DeferralHead | None, machinery: Machinery, body: Body | None) -> Hashable:
+def _way(
+    lm: PreTrainedModel, head: DeferralHead | None, vocab_size: int, machinery: Machinery, body: Body | None
+) -> Hashable:
     """What the outcome of a trial depends on: what there is of the network, and what runs it."""
     parts = machinery.ops, machinery.telling, machinery.capture, machinery.dense, body
     modules = sum(1 for _ in lm.modules())
-    return modules, lm.dtype, lm.device, head is None, machinery.block, tuple(type(part) for part in parts)
+    return modules, lm.dtype, lm.device, head is None, vocab_size, machinery.block, tuple(type(part) for part in parts)
 
 
 def _bodies(lm: PreTrainedModel, machinery: Machinery) -> Iterator[Body | None]:

@@ -176,6 +176,8 @@ class LocalModel(LanguageModel):
         """Empty the caches and free their memory; the next answers are computed from the start."""
         if self._cache is not None:
             with self._network.lock:
+                if self._stepper is not None:
+                    self._stepper.void()
                 self._cache.forget()
 
     @torch.inference_mode()
@@ -300,8 +302,8 @@ class LocalModel(LanguageModel):
             if max(job.query.view.token_ids[job.done : job.query.length]) >= known:
                 return None
         if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
-            faults = self.eos_token_ids, self._no_numbers
-            write(self._stepper, self._cache, jobs, keep_on, tell, chosen, *faults, self._tell)
+            asked = keep_on, tell, chosen
+            write(self._stepper, self._cache, jobs, *asked, self.eos_token_ids, self._no_numbers, self._tell)
         else:
             self._pass(self._cache, [(job, job.query.length) for job in jobs], chosen)
         return [job.replies for job in jobs]

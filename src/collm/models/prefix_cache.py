@@ -172,10 +172,9 @@ class PrefixCache(ABC):
         Args:
             longest: tokens that a text may have.
         """
-        if self._ended:
-            if not all(view in self._places for view in tuple(self._ended)):
-                return None
-            self._settle_ended()
+        if self._ended and (late := self._settle_ended()):
+            self._ended.extend(late)  # `jobs` knows what to do with them
+            return None
         found: list[Job] = []
         places, slots, room = self._places, self.slots, PASS_TOKENS
         clock = self._clock = self._clock + 1

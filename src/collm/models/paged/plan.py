@@ -40,7 +40,7 @@ CHUNK = 256
 MORE_ITEMS = 256
 """Items beyond one for each token that a pass may have: it bounds the memory of partial results."""
 NO_ITEM = 2**31 - 1
-FEW, MANY = 64, 96
+FEW_TEXTS, FEW_TOKENS = 64, 96
 """Texts and tokens of a pass, at most, that is written down one by one."""
 
 
@@ -93,7 +93,7 @@ def fill(
     fill_empty(numbers, blocks)
     lines = numbers[HEAD:].reshape(LINES, -1)
     count = len(token_ids)
-    if len(rows) <= FEW and count <= MANY:
+    if len(rows) <= FEW_TEXTS and count <= FEW_TOKENS:
         items = _few(numbers, lines, rows, token_ids, blocks, per_piece)
         if items:
             return items

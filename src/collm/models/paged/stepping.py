@@ -151,6 +151,7 @@ class Stepper:
     def measured(self, repeats: int = 3) -> list[tuple[int, float]]:
         """Seconds of a replay of each graph, over padding, for the fewest and the most tokens that it serves: the
         shortest of some. They do not fall with the tokens."""
+        self.void()
         found: list[tuple[int, float]] = []
         for size, bucket in sorted(self._buckets.items()):
             planned.fill_empty(bucket.into, self._pool.blocks)
