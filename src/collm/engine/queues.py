@@ -112,34 +112,29 @@ class Queues:
     ) -> None:
         """Let the base begin with what it will be asked while the answers are put together from which that follows."""
         try:
-            self._begin(base, more_wait, during, found)
+            with during:
+                coming = self._coming(found, more_wait)
+            if coming:
+                base.foresee(coming)
         except Exception:  # whatever it is, the answers are there, and whoever asks the base next is told
             _log.warning("%s could not begin early, and will not any more", base.name, exc_info=True)
             self._begins_early = False
 
-    def _begin(
-        self,
-        base: LanguageModel,
-        more_wait: bool,
-        during: AbstractContextManager[object],
-        found: list[tuple[Query, Sequence[int]]],
-    ) -> None:
-        with during:
-            if any(query.then is None and query.write_on is None for query, _ in found):
-                return  # nobody knows what they will ask
-            thens = [query.then(tokens) for query, tokens in found if query.then is not None]
-            if more_wait and None in thens:
-                return  # the prompt of one that waits is read with the next pass
-            coming = [each for each in thens if each is not None]
-            for waiting in self.of_model[BASE] or ():
-                query = waiting.query
-                if query.write_on is None or query.num_top:
-                    return  # not a pass in which all go on
-                if not waiting.item.done:
-                    last = query.length - 1
-                    coming.append(Foreseen(query.view, last, query.view.token_ids[last], query.draw))
-        if coming:
-            base.foresee(coming)
+    def _coming(self, found: list[tuple[Query, Sequence[int]]], more_wait: bool) -> list[Foreseen]:
+        """What the base's next pass will be of, if all of it can be told."""
+        if any(query.then is None and query.write_on is None for query, _ in found):
+            return []  # nobody knows what they will ask
+        thens = [query.then(tokens) for query, tokens in found if query.then is not None]
+        if more_wait and None in thens:
+            return []  # the prompt of one that waits is read with the next pass
+        coming = [each for each in thens if each is not None]
+        for item, _, query in self.of_model[BASE] or ():
+            if query.write_on is None or query.num_top:
+                return []  # not a pass in which all go on
+            if not item.done:
+                last = query.length - 1
+                coming.append(Foreseen(query.view, last, query.view.token_ids[last], query.draw))
+        return coming
 
     def _turn(
         self, number: int, device: Device, wanted: Mapping[int, Sequence[Waiting]], now: float, more_wait: bool

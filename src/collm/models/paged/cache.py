@@ -112,14 +112,11 @@ class PagedCache(PrefixCache):
         found = []
         for view, length in texts:
             place = self._places.get(view)
-            if (
-                place is None
-                or (longest is not None and length >= longest)
-                or (slot := self.slots[place]).source is not None
-            ):
+            if place is None or (longest is not None and length >= longest):
                 return None
+            slot = self.slots[place]
             slot.settle(view)
-            if slot.held < length:
+            if slot.source is not None or slot.held < length:
                 return None
             found.append(place)
         for place, (_, length) in zip(found, texts, strict=True):

@@ -201,7 +201,7 @@ class Stepper:
             self._in_vain = False
             self._capture.wait()  # it may still be reading its numbers
         count = len(token_ids)
-        bucket = self._bucket(next(size for size in BUCKETS if size >= count))
+        bucket = self._bucket(_size(count))
         counts = self.counts
         size = count if bucket is None else bucket.size
         if bucket is None:
@@ -232,7 +232,7 @@ class Stepper:
     def foresee(self, places: Sequence[Place]) -> None:
         """Start a pass of one token of each row that will probably be asked for (`take`); not without a graph."""
         count = len(places)
-        if count > BUCKETS[-1] or next(size for size in BUCKETS if size >= count) not in self._buckets:
+        if count > BUCKETS[-1] or _size(count) not in self._buckets:
             return
         rows = [Row(place.slot, place.start, 1) for place in places]
         asked = Asked.drawn([(place.draw, place.position) for place in places])
@@ -339,6 +339,11 @@ class Stepper:
         replay = self._capture.record(work)
         _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
         return Bucket(size, into.numpy(), out.numpy(), replay, plan)
+
+
+def _size(num_tokens: int) -> int:
+    """Of the bucket of so many tokens."""
+    return next(size for size in BUCKETS if size >= num_tokens)
 
 
 def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) -> None:
