@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,15 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_on import WritingOn
 
-from collm.decoding.collaborative import Flow, collaborative
+from collm.decoding.collaborative import Flow, collaborative, single
 from collm.decoding.experience import FIRST_PIECE, SHORTEST_PIECE, Experience
 from collm.decoding.pace import FixedPace
-from collm.decoding.policies import Threshold
+from collm.decoding.policies import Never, Threshold
 from collm.decoding.speculative import speculative
 from collm.engine import Engine, Event, Finished, Twin, run
 from collm.engine.passes import answers
 from collm.engine.scheduler import Scheduler
-from collm.engine.turns import Turn
+from collm.engine.turns import ON_THEIR_OWN, TOLD, Turn
 from collm.engine.twin import Writing
 from collm.errors import CollmError
 from collm.models.fake import FakeModel
@@ -965,14 +966,13 @@ def test_a_piece_of_a_prompt_takes_a_part_of_a_usual_pass() -> None:
 
 
 def turn(
-    dear: float = 4.0, asked: Sequence[float] = (), heard: bool = False, patience: float = 1.0
+    dear: float = 4.0, asked: Sequence[float] = (), heard: bool = False, patience: float = 1.0, longest: float = 100.0
 ) -> tuple[Turn, list[float]]:
     clock = [0.0]
-    return Turn(lambda: clock[0], 0.0, asked, dear, patience, lambda: heard), clock
+    return Turn(lambda: clock[0], 0.0, asked, dear, patience, lambda: heard, longest), clock
 
 
-def test_a_model_keeps_its_turn_as_long_as_it_would_get_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collm.engine.turns.ON_THEIR_OWN", 100.0)
+def test_a_model_keeps_its_turn_as_long_as_it_would_get_it_again() -> None:
     keep_on, clock = turn()
     for now in range(10):
         clock[0] = now
@@ -997,6 +997,28 @@ def test_a_model_keeps_its_turn_as_long_as_it_would_get_it_again(monkeypatch: py
     keep_on, clock = turn()
     clock[0] = 100.0
     assert not keep_on(5, 0), "readers want to see something"
+
+
+@pytest.mark.parametrize(
+    ("defers", "told", "seconds"), [(False, True, TOLD), (True, True, ON_THEIR_OWN), (False, False, ON_THEIR_OWN)]
+)
+def test_how_long_texts_write_on_at_most(defers: bool, told: bool, seconds: float) -> None:
+    """Longer, where nobody waits for the end of a call: neither readers nor what is learnt from it."""
+    now = [0.0]
+    model = WritingOn(FakeModel("base", V), stops=0.0)
+    during = nullcontext() if told else None
+    scheduler = Scheduler([model], clock=lambda: now[0], post=lambda call: call(), during=during)
+    text, params = Text([[1, 2, 3]]), SamplingParams(max_tokens=1000)
+    flow = collaborative(text, params, Never(), [frozenset()]) if defers else single(0, text, params, [frozenset()])
+    scheduler.submit(0, flow, text, 1000, lambda event: None)
+    scheduler.admit()
+    [device] = scheduler.devices
+    found = scheduler.next_pass(device)
+    assert found is not None and found.keep_on is not None
+    now[0] = 0.99 * seconds
+    assert found.keep_on(1, 0)
+    now[0] = 1.01 * seconds
+    assert not found.keep_on(1, 0)
 
 
 def test_texts_write_on_until_somebody_comes() -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from collm.decoding.experience import Experience
 from collm.engine.passes import Batch, Waiting, plan_pass
 from collm.engine.running import Running
-from collm.engine.turns import Device, Turn, dear_seconds, whose_turn
+from collm.engine.turns import ON_THEIR_OWN, TOLD, Device, Turn, dear_seconds, whose_turn
 from collm.types import BASE
 from collm.values import Chosen, Fault, Foreseen, LanguageModel, Query, Replies, Reply, StreamingModel
 
@@ -58,6 +58,7 @@ class Queues:
         self._begins_early = True
         """The base may begin before it is asked."""
         self._models, self._experience = models, experience
+        self._writes_on = [model.writes_on for model in models]
         self._patience, self._timeout = patience, timeout
         self._clock, self._take, self._go_on, self._heard, self._during = clock, take, go_on, heard, during
 
@@ -85,8 +86,8 @@ class Queues:
                 continue
             self.of_model[number] = batch.left
             batch.started = now
-            if self._models[number].writes_on and all(query.write_on is not None for query in batch.queries):
-                batch.keep_on = self._turn(number, device, wanted, now, more_wait)
+            if self._writes_on[number] and all(query.write_on is not None for query in batch.queries):
+                batch.keep_on = self._turn(batch, device, wanted, more_wait)
                 batch.tell = None if self._during is None else partial(self._tell, batch, self._during)
             elif number != BASE and len(wanted) == 1 + (BASE in wanted) and not batch.left:
                 batch.chosen = self._chosen(number, more_wait)
@@ -136,15 +137,16 @@ class Queues:
                 coming.append(Foreseen(query.view, last, query.view.token_ids[last], query.draw))
         return coming
 
-    def _turn(
-        self, number: int, device: Device, wanted: Mapping[int, Sequence[Waiting]], now: float, more_wait: bool
-    ) -> Turn:
+    def _turn(self, batch: Batch, device: Device, wanted: Mapping[int, Sequence[Waiting]], more_wait: bool) -> Turn:
         """How long texts may write on in a pass that begins now."""
+        number = batch.model
         others = [each.item.asked for model, queue in wanted.items() if model != number for each in queue]
         dear = 0.0
         if number == BASE and not more_wait and len(device.models) == len(self._models):
-            dear = min((dear_seconds(n, self._experience) for n in device.models if n != BASE), default=0.0)
-        return Turn(self._clock, now, others, dear, self._patience, self._heard)
+            dear = min([dear_seconds(n, self._experience) for n in device.models if n != BASE], default=0.0)
+        may_defer = any(query.write_on is None or query.write_on.until is not None for query in batch.queries)
+        longest = ON_THEIR_OWN if may_defer or self._during is None else TOLD
+        return Turn(self._clock, batch.started, others, dear, self._patience, self._heard, longest)
 
     def _tell(self, batch: Batch, during: AbstractContextManager[object], found: list[tuple[int, list[Reply]]]) -> None:
         """Hand out answers of passes that run. A text that has asked for something else since gets no more of them."""

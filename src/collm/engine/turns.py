@@ -49,7 +49,7 @@ def whose_turn(
         wanted: those who wait, by model.
         dear: seconds of an assistant's next pass, 0 where it is no dearer than the base.
     """
-    since = {number: min(each.item.asked for each in queue) for number, queue in wanted.items()}
+    since = {number: min([each.item.asked for each in queue]) for number, queue in wanted.items()}
     assistants = sorted((number for number in wanted if number != BASE), key=since.__getitem__)
     if BASE not in wanted:
         return assistants[0]
@@ -68,6 +68,9 @@ def whose_turn(
 ON_THEIR_OWN = 0.025
 """Seconds for which texts write on by themselves at most, so that readers see a steady stream, and that nobody who
 comes waits."""
+TOLD = 0.1
+"""The same of texts that never defer, where each answer is handed out while the next pass runs and whoever comes is
+heard: a call costs the host as much as ten of its passes. Other engines that use the same network wait for its end."""
 
 
 class Turn:
@@ -78,6 +81,7 @@ class Turn:
         now: when its turn began.
         asked: since when those wait that want another model of this device.
         dear: as in `whose_turn`; 0 also where it would be better not to wait for other reasons.
+        longest: seconds at most, whoever waits.
     """
 
     def __init__(
@@ -88,11 +92,12 @@ class Turn:
         dear: float,
         patience: float,
         heard: Callable[[], bool],
+        longest: float,
     ) -> None:
-        self._clock, self._until, self._heard = clock, now + ON_THEIR_OWN, heard
+        self._clock, self._until, self._heard = clock, now + longest, heard
         self._last, self._first = now, min(asked, default=now)
         self._others = self._waiting = len(asked)
-        self._waited = sum(now - each for each in asked)
+        self._waited = sum([now - each for each in asked])
         self._dear, self._longest = dear, patience * dear
 
     def __call__(self, going: int, stopped: int) -> bool:
