@@ -61,8 +61,10 @@ def ask(
     """One reply from each of `models` for the token at the end of the text; `then` as in `Query`."""
     views = text.views
     replies = yield tuple(
-        Query(model, views[model], len(views[model]), draw=draw, num_top=num_top, law=law, then=then)
-        for model in models
+        [
+            Query(model, views[model], len(views[model].token_ids), 1, draw, None, num_top, law, then=then)
+            for model in models
+        ]
     )
     assert replies is not None and len(replies) == len(models)
     return [reply for [reply] in replies]

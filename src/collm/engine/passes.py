@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 from collm.decoding.experience import LONGEST_PIECE, SHORTEST_PIECE, Experience
@@ -122,8 +124,8 @@ def written_on(batch: Batch, replies: Replies) -> list[int]:
     """The tokens of each further pass in which texts wrote on by themselves."""
     if batch.keep_on is None:
         return []
-    more = [len(reply) - query.num_last for reply, query in zip(replies, batch.queries, strict=True)]
-    return [sum(number >= n for number in more) for n in range(1, max(more) + 1)]
+    more = sorted([len(reply) - query.num_last for reply, query in zip(replies, batch.queries, strict=True)])
+    return [len(more) - bisect_left(more, n) for n in range(1, more[-1] + 1)]
 
 
 KINDS = frozenset((Answer, Fault, type(None)))
@@ -165,10 +167,10 @@ def _complete(replies: Replies, queries: Sequence[Query]) -> bool:
         return False
     for reply, query in zip(replies, queries, strict=True):
         # What is only read is not answered, unless by a fault.
-        most = query.num_last if query.write_on is None else query.num_last + query.write_on.max_tokens
-        if not query.num_last <= len(reply) <= most and (len(reply), query.num_last) != (1, 0):
-            return False
-        # Anything else would be taken for a model that abstains.
-        if not KINDS.issuperset(map(type, reply)):
-            return False
-    return True
+        found, least = len(reply), query.num_last
+        if found != least and (found, least) != (1, 0):
+            leave = query.write_on
+            if leave is None or not least <= found <= least + leave.max_tokens:
+                return False
+    # Anything else would be taken for a model that abstains.
+    return KINDS.issuperset(map(type, chain.from_iterable(replies)))

@@ -42,19 +42,23 @@ class Asked:
     @classmethod
     def drawn(cls, how: Sequence[tuple[Draw, int]]) -> Asked:
         """Nothing but tokens."""
-        return cls(Draws.of(how), how=how)
+        return cls(Draws.of(how), how=how) if any(draw.temperature for draw, _ in how) else MOST_PROBABLE
 
     @classmethod
     def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:
         """Of each query its prefixes from the i-th to before the j-th."""
+        plain, drawn = True, False
+        for query, _, _ in queries:
+            plain = plain and query.given is None and not (query.num_top or query.law or query.last_bytes)
+            drawn = drawn or query.draw.temperature > 0
+        if plain and not drawn:
+            return MOST_PROBABLE
         draws: list[tuple[Draw, int]] = []
-        plain = True
         for query, i, j in queries:
             first = query.length - query.num_last + 1 - query.view.prompt_length + query.view.shift
             draws += [(query.draw, first + n) for n in range(i, j)]
-            plain = plain and query.given is None and not (query.num_top or query.law or query.last_bytes)
         if plain:
-            return cls.drawn(draws)
+            return cls(Draws.of(draws), how=draws)
         given: list[int] = []
         tops: list[int] = []
         cuts: list[int] = []
@@ -79,6 +83,10 @@ class Asked:
     def numbers(self) -> list[int]:
         """As it goes to the device."""
         return self.draws.words + (self.given or []) + (self.cuts or [])
+
+
+MOST_PROBABLE = Asked(Draws.of(()))
+"""Nothing but each prefix's most probable token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,7 +303,7 @@ class LocalModel(LanguageModel):
                 return None
         if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
             asked = keep_on, tell, chosen
-            write(self._stepper, self._cache, jobs, *asked, self.eos_token_ids, self._no_numbers, self._tell)
+            write(self._stepper, self._cache, jobs, *asked, self._eos_token_ids, self._no_numbers, self.on_pass)
         else:
             self._pass(self._cache, [(job, job.query.length) for job in jobs], chosen)
         return [job.replies for job in jobs]
@@ -380,8 +380,9 @@ class LocalModel(LanguageModel):
             for query, reply in zip(queries, replies, strict=True):
                 if not reply:
                     reply += [next(found) for _ in range(query.num_last)]
-        longest = max(query.length for query in known)
-        self._tell(ForwardPass(len(known), max(missing), sum(missing), longest, perf_counter() - began))
+        if self.on_pass is not None:
+            longest = max(query.length for query in known)
+            self.on_pass(ForwardPass(len(known), max(missing), sum(missing), longest, perf_counter() - began))
         return replies
 
     def _cached(self, cache: PrefixCache, queries: Sequence[Query]) -> Iterator[list[Reply]]:
@@ -431,7 +432,7 @@ class LocalModel(LanguageModel):
                 cache.clear(job)
             raise
         replies = list(found)
-        broken = any(isinstance(reply, Fault) for reply in replies)
+        broken = Fault in map(type, replies)
         at = 0
         for job, end in pieces:
             number = end - max(job.first, job.done)
@@ -440,14 +441,12 @@ class LocalModel(LanguageModel):
                 new = replies[at : at + number]
                 at += number
                 job.replies += new
-                job.broken |= broken and any(isinstance(reply, Fault) for reply in new)
+                job.broken |= broken and Fault in map(type, new)
             if job.broken:
                 cache.clear(job)
-        self._tell(
-            ForwardPass(
-                len(rows), rows[-1].width, len(token_ids), max([row.end for row in rows]), perf_counter() - began
-            )
-        )
+        if self.on_pass is not None:
+            longest = max([row.end for row in rows])
+            self.on_pass(ForwardPass(len(rows), rows[-1].width, len(token_ids), longest, perf_counter() - began))
 
     def _eager(
         self,
@@ -481,7 +480,3 @@ class LocalModel(LanguageModel):
             f"{self._name}: the predictions after position {position} are not numbers (NaN); its weights are damaged "
             "or overflow in this dtype: try another dtype"
         )
-
-    def _tell(self, done: ForwardPass) -> None:
-        if self.on_pass is not None:
-            self.on_pass(done)

@@ -47,7 +47,8 @@ class Slot:
         held = self.held
         if self.ahead is not None and self.ahead[0] == held:
             more = self.ahead[1]
-            held += _common(view.token_ids[held : held + len(more)], more, len(more))
+            own = view.token_ids[held : held + len(more)]
+            held += len(more) if own == more else _common(own, more, len(more))
         return held if self.rewinds == view.rewinds else min(held, view.valid_since(self.rewinds))
 
     def settle(self, view: View) -> None:
@@ -238,7 +239,8 @@ class PrefixCache(ABC):
         """The first `done` tokens of a job are stored now."""
         job.done = done
         slot = self.slots[job.slot]
-        slot.held = max(slot.held, done)
+        if slot.held < done:
+            slot.held = done
 
     def hold_ahead(self, job: Job) -> None:
         """So are the tokens that the model wrote behind a job, but for the last one."""

@@ -36,7 +36,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
 
 
-MOVING = (POSITIONS, WHERE, START, DRAW + 3)
+MOVING = (slice(POSITIONS, WHERE + 1), START, DRAW + 3)
 """Lines of what moves with a token; the last one, its position in the completion."""
 
 
@@ -99,8 +99,8 @@ class Stepper:
         self._buckets: dict[int, Bucket] = {}
         self._refused: set[int] = set()
         self._moves = pool.moves
-        self._last: tuple[Bucket, int] | None = None
-        """Of the last pass, with its tokens."""
+        self._last: tuple[Bucket, NDArray[np.int32]] | None = None
+        """Of the last pass, with the lines of its tokens."""
         self._foreseen: list[Place] | None = None
         """The rows of a pass that runs, which nobody has asked for yet."""
         self._in_vain = False
@@ -218,7 +218,7 @@ class Stepper:
             cuts = np.array(asked.cuts, dtype=np.int32).reshape(-1, 2)
             lines[CUT, wanted], lines[OPENS, wanted] = cuts[:, 0] + 1, cuts[:, 1]
         if bucket is not None:
-            self._last = bucket, count
+            self._last = bucket, lines[:, :count]
             self._replay(bucket)
             return None
         self._last = None
@@ -262,11 +262,10 @@ class Stepper:
         """Start the last pass, of one token of each row, once more over other tokens, those of some rows (`moving`, 1
         or 0) one position further. None of them comes into another block or chunk by that. `told` waits for it."""
         assert self._last is not None
-        bucket, count = self._last
-        lines = bucket.into[HEAD:].reshape(LINES, -1)
-        lines[IDS, :count] = token_ids
+        bucket, lines = self._last
+        lines[IDS] = token_ids
         for which in MOVING:  # one by one: numpy copies what is chosen by a list
-            lines[which, :count] += moving
+            lines[which] += moving
         self._replay(bucket)
 
     def _replay(self, bucket: Bucket) -> None:
@@ -279,11 +278,11 @@ class Stepper:
     def told(self) -> Told:
         """What the pass tells that was started last."""
         assert self._last is not None
-        bucket, count = self._last
+        bucket, lines = self._last
         self._capture.wait()
         self.counts.waits += 1
         self.counts.downloads += 1
-        return Told(bucket.out[:count].copy(), self._head is not None, self._shares_chunks)
+        return Told(bucket.out[: lines.shape[1]].copy(), self._head is not None, self._shares_chunks)
 
     def wait(self) -> None:
         """Until nothing runs any more."""

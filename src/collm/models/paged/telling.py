@@ -7,7 +7,7 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,15 +110,19 @@ class Told:
     def all_numbers(self) -> bool:
         return not self.rows[:, BAD].any()
 
-    def answers(self, wanted: Sequence[int]) -> Iterator[Answer | None]:
+    def answers(self, wanted: Sequence[int]) -> list[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
         rows = self.rows if len(wanted) == len(self.rows) else self.rows[list(wanted)]
+        has_gate, has_close = self.has_gate, self.has_close
+        found: list[Answer | None] = []
         for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
-            close = floats.pop() if self.has_close else 0.0
-            gate = tuple(floats[GATE:]) if self.has_gate else None
-            told = Answer(row[CHOSEN], floats[5], row[0], floats[1], floats[2], gate, log_close=close)
-            yield None if row[BAD] else told
+            close = floats.pop() if has_close else 0.0
+            gate = tuple(floats[GATE:]) if has_gate else None
+            # All of them by their places, which takes half the time.
+            told = Answer(row[CHOSEN], floats[5], row[0], floats[1], floats[2], gate, None, (), None, None, close)
+            found.append(None if row[BAD] else told)
+        return found
 
     def answer(self, n: int) -> Answer | None:
         """Of the n-th token of the pass."""
-        return next(self.answers([n]))
+        return self.answers([n])[0]

@@ -4,7 +4,7 @@ the one before chose. What the host does for a token is a fraction of what it ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from time import perf_counter
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from collm.decoding.policies import Policy, defers
 from collm.models.attention import Row
-from collm.models.laws import Asked
+from collm.models.laws import MOST_PROBABLE, Asked
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.plan import CHUNK
 from collm.models.paged.stepping import BUCKETS, Place, Stepper
@@ -67,7 +67,7 @@ def write(
     chosen: Chosen | None,
     ends: frozenset[int],
     fault: Callable[[int], Fault],
-    passed: Callable[[ForwardPass], None],
+    passed: Callable[[ForwardPass], None] | None,
 ) -> None:
     """Answer jobs that `are_steps`, and let their texts write on as far as each may; see `LanguageModel.write_on`.
 
@@ -78,6 +78,7 @@ def write(
         passed: is told of each pass.
     """
     going = [_Writer(at, job) for at, job in enumerate(jobs)]
+    any_defers = any(writer.until is not None for writer in going)
     if keep_on is not None and not cache.room_ahead(jobs, [writer.left for writer in going]):
         keep_on = None
     try:
@@ -87,29 +88,34 @@ def write(
             told = passes.told()
             if chosen is not None:
                 chosen([(writer.job.query, [int(told.tokens[writer.row])]) for writer in going])
-            answers: Iterable[Answer | None] = told.answers([writer.row for writer in going])
+            rows = [writer.row for writer in going]
+            answers: list[Answer | None] | None = None
             if keep_on is None:
                 on = []
-            elif told.all_numbers and not any(writer.may_defer for writer in going):
+            elif told.all_numbers and not (any_defers and any(writer.may_defer for writer in going)):
                 # Nobody stops but at the end of his text, so that the next pass can start before this one is looked at.
                 on = [writer for writer in going if writer.left]
             else:
-                answers = list(answers)
+                answers = told.answers(rows)
                 on = [writer for writer, answer in zip(going, answers, strict=True) if writer.goes_on(answer, ends)]
             runs = keep_on is not None and keep_on(len(on), len(jobs) - len(on))
             if runs:
                 passes.go_on(told, on)
                 for writer in on:
                     writer.left -= 1
+            looked_at = answers is not None
+            if answers is None:
+                answers = told.answers(rows)
             for writer, answer in zip(going, answers, strict=True):
                 writer.take(answer, fault)
-            longest = max([writer.length for writer in going])
-            passed(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
+            if passed is not None:
+                longest = max([writer.length for writer in going])
+                passed(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
             if not runs:
                 break
             if tell is not None:
-                tell([(writer.at, writer.job.replies[-1:]) for writer in going])
-            going = [writer for writer in on if not writer.has_ended(ends)]
+                tell([(writer.at, writer.replies[-1:]) for writer in going])
+            going = on if looked_at else [writer for writer in on if not writer.has_ended(ends)]
         if not going:
             stepper.wait()  # a pass that runs in vain
     except BaseException:
@@ -129,11 +135,12 @@ class _Writer:
     """One text, and what it may still do. `at`, `row`: its place among the queries, and in the passes; `length`: tokens
     that have been read."""
 
-    __slots__ = ("at", "draw", "job", "left", "length", "passing", "row", "until", "_before")
+    __slots__ = ("at", "draw", "job", "left", "length", "passing", "replies", "row", "until", "_before")
 
     def __init__(self, at: int, job: Job) -> None:
         query = job.query
         self.at, self.row, self.job, self.length, self.draw = at, at, job, job.done, query.draw
+        self.replies = job.replies
         self.left, self.passing = 0, 0
         self.until: Policy | None = None
         leave = query.write_on
@@ -160,8 +167,8 @@ class _Writer:
         if answer is None or not self.left or answer.token_id in ends:
             return False
         until = self.until
-        if until is not None and self.passing < self.left and defers(until, answer, self.draw, self.position):
-            self.passing -= 1
+        if until is not None and self.passing < self.left:
+            self.passing -= defers(until, answer, self.draw, self.position)
         return self.passing >= 0
 
     def take(self, answer: Answer | None, fault: Callable[[int], Fault]) -> None:
@@ -169,12 +176,12 @@ class _Writer:
         self.length += 1
         if answer is None:
             self.job.broken = True
-            self.job.replies.append(fault(self.length))
+            self.replies.append(fault(self.length))
         else:
-            self.job.replies.append(answer)
+            self.replies.append(answer)
 
     def has_ended(self, ends: frozenset[int]) -> bool:
-        reply = self.job.replies[-1]
+        reply = self.replies[-1]
         return not isinstance(reply, Answer) or reply.token_id in ends
 
 
@@ -188,8 +195,9 @@ class _Passes:
         self._starts = np.array([place.start for place in places], dtype=np.int32)
         """Of the tokens that are read next."""
         self._tokens = np.array([place.token_id for place in places], dtype=np.int32)
-        self._moving = np.ones(len(places), dtype=np.int32)
+        self._moving, self._num_moving = np.ones(len(places), dtype=np.int32), len(places)
         self._draws = [(place.draw, place.position) for place in places]
+        self._any_drawn = any(place.draw.temperature for place in places)
         self._begun = self._starts.copy()
         self._told: Told | None = None
         """Of a pass that has run at once, without a graph."""
@@ -221,8 +229,10 @@ class _Passes:
             self._stepper.move(self._moving, self._tokens)
             return
         rows = [Row(slot, start, 1) for slot, start in zip(self._slots, self._starts.tolist(), strict=True)]
-        gone = (self._starts - self._begun).tolist()
-        asked = Asked.drawn([(draw, position + n) for (draw, position), n in zip(self._draws, gone, strict=True)])
+        asked = MOST_PROBABLE
+        if self._any_drawn:
+            gone = (self._starts - self._begun).tolist()
+            asked = Asked.drawn([(draw, position + n) for (draw, position), n in zip(self._draws, gone, strict=True)])
         self._told = self._stepper.start(rows, self._tokens.tolist(), range(len(rows)), asked)
         if self._told is None:
             self.runs_alike()
@@ -233,7 +243,8 @@ class _Passes:
 
     def only(self, writers: Sequence[_Writer]) -> None:
         """These go on, nobody else."""
-        if len(writers) < self._moving.sum():
+        if len(writers) < self._num_moving:
+            self._num_moving = len(writers)
             self._moving[:] = 0
             self._moving[[writer.row for writer in writers]] = 1
 
@@ -243,6 +254,9 @@ class _Passes:
     def go_on(self, told: Told, writers: Sequence[_Writer]) -> None:
         """Another pass, in which the tokens are read that were chosen, of these texts."""
         self.only(writers)
-        np.copyto(self._tokens, told.tokens, where=self._moving > 0)
+        if self._num_moving == len(self._tokens):
+            self._tokens[:] = told.tokens
+        else:
+            np.copyto(self._tokens, told.tokens, where=self._moving > 0)
         self._starts += self._moving
         self.start()
