@@ -26,7 +26,7 @@ from collm.models.backbone import hidden_states, project
 from collm.models.fake import FakeModel
 from collm.models.loading import eos_ids, load_model, load_tokenizer
 from collm.models.shortened import first_layers
-from collm.report.trace import Trace
+from collm.report.trace import Trace, append_trace
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
 from collm.types import BASE, Generation
@@ -193,22 +193,21 @@ def test_recipes_run_on_tiny_models(
     assert generation.forward_passes == (len(generation.steps),) * 3
 
 
-def test_own_texts_are_the_right_answers_that_are_not_gold() -> None:
-    own = script("own_texts")
+def test_own_texts_behind_gold_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"role": "user", "content": "1 + 1?"}
-    gold = [{"id": "a", "messages": [asked, {"role": "assistant", "content": "2"}], "answer": "2", "group": "g"}]
-    traces = [
-        Trace("a", Generation(text, (), (), "stop", 3, ("base",)), "1 + 1?", score=score)
-        for text, score in [("2", 1.0), ("It is 2 ", 1.0), ("It is 2", 1.0), ("3", 0.0), ("two", None)]
-    ]
-    rows = own.with_own_texts(gold, own.right_answers(traces))
-    assert [row["messages"][-1]["content"] for row in rows] == ["2", "It is 2"]
-    assert rows[1]["id"] != "a" and rows[1]["messages"][0] == asked and rows[1]["group"] == "g"
-    # A question alone, and one that nobody answered: nothing to learn from but its own answers.
-    alone = [{"id": "a", "messages": [asked]}, {"id": "b", "messages": [asked]}]
-    kept = own.with_own_texts(alone, own.right_answers(traces))
-    assert [row["messages"][-1]["content"] for row in kept] == ["2", "It is 2"]
-    assert all(row["messages"][:-1] == [asked] for row in kept)
+    rows = [{"id": "a", "messages": [asked, {"role": "assistant", "content": "2"}]}, {"id": "b", "messages": [asked]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, texts in enumerate([{"a": "It is 2", "b": "two"}, {"a": "2", "b": "two"}]):
+        for key, text in texts.items():
+            generation = Generation(text, (), (), "stop", 3, ("base",))
+            append_trace(tmp_path / f"{number}.jsonl", Trace(key, generation, "1 + 1?", score=1.0))
+    files = [str(tmp_path / f"{number}.jsonl") for number in (0, 1)]
+    command = ["own_texts.py", *files, "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr("sys.argv", command)
+    script("own_texts").main()
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in found] == ["2", "It is 2", "two"]
+    assert all(row["messages"][:-1] == [asked] for row in found)
 
 
 def says(probabilities: list[float], gate: float | None = None) -> Answer:

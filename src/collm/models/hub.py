@@ -16,6 +16,7 @@ from collm.models.specs import split_spec
 CARD = "README.md"
 LEFTOVERS = (
     *("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock"),
+    "own_texts.jsonl",
     *("evaluation", "base_alone", "report.html"),
 )
 """What lies in a run's folder besides the checkpoint."""
@@ -37,6 +38,12 @@ def model_card(info: CheckpointInfo) -> str:
         f"| assistants | {names} |",
         f"| trained | {info.kind}, objective {recipe.get('objective', 'unknown')} |",
     ]
+    own: dict[str, Any] = info.training.get("own_texts", {})
+    if own:
+        lines.append(
+            f"| texts of its own | {own['learnt']}, by {own['writer']}, accepted by {own['task']}; "
+            f"{'beside' if own['gold'] else 'instead of'} the gold ones |"
+        )
     if info.kind != "full":
         lines += ["", "It holds no base weights: give the base with `base=` or `--base` if it lies elsewhere."]
     given = "".join(f" --assistant {a.name}={a.spec}" for a in info.assistants)

@@ -8,10 +8,14 @@ from pathlib import Path
 
 from collm.data.examples import JSON_SUFFIXES, hold_out, load_examples
 from collm.errors import CollmError, nearest
+from collm.evaluation.task import get_task
 from collm.files import require_place
+from collm.llm.checking import check_request, outline
+from collm.models.info import load_info
 from collm.models.placement import Placement
 from collm.models.specs import adapter_config, is_tool, is_url, require_model, split_spec
-from collm.training.recipe import ModelSection, Recipe
+from collm.sampling_params import SamplingParams
+from collm.training.recipe import ModelSection, OwnTextsSection, Recipe
 
 LOGGERS = {
     "azure_ml": ("azureml",),
@@ -53,12 +57,12 @@ def check_recipe(recipe: Recipe) -> None:
         keys = ("scores",) if one_file else ("scores", "validation_scores")
         lacking = [key for key in keys if getattr(assistant, key) is None]
         _check_scores(f"assistant {assistant.name!r}", assistant)
-        if not lacking:
+        if not lacking and recipe.own_texts is None:
             continue  # it is not opened, and may lie on another machine
         try:
             _check_assistant(assistant)
         except CollmError as error:
-            raise not_at_hand(assistant.name, error, lacking) from error
+            raise not_at_hand(assistant.name, error, None if recipe.own_texts else lacking) from error
     for key in ("train", "validation"):
         source = getattr(recipe.data, key)
         if source is not None and Path(source).suffix in JSON_SUFFIXES:
@@ -68,8 +72,48 @@ def check_recipe(recipe: Recipe) -> None:
                     hold_out(examples, recipe.data.validation_share)
             except CollmError as error:
                 raise CollmError(f"data.{key}: {error}") from None
+    if recipe.own_texts is not None:
+        try:
+            _check_own_texts(recipe, recipe.own_texts)
+        except CollmError as error:
+            raise CollmError(f"own_texts: {error}") from None
     require_place(recipe.out, folder=True)
     require_place(recipe.cache_folder, folder=True)
+
+
+def _check_own_texts(recipe: Recipe, section: OwnTextsSection) -> None:
+    task = get_task(section.task)
+    task.require()
+    if task.shots:
+        raise CollmError(
+            f"task {task.name!r} asks behind solved examples, which the texts that are learnt do not have: take one "
+            "that asks as they do"
+        )
+    if section.checkpoint is not None:
+        system = outline(section.checkpoint, placed_assistants(recipe, section.checkpoint), dtype=section.dtype)
+        pair = section.writer == "pair"
+        if pair and not system.has_gate:
+            raise CollmError(
+                f"{section.checkpoint} has no gate, so that nothing says who of a pair writes: give a pair that collm "
+                "train has made, or a writer that writes alone (base)"
+            )
+        check_request(system, SamplingParams(deferral="sampled" if pair else None), None if pair else section.writer)
+        tool = section.writer in system.tools
+    else:
+        tool = is_tool(recipe.writer(section.writer).model)
+    if tool:
+        raise CollmError(f"{section.writer} is a tool, which writes no texts by itself")
+    source = section.data or recipe.data.train
+    if Path(source).suffix in JSON_SUFFIXES:
+        for example in load_examples(source, skip_bad=recipe.data.skip_bad):
+            task.gold(example)
+
+
+def placed_assistants(recipe: Recipe, checkpoint: str) -> list[str]:
+    """Where the assistants of a checkpoint lie: those of the recipe that bear their names."""
+    info = load_info(split_spec(checkpoint)[0])
+    names = set() if info is None else {assistant.name for assistant in info.assistants}
+    return [f"{a.name}={a.model}" for a in recipe.assistants if a.name in names]
 
 
 def require_packages(packages: tuple[str, ...]) -> None:
@@ -81,8 +125,11 @@ def require_packages(packages: tuple[str, ...]) -> None:
             raise CollmError(f"training needs the package {package}; pip install 'collm[train]'")
 
 
-def not_at_hand(name: str, error: CollmError, lacking: list[str]) -> CollmError:
-    """An assistant that cannot be opened need not be: `lacking` are the keys of the scores that would do instead."""
+def not_at_hand(name: str, error: CollmError, lacking: list[str] | None) -> CollmError:
+    """An assistant that cannot be opened need not be: `lacking` are the keys of the scores that would do instead; None
+    where none would."""
+    if lacking is None:
+        return CollmError(f"assistant {name!r}: {error}. With own_texts it must be at hand: it scores what is written")
     return CollmError(
         f"assistant {name!r}: {error}. To train without it at hand, score the data where it lies (collm score) and "
         f"give the scores as {' and '.join(lacking) or 'now (these are of an older collm, and tell too little)'}"

@@ -85,6 +85,19 @@ class ScoredSet:
         return rows
 
 
+def joined(sets: Sequence[ScoredSet]) -> ScoredSet:
+    """One after the other."""
+    if len(sets) == 1:
+        return sets[0]
+    return ScoredSet(
+        tuple(item for each in sets for item in each.items),
+        torch.cat([each.base_log_probs for each in sets]),
+        torch.cat([each.base_top1 for each in sets]),
+        torch.cat([each.log_probs for each in sets]),
+        torch.cat([each.top1 for each in sets]),
+    )
+
+
 def load_split(data: DataSection) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples."""
     options: dict[str, Any] = {"skip_bad": data.skip_bad, "last_turn": data.last_turn}

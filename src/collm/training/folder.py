@@ -20,7 +20,7 @@ from collm.training.made_from import DAY, FILES, MADE_FROM, RUN, begun, confirm_
 from collm.training.recipe import AFTER_TRAINING, Recipe
 
 OURS = (MADE_FROM, FILES, DAY)
-LOCK = ".lock"
+LOCK, OWN_TEXTS = ".lock", "own_texts.jsonl"
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def _claim(recipe: Recipe, restart: bool) -> None:
     if restart:
         for name in ("checkpoints", "init"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("collm.json", RUN, "log.jsonl"):
+        for name in ("collm.json", RUN, "log.jsonl", OWN_TEXTS):
             (out / name).unlink(missing_ok=True)
     kept: dict[str, Any] = {DAY: first_day(out)}
     if path.is_file() and begun(out):
@@ -67,7 +67,8 @@ def _claim(recipe: Recipe, restart: bool) -> None:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     # Without what changes nothing about the training.
     left_out: dict[str, Any] = dict.fromkeys(("out", "cache", *AFTER_TRAINING), True)
-    return recipe.model_dump(mode="json", exclude={**left_out, "training": {"save_minutes": True}})
+    left_out |= {"training": {"save_minutes": True}, "own_texts": {"batch_size": True, "device": True}}
+    return recipe.model_dump(mode="json", exclude=left_out)
 
 
 def _with_defaults(found: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def confirm(
     if begun(recipe.out):
         _require_same(recipe.out, run.get(MADE_FROM), now)
     if write:
-        stamps = {section.model: stamp(section.model) for section in (recipe.base, *recipe.assistants)}
+        stamps = {spec: stamp(spec) for spec in _specs(recipe)}
         write_text(recipe.out / RUN, json.dumps({**run, MADE_FROM: now, FILES: stamps}, indent=2))
 
 
@@ -101,21 +101,31 @@ def confirm_finished(recipe: Recipe) -> None:
     if MADE_FROM not in run:
         return  # of an older version: it is whole, and nobody can say more of it
     there, splits = run[MADE_FROM], dict(zip(("train", "validation"), load_split(recipe.data), strict=True))
-    _require_same(recipe.out, {"data": there["data"]}, {"data": data_identity(splits)})
+    # Own texts follow from the rest; without the gold ones these are not learnt.
+    now = {split: told for split, told in data_identity(splits).items() if split in there["data"]}
+    _require_same(recipe.out, {"data": {split: there["data"][split] for split in now}}, {"data": now})
     if run[FILES].get(recipe.base.model) != stamp(recipe.base.model):
         from collm.identity.known import Opened
 
         logger.info("the files of %s have changed since: comparing weights", recipe.base.model)
         kept = {key: value for key, value in there["base"].items() if key != "prompts"}
         _require_same(recipe.out, {"base": kept}, {"base": Opened(recipe.base.model, dtype=recipe.base.dtype).identity})
-    for section in recipe.assistants:
-        if run[FILES].get(section.model) != stamp(section.model):
+    for spec, role in list(_specs(recipe).items())[1:]:
+        if run[FILES].get(spec) != stamp(spec):
             logger.warning(
                 "the files of %s have changed since %s was trained with it as %r (--restart trains it anew)",
-                section.model,
+                spec,
                 recipe.out,
-                section.name,
+                role,
             )
+
+
+def _specs(recipe: Recipe) -> dict[str, str]:
+    """The models of a run and what they are in it, the base first."""
+    specs = {section.model: section.name for section in recipe.assistants}
+    own = recipe.own_texts
+    writers = {} if own is None or own.checkpoint is None else {own.checkpoint: "writer of own_texts"}
+    return {recipe.base.model: "base", **writers, **specs}
 
 
 def _require_same(out: Path, there: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:

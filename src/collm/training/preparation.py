@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.data.chunks import Reader, usable_in_chunks
 from collm.data.encoding import usable
+from collm.data.examples import Example
 from collm.data.scores import load_info as load_scores_info
 from collm.files import write_text
 from collm.identity.finding import local_identity
@@ -27,10 +29,11 @@ from collm.models.loading import load_model, weights_fingerprint
 from collm.models.specs import portable
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
-from collm.training.dataset import ScoredSet, assemble, load_split
+from collm.training.dataset import ScoredSet, assemble, joined, load_split
 from collm.training.hidden import all_hidden, collect_hidden, sample
 from collm.training.lora import check_targets
 from collm.training.made_from import confirm, first_day
+from collm.training.own_texts import OwnTexts, own_texts
 from collm.training.recipe import AFTER_TRAINING, Recipe
 from collm.training.writers import SPLITS, assistant_info, make_writer, readers_of, scores_of
 from collm.types import Unit
@@ -56,17 +59,31 @@ class Prepared:
 
 def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
     one_file = recipe.data.validation is None
-    told: dict[str, Any] = {"one_file": one_file, "day": first_day(recipe.out)}
+    told: dict[str, Any] = {
+        "one_file": one_file,
+        "own_texts": recipe.own_texts is not None,
+        "day": first_day(recipe.out),
+    }
     base = make_writer("base", recipe.base, None, **told)
     assistants = [make_writer(section.name, section, base, **told) for section in recipe.assistants]
     shown = [base.open_formatter, *(w.formatter for w in assistants if w.formatter is not None and w.tool is None)]
     readers = readers_of([base, *assistants])
+
+    def fitting(examples: Sequence[Example], skip_bad: bool) -> list[Example]:
+        if readers is None:
+            return usable(examples, shown, skip_bad=skip_bad)
+        return usable_in_chunks(examples, readers, skip_bad=skip_bad)
+
     splits = {
-        split: usable(examples, shown, skip_bad=recipe.data.skip_bad)
-        if readers is None
-        else usable_in_chunks(examples, readers, skip_bad=recipe.data.skip_bad)
+        split: fitting(examples, recipe.data.skip_bad)
         for split, examples in zip(SPLITS, load_split(recipe.data), strict=True)
     }
+    own = _own_texts(recipe, splits, partial(fitting, skip_bad=True), state, progress)
+    if own is not None:
+        splits["own"] = own.examples
+        if not own.told["gold"]:
+            del splits["train"]
+    learnt = [split for split in splits if split != "validation"]
     model = load_model(recipe.base.model, dtype=recipe.base.dtype, device=best_device())
     check_project(model)
     if recipe.tune == "lora":
@@ -102,16 +119,12 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             for writer, paths in zip(writers, scores, strict=True)
         }
         confirm(recipe, splits, local_identity(model), formatter, fingerprints, write=state.is_main_process)
-        sets = {
-            split: assemble(
-                examples,
-                formatter,
-                max_length,
-                [paths[split] for paths in scores],
-                None if readers is None else readers[0],
-            )
-            for split, examples in splits.items()
-        }
+
+        def assembled(split: str) -> ScoredSet:
+            paths = [paths[split] for paths in scores]
+            return assemble(splits[split], formatter, max_length, paths, None if readers is None else readers[0])
+
+        sets = {"train": joined([assembled(split) for split in learnt]), "validation": assembled("validation")}
         unit: Unit = "token" if readers is None else "chunk"
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], unit, progress)
     info = CheckpointInfo(
@@ -121,12 +134,13 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         tokenizer_fingerprint=tokenizer_fingerprint(formatter.tokenizer),
         base_format=formatter.format.to_dict(),
         assistants=[
-            assistant_info(writer, paths["train"]) for writer, paths in zip(assistants, scores[1:], strict=True)
+            assistant_info(writer, paths[learnt[0]]) for writer, paths in zip(assistants, scores[1:], strict=True)
         ],
         cuts=None if readers is None else readers[0].cuts.fingerprint,
         training={
             "recipe": recipe.model_dump(mode="json", exclude={"out", "cache", *AFTER_TRAINING}),
             "initialisation": figures,
+            **({} if own is None else {"own_texts": own.told}),
         },
     )
     return Prepared(
@@ -140,6 +154,25 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
         info,
         None if readers is None else readers[0],
     )
+
+
+def _own_texts(
+    recipe: Recipe,
+    splits: Mapping[str, Sequence[Example]],
+    fitting: Callable[[list[Example]], list[Example]],
+    state: PartialState,
+    progress: bool,
+) -> OwnTexts | None:
+    """Written before the base is loaded to be trained; one process writes."""
+    if recipe.own_texts is None:
+        return None
+    found: list[OwnTexts | None] = [None]
+    with state.main_process_first():
+        if state.is_main_process:
+            found = [own_texts(recipe, splits["train"], splits["validation"], fitting, progress=progress)]
+    if state.num_processes > 1:
+        found = broadcast_object_list(found)
+    return found[0]
 
 
 def _initial_head(

@@ -140,12 +140,36 @@ class EvaluationSection(_Section):
 
 
 class GenerationSection(_Section):
-    """How texts are written in calibration and evaluation."""
+    """How texts are written in calibration and evaluation; `own_texts` has such keys of its own."""
 
     max_tokens: int = Field(256, ge=1)
     batch_size: int = Field(8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
+
+
+class OwnTextsSection(GenerationSection):
+    """Texts that models write themselves and a task's scorer accepts, to be learnt beside the gold ones."""
+
+    task: str
+    """Whose scorer says what is right; a shipped task, or `MODULE:FUNCTION`."""
+    writer: str = "pair"
+    """`pair`: who writes is drawn from the gate of `checkpoint`. Or one model alone: `base`, or an assistant's name."""
+    checkpoint: str | None = None
+    """Whose models write; without one they are those of the recipe, untrained, which have no gate."""
+    data: str | None = None
+    """Questions with what the scorer needs; without them those of the training examples."""
+    samples: int = Field(8, ge=1)
+    """Texts for each question."""
+    seed: int = Field(0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    """At 1 the pair's texts are drawn exactly from the marginal."""
+    keep: float = Field(1.0, ge=0, le=1)
+    """The lowest score of a text that is kept."""
+    max_texts: int | None = Field(None, ge=1)
+    """So many of the texts that are kept, drawn by `seed`."""
+    gold: bool = True
+    """Whether the gold texts are learnt as well."""
 
 
 AFTER_TRAINING = ("task", "calibration", "evaluation", "generation")
@@ -157,6 +181,7 @@ class Recipe(_Section):
     base: ModelSection
     assistants: list[AssistantSection] = []
     data: DataSection
+    own_texts: OwnTextsSection | None = None
     cache: Path | None = None
     """Where scores and hidden states are kept; recipes on the same data may share it. Default: `out/cache`."""
     init: InitSection = InitSection()
@@ -180,6 +205,10 @@ class Recipe(_Section):
     @property
     def cache_folder(self) -> Path:
         return self.cache or self.out / "cache"
+
+    def writer(self, name: str) -> ModelSection:
+        """`base`, or an assistant."""
+        return next((each for each in self.assistants if each.name == name), self.base)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -206,6 +235,15 @@ class Recipe(_Section):
                 "validation_scores go with data.validation; what validation_share holds out is covered by scores"
             )
         names = [assistant.name for assistant in self.assistants]
+        own = self.own_texts
+        if own is not None and own.checkpoint is None and own.writer not in ("base", *names):
+            there = ", ".join(("base", *names))
+            raise ValueError(
+                "own_texts: a pair writes by its gate: give checkpoint, a pair that was trained before (on the gold "
+                f"texts, say), or a writer that writes alone ({there})"
+                if own.writer == "pair"
+                else f"own_texts: there is no writer {own.writer!r}: it is {there}; or with a checkpoint, pair"
+            )
         if len(set(names)) < len(names) or "base" in names:
             raise ValueError("assistants need different names, none of them 'base'")
         return self

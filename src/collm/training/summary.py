@@ -24,7 +24,7 @@ def summary(folder: Path) -> list[tuple[str, str]]:
         raise CollmError(f"{folder} is not a collm checkpoint; it has no collm.json")
     figures: dict[str, Any] = info.training.get("figures", {})
     before, after = figures.get("before", {}), figures.get("after", figures)
-    lines = _initial_gate(info)
+    lines = [*_own_texts(info), *_initial_gate(info)]
     if "eval_nll" in after:
         lines.append(("held-out nll per token", _nll(before, after, "eval_nll")))
     if info.assistants and "eval_base_nll" in after:
@@ -45,6 +45,14 @@ def next_command(folder: Path, info: CheckpointInfo) -> str:
     given = "".join(f" --assistant {shlex.quote(f'{a.name}={a.spec}')}" for a in away)
     name, data = ("calibrate", "CALIBRATION.jsonl") if info.assistants else ("eval", "TEST.jsonl")
     return f"collm {name} {shlex.quote(str(folder))}{given} --task TASK --data {data}"
+
+
+def _own_texts(info: CheckpointInfo) -> list[tuple[str, str]]:
+    told: dict[str, Any] = info.training.get("own_texts", {})
+    if not told:
+        return []
+    line = f"{told['learnt']} learnt; {told['accepted']} of {told['written']} by {told['writer']} accepted"
+    return [("own texts", f"{line} by {told['task']}")]
 
 
 def _initial_gate(info: CheckpointInfo) -> list[tuple[str, str]]:

@@ -56,13 +56,20 @@ class Writer:
 
 
 def make_writer(
-    name: str, section: ModelSection, base: Writer | None, *, one_file: bool, day: str | None = None
+    name: str,
+    section: ModelSection,
+    base: Writer | None,
+    *,
+    one_file: bool,
+    own_texts: bool = False,
+    day: str | None = None,
 ) -> Writer:
     """One model's tokenizer and format.
 
     Args:
         base: None for the base itself.
         one_file: both splits were cut from one file, so its scores cover both.
+        own_texts: there are texts to be scored of which nobody has scores yet.
         day: told by templates that ask for it, if the recipe gives none.
 
     Raises:
@@ -76,6 +83,7 @@ def make_writer(
         return Writer(name, section, formatter, make_tool(section.model, formatter.tokenizer), given)
     if (
         base is not None
+        and not own_texts
         and given.keys() == SPLITS.keys()
         # Of models that share chunks every tokenizer is needed.
         and all("completions" in (told := load_info(p)) and "cuts" not in told["fingerprint"] for p in given.values())
@@ -87,11 +95,16 @@ def make_writer(
         if base is None:
             raise
         lacking = [key for split, key in SPLITS.items() if split not in given and not (one_file and split != "train")]
-        raise not_at_hand(name, error, lacking) from error
+        raise not_at_hand(name, error, None if own_texts else lacking) from error
+    return Writer(name, section, formatter_of(tokenizer, section, day), None, given)
+
+
+def formatter_of(tokenizer: PreTrainedTokenizerBase, section: ModelSection, day: str | None) -> Formatter:
+    """How a model is shown its prompts; `day` is told by templates that ask for it, if the recipe gives none."""
     formatter = Formatter(tokenizer, PromptFormat(**section.format.to_dict()))
     if formatter.format.date is not None and section.format.date is None:
         formatter = Formatter(tokenizer, replace(formatter.format, date=day))
-    return Writer(name, section, formatter, None, given)
+    return formatter
 
 
 def _tokenizer_of(spec: str, base: Writer | None) -> PreTrainedTokenizerBase:

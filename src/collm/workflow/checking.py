@@ -53,6 +53,12 @@ def check_run(recipe: Recipe) -> Asked:
     check_recipe(recipe)
     if recipe.evaluation.fine_tuned_base and recipe.tune == "gate":
         raise CollmError("evaluation.fine_tuned_base: with tune: gate the base is not trained at all; leave it out")
+    own = recipe.own_texts
+    if own is not None and own.checkpoint is None and own.writer != "base" and recipe.evaluation.fine_tuned_base:
+        raise CollmError(
+            "own_texts: the base fine-tuned alone (evaluation.fine_tuned_base) learns the same texts, and knows "
+            f"no assistant {own.writer!r}: give own_texts.checkpoint, a pair that has it"
+        )
     for assistant in recipe.assistants:  # they write as well, even those whose scores are all given
         if not is_tool(assistant.model):
             try:
