@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from launching import on_two_processes
 from teaching import recipe_values, teach
 
 from collm.data.examples import Example, load_examples
@@ -196,6 +198,15 @@ def test_writing_goes_on_where_it_was_stopped(place: Path, monkeypatch: pytest.M
     train(parse_recipe(again), progress=False)
     assert (folder / "1.jsonl").read_bytes() == first
     assert (place / "stopped" / "own_texts.jsonl").read_text() == (place / "whole" / "own_texts.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_writes(place: Path) -> None:
+    path = place / "two.yaml"
+    path.write_text(json.dumps(values(place, "two", {"seed": 9}, objective="marginal", tune="lora")))
+    on_two_processes([sys.executable, "-m", "collm", "train", str(path)])
+    info = load_info(place / "two")
+    assert info is not None and info.training["own_texts"]["learnt"] == len(learnt(place, "two")) > 0
 
 
 def test_none_that_is_right_is_told(place: Path) -> None:

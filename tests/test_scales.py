@@ -208,6 +208,10 @@ def test_own_texts_behind_gold_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["messages"][-1]["content"] for row in found] == ["2", "It is 2", "two"]
     assert all(row["messages"][:-1] == [asked] for row in found)
+    monkeypatch.setattr("sys.argv", [*command, "--no-gold", "--max-texts", "2"])
+    script("own_texts").main()
+    own = [json.loads(line)["messages"][-1]["content"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(own) == 2 and set(own) < {"2", "It is 2", "two"}
 
 
 def says(probabilities: list[float], gate: float | None = None) -> Answer:

@@ -14,7 +14,7 @@ from pathlib import Path
 from collm.data.examples import load_examples
 from collm.errors import CollmError
 from collm.report.trace import stream_traces
-from collm.training.own_texts import accepted, own_examples, write_rows
+from collm.training.own_texts import accepted, drawn, own_examples, write_rows
 
 
 def main() -> None:
@@ -22,10 +22,14 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="+", help="what `collm eval --out` wrote")
     parser.add_argument("--data", type=Path, required=True, help="the questions, with gold answers")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--max-texts", type=int, metavar="N", help="at most so many of its own, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-gold", action="store_true", help="without the gold texts")
     args = parser.parse_args()
     asked = load_examples(args.data)
-    own = own_examples(asked, accepted(chain.from_iterable(map(stream_traces, args.traces))))
-    gold = [example for example in asked if example.reference is not None]
+    texts = accepted(chain.from_iterable(map(stream_traces, args.traces)))
+    own = drawn(own_examples(asked, texts, gold=not args.no_gold), args.max_texts, args.seed)
+    gold = [] if args.no_gold else [example for example in asked if example.reference is not None]
     write_rows(args.out, [*gold, *own])
     print(f"{args.out}: {len(gold)} gold texts and {len(own)} of its own")
 

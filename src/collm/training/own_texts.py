@@ -67,7 +67,7 @@ def own_examples(asked: Iterable[Example], texts: Mapping[str, Sequence[str]], *
         for text in texts.get(example.id, ()):
             if text.strip() not in seen:
                 seen.add(text.strip())
-                found.append(_answered(example, text, f"{example.id}-own-{len(seen)}"))
+                found.append(_answered(example, text, f"{example.id}-own-{len(seen) - gold}"))
     return found
 
 
@@ -79,6 +79,15 @@ def _answered(example: Example, text: str, name: str) -> Example:
     # Earlier answers are of the gold text, and are learnt there.
     earlier = any(message["role"] == "assistant" for message in before)
     return replace(example, id=name, messages=(*before, answer), last_turn=example.last_turn or earlier, where="")
+
+
+def drawn(examples: list[Example], most: int | None, seed: int) -> list[Example]:
+    """At most so many, by a hash of seed and text: others that are added move none of them from its place."""
+    if most is None or len(examples) <= most:
+        return examples
+    places = {example.id: example_seed(seed, examples_fingerprint([example])) for example in examples}
+    last = sorted(places.values())[most - 1]
+    return [example for example in examples if places[example.id] <= last]
 
 
 def as_row(example: Example) -> dict[str, Any]:
@@ -148,20 +157,20 @@ def own_texts(
             "(collm trace shows it): does the task find the answers? Then raise own_texts.samples or max_tokens, or "
             "let a better model write"
         )
-    drawn = _drawn(fitting(different), section)
-    told["learnt"] = len(drawn)
+    learnt = drawn(fitting(different), section.max_texts, section.seed)
+    told["learnt"] = len(learnt)
     logger.info(
-        "%s; %d are different%s, %d are learnt", counts, told["different"], " and not gold" * section.gold, len(drawn)
+        "%s; %d are different%s, %d are learnt", counts, told["different"], " and not gold" * section.gold, len(learnt)
     )
-    if section.max_texts is not None and len(drawn) < section.max_texts:
+    if section.max_texts is not None and len(learnt) < section.max_texts:
         logger.warning(
             "own_texts.max_texts is %d, and there are %d: to compare writers by as many texts each, raise samples, or "
             "lower max_texts",
             section.max_texts,
-            len(drawn),
+            len(learnt),
         )
-    write_rows(recipe.out / OWN_TEXTS, drawn)
-    return OwnTexts(drawn, told)
+    write_rows(recipe.out / OWN_TEXTS, learnt)
+    return OwnTexts(learnt, told)
 
 
 def _questions(
@@ -175,15 +184,6 @@ def _questions(
     if len(asked) < len(found):
         logger.info("%s: %d questions are held out, and left out here", section.data, len(found) - len(asked))
     return asked
-
-
-def _drawn(examples: list[Example], section: OwnTextsSection) -> list[Example]:
-    """At most `max_texts`, by a hash of seed and text: adding samples moves none of the others out of its place."""
-    if section.max_texts is None or len(examples) <= section.max_texts:
-        return examples
-    places = {example.id: example_seed(section.seed, examples_fingerprint([example])) for example in examples}
-    last = sorted(places.values())[section.max_texts - 1]
-    return [example for example in examples if places[example.id] <= last]
 
 
 def _written(
