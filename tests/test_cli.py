@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -630,7 +631,42 @@ def test_other_weights_are_a_warning(pair: str) -> None:
 
 # -- eval and calibrate
 
+ROOT = Path(__file__).parent.parent
 TASK = ["--task", "word_problems", "--data", "data.jsonl", "--limit", 6, "--batch-size", 3]
+
+
+def test_speeds_beside_what_was_found(pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_chance = ["--deferral", "random", "--threshold", "0.5"]
+    for name, more in (("alone", ["--alone", "base"]), ("joint", []), ("chance", by_chance)):
+        done = collm("eval", pair, *TASK, *TOGETHER, *more, "--name", name, "--out", tmp_path / f"{name}.jsonl")
+        assert done.exit_code == 0, done.output
+    results = [tmp_path / f"{name}.json" for name in ("alone", "joint", "chance")]
+    folder = ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    command: list[Any] = [
+        "pair_speed.py",
+        pair,
+        *results,
+        "--data",
+        "data.jsonl",
+        "--alone",
+        "alone=base",
+        "--batch",
+        2,
+    ]
+    command += ["--rounds", 2, "--max-tokens", 6, "--dtype", "float32"]
+    command += ["--out", tmp_path / "s.json", "--plot", tmp_path / "s.svg"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    runpy.run_path(str(folder / "pair_speed.py"), run_name="__main__")
+    found = json.loads((tmp_path / "s.json").read_text())
+    ways = {"alone", *(f"{name}, {way}" for name in ("joint", "chance") for way in ("plain", "speculative"))}
+    assert set(found["tokens_per_second"]) == ways and set(found["ratios"]) == {
+        f"{way} : alone" for way in ways - {"alone"}
+    }
+    assert all(one["deferred"] == 0 for one in found["rounds"]["alone"])
+    for plain, drafted in zip(found["rounds"]["chance, plain"], found["rounds"]["chance, speculative"], strict=True):
+        assert plain["tokens"] == drafted["tokens"] and plain["deferred"] == drafted["deferred"] > 0
+    assert (tmp_path / "s.svg").read_text().count("<circle") >= 1
 
 
 def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:
