@@ -57,7 +57,7 @@ SIGNALS := gate expected_gain entropy
 all: oracle calibrate test
 
 help:
-	@echo "make -f recipes/qwen/study.mk [data|kept|scores|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/qwen/study.mk [data|kept|scores|train|oracle|calibrate|test|own] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 # -- weights and data --------------------------------------------------------------------------------------------------
 
@@ -189,6 +189,8 @@ $(foreach task,$(FULL),$(foreach rate,$(RATES),$(foreach pair,gate pair,\
     $(foreach signal,$(SIGNALS),$(eval $(call at_rate,$(task),$(pair),$(signal),$(rate)))))))
 
 $(foreach signal,gate entropy,$(eval $(call at_rate,ifeval,pair,$(signal),20)))
+
+include recipes/qwen/own.mk
 
 # Paired exact tests, Holm over each table.
 define compared
