@@ -22,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.cli import main
 from collm.errors import CollmError
+from collm.report.trace import Trace, append_trace
 from collm.training.recipe import changed
+from collm.types import Generation
 
 STUDY = Path(__file__).parent.parent / "recipes" / "qwen"
 PARTS = [b"GGUF" + b"a" * 50, b"b" * 60, b"c"]
@@ -196,3 +198,39 @@ def test_the_study_runs_on_stand_ins(
     assert set(found["proxy_tuning"]["forward_passes"]) == {"base", "large", "untuned"}
     assert (runs / "gsm8k" / "test" / "report.html").stat().st_size > 0
     assert commands() == []
+
+
+def test_arms_of_equal_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {
+            "id": f"mbpp-{n}",
+            "messages": [{"role": "user", "content": f"task {n}"}, {"role": "assistant", "content": "g"}],
+        }
+        for n in range(600, 620)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for writer, share in (("base", 4), ("large", 1), ("pair", 2)):  # every 4th answer is right, each, every other
+        for n in range(600, 620):
+            generation = Generation(f"{writer} {n}", (), (), "stop", 3, ("base",))
+            trace = Trace(f"mbpp-{n}", generation, f"task {n}", score=float(n % share == 0))
+            append_trace(tmp_path / f"{writer}.jsonl", trace)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("base", "large", "pair")]
+    out = tmp_path / "arms"
+    monkeypatch.setattr("sys.argv", ["x", *files, "--data", str(tmp_path / "data.jsonl"), "--out", str(out)])
+    runpy.run_path(str(STUDY / "own_arms.py"), run_name="__main__")
+
+    def learnt(name: str) -> list[str]:
+        return [
+            json.loads(line)["messages"][-1]["content"] for line in (out / f"{name}.jsonl").read_text().splitlines()
+        ]
+
+    assert {name: len(learnt(f"{name}-train")) for name in ("base", "large", "pair")} == {
+        "base": 4,
+        "large": 8,
+        "pair": 8,
+    }
+    assert learnt("gold_pair-train") == ["g"] * 16 + learnt("pair-train")
+    assert sorted(learnt("pair-calibration")) == ["pair 600", "pair 610"]
+    assert sorted(learnt("all-calibration")) == sorted(
+        ["base 600", *(f"large {n}" for n in (600, 605, 610, 615)), "pair 600", "pair 610"]
+    )

@@ -9,44 +9,18 @@ what each writer got right of the problems left out, which the arms are compared
 """
 
 import argparse
-import json
 import random
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from collm.data.records import records
-from collm.files import write_text
+from collm.data.examples import Example, load_examples
 from collm.report.trace import stream_traces
+from collm.training.own_texts import accepted, own_examples, write_rows
 
-Row = dict[str, Any]
 
-
-def left_out(row: Row) -> bool:
+def left_out(example: Example) -> bool:
     """Every fifth problem, by its number, so that no writer's texts of it are learnt from by any arm."""
-    return int(row["id"].split("-")[1]) % 5 == 0
-
-
-def right(path: Path, gold: dict[str, Row]) -> list[Row]:
-    """The texts that passed their tests, as rows to learn from."""
-    return [
-        {
-            **gold[trace.id],
-            "id": f"{trace.id}-{path.stem}",
-            "messages": [
-                *(turn for turn in gold[trace.id]["messages"] if turn["role"] != "assistant"),
-                {"role": "assistant", "content": trace.generation.text.strip()},
-            ],
-        }
-        for trace in sorted(stream_traces(path), key=lambda trace: trace.id)
-        if trace.score == 1
-    ]
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    rows = list(rows)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{path}: {len(rows)} texts")
+    return int(example.id.split("-")[1]) % 5 == 0
 
 
 def main() -> None:
@@ -56,19 +30,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    gold = {row["id"]: row for _, row in records(args.data)}
+    gold = load_examples(args.data)
+    own = {path.stem: accepted(stream_traces(path)) for path in args.traces}
+
+    def write(name: str, found: list[Example]) -> None:
+        write_rows(args.out / f"{name}.jsonl", found)
+        print(f"{args.out / name}.jsonl: {len(found)} texts")
+
     args.out.mkdir(parents=True, exist_ok=True)
-    own = {path.stem: right(path, gold) for path in args.traces}
     for part, chosen in (("train", False), ("calibration", True)):
-        of_part = {name: [row for row in rows if left_out(row) is chosen] for name, rows in own.items()}
-        volume = len(of_part["pair"])
-        drawn = {name: random.Random(args.seed).sample(rows, min(volume, len(rows))) for name, rows in of_part.items()}
-        for name, rows in drawn.items():
-            write(args.out / f"{name}-{part}.jsonl", rows)
-        golden = [row for row in gold.values() if left_out(row) is chosen]
-        write(args.out / f"gold_pair-{part}.jsonl", [*golden, *drawn["pair"]])
+        asked = [example for example in gold if left_out(example) is chosen]
+        texts: Mapping[str, list[Example]] = {name: own_examples(asked, own[name], gold=False) for name in own}
+        volume = len(texts["pair"])
+        for name, found in texts.items():
+            drawn = random.Random(args.seed).sample(found, min(volume, len(found)))
+            write(f"{name}-{part}", drawn)
+            if name == "pair":
+                write(f"gold_pair-{part}", [*asked, *drawn])
         if chosen:
-            write(args.out / f"all-{part}.jsonl", [row for rows in of_part.values() for row in rows])
+            write(f"all-{part}", [example for found in texts.values() for example in found])
 
 
 if __name__ == "__main__":
