@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, final
+from typing import Final, NamedTuple
 
 from collm.decoding.policies import Policy, decide
 from collm.errors import CollmError
@@ -24,9 +24,7 @@ from collm.values import NO_TOKEN, Answer, Draw, Extend, Fault, Foreseen, Query,
 from collm.views import Text
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class More:
+class More(NamedTuple):
     """Asks for the next answer of the `Extend` that runs; any other request ends it.
 
     `passing`: how many deferrals the model may pass from here on, where that has changed; it is asked if need be.

@@ -35,8 +35,9 @@ Asking = Generator[Request, Replies | None, None]
 def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequence[frozenset[int]], pace: Pace) -> Flow:
     """See `collaborative`, whose steps these are, but for `draft` and `discarded`."""
     draft = _Draft(text, params, policy, eos)
+    by_base = draft.known[BASE]
     while draft.position < params.max_tokens:
-        if draft.position not in draft.known[BASE]:
+        if draft.position not in by_base:
             if draft.length:
                 yield from draft.ask(BASE, min(draft.end, params.max_tokens - 1))
             else:
@@ -46,28 +47,31 @@ def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequenc
             yield from _gather(draft, settled, pace)
             continue
         step = settled
-        pace.observe(step.author, step.deferred and draft.would_write(BASE, draft.position) == step.token_id)
-        draft.write(step)
+        author, token_id = step.author, step.token_id
+        pace.observe(author, author != BASE and draft.would_write(BASE, draft.position) == token_id)
+        draft.write(token_id)
         yield step
-        if ends_text(step.token_id, step.author, eos):
+        if ends_text(token_id, author, eos):
             return "stop"
-        if step.deferred and not draft.length and draft.position not in draft.known[BASE]:
-            yield from _run_on(draft, step.author, pace.run(step.author))
+        if author != BASE and not draft.length and draft.position not in by_base:
+            yield from _run_on(draft, author, pace.run(author))
     return "length"
 
 
 def _gather(draft: _Draft, assistant: int, pace: Pace) -> Asking:
     """Let the base draft on through its deferrals to this assistant, then ask it about all of them at once."""
-    pending = [p for p in range(draft.position, draft.end + 1) if draft.first_author(p) == assistant]
-    while (token_id := draft.base_draft()) is not None:
-        known = draft.end + 1 in draft.known[BASE]
+    end = draft.end
+    pending = [p for p in range(draft.position, end + 1) if draft.first_author(p) == assistant]
+    while (token_id := draft.base_draft(end)) is not None:
+        end += 1
+        known = end in draft.known[BASE]
         if not known and pace.asks(assistant, len(pending)):
             break
         draft.append(token_id)
         if not known:
             yield from draft.ask_on(BASE, pace.leave, len(pending))
-        if draft.first_author(draft.end) == assistant:
-            pending.append(draft.end)
+        if draft.first_author(end) == assistant:
+            pending.append(end)
     # An assistant that is asked only because an earlier one abstained is nobody's first.
     yield from draft.ask(assistant, max(pending, default=draft.position), pace)
 
@@ -171,13 +175,15 @@ class _Draft:
         Args:
             how_far: it may write on, with so many deferrals `pending`.
         """
-        request: Request = More(lambda: how_far(pending).passing)
-        if self._extends != (model, self.end) or self.end == self._until:
-            left, leave = self.params.max_tokens - self.end, how_far(pending)
+        end = self._text.length
+        if self._extends == (model, end) and end != self._until:
+            request: Request = More(lambda: how_far(pending).passing)
+        else:
+            left, leave = self.params.max_tokens - end, how_far(pending)
             limit, self._until = left, -1
             if leave.tokens is not None:
                 limit = min(left, leave.tokens)
-                self._until = self.end + limit
+                self._until = end + limit
             request = Extend(
                 model,
                 self._text.views[model],
@@ -190,8 +196,8 @@ class _Draft:
         replies = yield request
         assert replies is not None
         [found] = replies
-        self._extends = (model, self.end + len(found))
-        self.known[model].update(enumerate(found, self.end))
+        self._extends = (model, end + len(found))
+        self.known[model].update(enumerate(found, end))
 
     def decision(self, position: int) -> Decision:
         """The models to ask for a token whose base has answered."""
@@ -202,43 +208,49 @@ class _Draft:
         return decision
 
     def first_author(self, position: int) -> int:
-        return self.decision(position).authors[0] if isinstance(self.known[BASE].get(position), Answer) else BASE
+        decision = self._decisions.get(position)
+        if decision is None:
+            if not isinstance(self.known[BASE].get(position), Answer):
+                return BASE
+            decision = self.decision(position)
+        return decision.authors[0]
 
     def would_write(self, model: int, position: int) -> int | None:
         """The model's own token, if it has answered there."""
         reply = self.known[model].get(position)
         return reply.token_id if isinstance(reply, Answer) else None
 
-    def base_draft(self) -> int | None:
+    def base_draft(self, end: int) -> int | None:
         """What the base would write at `end`, if the text would go on behind it."""
-        end = self._text.length
         reply = self.known[BASE].get(end)
         if not isinstance(reply, Answer) or end + 1 >= self.params.max_tokens:
             return None
         token_id = reply.token_id
-        return None if ends_text(token_id, self.decision(end).authors[0], self.eos) else token_id
+        return None if ends_text(token_id, self.first_author(end), self.eos) else token_id
 
     def settle(self) -> int | Step:
         """The next token, or the assistant that is still to be asked about it."""
-        decision = self.decision(self.position)
-        writers = Writers(required(self.known[BASE][self.position]), decision.signal)
+        position, drafted = self.position, self._tokens
+        decision = self.decision(position)
+        writers = Writers(required(self.known[BASE][position]), decision.signal)
         for candidate in decision.authors:
             if candidate == BASE:
                 break
-            if self.position not in self.known[candidate]:
+            known = self.known[candidate]
+            if position not in known:
                 return candidate
-            if writers.settled_by(candidate, self.known[candidate][self.position], self.params):
+            if writers.settled_by(candidate, known[position], self.params):
                 break
-        if not self._tokens:
+        if not drafted:
             return writers.step()
-        answer = writers.answer or writers.base
-        stands = answer.token_id == self._tokens[0]
-        ends = ends_text(answer.token_id, writers.author, self.eos)
-        return writers.step("accepted" if stands else "recovered", 0 if stands and not ends else len(self._tokens) - 1)
+        token_id = (writers.answer or writers.base).token_id
+        stands = token_id == drafted[0]
+        ends = ends_text(token_id, writers.author, self.eos)
+        return writers.step("accepted" if stands else "recovered", 0 if stands and not ends else len(drafted) - 1)
 
-    def write(self, step: Step) -> None:
+    def write(self, token_id: int) -> None:
         """Take a settled token over; replies about what it contradicts are forgotten."""
-        position, token_id = self.position, step.token_id
+        position = self.position
         if self._tokens and self._tokens[0] == token_id:
             del self._tokens[0]
             for known in self.known:

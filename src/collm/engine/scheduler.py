@@ -243,7 +243,7 @@ class Scheduler:
         item.call = None
         # Whose model went on for others has waited since it stopped for him.
         item.asked, item.stopped = self._clock() if item.stopped is None else item.stopped, None
-        item.left, item.replies = len(queries), [[] for _ in queries]
+        item.left, item.replies = len(queries), [[]] if len(queries) == 1 else [[] for _ in queries]
         item.ticket += 1
         if item.remote:
             item.remote = {}

@@ -128,9 +128,10 @@ class PrefixCache(ABC):
         """Tokens of a text that are stored and still its own."""
         # Asked from another thread than the one that moves slots about.
         place, slots = self._places.get(view), self.slots
-        if place is None or place >= len(slots) or slots[place].view is not view:
+        if place is None or place >= len(slots):
             return 0
-        return slots[place].valid(view)
+        slot = slots[place]
+        return slot.valid(view) if slot.view is view else 0
 
     def reused(self, view: View) -> int:
         """Tokens of a text that were copied or taken over when it came. From any thread."""

@@ -36,7 +36,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
 
 
-MOVING = (slice(POSITIONS, WHERE + 1), START, DRAW + 3)
+MOVING = (POSITIONS, WHERE, START, DRAW + 3)
 """Lines of what moves with a token; the last one, its position in the completion."""
 
 
@@ -265,7 +265,8 @@ class Stepper:
         bucket, lines = self._last
         lines[IDS] = token_ids
         for which in MOVING:  # one by one: numpy copies what is chosen by a list
-            lines[which] += moving
+            line = lines[which]
+            line += moving
         self._replay(bucket)
 
     def _replay(self, bucket: Bucket) -> None:

@@ -92,7 +92,7 @@ def write(
             answers: list[Answer | None] | None = None
             if keep_on is None:
                 on = []
-            elif told.all_numbers and not (any_defers and any(writer.may_defer for writer in going)):
+            elif not (any_defers and any(writer.may_defer for writer in going)) and told.all_numbers:
                 # Nobody stops but at the end of his text, so that the next pass can start before this one is looked at.
                 on = [writer for writer in going if writer.left]
             else:
