@@ -1,11 +1,12 @@
 """How fast the systems of a study write, beside how good they are: what `collm eval` found, and tokens a second.
 
-    python benchmarks/pair_speed.py runs/qwen/mbpp/gate runs/qwen/mbpp/test/*.json --data data/qwen/mbpp/test.jsonl \
-        --alone small=base --alone large=large --dtype bfloat16 --batch 1 --out speeds.json --plot speeds.svg
+    python benchmarks/pair_speed.py runs/qwen/mbpp/gate runs/qwen/mbpp/test/{small,large,gate-gate_20}.json \
+        --alone small=base --alone large=large --data data/qwen/mbpp/test.jsonl --dtype bfloat16 --batch 1 \
+        --out speeds.json --plot speeds.svg
 
-A RESULT says who writes a system's tokens; `--alone` tells which systems are one model alone. All answer the same
-problems in turn, in one process with the same loaded models, and the order turns from round to round. Nothing else may
-run meanwhile.
+A RESULT of this pair says who writes its tokens; `--alone` tells which others are of one of its models alone. All
+answer the same problems in turn, in one process with the same loaded models, and the order turns from round to round.
+Nothing else may run meanwhile.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from reporting import report
 from collm.bench.paired import Ratio, in_turn
 from collm.data.examples import Example, load_examples
 from collm.evaluation.evaluate import example_seed
+from collm.evaluation.system import identity_of, settings_of
 from collm.evaluation.task import Task, get_task
 from collm.files import write_text
 from collm.llm.model import CollaborativeLM
@@ -33,6 +35,29 @@ def asks(result: dict[str, Any]) -> dict[str, Any]:
     """What `generate_batch` is asked for one system's texts, who writes their tokens."""
     found = {name: result["settings"][f"params.{name}"] for name in ("deferral", "threshold", "deferral_rate", "task")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def other_system(result: dict[str, Any], llm: CollaborativeLM, model: str | None) -> str:
+    """Why a result is not of what is timed here; empty if it is."""
+    there, here = result["settings"], identity_of(llm)
+    # Speed may be measured in another dtype; a tool has no weights.
+    weights, theirs = (
+        {name: each.get("weights", each) for name, each in identity["models"].items()}
+        for identity in (here, there["identity"])
+    )
+    if model is not None:
+        if model not in weights:
+            return f"the pair has no model {model!r}, only {', '.join(weights)}"
+        if there["alone"] is None and len(theirs) > 1 or there["alone"] not in (None, model):
+            return f"it is not of {model} alone"
+        own = theirs[model] if there["alone"] else next(iter(theirs.values()))
+        return "" if own == weights[model] else f"it is of other weights than the pair's {model}"
+    if len(theirs) == 1:
+        return f"it is of one model alone: say which with --alone NAME=MODEL ({', '.join(weights)})"
+    if theirs != weights or there["identity"].get("gate") != here.get("gate"):
+        return "it is of another pair: give that one, with its own results"
+    decides = settings_of(llm, SamplingParams(**asks(result)), None, None)["decides"]
+    return "" if decides == there["decides"] else f"it was decided by {there['decides']}, and would be by {decides}"
 
 
 def writes(
@@ -102,8 +127,11 @@ def main() -> None:
         runs[way] = partial(writes, llm, task, examples, args.batch, own, model)
 
     for name, result in results.items():
-        if name in alone:
-            add(name, {}, alone[name])
+        model = alone.get(name, result["settings"]["alone"])
+        if fault := other_system(result, llm, model):
+            parser.error(f"{name}: {fault}")
+        if model is not None:
+            add(name, {}, model)
         else:
             add(f"{name}, plain", {**asks(result), "speculative": False})
             add(f"{name}, speculative", {**asks(result), "speculative": True})

@@ -635,7 +635,9 @@ ROOT = Path(__file__).parent.parent
 TASK = ["--task", "word_problems", "--data", "data.jsonl", "--limit", 6, "--batch-size", 3]
 
 
-def test_speeds_beside_what_was_found(pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_beside_what_was_found(
+    pair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     by_chance = ["--deferral", "random", "--threshold", "0.5"]
     for name, more in (("alone", ["--alone", "base"]), ("joint", []), ("chance", by_chance)):
         done = collm("eval", pair, *TASK, *TOGETHER, *more, "--name", name, "--out", tmp_path / f"{name}.jsonl")
@@ -656,8 +658,12 @@ def test_speeds_beside_what_was_found(pair: str, tmp_path: Path, monkeypatch: py
     ]
     command += ["--rounds", 2, "--max-tokens", 6, "--dtype", "float32"]
     command += ["--out", tmp_path / "s.json", "--plot", tmp_path / "s.svg"]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-    runpy.run_path(str(folder / "pair_speed.py"), run_name="__main__")
+
+    def measure(*words: Any) -> None:
+        monkeypatch.setattr(sys, "argv", [str(part) for part in words])
+        runpy.run_path(str(folder / "pair_speed.py"), run_name="__main__")
+
+    measure(*command)
     found = json.loads((tmp_path / "s.json").read_text())
     ways = {"alone", *(f"{name}, {way}" for name in ("joint", "chance") for way in ("plain", "speculative"))}
     assert set(found["tokens_per_second"]) == ways and set(found["ratios"]) == {
@@ -667,6 +673,17 @@ def test_speeds_beside_what_was_found(pair: str, tmp_path: Path, monkeypatch: py
     for plain, drafted in zip(found["rounds"]["chance, plain"], found["rounds"]["chance, speculative"], strict=True):
         assert plain["tokens"] == drafted["tokens"] and plain["deferred"] == drafted["deferred"] > 0
     assert (tmp_path / "s.svg").read_text().count("<circle") >= 1
+    # A quality is not set beside the speed of something else.
+    other = json.loads(results[2].read_text())
+    other["settings"]["decides"] = "Random(rate=0.1)"
+    results[2].write_text(json.dumps(other))
+    for words, told in (
+        (command, "would be by"),
+        (["alone=helper" if w == "alone=base" else w for w in command], "alone"),
+    ):
+        with pytest.raises(SystemExit):
+            measure(*words)
+        assert told in capsys.readouterr().err
 
 
 def test_compare_puts_systems_side_by_side(pair: str, tmp_path: Path) -> None:

@@ -1000,17 +1000,25 @@ def test_a_model_keeps_its_turn_as_long_as_it_would_get_it_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("defers", "told", "seconds"), [(False, True, TOLD), (True, True, ON_THEIR_OWN), (False, False, ON_THEIR_OWN)]
+    ("defers", "told", "full", "seconds"),
+    [
+        (False, True, False, TOLD),
+        (True, True, False, ON_THEIR_OWN),
+        (False, False, False, ON_THEIR_OWN),
+        (False, True, True, ON_THEIR_OWN),
+    ],
 )
-def test_how_long_texts_write_on_at_most(defers: bool, told: bool, seconds: float) -> None:
-    """Longer, where nobody waits for the end of a call: neither readers nor what is learnt from it."""
+def test_how_long_texts_write_on_at_most(defers: bool, told: bool, full: bool, seconds: float) -> None:
+    """Longer, where nobody waits for the end of a call: neither readers, nor a text for a place, nor what is learnt."""
     now = [0.0]
     model = WritingOn(FakeModel("base", V), stops=0.0)
     during = nullcontext() if told else None
-    scheduler = Scheduler([model], clock=lambda: now[0], post=lambda call: call(), during=during)
-    text, params = Text([[1, 2, 3]]), SamplingParams(max_tokens=1000)
-    flow = collaborative(text, params, Never(), [frozenset()]) if defers else single(0, text, params, [frozenset()])
-    scheduler.submit(0, flow, text, 1000, lambda event: None)
+    scheduler = Scheduler([model], clock=lambda: now[0], post=lambda call: call(), during=during, max_num_seqs=1)
+    params = SamplingParams(max_tokens=1000)
+    for number in range(1 + full):
+        text = Text([[1, 2, 3]])
+        flow = collaborative(text, params, Never(), [frozenset()]) if defers else single(0, text, params, [frozenset()])
+        scheduler.submit(number, flow, text, 1000, lambda event: None)
     scheduler.admit()
     [device] = scheduler.devices
     found = scheduler.next_pass(device)

@@ -29,12 +29,18 @@ $(RUNS)/mbpp/own-$(1)/collm.json: | $(OWN_DATA)/all-calibration.jsonl $(HAVE)
 	$(COLLM) train recipes/qwen/gate.yaml out=$(RUNS)/mbpp/own-$(1) base.model=$(BASE) base.scores=null \
 	    base.validation_scores=null 'assistants=[{name: large$(comma) model: $(LARGE)$(comma) dtype: bfloat16}]' \
 	    data.train=$(OWN_DATA)/$(1)-train.jsonl data.validation=$(OWN_DATA)/$(1)-calibration.jsonl
-$(call calibration,mbpp,own-$(1),gate,0.2)
-$(call at_rate,mbpp,own-$(1),gate,20)
+$(RUNS)/mbpp/thresholds/own-$(1)-gate/curve.csv: | $(RUNS)/mbpp/own-$(1)/collm.json
+	$(COLLM) calibrate $(RUNS)/mbpp/own-$(1) $(call WRITE,mbpp) --data $(DATA)/mbpp/calibration.jsonl --limit $(TRIED) \
+	    --signal gate --rates 0.2 --rounds 3 --out $(RUNS)/mbpp/thresholds/own-$(1)-gate
+$(RUNS)/mbpp/test/own-$(1)-gate_20.json: | $(RUNS)/mbpp/thresholds/own-$(1)-gate/curve.csv
+	$(COLLM) eval $(RUNS)/mbpp/own-$(1) --method threshold --deferral-rate 0.20 $(call WRITE,mbpp) \
+	    --data $(DATA)/mbpp/test.jsonl --limit $(TESTED) --no-speculative --name own-$(1)-gate_20 \
+	    --out $(RUNS)/mbpp/test/own-$(1)-gate_20.jsonl
 endef
 $(foreach one,$(ARMS),$(eval $(call arm,$(one))))
 
-# What each gate makes of held-out right texts, whoever wrote them: the second figure.
+# What each gate makes of right texts to every fifth problem, whoever wrote them: the second figure. `gate` learnt gold
+# answers of these problems, the others none.
 $(foreach one,$(ARMS:%=own-%) gate,$(OWN)/held-out/$(one).json): $(OWN)/held-out/%.json: | $(RUNS)/mbpp/%/collm.json
 	$(COLLM) oracle $(RUNS)/mbpp/$* --data $(OWN_DATA)/all-calibration.jsonl $(MACHINE) --out $(OWN)/held-out/$*.jsonl
 

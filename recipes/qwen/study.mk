@@ -190,8 +190,6 @@ $(foreach task,$(FULL),$(foreach rate,$(RATES),$(foreach pair,gate pair,\
 
 $(foreach signal,gate entropy,$(eval $(call at_rate,ifeval,pair,$(signal),20)))
 
-include recipes/qwen/own.mk
-
 # Paired exact tests, Holm over each table.
 define compared
 test: $(RUNS)/$(1)/test/report.html
@@ -201,3 +199,5 @@ $(RUNS)/$(1)/test/report.html: | $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json)
 	    --title "Qwen2.5-Coder 0.5B and 1.5B (Q4_K_M): $(1)" --out $(RUNS)/$(1)/test/report.html
 endef
 $(foreach task,$(TASKS),$(eval $(call compared,$(task))))
+
+include recipes/qwen/own.mk

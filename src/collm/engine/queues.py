@@ -145,7 +145,8 @@ class Queues:
         if number == BASE and not more_wait and len(device.models) == len(self._models):
             dear = min([dear_seconds(n, self._experience) for n in device.models if n != BASE], default=0.0)
         may_defer = any(query.write_on is None or query.write_on.until is not None for query in batch.queries)
-        longest = ON_THEIR_OWN if may_defer or self._during is None else TOLD
+        # Who waits for the place of a text that ends is not heard.
+        longest = ON_THEIR_OWN if may_defer or more_wait or self._during is None else TOLD
         return Turn(self._clock, batch.started, others, dear, self._patience, self._heard, longest)
 
     def _tell(self, batch: Batch, during: AbstractContextManager[object], found: list[tuple[int, list[Reply]]]) -> None:
