@@ -106,6 +106,14 @@ def test_moved_or_touched_files_are_no_other_model(place: Path) -> None:
     assert stamp(str(place / "base")) != stamp(str(place / "helper")) and stamp("calculator") == {}
 
 
+def test_rows_that_were_left_out_are_the_same_when_it_is_told_again(place: Path) -> None:
+    with (place / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "a question without an answer"}\n')
+    data = {"train": str(place / "train.jsonl"), "validation": str(place / "validation.jsonl"), "skip_bad": True}
+    run(place, data=data)
+    assert run(place, data=data) == place / "out"
+
+
 def test_a_run_of_an_older_collm(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished, it is what it was; in the middle, nobody can say what it was made from."""
     run(place)

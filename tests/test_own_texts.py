@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,11 @@ def test_arms_of_equal_volume(place: Path, caplog: pytest.LogCaptureFixture) -> 
     few = run(place, "few", {"seed": 5, "samples": 4, "max_texts": 3, "gold": False, "keep": 0.5})
     assert few["learnt"] == 3 and sorted((place / "cache").glob("own-texts-pair-*/*.jsonl")) == written
     assert {row.reference for row in learnt(place, "few")} < {row.reference for row in learnt(place, "many")}
-    assert set(json.loads((place / "few" / "run.json").read_text())["made_from"]["data"]) == {"own", "validation"}
+    assert set(json.loads((place / "few" / "run.json").read_text())["made_from"]["data"]) == {
+        "train",
+        "own",
+        "validation",
+    }
     assert train(
         parse_recipe(values(place, "few", {"seed": 5, "samples": 4, "max_texts": 3, "gold": False, "keep": 0.5}))
     )
@@ -153,6 +159,32 @@ def test_arms_of_equal_volume(place: Path, caplog: pytest.LogCaptureFixture) -> 
     assert f"max_texts is 1000, and there are {many['learnt']}" in caplog.text
     with pytest.raises(CollmError, match="another recipe .it differs in own_texts"):
         run(place, "few", {"seed": 6, "samples": 4, "max_texts": 3, "gold": False, "keep": 0.5})
+
+
+def test_a_finished_run_is_not_told_again_of_other_questions(place: Path) -> None:
+    """Or of another scorer; nor, where gold texts are not learnt, of others of these."""
+    for name, source in (("asked.jsonl", "some.jsonl"), ("gold.jsonl", "train.jsonl"), ("scorer.py", "judges.py")):
+        shutil.copy(place / source, place / name)
+    own = {"data": str(place / "asked.jsonl"), "task": f"{place / 'scorer.py'}:even", "gold": False}
+    again = partial(run, place, "finished", own, data={"train": str(place / "gold.jsonl")})
+    told = again()
+    row = json.loads((place / "asked.jsonl").read_text().splitlines()[0])
+    for name, text, key in [
+        ("asked.jsonl", json.dumps(row), "own_texts.questions"),
+        (
+            "asked.jsonl",
+            (place / "asked.jsonl").read_text().replace("}\n", ', "answer": "7"}\n'),
+            "own_texts.questions",
+        ),
+        ("scorer.py", f"{JUDGES}# stricter", "own_texts.task"),
+        ("gold.jsonl", (place / "asked.jsonl").read_text(), r"data.train"),
+    ]:
+        before = (place / name).read_text()
+        (place / name).write_text(text)
+        with pytest.raises(CollmError, match=f"made from something else .it differs in {key}"):
+            again()
+        (place / name).write_text(before)
+        assert again() == told
 
 
 def test_without_questions_of_their_own_those_of_the_training_part_are_asked(place: Path) -> None:
@@ -167,7 +199,7 @@ def test_base_and_gate_learn_them_and_so_does_the_rival(place: Path, monkeypatch
     """What `collm run` compares a pair with, the base fine-tuned alone, learns the same texts, which are there."""
     own: dict[str, Any] = {"seed": 5, "samples": 4, "gold": False}
     run(place, "all", own, objective="marginal", tune="full")
-    monkeypatch.delattr("collm.training.own_texts._writer")
+    monkeypatch.delattr("collm.training.own_texts.load_writer")
     rival = base_alone(parse_recipe(values(place, "all", own, objective="marginal", tune="full")))
     train(rival, progress=False)
     assert (rival.out / "own_texts.jsonl").read_text() == (place / "all" / "own_texts.jsonl").read_text()
@@ -223,6 +255,7 @@ def test_none_that_is_right_is_told(place: Path) -> None:
         ({"task": "gsm8k_8shot"}, "own_texts: .*behind solved examples"),
         ({"checkpoint": "nowhere/pair"}, "own_texts: .*nowhere/pair"),
         ({"checkpoint": "{place}/other"}, "own_texts: .*other has no gate.*collm train"),
+        ({"checkpoint": "{place}/wrong"}, "own_texts: checkpoint .*wrong is out itself"),
         ({"checkpoint": None}, "own_texts: a pair writes by its gate: give checkpoint"),
         ({"checkpoint": None, "writer": "large"}, "own_texts: there is no writer 'large': it is base, other"),
         ({"writer": "othr"}, "own_texts: there is no model 'othr'.*did you mean 'other'"),

@@ -90,6 +90,11 @@ def _check_own_texts(recipe: Recipe, section: OwnTextsSection) -> None:
             "that asks as they do"
         )
     if section.checkpoint is not None:
+        if Path(split_spec(section.checkpoint)[0]).resolve() == recipe.out.resolve():
+            raise CollmError(
+                f"checkpoint {section.checkpoint} is out itself, where the new pair is written in its place: choose "
+                "another out"
+            )
         system = outline(section.checkpoint, placed_assistants(recipe, section.checkpoint), dtype=section.dtype)
         pair = section.writer == "pair"
         if pair and not system.has_gate:

@@ -23,7 +23,7 @@ from collm.data.formatting import Encoded, Formatter
 from collm.data.scores import CHUNKS, TOKENS, load_scores
 from collm.errors import CollmError
 from collm.gate import pseudo_labels
-from collm.training.recipe import DataSection
+from collm.training.recipe import DataSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,13 @@ def load_split(data: DataSection) -> tuple[list[Example], list[Example]]:
     if data.validation is not None:
         return train, load_examples(data.validation, **options)
     return hold_out(train, data.validation_share)
+
+
+def load_asked(recipe: Recipe, train: Sequence[Example]) -> Sequence[Example]:
+    """What writers of own texts are asked, what is held out among it."""
+    if recipe.own_texts is None or recipe.own_texts.data is None:
+        return train
+    return load_examples(recipe.own_texts.data, skip_bad=recipe.data.skip_bad, last_turn=recipe.data.last_turn)
 
 
 def digest(value: object) -> str:

@@ -46,11 +46,12 @@ def _claim(recipe: Recipe, restart: bool) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("collm.json", RUN, "log.jsonl", OWN_TEXTS):
             (out / name).unlink(missing_ok=True)
-    kept: dict[str, Any] = {DAY: first_day(out)}
+    run = load_run(out)
+    found = _with_defaults({key: value for key, value in run.items() if key not in OURS}, out)
+    differing = sorted(key for key in wanted if found.get(key) != wanted[key])
+    # Own texts that were written on the first day may lie in the cache, though nothing else is begun.
+    kept: dict[str, Any] = {DAY: date.today().isoformat() if differing else first_day(out)}
     if path.is_file() and begun(out):
-        run = load_run(out)
-        found = _with_defaults({key: value for key, value in run.items() if key not in OURS}, out)
-        differing = sorted(key for key in wanted if found.get(key) != wanted[key])
         if differing:
             raise CollmError(
                 f"{out} holds a run of another recipe (it differs in {', '.join(differing)}): "
@@ -59,8 +60,6 @@ def _claim(recipe: Recipe, restart: bool) -> None:
         kept |= {key: run[key] for key in OURS if key in run}
         if load_info(out) is not None:
             confirm_finished(recipe)
-    else:
-        kept[DAY] = date.today().isoformat()
     write_text(path, json.dumps({**wanted, **kept}, indent=2))
 
 

@@ -16,10 +16,11 @@ from typing import Any
 from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
+from collm.evaluation.task import get_task
 from collm.files import write_text
 from collm.identity.comparing import differing
 from collm.models.specs import adapter_config, is_tool, locate
-from collm.training.dataset import load_split
+from collm.training.dataset import digest, load_asked, load_split
 from collm.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def confirm(
     """Refuse to go on with what was made from something else; note what a new run is made from.
 
     Args:
+        splits: as they were loaded, and what is learnt of own texts.
         base: `local_identity` of the base.
         scores: fingerprints of each model's scores, by split: they tell its weights.
         write: this is the process that writes.
@@ -80,6 +82,7 @@ def confirm(
         "data": data_identity(splits),
         "base": {**base, "prompts": prompts_identity(formatter)},
         "scores": {name: dict(by_split) for name, by_split in scores.items()},
+        **_asked_identity(recipe, splits["train"]),
     }
     run = load_run(recipe.out)
     if begun(recipe.out):
@@ -101,9 +104,10 @@ def confirm_finished(recipe: Recipe) -> None:
     if MADE_FROM not in run:
         return  # of an older version: it is whole, and nobody can say more of it
     there, splits = run[MADE_FROM], dict(zip(("train", "validation"), load_split(recipe.data), strict=True))
-    # Own texts follow from the rest; without the gold ones these are not learnt.
-    now = {split: told for split, told in data_identity(splits).items() if split in there["data"]}
-    _require_same(recipe.out, {"data": {split: there["data"][split] for split in now}}, {"data": now})
+    # What is learnt of own texts follows from the rest.
+    now = {"data": data_identity(splits), **_asked_identity(recipe, splits["train"])}
+    kept = {key: value for key, value in there["data"].items() if key in splits}
+    _require_same(recipe.out, {**{key: there[key] for key in now if key in there}, "data": kept}, now)
     if run[FILES].get(recipe.base.model) != stamp(recipe.base.model):
         from collm.identity.known import Opened
 
@@ -118,6 +122,17 @@ def confirm_finished(recipe: Recipe) -> None:
                 recipe.out,
                 role,
             )
+
+
+def _asked_identity(recipe: Recipe, train: Sequence[Example]) -> dict[str, dict[str, str]]:
+    """The questions that writers of own texts are asked, and by what their answers are judged."""
+    section = recipe.own_texts
+    if section is None:
+        return {}
+    task, asked = get_task(section.task), load_asked(recipe, train)
+    answers = [str(example.fields.get("answer")) for example in asked]
+    told = {"task": f"{task.name} v{task.version}", "questions": digest([examples_fingerprint(asked), answers])}
+    return {"own_texts": told}
 
 
 def _specs(recipe: Recipe) -> dict[str, str]:
@@ -142,9 +157,9 @@ def _require_same(out: Path, there: Mapping[str, Any] | None, now: Mapping[str, 
         )
 
 
-def stamp(spec: str) -> dict[str, list[int]] | None:
-    """What a model's files look like: size and time of change of each; None where that cannot be told (the hub's, whose
-    folder is replaced whole)."""
+def stamp(spec: str, of: tuple[str, ...] = OF_WEIGHTS) -> dict[str, list[int]] | None:
+    """What a model's files that end so look like: size and time of change of each; None where that cannot be told (the
+    hub's, whose folder is replaced whole)."""
     if is_tool(spec):
         return {}
     try:
@@ -154,9 +169,9 @@ def stamp(spec: str) -> dict[str, list[int]] | None:
         return None
     if not place.exists():
         return None
-    found = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.name.endswith(OF_WEIGHTS))
+    found = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.name.endswith(of))
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in found}
     if config is not None:
-        base = stamp(str(config["base_model_name_or_path"]))
+        base = stamp(str(config["base_model_name_or_path"]), of)
         stamps |= {f"base/{name}": told for name, told in (base or {}).items()}
     return stamps

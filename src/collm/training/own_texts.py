@@ -15,25 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from collm.data.examples import Example, examples_fingerprint, load_examples
+from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate, example_seed
 from collm.evaluation.result import EvalResult, result_path
 from collm.evaluation.task import Task, get_task
 from collm.files import write_text
 from collm.identity.comparing import NAMED
-from collm.llm import CollaborativeLM
-from collm.llm.loading import load
-from collm.models.info import load_info
-from collm.models.specs import split_spec
 from collm.report.trace import Trace, stream_traces
 from collm.sampling_params import SamplingParams
-from collm.training.checking import placed_assistants
-from collm.training.dataset import digest
+from collm.training.dataset import digest, load_asked
 from collm.training.folder import OWN_TEXTS
-from collm.training.made_from import first_day, stamp
+from collm.training.own_writer import load_writer, looks
 from collm.training.recipe import OwnTextsSection, Recipe
-from collm.training.writers import formatter_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +85,17 @@ def drawn(examples: list[Example], most: int | None, seed: int) -> list[Example]
 
 
 def as_row(example: Example) -> dict[str, Any]:
-    """The row of a data file that is read as this example."""
+    """The row of a data file that is read as this example (one of which the last turn alone is learnt, with
+    `data.last_turn: true`)."""
     texts = {"messages": example.messages, "prompt": example.prompt, "completion": example.completion}
     told = {key: value for key, value in texts.items() if value is not None}
     return {"id": example.id, **told, **({"tools": example.tools} if example.tools else {}), **example.fields}
 
 
 def write_rows(path: Path, examples: Iterable[Example]) -> None:
-    write_text(path, "".join(json.dumps(as_row(example), ensure_ascii=False) + "\n" for example in examples))
+    """Values of other fields that JSON does not know (a table's days, bytes, decimals) are written as texts."""
+    rows = (json.dumps(as_row(example), ensure_ascii=False, default=str) for example in examples)
+    write_text(path, "".join(f"{row}\n" for row in rows))
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def own_texts(
     section = recipe.own_texts
     assert section is not None
     task = get_task(section.task)
-    asked = _questions(recipe, section, train, held_out)
+    asked = _questions(recipe, train, held_out)
     files = _written(recipe, section, task, asked, progress)
     results = [EvalResult.load(result_path(file)) for file in files]
     texts = accepted((trace for file in files for trace in stream_traces(file)), section.keep)
@@ -173,16 +170,14 @@ def own_texts(
     return OwnTexts(learnt, told)
 
 
-def _questions(
-    recipe: Recipe, section: OwnTextsSection, train: Sequence[Example], held_out: Sequence[Example]
-) -> list[Example]:
-    if section.data is None:
-        return list(train)
-    found = load_examples(section.data, skip_bad=recipe.data.skip_bad, last_turn=recipe.data.last_turn)
+def _questions(recipe: Recipe, train: Sequence[Example], held_out: Sequence[Example]) -> list[Example]:
+    found = load_asked(recipe, train)
     kept_back = {str(example.question) for example in held_out}
     asked = [example for example in found if str(example.question) not in kept_back]
     if len(asked) < len(found):
-        logger.info("%s: %d questions are held out, and left out here", section.data, len(found) - len(asked))
+        logger.info("own texts: %d questions are held out, and not asked", len(found) - len(asked))
+    if not asked:
+        raise CollmError("own_texts: all questions are held out: give own_texts.data others than data.validation")
     return asked
 
 
@@ -194,14 +189,14 @@ def _written(
     made_from = [
         section.model_dump(include={"writer", "seed", "temperature", "max_tokens", "dtype"}),
         [task.name, task.version, examples_fingerprint(asked), golds],
-        _looks(recipe, section),
+        looks(recipe, section),
     ]
     folder = recipe.cache_folder / f"own-texts-{section.writer}-{digest(made_from)}"
     files = [folder / f"{number}.jsonl" for number in range(1, section.samples + 1)]
     if all(result_path(file).is_file() for file in files):
         return files  # no model is loaded for what is there
     logger.info("own texts: %s writes %d for each of %d questions", section.writer, section.samples, len(asked))
-    llm = _writer(recipe, section)
+    llm = load_writer(recipe, section)
     try:
         for number, file in enumerate(files):
             evaluate(
@@ -232,27 +227,3 @@ def _written(
 def _alone(section: OwnTextsSection) -> int | str:
     """A model that was loaded by itself is the base of its system."""
     return section.writer if section.checkpoint is not None else 0
-
-
-def _writer(recipe: Recipe, section: OwnTextsSection) -> CollaborativeLM:
-    how: dict[str, Any] = {"dtype": section.dtype, "device": section.device}
-    if section.checkpoint is not None:
-        return CollaborativeLM.from_pretrained(section.checkpoint, placed_assistants(recipe, section.checkpoint), **how)
-    model = recipe.writer(section.writer)
-    found = load(model.model, **how)
-    # A plain model does not know how the recipe shows it its prompts.
-    formatter = formatter_of(found.formatters[0].tokenizer, model, first_day(recipe.out))
-    return CollaborativeLM(found.models, [formatter], has_gate=found.has_gate)
-
-
-def _looks(recipe: Recipe, section: OwnTextsSection) -> list[Any]:
-    """What tells the writer without loading it. (The traces say it to the last bit: a run that goes on compares.)"""
-    if section.checkpoint is None:
-        model = recipe.writer(section.writer)
-        return [stamp(model.model) or model.model, model.format.to_dict()]
-    info = load_info(split_spec(section.checkpoint)[0])
-    looks: list[Any] = [stamp(section.checkpoint) or section.checkpoint]
-    if info is not None:
-        looks += [info.base_fingerprint, info.base_format]
-        looks += [assistant.model_dump(exclude={"spec", "place"}) for assistant in info.assistants]
-    return looks

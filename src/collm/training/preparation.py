@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,11 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             return usable(examples, shown, skip_bad=skip_bad)
         return usable_in_chunks(examples, readers, skip_bad=skip_bad)
 
-    splits = {
-        split: fitting(examples, recipe.data.skip_bad)
-        for split, examples in zip(SPLITS, load_split(recipe.data), strict=True)
-    }
-    own = _own_texts(recipe, splits, partial(fitting, skip_bad=True), state, progress)
+    loaded = dict(zip(SPLITS, load_split(recipe.data), strict=True))
+    splits = {split: fitting(examples, recipe.data.skip_bad) for split, examples in loaded.items()}
+    own = _own_texts(recipe, splits["train"], loaded["validation"], partial(fitting, skip_bad=True), state, progress)
     if own is not None:
-        splits["own"] = own.examples
+        splits["own"] = loaded["own"] = own.examples
         if not own.told["gold"]:
             del splits["train"]
     learnt = [split for split in splits if split != "validation"]
@@ -118,7 +116,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
             writer.name: {split: load_scores_info(path)["fingerprint"] for split, path in paths.items()}
             for writer, paths in zip(writers, scores, strict=True)
         }
-        confirm(recipe, splits, local_identity(model), formatter, fingerprints, write=state.is_main_process)
+        confirm(recipe, loaded, local_identity(model), formatter, fingerprints, write=state.is_main_process)
 
         def assembled(split: str) -> ScoredSet:
             paths = [paths[split] for paths in scores]
@@ -158,7 +156,8 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
 
 def _own_texts(
     recipe: Recipe,
-    splits: Mapping[str, Sequence[Example]],
+    train: Sequence[Example],
+    held_out: Sequence[Example],
     fitting: Callable[[list[Example]], list[Example]],
     state: PartialState,
     progress: bool,
@@ -169,7 +168,7 @@ def _own_texts(
     found: list[OwnTexts | None] = [None]
     with state.main_process_first():
         if state.is_main_process:
-            found = [own_texts(recipe, splits["train"], splits["validation"], fitting, progress=progress)]
+            found = [own_texts(recipe, train, held_out, fitting, progress=progress)]
     if state.num_processes > 1:
         found = broadcast_object_list(found)
     return found[0]

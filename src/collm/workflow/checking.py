@@ -69,10 +69,15 @@ def check_run(recipe: Recipe) -> Asked:
     test = _examples("evaluation.data", recipe.evaluation.data, task)
     if recipe.calibration is not None and recipe.calibration.data == recipe.evaluation.data:
         raise CollmError("calibration.data and evaluation.data are one: a pair is not tested on what chose its rate")
-    parts = {"calibration.data": calibration, "evaluation.data": test}
-    if Path(recipe.data.train).suffix in JSON_SUFFIXES:
-        parts = {"data.train": load_examples(recipe.data.train, skip_bad=recipe.data.skip_bad), **parts}
+    learnt = {
+        key: load_examples(source, skip_bad=recipe.data.skip_bad)
+        for key, source in (("data.train", recipe.data.train), ("own_texts.data", None if own is None else own.data))
+        if source is not None and Path(source).suffix in JSON_SUFFIXES
+    }
+    parts = {**learnt, "calibration.data": calibration, "evaluation.data": test}
     for (first, a), (second, b) in itertools.combinations(parts.items(), 2):
+        if second in learnt:
+            continue  # the same questions may well be learnt twice
         shared = len({str(example.question) for example in a} & {str(example.question) for example in b})
         if shared:
             logger.warning(
