@@ -9,14 +9,11 @@ WRITERS := base large pair
 BY_base := $(BASE)
 BY_large := $(LARGE)
 BY_pair := $(RUNS)/mbpp/gate --method sampled
-# Problems of the training part that each writer answers once; the base gets fewer right, and is asked more.
-ASKED ?= 190
-ASKED_base ?= 374
 .PHONY: own
 own: $(OWN)/report.html
 
 $(WRITERS:%=$(OWN)/%.json): $(OWN)/%.json: | $(DATA)/mbpp/train.jsonl $(RUNS)/mbpp/gate/collm.json $(HAVE)
-	$(COLLM) eval $(BY_$*) $(call WRITE,mbpp) --data $(DATA)/mbpp/train.jsonl --limit $(or $(ASKED_$*),$(ASKED)) \
+	$(COLLM) eval $(BY_$*) $(call WRITE,mbpp) --data $(DATA)/mbpp/train.jsonl \
 	    --temperature 1 --seed 1 --name $* --out $(OWN)/$*.jsonl
 $(OWN_DATA)/all-calibration.jsonl: | $(WRITERS:%=$(OWN)/%.json)
 	$(PYTHON) recipes/qwen/own_arms.py $(WRITERS:%=$(OWN)/%.jsonl) --data $(DATA)/mbpp/train.jsonl --out $(OWN_DATA)

@@ -87,7 +87,7 @@ $(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json)
 kept:
 	mkdir -p $(RUNS)
 	for task in $(notdir $(patsubst %/,%,$(wildcard recipes/qwen/kept/*/))); do cp -rn recipes/qwen/kept/$$task $(RUNS)/; \
-	    (cd $(RUNS)/$$task/test && for each in *.jsonl.xz; do test -e $${each%.xz} || xz -dk $$each; done) || exit 1; done
+	    for each in $$(find $(RUNS)/$$task -name '*.jsonl.xz'); do test -e $${each%.xz} || xz -dk $$each || exit 1; done; done
 
 # -- scores and models -------------------------------------------------------------------------------------------------
 
