@@ -25,9 +25,9 @@ from collm.data.examples import Example, load_examples
 from collm.evaluation.evaluate import example_seed
 from collm.evaluation.system import identity_of, settings_of
 from collm.evaluation.task import Task, get_task
-from collm.files import write_text
 from collm.llm.model import CollaborativeLM
-from collm.report.chart import Chart, Point, Series, chart_svg
+from collm.report.chart import Chart, Point, Series
+from collm.report.plots import save_svg
 from collm.sampling_params import SamplingParams
 
 
@@ -157,7 +157,7 @@ def main() -> None:
         args.out,
     )
     if args.plot:
-        write_text(args.plot, chart_svg(picture(results, middle, args.batch)))
+        save_svg(picture(results, middle, args.batch), args.plot)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collm.report.chart import Chart, Level, Point, Series, bounds, chart_svg
 from collm.report.html import Page, html_report, write_html
 from collm.report.labels import Words, shortened, width_of
 from collm.report.pages import source
-from collm.report.plots import curve_chart, curve_csv, curve_svg, save_curve
+from collm.report.plots import curve_chart, curve_csv, save_curve
 from collm.report.systems import SystemRow, systems_table
 from collm.report.terminal import coloured, legend, plain, print_generation, print_traces, summary
 from collm.report.trace import Trace, trace_from_dict, trace_to_dict
@@ -226,7 +226,7 @@ def test_the_curve_as_csv_reads_back() -> None:
 
 
 def test_the_curve_as_svg_has_one_dot_per_threshold_inside_the_picture() -> None:
-    root = ElementTree.fromstring(curve_svg(table()))
+    root = ElementTree.fromstring(chart_svg(curve_chart(table())))
     _, _, width, height = map(float, root.attrib["viewBox"].split())
     dots = [circle for circle in root.iter("circle") if circle.find("title") is not None]
     assert len(dots) == 3
@@ -240,7 +240,7 @@ def test_the_curve_as_svg_has_one_dot_per_threshold_inside_the_picture() -> None
 def test_flat_curves_can_be_drawn(value: float, tmp_path: Path) -> None:
     row = CalibrationRow(target_rate=0, achieved_rate=0, threshold=1, log_odds=math.inf, metric_value=value)
     flat = CalibrationTable(task="t", metric="m", seed=0, num_prompts=1, rows=[row], best=0)
-    ElementTree.fromstring(curve_svg(flat))
+    ElementTree.fromstring(chart_svg(curve_chart(flat)))
     assert (tmp_path / "curve.csv") in save_curve(flat, tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_curve_has_its_ends_as_lines_in_every_picture(tmp_path: Path) -> None:
         ("base alone", 0.2),
         ("always asking", 0.4),
     }
-    svg = curve_svg(made)
+    svg = chart_svg(curve_chart(made))
     assert svg.count('class="level"') == 2 and "base alone: 20.0%" in svg
     # A level above all points is inside the picture.
     high = Chart((Series("a", (Point(0.1, 0.2),)),), "t", "x", "y", levels=(Level("b", 0.9),))

@@ -75,23 +75,23 @@ def curve_chart(table: CalibrationTable) -> Chart:
     )
 
 
-def curve_svg(table: CalibrationTable) -> str:
-    """The curve as an SVG element, with its intervals."""
-    return chart_svg(curve_chart(table))
-
-
 def save_curve(table: CalibrationTable, folder: str | Path) -> list[Path]:
     """Write `curve.csv`, `curve.svg` and, where matplotlib is installed, `curve.png`; returns what was written."""
     folder = Path(folder)
     written = [folder / "curve.csv", folder / "curve.svg"]
     write_text(written[0], curve_csv(table))
-    alone = '<svg xmlns="http://www.w3.org/2000/svg" style="font-family:sans-serif;background:#fff" '
-    write_text(written[1], curve_svg(table).replace("<svg ", alone, 1) + "\n")
+    save_svg(curve_chart(table), written[1])
     try:
         save_curve_png(table, folder / "curve.png")
     except ModuleNotFoundError:
         return written
     return [*written, folder / "curve.png"]
+
+
+def save_svg(chart: Chart, path: Path) -> None:
+    """A chart as a file that stands alone."""
+    alone = '<svg xmlns="http://www.w3.org/2000/svg" style="font-family:sans-serif;background:#fff" '
+    write_text(path, chart_svg(chart).replace("<svg ", alone, 1) + "\n")
 
 
 def save_curve_png(table: CalibrationTable, path: str | Path) -> None:
