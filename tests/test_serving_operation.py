@@ -126,7 +126,7 @@ def test_it_finishes_what_runs_when_it_is_told_to_stop() -> None:
 def reachable(server: Live) -> bool:
     try:
         return httpx.get(server.url + "/health").status_code == 200
-    except httpx.ConnectError:
+    except httpx.TransportError:  # refused, or reset while the socket closes
         return False
 
 
