@@ -82,16 +82,17 @@ def writes(
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "deferred": asked / tokens}
 
 
-def picture(results: dict[str, dict[str, Any]], speeds: dict[str, float], batch: int) -> Chart:
+def picture(
+    results: dict[str, dict[str, Any]], ways: dict[str, list[str]], speeds: dict[str, float], batch: int
+) -> Chart:
     """Quality against speed, a point with its interval for each system; a pair's two ways of decoding are joined."""
     series = []
     for look, (name, result) in enumerate(results.items()):
-        ways = sorted((speed, way) for way, speed in speeds.items() if way.split(", ")[0] == name)
         points = tuple(
             Point(
                 speed, result["value"], tuple(result["ci95"]), f"{way}: {result['value']:.1%} at {speed:.1f} tokens/s"
             )
-            for speed, way in ways
+            for speed, way in sorted((speeds[way], way) for way in ways[name])
         )
         series.append(Series(name, points, look))
     [metric] = {result["metric"] for result in results.values()}
@@ -122,7 +123,10 @@ def main() -> None:
     llm = CollaborativeLM.from_pretrained(str(args.pair), dtype=args.dtype, device=args.device)
     runs: dict[str, Callable[[int], dict[str, float]]] = {}
 
-    def add(way: str, settings: dict[str, Any], model: str | None = None) -> None:
+    ways: dict[str, list[str]] = {name: [] for name in results}
+
+    def add(name: str, way: str, settings: dict[str, Any], model: str | None = None) -> None:
+        ways[name].append(way)
         own = {"max_tokens": args.max_tokens, **settings}
         runs[way] = partial(writes, llm, task, examples, args.batch, own, model)
 
@@ -131,10 +135,10 @@ def main() -> None:
         if fault := other_system(result, llm, model):
             parser.error(f"{name}: {fault}")
         if model is not None:
-            add(name, {}, model)
+            add(name, name, {}, model)
         else:
-            add(f"{name}, plain", {**asks(result), "speculative": False})
-            add(f"{name}, speculative", {**asks(result), "speculative": True})
+            add(name, f"{name}, plain", {**asks(result), "speculative": False})
+            add(name, f"{name}, speculative", {**asks(result), "speculative": True})
     measured = in_turn(runs, args.rounds)
     speed = {way: [one["tokens_per_second"] for one in each] for way, each in measured.items()}
     against = next(iter(alone), None)
@@ -157,7 +161,7 @@ def main() -> None:
         args.out,
     )
     if args.plot:
-        save_svg(picture(results, middle, args.batch), args.plot)
+        save_svg(picture(results, ways, middle, args.batch), args.plot)
 
 
 if __name__ == "__main__":

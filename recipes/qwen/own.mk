@@ -26,13 +26,8 @@ $(RUNS)/mbpp/own-$(1)/collm.json: | $(OWN_DATA)/all-calibration.jsonl $(HAVE)
 	$(COLLM) train recipes/qwen/gate.yaml out=$(RUNS)/mbpp/own-$(1) base.model=$(BASE) base.scores=null \
 	    base.validation_scores=null 'assistants=[{name: large$(comma) model: $(LARGE)$(comma) dtype: bfloat16}]' \
 	    data.train=$(OWN_DATA)/$(1)-train.jsonl data.validation=$(OWN_DATA)/$(1)-calibration.jsonl
-$(RUNS)/mbpp/thresholds/own-$(1)-gate/curve.csv: | $(RUNS)/mbpp/own-$(1)/collm.json
-	$(COLLM) calibrate $(RUNS)/mbpp/own-$(1) $(call WRITE,mbpp) --data $(DATA)/mbpp/calibration.jsonl --limit $(TRIED) \
-	    --signal gate --rates 0.2 --rounds 3 --out $(RUNS)/mbpp/thresholds/own-$(1)-gate
-$(RUNS)/mbpp/test/own-$(1)-gate_20.json: | $(RUNS)/mbpp/thresholds/own-$(1)-gate/curve.csv
-	$(COLLM) eval $(RUNS)/mbpp/own-$(1) --method threshold --deferral-rate 0.20 $(call WRITE,mbpp) \
-	    --data $(DATA)/mbpp/test.jsonl --limit $(TESTED) --no-speculative --name own-$(1)-gate_20 \
-	    --out $(RUNS)/mbpp/test/own-$(1)-gate_20.jsonl
+$(call calibrated,mbpp,own-$(1),gate,0.2)
+$(call tested,mbpp,own-$(1)-gate_20,$(RUNS)/mbpp/thresholds/own-$(1)-gate/curve.csv,$(RUNS)/mbpp/own-$(1) --method threshold --deferral-rate 0.20)
 endef
 $(foreach one,$(ARMS),$(eval $(call arm,$(one))))
 

@@ -9,13 +9,11 @@ what each writer got right of the problems left out, which the arms are compared
 """
 
 import argparse
-import random
-from collections.abc import Mapping
 from pathlib import Path
 
 from collm.data.examples import Example, load_examples
 from collm.report.trace import stream_traces
-from collm.training.own_texts import accepted, own_examples, write_rows
+from collm.training.own_texts import accepted, drawn, own_examples, write_rows
 
 
 def left_out(example: Example) -> bool:
@@ -40,13 +38,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for part, chosen in (("train", False), ("calibration", True)):
         asked = [example for example in gold if left_out(example) is chosen]
-        texts: Mapping[str, list[Example]] = {name: own_examples(asked, own[name], gold=False) for name in own}
+        texts = {name: own_examples(asked, own[name], gold=False) for name in own}
         volume = len(texts["pair"])
         for name, found in texts.items():
-            drawn = random.Random(args.seed).sample(found, min(volume, len(found)))
-            write(f"{name}-{part}", drawn)
-            if name == "pair":
-                write(f"gold_pair-{part}", [*asked, *drawn])
+            write(f"{name}-{part}", drawn(found, volume, args.seed))
+        write(f"gold_pair-{part}", [*asked, *texts["pair"]])
         if chosen:
             write(f"all-{part}", [example for found in texts.values() for example in found])
 

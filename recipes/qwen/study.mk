@@ -138,6 +138,10 @@ TRIES = $(if $(filter ifeval,$(1)),$(PROMPTS)/held_out.jsonl,$(DATA)/$(1)/calibr
 # $(1): a task, $(2): a pair, $(3): a signal, $(4): rates
 define calibration
 calibrate: $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv
+$(call calibrated,$(1),$(2),$(3),$(4))
+endef
+# The step by itself, which `make calibrate` does not ask for.
+define calibrated
 $(RUNS)/$(1)/thresholds/$(2)-$(3)/curve.csv: | $(RUNS)/$(1)/$(2)/collm.json $(HAVE)
 	$(COLLM) calibrate $(RUNS)/$(1)/$(2) $(call WRITE,$(1)) --data $(TRIES) --limit $(TRIED) \
 	    --signal $(3) --rates $(4) --rounds 3 --out $(RUNS)/$(1)/thresholds/$(2)-$(3)
@@ -153,6 +157,10 @@ $(foreach signal,gate entropy,$(eval $(call calibration,ifeval,pair,$(signal),0.
 # is exact: each token one pass of the base, each deferral one of the assistant.
 define system
 SYSTEMS_$(1) += $(2)
+$(call tested,$(1),$(2),$(3),$(4))
+endef
+# The step by itself, of a system that is none of the task's table.
+define tested
 $(RUNS)/$(1)/test/$(2).json: | $(3) $(DATA)/$(1)/train.jsonl
 	$(COLLM) eval $(4) $(call WRITE,$(1)) --data $(DATA)/$(1)/test.jsonl --limit $(TESTED) --no-speculative \
 	    --name $(2) --out $(RUNS)/$(1)/test/$(2).jsonl

@@ -58,7 +58,7 @@ class Queues:
         self._begins_early = True
         """The base may begin before it is asked."""
         self._models, self._experience = models, experience
-        self._writes_on = [model.writes_on for model in models]
+        self.writes_on = [model.writes_on for model in models]
         self._patience, self._timeout = patience, timeout
         self._clock, self._take, self._go_on, self._heard, self._during = clock, take, go_on, heard, during
 
@@ -86,7 +86,7 @@ class Queues:
                 continue
             self.of_model[number] = batch.left
             batch.started = now
-            if self._writes_on[number] and all(query.write_on is not None for query in batch.queries):
+            if self.writes_on[number] and all(query.write_on is not None for query in batch.queries):
                 batch.keep_on = self._turn(batch, device, wanted, more_wait)
                 batch.tell = None if self._during is None else partial(self._tell, batch, self._during)
             elif number != BASE and len(wanted) == 1 + (BASE in wanted) and not batch.left:
@@ -98,7 +98,7 @@ class Queues:
     def _chosen(self, number: int, more_wait: bool) -> Chosen | None:
         """Who is told what an assistant chooses: the base of the same device, whose turn probably comes next."""
         during, base, model = self._during, self._models[BASE], self._models[number]
-        if during is None or not (self._begins_early and base.writes_on and model.writes_on):
+        if during is None or not (self._begins_early and self.writes_on[BASE] and self.writes_on[number]):
             return None
         if base.device != model.device:
             return None

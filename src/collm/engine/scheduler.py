@@ -74,7 +74,6 @@ class Scheduler:
             heard=heard,
             during=during,
         )
-        self._writes_on = [model.writes_on for model in self.models]
         self._streams = Streams(self.models, clock=clock, post=post, take=self._take, go_on=self._advance)
 
     @property
@@ -231,7 +230,7 @@ class Scheduler:
         length = len(view.token_ids)
         more = extend.max_tokens - 1 - (length - item.extended_from)
         leave = None
-        if more > 0 and self._writes_on[extend.model]:
+        if more > 0 and self._queues.writes_on[extend.model]:
             changed = request.passing if isinstance(request, More) else None
             leave = WriteOn(more, extend.until, extend.passing if changed is None else changed())
         query = Query(extend.model, view, length, 1, extend.draw, None, extend.num_top, write_on=leave)
