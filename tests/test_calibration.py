@@ -21,10 +21,12 @@ from collm.calibration import (
     ALWAYS,
     EVEN,
     NEVER,
+    Measurement,
     calibrate,
     gate_log_odds,
     midpoints,
     missed,
+    next_threshold,
     signals,
     store_table,
     trained_state,
@@ -120,6 +122,36 @@ def test_a_deferral_rate_just_works_once_calibrated(
     asked_for = [row.achieved_rate for row in table.rows if row.log_odds != EVEN]
     assert asked_for[:3] == pytest.approx([0, 0.2, 0.5], abs=0.05)
     assert 0.9 < asked_for[3] < 1  # the base writes where both abstain, at 4 % of the places
+
+
+@pytest.mark.parametrize(
+    ("abstention", "rates", "asked_everywhere"),
+    [(0.0, (0.1, 0.3), False), (0.0, (0.1, 0.6), False), (0.7, (0.1, 0.6), True), (0.0, (0.1, 1.0), True)],
+    ids=str,
+)
+def test_nobody_is_asked_at_every_token_for_rates_that_need_it_not(
+    abstention: float, rates: tuple[float, ...], asked_everywhere: bool, tmp_path: Path
+) -> None:
+    """The dearest text of all: it bounds the search only where no other threshold reaches a rate."""
+    table = run(PairWriter(abstention=abstention), target_rates=rates, rounds=5, out=tmp_path)
+    assert (tmp_path / "threshold_-inf.jsonl").exists() == asked_everywhere
+    for row in table.rows:
+        if row.target_rate < (0.65 if abstention == 0 else 0.15):
+            assert row.achieved_rate == pytest.approx(row.target_rate, abs=0.015)
+    whole = run(PairWriter(abstention=abstention), target_rates=(*rates, 1.0), rounds=5)
+    unreached = {row.target_rate for row in missed(table)}
+    assert unreached == {row.target_rate for row in missed(whole)} & set(rates)
+
+
+def test_above_all_that_was_measured_the_gates_of_the_last_text_tell(tmp_path: Path) -> None:
+    gates = np.arange(1, 9, dtype=np.float32)
+    result = evaluate(PairWriter(), "word_problems", questions(2), progress=False)
+    never = Measurement(NEVER, replace(result, deferral_rate=0.0), gates, np.zeros(8, dtype=np.bool_))
+    assert next_threshold(0.25, [never]) == 6.5  # two of the eight lie above
+    some = Measurement(4.5, replace(result, deferral_rate=0.2), gates, np.zeros(8, dtype=np.bool_))
+    assert next_threshold(0.6, [never, some]) == 2.5  # half of what is left, two of the four below
+    everywhere = Measurement(ALWAYS, replace(result, deferral_rate=0.3), gates, np.ones(8, dtype=np.bool_))
+    assert next_threshold(0.6, [never, some, everywhere]) is None
 
 
 def test_the_second_choice_has_the_log_odds_at_which_it_is_asked() -> None:

@@ -119,21 +119,28 @@ def next_threshold(target: float, measured: Sequence[Measurement]) -> float | No
     """A threshold to try for `target`: between the two measured ones around it, at the quantile of the gates there.
 
     Of the gates that lie between the two, those at which an assistant really wrote count; where there are none to
-    choose from, all do. None if the target lies outside what was measured, or no gate value is left in between.
+    choose from, all do. Where nothing measured reaches `target`, the lower side is taken to be `ALWAYS`, unmeasured, at
+    a rate of 1, and the gates are those of the text that came nearest. None if `ALWAYS` does not reach the target, or
+    no gate value is left in between.
     """
     ordered = sorted(measured, key=lambda m: -m.log_odds)
     brackets = [(a, b) for a, b in zip(ordered, ordered[1:], strict=False) if a.rate <= target <= b.rate]
-    if not brackets:
+    if brackets:
+        above, below = min(brackets, key=lambda pair: pair[1].rate - pair[0].rate)
+        low, high_rate = below.log_odds, below.rate
+        pools = [below.gates[below.accepted], np.concatenate([above.gates, below.gates])]
+    elif ordered[-1].log_odds > ALWAYS and ordered[-1].rate <= target:
+        above, low, high_rate = ordered[-1], ALWAYS, 1.0
+        pools = [above.gates]
+    else:
         return None
-    above, below = min(brackets, key=lambda pair: pair[1].rate - pair[0].rate)
-    if above.rate == below.rate:
+    if above.rate == high_rate:
         return None
-    share = (target - above.rate) / (below.rate - above.rate)
-    pool = np.concatenate([above.gates, below.gates])
-    for gates in (below.gates[below.accepted], pool):
-        inside = gates[(gates > below.log_odds) & (gates <= above.log_odds)]
+    share = (target - above.rate) / (high_rate - above.rate)
+    for gates in pools:
+        inside = gates[(gates > low) & (gates <= above.log_odds)]
         candidates = midpoints(inside)
-        candidates = candidates[(candidates > below.log_odds) & (candidates < above.log_odds)]
+        candidates = candidates[(candidates > low) & (candidates < above.log_odds)]
         if len(candidates):
             deferred = 1 - np.searchsorted(np.sort(inside), candidates, side="right") / len(inside)
             return float(candidates[np.abs(deferred - share).argmin()])
@@ -226,10 +233,16 @@ def _calibrate(
     # the text that is written without deferring: without this point the search would jump over all of them.
     if signal == "gate":
         measure(EVEN, "defer where the gate is above 0.5")
-    measure(ALWAYS, "always defer")
     inner = [rate for rate in target_rates if 0 < rate < 1]
+    # The dearest texts of all, so only where they are asked for, or where two thresholds have not reached a rate.
+    if 1 in target_rates:
+        measure(ALWAYS, "always defer")
+    bounded = min(rounds, 3)
     for turn in range(1, rounds + 1):
         for rate in inner:
+            highest = max(each.rate for each in measured.values())
+            if turn >= bounded > 1 and highest < rate - tolerance and ALWAYS not in measured:
+                measure(ALWAYS, "always defer")
             if abs(_nearest(rate, measured).rate - rate) <= tolerance:
                 continue
             candidate = next_threshold(rate, list(measured.values()))
