@@ -225,7 +225,8 @@ def test_where_texts_stop_to_write_on(tiny_tokenizer: PreTrainedTokenizerFast, m
     assert len(whole) == 1 + LONGEST
     assert len(stopping(model, WriteOn(200), Counted(7))) == 8
     doubts = [reply.entropy for reply in whole if isinstance(reply, Answer)]
-    until = ByEntropy(sorted(doubts)[-5], 1)
+    # Between two of them: the same token's doubt is another within rounding where its text was copied.
+    until = ByEntropy(sum(sorted(doubts)[-5:-3]) / 2, 1)
     deferred = [n for n, doubt in enumerate(doubts) if doubt > until.nats]
     assert len(deferred) == 4
     for passing in (0, 1, 3):
