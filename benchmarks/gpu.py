@@ -241,16 +241,16 @@ def ready(bench: Bench) -> None:
         bench.note("memory_gb", torch.cuda.memory_reserved(bench.device) / 1e9)
 
 
-def bound(bench: Bench, name: str, keys: int = 0) -> float:
-    """Milliseconds of reading the weights once (but for the embedding), and so many positions of keys and values."""
-    return card.bytes_read(bench.networks[name], keys) / bench.bandwidth * 1e3
+def bound(bench: Bench, name: str, keys: int = 0, tokens: int = 1) -> float:
+    """Milliseconds of reading once what a pass over some tokens needs, and so many positions of keys and values."""
+    return card.bytes_read(bench.networks[name], keys, tokens) / bench.bandwidth * 1e3
 
 
 def passes(bench: Bench) -> None:
     """Pass time by number of tokens, context 100: replays alone, and with the work of the host."""
     for name, model in bench.models.items():
-        limit = bound(bench, name)
         for count in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256):
+            limit = bound(bench, name, tokens=count)
             rows = min(count, 16)
             bucket, whole = card.filled(model, [card.CONTEXT] * rows, [count // rows] * rows)
             with torch.inference_mode():

@@ -439,7 +439,8 @@ def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("collm.models.caching.machinery_for", lambda *_: own)
     monkeypatch.setattr(card.copy_bandwidth, "__defaults__", (2**20,))
     monkeypatch.setattr(card.timed, "__defaults__", (1, 1))
-    monkeypatch.setattr("collm.models.paged.stepping.BUCKETS", (16, 128, 256))
+    for module in ("stepping", "graphs"):
+        monkeypatch.setattr(f"collm.models.paged.{module}.BUCKETS", (16, 128, 256))
     monkeypatch.setattr("collm.bench.card.BUCKETS", (16, 128, 256))
     monkeypatch.setattr(
         "collm.bench.card.runtime_calls", lambda work: {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}

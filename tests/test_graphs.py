@@ -14,6 +14,7 @@ from chunk_toys import byte_level
 from test_local import tiny, traffic
 from tiny import make_model
 from transformers import PreTrainedTokenizerFast
+from watching import watched
 
 from collm.cuts import START
 from collm.decoding.collaborative import collaborative, single
@@ -29,9 +30,9 @@ from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.capture import FakeCapture
+from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.machinery import Machinery
 from collm.models.paged.ops import TorchOps
-from collm.models.paged.stepping import BUCKETS
 from collm.models.paged.telling import Told, TorchTelling
 from collm.models.paged.writing import LONGEST
 from collm.models.pairing import cuts_between
@@ -43,7 +44,7 @@ from collm.views import Text, View
 
 
 def machinery(fails: Callable[[], None] | None = None) -> Machinery:
-    return Machinery(TorchOps(), TorchTelling(), FakeCapture(fails=fails), block=8)
+    return watched(fails)
 
 
 def capture(model: LocalModel) -> FakeCapture:

@@ -14,8 +14,11 @@ from collm.bench.paired import synchronise
 from collm.models.attention import Row
 from collm.models.laws import Asked
 from collm.models.local import LocalModel
+from collm.models.memory import bytes_per_token
+from collm.models.paged import experts
 from collm.models.paged.cache import PagedCache
-from collm.models.paged.stepping import BUCKETS, Bucket, Stepper
+from collm.models.paged.graphs import BUCKETS, Bucket
+from collm.models.paged.stepping import Stepper
 
 COPIED = 2**31
 """Bytes of the copy that a card is measured by."""
@@ -64,13 +67,17 @@ def copy_bandwidth(device: torch.device, size: int = COPIED) -> float:
     return 2 * size / timed(lambda: b.copy_(a), device, 5)
 
 
-def bytes_read(network: PreTrainedModel, positions: int = 0) -> int:
-    """What a pass reads at least: the weights, but for the embedding, and so many positions of keys and values."""
-    weights: int = sum(parameter.nbytes for name, parameter in network.named_parameters() if "embed" not in name)
-    config: Any = network.config.get_text_config()
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per: int = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * network.dtype.itemsize
-    return weights + positions * per
+def bytes_read(network: PreTrainedModel, positions: int = 0, tokens: int = 1) -> int:
+    """What a pass over `tokens` tokens reads at least: the weights, but for an embedding that is not the head, too; of
+    experts those that it is expected to use (`experts.share_used`); and `positions` of keys and values."""
+    parts: Any = network.get_input_embeddings(), network.get_output_embeddings()
+    embedding, head = (part.weight for part in parts)
+    weights: int = sum(parameter.nbytes for parameter in network.parameters())
+    if embedding is not head:
+        weights -= embedding.nbytes
+    routed = sum(parameter.nbytes for parameter in experts.expert_weights(network))
+    left_out = round((1 - experts.share_used(network, tokens)) * routed)
+    return weights - left_out + positions * bytes_per_token(network)
 
 
 def graphs_of(model: LocalModel) -> tuple[Stepper, PagedCache]:

@@ -94,8 +94,8 @@ def card_cell(pair: Pair, effort: Effort) -> Cell:
     device = next(iter(models.values())).model.device
     found["copy_bytes_per_second"] = bandwidth = card.copy_bandwidth(device)
     for name, model in models.items():
-        bound = card.bytes_read(model.model) / bandwidth
         for tokens in card.TOKENS:
+            bound = card.bytes_read(model.model, tokens=tokens) / bandwidth
             seconds = card.pass_seconds(model, tokens)
             found |= {f"pass_seconds.{name}.T{tokens}": seconds, f"pass.{name}.T{tokens}": seconds / bound}
     _, whole = card.filled(models["base"], [card.CONTEXT] * 16, [1] * 16)

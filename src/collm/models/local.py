@@ -24,8 +24,9 @@ from collm.models.laws import Asked, Laws
 from collm.models.loading import eos_ids
 from collm.models.openings import Openings
 from collm.models.paged.cache import PagedCache
+from collm.models.paged.lost import is_lost
 from collm.models.paged.machinery import Machinery
-from collm.models.paged.stepping import Stepper, is_lost
+from collm.models.paged.stepping import Stepper
 from collm.models.paged.writing import are_steps, foresee, write
 from collm.models.prefix_cache import Job, PrefixCache, passes
 from collm.models.tokenizers import shared_vocab_size

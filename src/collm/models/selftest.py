@@ -11,9 +11,10 @@ from collm.models.crop_cache import CropCache
 from collm.models.devices import input_device
 from collm.models.kv_pool import KVPool, may_support
 from collm.models.laws import Asked
+from collm.models.paged.lost import is_lost
 from collm.models.paged.plan import CHUNK
 from collm.models.paged.pool import PagedPool
-from collm.models.paged.stepping import Stepper, is_lost
+from collm.models.paged.stepping import Stepper
 from collm.models.prefix_cache import Pool
 from collm.views import Text
 

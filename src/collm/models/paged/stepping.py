@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import struct
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -23,7 +21,9 @@ from collm.models.head import DeferralHead
 from collm.models.laws import Asked
 from collm.models.openings import Openings
 from collm.models.paged import plan as planned
-from collm.models.paged.capture import Capture, Work
+from collm.models.paged.capture import Capture
+from collm.models.paged.graphs import BUCKETS, Bucket, Graphs, size_of
+from collm.models.paged.lost import is_lost
 from collm.models.paged.plan import CUT, DRAW, HEAD, IDS, LINES, OPENS, POSITIONS, START, WHERE, Plan
 from collm.models.paged.pool import NARROW, PagedPool
 from collm.models.paged.telling import WORD, OpenTelling, Telling, Told, columns
@@ -32,24 +32,8 @@ from collm.values import Draw
 
 _log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
-"""Numbers of tokens for which there are graphs; a pass takes the next larger one."""
-
-
 MOVING = (POSITIONS, WHERE, START, DRAW + 3)
 """Lines of what moves with a token; the last one, its position in the completion."""
-
-
-@dataclass(slots=True)
-class Bucket:
-    """The fixed buffers of passes of up to `size` tokens, and what replays them. A graph knows addresses and holds
-    nothing: `plan`, which it uploads `into`, must live as long as it does."""
-
-    size: int
-    into: NDArray[np.int32]
-    out: NDArray[np.int32]
-    replay: Work
-    plan: Plan
 
 
 class Place(NamedTuple):
@@ -80,8 +64,7 @@ class Counts:
 class Stepper:
     """The passes that decode: those of up to 512 tokens that ask for tokens, entropies and gates alone.
 
-    A graph is captured when its bucket is first met, or by `warm_up`. Where the memory does not suffice, or a network
-    cannot be captured, passes run without: slower, never otherwise.
+    A graph (`Graphs`) is captured when its bucket is first met, or by `warm_up`.
     """
 
     def __init__(
@@ -96,9 +79,7 @@ class Stepper:
     ) -> None:
         self._lm, self._head, self._vocab_size = lm, head, vocab_size
         self._pool, self._capture, self._telling, self._name = pool, capture, telling, name
-        self._buckets: dict[int, Bucket] = {}
-        self._refused: set[int] = set()
-        self._moves = pool.moves
+        self._graphs = Graphs(lm, pool, capture, self._work, self._columns, name)
         self._last: tuple[Bucket, NDArray[np.int32]] | None = None
         """Of the last pass, with the lines of its tokens."""
         self._foreseen: list[Place] | None = None
@@ -115,11 +96,11 @@ class Stepper:
     @property
     def buckets(self) -> tuple[int, ...]:
         """Those that are captured."""
-        return tuple(sorted(self._buckets))
+        return tuple(sorted(self._graphs.captured))
 
     def graph(self, size: int) -> Bucket | None:
         """That of a bucket, if it is captured."""
-        return self._buckets.get(size)
+        return self._graphs.captured.get(size)
 
     def compile(self) -> None:
         """Compile the kernels of all passes, several at a time, rather than one by one when they are first needed."""
@@ -145,7 +126,7 @@ class Stepper:
         began = perf_counter()
         for size in reversed(BUCKETS):
             if size <= largest:
-                self._bucket(size)
+                self._graphs.of(size)
         return perf_counter() - began
 
     def measured(self, repeats: int = 3) -> list[tuple[int, float]]:
@@ -153,7 +134,7 @@ class Stepper:
         shortest of some. They do not fall with the tokens."""
         self.void()
         found: list[tuple[int, float]] = []
-        for size, bucket in sorted(self._buckets.items()):
+        for size, bucket in sorted(self._graphs.captured.items()):
             planned.fill_empty(bucket.into, self._pool.blocks)
             times = []
             for _ in range(repeats):
@@ -170,6 +151,9 @@ class Stepper:
         plain = asked.given is None and not asked.num_top and not asked.law
         return plain and num_tokens <= BUCKETS[-1] and (asked.cuts is None or self._shares_chunks)
 
+    def _columns(self) -> int:
+        return columns(self._head) + self._shares_chunks
+
     @property
     def _shares_chunks(self) -> bool:
         return isinstance(self._telling, OpenTelling)
@@ -178,11 +162,7 @@ class Stepper:
         """From now on it answers what is asked behind bytes (`Query.last_bytes`), too. Graphs are captured anew."""
         telling = self._telling.telling if isinstance(self._telling, OpenTelling) else self._telling
         self._telling = OpenTelling(telling, openings.to(self._capture.device))
-        self._forget()
-
-    def _forget(self) -> None:
-        """Graphs know addresses."""
-        self._buckets, self._refused, self._moves = {}, set(), self._pool.moves
+        self._graphs.forget()
 
     def step(self, rows: Sequence[Row], token_ids: Sequence[int], wanted: Sequence[int], asked: Asked) -> Told:
         """What one pass tells of each of its tokens. See `start`."""
@@ -201,7 +181,7 @@ class Stepper:
             self._in_vain = False
             self._capture.wait()  # it may still be reading its numbers
         count = len(token_ids)
-        bucket = self._bucket(_size(count))
+        bucket = self._graphs.of(size_of(count))
         counts = self.counts
         size = count if bucket is None else bucket.size
         if bucket is None:
@@ -232,7 +212,7 @@ class Stepper:
     def foresee(self, places: Sequence[Place]) -> None:
         """Start a pass of one token of each row that will probably be asked for (`take`); not without a graph."""
         count = len(places)
-        if count > BUCKETS[-1] or _size(count) not in self._buckets:
+        if count > BUCKETS[-1] or size_of(count) not in self._graphs.captured:
             return
         rows = [Row(place.slot, place.start, 1) for place in places]
         asked = Asked.drawn([(place.draw, place.position) for place in places])
@@ -294,57 +274,6 @@ class Stepper:
         logits = project(self._lm, hidden)
         return self._telling.tell(logits, hidden, self._head, plan, self._vocab_size)
 
-    def _bucket(self, size: int) -> Bucket | None:
-        if self._moves != self._pool.moves:
-            self._forget()
-        bucket = self._buckets.get(size)
-        if bucket is None and size not in self._refused:
-            try:
-                bucket = self._buckets[size] = self._captured(size)
-            except torch.OutOfMemoryError:
-                self._refused.add(size)
-                _make_room()
-                warnings.warn(
-                    f"{self._name}: no memory for the graph of passes over {size} tokens; they run without, which is "
-                    "slower. A smaller max_cache_tokens leaves more",
-                    stacklevel=2,
-                )
-            except Exception as error:
-                if is_lost(error):
-                    raise
-                self._refused.update(BUCKETS)
-                self._buckets.clear()
-                _log.info("capture failed", exc_info=error)
-                warnings.warn(
-                    f"{self._name}: passes of a {self._lm.config.model_type} model cannot be captured as CUDA graphs "
-                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); they run without, "
-                    "which is slower",
-                    stacklevel=2,
-                )
-        return bucket
-
-    def _captured(self, size: int) -> Bucket:
-        began = perf_counter()
-        into = self._capture.host(planned.size(size))
-        out = self._capture.host(size, columns(self._head) + self._shares_chunks)
-        # Padding alone: no text is touched.
-        planned.fill_empty(into.numpy(), self._pool.blocks)
-        device = into.to(self._capture.device)
-        plan = Plan(device, size, self._pool.tile(size), planned.num_items(size))
-
-        def work() -> None:
-            device.copy_(into, non_blocking=True)
-            out.copy_(self._work(plan), non_blocking=True)
-
-        replay = self._capture.record(work)
-        _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
-        return Bucket(size, into.numpy(), out.numpy(), replay, plan)
-
-
-def _size(num_tokens: int) -> int:
-    """Of the bucket of so many tokens."""
-    return next(size for size in BUCKETS if size >= num_tokens)
-
 
 def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) -> None:
     for row in asked.draws.rows:
@@ -355,27 +284,3 @@ def _write_draws(lines: NDArray[np.int32], wanted: Sequence[int], asked: Asked) 
             words = (low, high, how.sample & WORD, position & WORD)
             lines[DRAW : DRAW + 4, token] = np.array(words, dtype=np.uint32).view(np.int32)
             lines[DRAW + 4 :, token] = how.top_k, *floats
-
-
-STICKY = (
-    "illegal memory access",
-    "device-side assert",
-    "unspecified launch failure",
-    "misaligned address",
-    "illegal instruction",
-    "launch timed out",
-    "uncorrectable",
-    "unknown error",
-)
-"""What CUDA says when nothing works any more in this process. A capture that fails is not among it."""
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether the device cannot be used any more by this process."""
-    return isinstance(error, RuntimeError) and any(what in str(error) for what in STICKY)
-
-
-def _make_room() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -14,8 +14,9 @@ from collm.decoding.policies import Policy, defers
 from collm.models.attention import Row
 from collm.models.laws import MOST_PROBABLE, Asked
 from collm.models.paged.cache import PagedCache
+from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.plan import CHUNK
-from collm.models.paged.stepping import BUCKETS, Place, Stepper
+from collm.models.paged.stepping import Place, Stepper
 from collm.models.paged.telling import Told
 from collm.models.prefix_cache import Job
 from collm.types import ForwardPass

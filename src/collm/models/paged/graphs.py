@@ -1,0 +1,143 @@
+"""The graphs of a network's passes: one for each of some numbers of tokens, captured when it is first met."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from collm.models.paged import plan as planned
+from collm.models.paged.capture import Capture, Work
+from collm.models.paged.experts import Experts
+from collm.models.paged.lost import is_lost
+from collm.models.paged.plan import Plan
+from collm.models.paged.pool import NARROW, PagedPool
+
+_log = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
+"""Numbers of tokens for which there are graphs; a pass takes the next larger one."""
+
+
+@dataclass(slots=True)
+class Bucket:
+    """The fixed buffers of passes of up to `size` tokens, and what replays them. A graph knows addresses and holds
+    nothing: `plan`, which it uploads `into`, must live as long as it does."""
+
+    size: int
+    into: NDArray[np.int32]
+    out: NDArray[np.int32]
+    replay: Work
+    plan: Plan
+
+
+class Graphs:
+    """Where the memory does not suffice, or a network cannot be captured, passes run without: slower, never otherwise.
+
+    Args:
+        work: what a pass does with a plan; what it tells, `[size, columns]`.
+        columns: of what a pass tells of a token, as it is now.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        pool: PagedPool,
+        capture: Capture,
+        work: Callable[[Plan], Tensor],
+        columns: Callable[[], int],
+        name: str,
+    ) -> None:
+        self._pool, self._capture, self._work, self._columns = pool, capture, work, columns
+        self._name, self._kind = name, lm.config.model_type
+        self._experts = Experts(lm, capture.device)
+        self._refused: set[int] = set()
+        self._moves = pool.moves
+        self.captured: dict[int, Bucket] = {}
+
+    def forget(self) -> None:
+        """Graphs know addresses: those that are captured are void."""
+        self.captured, self._refused, self._moves = {}, set(), self._pool.moves
+
+    def of(self, size: int) -> Bucket | None:
+        """That of one of `BUCKETS`; None where passes of this size run without.
+
+        Warns:
+            UserWarning: it cannot be captured; once.
+        """
+        if self._moves != self._pool.moves:
+            self.forget()
+        bucket = self.captured.get(size)
+        if bucket is None and size not in self._refused:
+            bucket = self._tried(size)
+        return bucket
+
+    def _tried(self, size: int) -> Bucket | None:
+        try:
+            bucket = self.captured[size] = self._made(size)
+            return bucket
+        except torch.OutOfMemoryError:
+            self._refused.add(size)
+            _make_room()
+            warnings.warn(
+                f"{self._name}: no memory for the graph of passes over {size} tokens; they run without, which is "
+                "slower. A smaller max_cache_tokens leaves more",
+                stacklevel=2,
+            )
+        except Exception as error:
+            if is_lost(error):
+                raise
+            _log.info("capture failed", exc_info=error)
+            way = self._experts.way
+            if self._experts.give_up():
+                _log.info("%s: experts by %s instead of %s", self._name, self._experts.way, way)
+                return self._tried(size)
+            self._refused.update(BUCKETS)
+            self.captured.clear()
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if self._experts.are_fixed:
+                reason += "; transformers has no way to compute its experts that can be"
+            warnings.warn(
+                f"{self._name}: passes of a {self._kind} model cannot be captured as CUDA graphs ({reason}); they run "
+                "without, which is slower",
+                stacklevel=2,
+            )
+        return None
+
+    def _made(self, size: int) -> Bucket:
+        began = perf_counter()
+        into = self._capture.host(planned.size(size))
+        out = self._capture.host(size, self._columns())
+        # Padding alone: no text is touched.
+        planned.fill_empty(into.numpy(), self._pool.blocks)
+        device = into.to(self._capture.device)
+        plan = Plan(device, size, self._pool.tile(size), planned.num_items(size))
+
+        def work() -> None:
+            device.copy_(into, non_blocking=True)
+            with self._experts.recorded():
+                out.copy_(self._work(plan), non_blocking=True)
+
+        replay = self._capture.record(work)
+        _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
+        return Bucket(size, into.numpy(), out.numpy(), replay, plan)
+
+
+def size_of(num_tokens: int) -> int:
+    """The size of the bucket of so many tokens."""
+    return next(size for size in BUCKETS if size >= num_tokens)
+
+
+def _make_room() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
