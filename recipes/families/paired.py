@@ -2,9 +2,10 @@
 
     python recipes/families/paired.py ORACLE.jsonl [--rate 0.1 ...] [--beside OTHER.jsonl]
 
-At each rate a signal gives the assistant the chunks where it is highest. Shares of right chunks, and paired differences
-with 95 % intervals over problems (bootstrap). A base and one assistant. `--beside`: what another pair made of the same
-chunks.
+At each rate a signal gives away the chunks where it is highest: of several assistants to the one with the largest gate,
+by chance to one drawn evenly. Shares of right chunks, and paired differences with 95 % intervals over problems
+(bootstrap). Of several assistants also what the gate does with one of them alone, as if the others were not there.
+`--beside`: what another system made of the same chunks.
 """
 
 from __future__ import annotations
@@ -25,36 +26,55 @@ AGAINST += ("expected gain", "top probability"), ("expected gain", "gate")
 
 @dataclass(frozen=True)
 class Reading:
-    """What a pair made of gold text, chunk by chunk. `of`: the problem of a chunk; `right`: of base and assistant."""
+    """What a system made of gold text, chunk by chunk.
 
+    `names`: of its assistants; `of` `[N]`: the problem of a chunk; `right` `[N, 1+K]`: of base and assistants;
+    `signals`: what is highest where an assistant shall write `[N]`, and which one that is, from 1.
+    """
+
+    names: list[str]
     ids: list[str]
     of: NDArray[np.int64]
     right: Floats
-    signals: dict[str, Floats]
+    signals: dict[str, tuple[Floats, NDArray[np.int64]]]
 
     @staticmethod
     def of_file(path: Path) -> Reading:
-        rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
+        header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
 
         def chunks(name: str) -> Floats:
             return np.concatenate([np.array(row[name], np.float64) for row in rows])
 
-        gate, top = np.exp(chunks("gate")[:, 1]), chunks("top")[:, 0]
+        log_gate, top = chunks("gate"), chunks("top")[:, 0]
+        share = np.exp(log_gate[:, 1:])
+        gate, whom = share.sum(axis=1), 1 + share.argmax(axis=1)
         # The base may be sure to the last bit: `decoding/policies.py`.
         gain = gate * np.maximum(-np.expm1(top), 2.0**-24)
         signals = {"gate": gate, "expected gain": gain, "entropy": chunks("entropy"), "top probability": -top}
+        found = {name: (signal, whom) for name, signal in signals.items()}
+        names = [str(name) for name in header["models"][1:]]
+        if len(names) > 1:
+            for z, name in enumerate(names, start=1):
+                found[f"gate, {name} alone"] = log_gate[:, z] - log_gate[:, 0], np.full(len(whom), z)
         of = np.repeat(np.arange(len(rows)), [len(row["right"]) for row in rows])
-        return Reading([str(row["id"]) for row in rows], of, chunks("right"), signals)
+        return Reading(names, [str(row["id"]) for row in rows], of, chunks("right"), found)
 
     def chosen(self, rate: float) -> dict[str, Floats]:
-        """Whether who writes is right, if a signal gives so many chunks to the assistant, `[N]`."""
+        """Whether who writes is right, if a signal gives so many chunks away, `[N]`."""
         right = self.right
-        found = {"random": (1 - rate) * right[:, 0] + rate * right[:, 1]}
-        for name, signal in self.signals.items():
-            picked = np.zeros(len(signal), np.bool_)
-            picked[np.argsort(-signal, kind="stable")[: round(rate * len(signal))]] = True
-            found[name] = np.where(picked, right[:, 1], right[:, 0])
+        found = {"random": (1 - rate) * right[:, 0] + rate * right[:, 1:].mean(axis=1)}
+        for name in self.signals:
+            writer = self.writer(name, rate)
+            found[name] = right[np.arange(len(writer)), writer]
         return found
+
+    def writer(self, name: str, rate: float) -> NDArray[np.int64]:
+        """Who writes each chunk by a signal at a rate, `[N]`; 0 is the base."""
+        signal, whom = self.signals[name]
+        writer = np.zeros(len(signal), np.int64)
+        picked = np.argsort(-signal, kind="stable")[: round(rate * len(signal))]
+        writer[picked] = whom[picked]
+        return writer
 
 
 def main() -> None:
@@ -75,17 +95,25 @@ def main() -> None:
         return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
     right = own.right
-    only = [(right[:, a] > right[:, b]).mean() for a, b in ((1, 0), (0, 1))]
+    names = ["base", *own.names]
     print(f"{len(own.ids)} problems, {len(own.of)} chunks; right: ", end="")
-    print(f"base {told(right[:, 0])}, assistant {told(right[:, 1])};")
-    print(f"the assistant alone {only[0]:.1%}, the base alone {only[1]:.1%}")
+    print(", ".join(f"{name} {told(right[:, z])}" for z, name in enumerate(names)), end="; ")
+    print(f"one of them {told(right.max(axis=1))};")
+    alone = [(right[:, z] > np.delete(right, z, axis=1).max(axis=1)).mean() for z in range(len(names))]
+    print("only this one: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, alone, strict=True)))
     if other is not None:
         print(f"base less the other base: {told(right[:, 0] - other.right[:, 0])}")
-    for rate in arguments.rate or (0.1, 0.2, 0.4, float((own.signals["gate"] > 0.5).mean())):
+    for rate in arguments.rate or (0.1, 0.2, 0.4, float((own.signals["gate"][0] > 0.5).mean())):
         chosen = own.chosen(rate)
         print(f"at {rate:.1%}: " + "; ".join(f"{name} {told(values)}" for name, values in chosen.items()))
-        for one, against in AGAINST:
+        for one, against in (*AGAINST, *(("gate", name) for name in own.signals if name.endswith(" alone"))):
             print(f"    {one} less {against}: {told(chosen[one] - chosen[against])}")
+        if len(own.names) > 1:
+            shares = np.bincount(own.writer("gate", rate), minlength=len(names)) / len(own.of)
+            print(
+                "    by the gate: "
+                + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
+            )
         if other is not None:
             for name, values in other.chosen(rate).items():
                 print(f"    {name} less that of the other pair: {told(chosen[name] - values)}")

