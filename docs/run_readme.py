@@ -1,6 +1,7 @@
 """Run what the README tells people to type, verbatim, with tiny models where it says "your own"; times are printed.
 
-`make demo`, `make weights` and `pip install` are run by CI for themselves.
+`make demo`, `make weights` and `pip install` are run by CI for themselves. Commands that name a folder of
+`make weights-qwen` are run where it is there (they take 5 GB of memory) and told of where it is not.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,10 +19,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+WEIGHTS = "weights"
+"""What `make weights-qwen` fills, as the README's commands name it."""
+
+
+def commands(text: str) -> list[str]:
+    """Every command `collm` in a block without a language; continued lines are joined."""
+    blocks = [block for kind, block in FENCE.findall(text) if not kind]
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    return [line for line in lines if line.startswith("collm ")]
+
+
+def missing(line: str, root: Path = ROOT) -> list[str]:
+    """The folders of weights that a command names and that are not there."""
+    named = [word.rpartition("=")[2] for word in shlex.split(line)]
+    return [path for path in named if path.startswith(f"{WEIGHTS}/") and not (root / path / "config.json").exists()]
 
 
 def prepare(folder: Path) -> None:
-    """`base`, `expert` and `examples.jsonl`, and a command `collm`, as a reader of the README has them."""
+    """What a reader of the README has: `base`, `expert`, `examples.jsonl`, a clone's folders, a command `collm`."""
+    for name in ("pretrained", WEIGHTS):
+        (folder / name).symlink_to(ROOT / name)
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny import make_model, make_tokenizer
 
@@ -66,17 +85,20 @@ def served(line: str, folder: Path, environment: dict[str, str]) -> subprocess.P
 
 
 def main() -> None:
-    blocks = FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    lines = [line for kind, text in blocks if not kind for line in text.splitlines() if line.startswith("collm ")]
-    python = [text for kind, text in blocks if kind == "python"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    python = [text for kind, text in FENCE.findall(readme) if kind == "python"]
     server: subprocess.Popen[bytes] | None = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
         environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
         try:
-            for line in lines:
-                if line.startswith("collm serve"):
+            for line in commands(readme):
+                if lacks := missing(line):
+                    print(
+                        f"   skipped  {line}    (no {' and '.join(lacks)}: `make weights-qwen` brings them)", flush=True
+                    )
+                elif line.startswith("collm serve"):
                     server = served(line, folder, environment)
                 else:
                     run(line, folder, environment, "What is 1 + 2?\n" if line.startswith("collm chat") else "")

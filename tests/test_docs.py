@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -64,6 +65,30 @@ def test_the_readme_is_short_and_its_python_is_in_the_notebook() -> None:
     [python] = [code for kind, code in FENCE.findall(text) if kind == "python"]
     lines = [line for line in python.splitlines() if line and not line.startswith("print")]
     assert lines and all(line in notebook for line in lines)
+
+
+def test_examples_of_the_readme_that_lack_their_weights_are_told(tmp_path: Path) -> None:
+    """`make readme` leaves those out, and only those; continued lines are one command."""
+    script = runpy.run_path(str(ROOT / "docs" / "run_readme.py"))
+    lines = script["commands"]((ROOT / "README.md").read_text())
+    [(line, folders)] = [(line, found) for line in lines if (found := script["missing"](line, tmp_path))]
+    assert line.startswith("collm generate pretrained/qwen") and len(folders) == 2
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    assert script["missing"](line, tmp_path) == []
+
+
+SECTION = re.compile(r"^(?=## )", re.MULTILINE)
+MEASURED = [*PAGES, *sorted((ROOT / "pretrained").glob("*/README.md")), *sorted((ROOT / "recipes").rglob("README.md"))]
+
+
+@pytest.mark.parametrize("page", MEASURED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_where_qwen_is_measured_it_says_by_which_weights(page: Path) -> None:
+    """They are 4-bit ones of packages, not the hub's: no figure may be taken for one of those."""
+    for section in SECTION.split(page.read_text()):
+        if "Qwen" in section and re.search(r"\d %", section):
+            assert "Q4_K_M" in section, section.partition("\n")[0]
 
 
 @pytest.mark.parametrize(("page", "line"), quoted_commands(), ids=lambda value: str(value)[:60])
