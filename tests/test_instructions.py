@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,3 +155,47 @@ def test_who_does_what_the_wording_says_is_accepted(prompts: ModuleType, name: s
         assert task.score(FOLLOWED[name](given), gold) == 1.0, given
         assert task.score(FAILS.get(name, lambda _: "no")(given), gold) == 0.0, given
     ifeval._checker.cache_clear()
+
+
+@pytest.fixture
+def sentences() -> Iterator[None]:
+    """The data by which sentences and words are told, where they are."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError:
+        pytest.skip("NLTK's punkt_tab is not here: `make nltk-data` brings it")
+    ifeval._checker.cache_clear()
+    yield
+    ifeval._checker.cache_clear()
+
+
+def of_sentences(given: dict[str, Any], more: int) -> str:
+    """As many sentences as the constraint's number and `more`; each has a dot inside that ends none."""
+    return " ".join(["Dr. Smith came back."] * (given["num_sentences"] + more))
+
+
+@pytest.mark.usefixtures("sentences")
+@pytest.mark.parametrize("seed", range(12))
+def test_sentences_are_counted_as_the_wording_says(prompts: ModuleType, seed: int) -> None:
+    [kind] = [kind for kind in prompts.KINDS if kind.name == "length_constraints:number_sentences"]
+    wording, given = kind.make(random.Random(seed))
+    gold = json.dumps({"prompt": "p", "instruction_id_list": [kind.name], "kwargs": [given]})
+    verdicts = [get_task("ifeval").score(of_sentences(given, more), gold) for more in (-1, 0)]
+    below = given["relation"] == "less than"
+    assert verdicts == ([1.0, 0.0] if below else [0.0, 1.0])
+    assert str(given["num_sentences"]) in wording and ("below" in wording) == below
+
+
+@pytest.mark.usefixtures("sentences")
+@pytest.mark.parametrize("seed", range(8))
+def test_words_in_capitals_are_counted_as_the_wording_says(prompts: ModuleType, seed: int) -> None:
+    [kind] = [kind for kind in prompts.KINDS if kind.name == "change_case:capital_word_frequency"]
+    wording, given = kind.make(random.Random(seed))
+    count = given["capital_frequency"]
+    gold = json.dumps({"prompt": "p", "instruction_id_list": [kind.name], "kwargs": [given]})
+    task = get_task("ifeval")
+    assert task.score(f"Come now: {'NOW! ' * count}", gold) == 1.0
+    assert task.score(f"Come now: {'NOW! ' * (count - 1)}Now!", gold) == 0.0
+    assert f" {count} " in wording

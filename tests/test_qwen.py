@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import runpy
 import shlex
 import subprocess
@@ -123,6 +124,86 @@ def test_other_models_come_by_name_alone(weights: ModuleType, monkeypatch: pytes
         monkeypatch.setattr(sys, "argv", ["weights.py", "--out", str(tmp_path), "--only-download", *given])
         weights.main()
     assert brought == ["Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct", "gemma-3-270m"]
+
+
+@pytest.fixture
+def sentences(weights: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setitem(sys.modules, "weights", weights)
+    spec = importlib.util.spec_from_file_location("qwen_sentences", STUDY / "sentences.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+INSIDE = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english/"
+
+
+def with_sentences(path: Path, files: dict[str, bytes], recorded: dict[str, bytes] | None = None) -> Path:
+    rows = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            told = hashlib.sha256((recorded or {}).get(name, content)).digest()
+            archive.writestr(name, content)
+            rows.append(f"{name},sha256={base64.urlsafe_b64encode(told).decode().rstrip('=')},{len(content)}")
+        archive.writestr("package-1.dist-info/RECORD", "\n".join(rows))
+    return path
+
+
+def test_nltk_finds_the_sentences_data_of_the_wheel(
+    sentences: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    files = {f"{INSIDE}abbrev_types.txt": b"dr", f"{INSIDE}sent_starters.txt": b"", "llama_index/core/base.py": b"x"}
+    out = tmp_path / "nltk"
+    monkeypatch.setattr(sentences, "download", lambda name, folder: with_sentences(folder / "a.whl", files))
+    monkeypatch.setattr("sys.argv", ["sentences.py", "--out", str(out)])
+    assert not sentences.there(out)
+    sentences.main()
+    assert sentences.there(out)
+    assert {str(path.relative_to(out)) for path in out.rglob("*.*")} == {
+        "tokenizers/punkt_tab/english/abbrev_types.txt",
+        "tokenizers/punkt_tab/english/sent_starters.txt",
+    }
+    monkeypatch.setattr(sentences, "download", lambda name, folder: pytest.fail("it is there"))
+    sentences.main()
+
+
+def test_other_data_of_sentences_are_refused(sentences: ModuleType, tmp_path: Path) -> None:
+    files = {f"{INSIDE}a.txt": b"a", f"{INSIDE}b.txt": b"b"}
+    wheel = with_sentences(tmp_path / "a.whl", files, {f"{INSIDE}b.txt": b"c"})
+    with pytest.raises(CollmError, match="not what the wheel's record says"):
+        sentences.unpack(wheel, tmp_path / "out")
+    assert list((tmp_path / "out").rglob("*.txt")) == []
+    with pytest.raises(CollmError, match=r"has no tokenizers/punkt_tab; llama-index-core=="):
+        sentences.unpack(with_sentences(tmp_path / "b.whl", {"x": b"y"}), tmp_path / "out")
+
+
+def test_steps_that_judge_instructions_have_the_sentences_data(tmp_path: Path) -> None:
+    """And look for them where they are put, behind a place that is set already."""
+    report, data = f"{tmp_path}/runs/ifeval/test/report.html", tmp_path / "data"
+    made = [f"IFEVAL={tmp_path / 'ifeval.jsonl'}", f"DATA={data}", f"RUNS={tmp_path / 'runs'}", "PYTHON=python"]
+
+    def make(*arguments: str) -> list[str]:
+        command = ["make", "-f", str(STUDY / "study.mk"), *arguments, *made]
+        done = subprocess.run(
+            command,
+            cwd=STUDY.parent.parent,
+            env={**os.environ, "NLTK_DATA": "/a/place"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout.replace("\\\n", " ").splitlines()
+
+    assert make("--eval=told: ; @echo $$NLTK_DATA", "told") == [f"/a/place:{data}/nltk"]
+    lines = make("-n", report)
+    fetched = lines.index(f"python recipes/qwen/sentences.py --out {data}/nltk")
+    judged = [n for n, line in enumerate(lines) if "--task ifeval" in line]
+    assert len(judged) > 4 and fetched < min(judged)
 
 
 def test_a_failed_download_says_why_and_what_to_do(

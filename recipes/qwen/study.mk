@@ -70,14 +70,20 @@ data: $(TASKS:%=$(DATA)/%/train.jsonl)
 # Texts to learn instructions from, and those that training is watched by: what the large model wrote, if it is right.
 PROMPTS := $(DATA)/instructions
 PARTS := train calibration
+# By which IFEval's checker tells sentences. Nothing is fetched where NLTK has it already.
+NLTK := $(abspath $(DATA))/nltk
+SENTENCES := $(NLTK)/tokenizers/punkt_tab/README
+export NLTK_DATA := $(if $(NLTK_DATA),$(NLTK_DATA):)$(NLTK)
+$(SENTENCES):
+	$(PYTHON) recipes/qwen/sentences.py --out $(NLTK)
 $(PROMPTS)/held_out.jsonl:
 	$(call want,IFEVAL)
 	$(PYTHON) recipes/instructions/prompts.py --apart-from $(IFEVAL) --out $(PROMPTS)
 
-$(PARTS:%=$(RUNS)/ifeval/own/%.json): $(RUNS)/ifeval/own/%.json: | $(PROMPTS)/held_out.jsonl $(HAVE)
+$(PARTS:%=$(RUNS)/ifeval/own/%.json): $(RUNS)/ifeval/own/%.json: | $(PROMPTS)/held_out.jsonl $(SENTENCES) $(HAVE)
 	$(COLLM) eval $(LARGE) $(call WRITE,ifeval) --data $(PROMPTS)/$*.jsonl --temperature 0.8 --top-p 0.95 --seed 1 \
 	    --name own --out $(RUNS)/ifeval/own/$*.jsonl
-$(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json)
+$(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json) $(SENTENCES)
 	$(call want,IFEVAL)
 	$(COLLM) prepare ifeval $(IFEVAL) --out $(DATA)/ifeval --parts test
 	$(foreach part,calibration train,$(PYTHON) recipes/scales/own_texts.py $(RUNS)/ifeval/own/$(part).jsonl \

