@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from collm.data.examples import load_examples
+from collm.data.records import records
 from collm.errors import CollmError
 from collm.evaluation.task import get_task
 from collm.evaluation.tasks import ifeval
@@ -94,6 +97,52 @@ def test_no_prompt_is_near_one_of_another_set(prompts: ModuleType) -> None:
     assert len(apart) == 40 and other not in {row["answer"]["prompt"] for row in apart}
     taken = prompts.runs(other)
     assert taken and not any(prompts.runs(row["answer"]["prompt"]) & taken for row in apart)
+
+
+KEPT = Path(__file__).parent / "ifeval_runs.bin"
+"""Every run of five words in IFEval's 541 prompts (Apache-2.0), as the first five bytes of its SHA-256, sorted: none of
+its text. `IFEVAL=ifeval.jsonl pytest tests/test_instructions.py` compares the two."""
+
+
+def digests(prompts: ModuleType, texts: Iterable[str]) -> set[bytes]:
+    found = set().union(*(prompts.runs(text) for text in texts))
+    return {hashlib.sha256(" ".join(run).encode()).digest()[:5] for run in found}
+
+
+@pytest.fixture(scope="module")
+def ifevals_runs() -> set[bytes]:
+    content = KEPT.read_bytes()
+    return {content[i : i + 5] for i in range(0, len(content), 5)}
+
+
+def test_no_prompt_that_is_learnt_from_is_near_ifeval(prompts: ModuleType, ifevals_runs: set[bytes]) -> None:
+    """Those that the recipe writes: 1,500 of seed 0. Two sets of so many would share none by chance (1 in 5,000)."""
+    learnt = [row["answer"]["prompt"] for row in prompts.rows(1500, 0)]
+    assert len(ifevals_runs) == 15_599 and len(digests(prompts, learnt)) > 10_000
+    assert not [prompt for prompt in learnt if digests(prompts, [prompt]) & ifevals_runs]
+
+
+def test_the_kept_runs_tell_a_prompt_of_ifeval(
+    prompts: ModuleType, ifevals_runs: set[bytes], registry: dict[str, Any]
+) -> None:
+    """Its prompts repeat what the checker says of its instructions."""
+    for name in (
+        "detectable_format:title",
+        "startend:quotation",
+        "combination:two_responses",
+        "change_case:english_lowercase",
+    ):
+        described = registry[name](name).build_description()
+        assert digests(prompts, [f"Write about tea. {described}"]) & ifevals_runs, described
+
+
+def test_the_kept_runs_are_those_of_ifeval(prompts: ModuleType, ifevals_runs: set[bytes]) -> None:
+    if not os.environ.get("IFEVAL"):
+        pytest.skip("IFEVAL=FILE names no copy of IFEval to compare with")
+    texts = [record["prompt"] for _, record in records(Path(os.environ["IFEVAL"]))]
+    assert len(texts) == 541 and digests(prompts, texts) == ifevals_runs
+    learnt = [row["answer"]["prompt"] for row in prompts.rows(1500, 0)]
+    assert learnt == [row["answer"]["prompt"] for row in prompts.rows(1500, 0, texts)]
 
 
 def test_constraints_of_one_prompt_can_be_followed_together(prompts: ModuleType) -> None:
