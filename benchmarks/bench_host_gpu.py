@@ -88,7 +88,8 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
     for number, (model, seconds) in enumerate(zip(models, curves, strict=True)):
         stepper, cache = model.graphs
         cache.open()
-        captured = stepper._captured
+        graphs = stepper._graphs
+        captured = graphs._made
 
         def with_replay(size: int, number: int = number, seconds: Any = seconds, captured: Any = captured) -> Any:
             bucket = captured(size)
@@ -107,9 +108,9 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
             bucket.replay = replay
             return bucket
 
-        stepper._captured = with_replay
+        graphs._made = with_replay
         stepper._capture.wait = lambda: clock[0].wait()
-        stepper._forget()
+        graphs.forget()
         model.warm_up()
         fewest = (1, *(size + 1 for size in stepper.buckets))
         model._pass_curve = [

@@ -233,6 +233,7 @@ def ready(bench: Bench) -> None:
         total += tried + captured
         stepper = bench.models[name]._stepper
         bench.note(f"ready.{name}", {"trial_s": tried, "graphs_s": captured, "graphs": list(stepper.buckets),
+                                     "graphs_gb": stepper.graph_bytes / 1e9,
                                      "body": type(bench.models[name]._cache._pool.body).__name__})  # fmt: skip
     bench.ratio("ready_seconds", total)
     if not all(model._stepper and model._stepper.buckets for model in bench.models.values()):

@@ -15,10 +15,7 @@ from watching import HOST_READS, WatchedCapture, watched
 from collm.bench.card import bytes_read
 from collm.models.local import LocalModel
 from collm.models.paged import experts
-from collm.models.paged.capture import FakeCapture
 from collm.models.paged.machinery import Machinery
-from collm.models.paged.ops import TorchOps
-from collm.models.paged.telling import TorchTelling
 
 KINDS = "granitemoe mixtral olmoe qwen2_moe qwen3_moe".split()
 FEW = {
@@ -131,20 +128,3 @@ def test_a_pass_reads_the_experts_that_it_uses() -> None:
     drawn = torch.rand(20000, 6, generator=torch.Generator().manual_seed(0)).topk(2).indices.view(-1, 4 * 2)
     used = sum(len(set(row)) for row in drawn.tolist()) / len(drawn) / 6
     assert used == pytest.approx(experts.share_used(network, 4), abs=0.01)
-
-
-def test_where_nothing_is_recorded_the_experts_are_the_networks_own(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    network = mixture("mixtral")
-    seen = []
-
-    class Seen(FakeCapture):
-        def record(self, work):  # type: ignore[no-untyped-def]
-            def looked() -> None:
-                work()
-                seen.append(network.config._experts_implementation)
-
-            return super().record(looked)
-
-    own = Machinery(TorchOps(), TorchTelling(), Seen(), block=8)
-    LocalModel(network, tiny_tokenizer, max_cache_tokens=640, machinery=own).warm_up()
-    assert set(seen) == {"eager"}

@@ -14,7 +14,7 @@ from chunk_toys import byte_level
 from test_local import tiny, traffic
 from tiny import make_model
 from transformers import PreTrainedTokenizerFast
-from watching import watched
+from watching import OutputBytes, watched
 
 from collm.cuts import START
 from collm.decoding.collaborative import collaborative, single
@@ -549,7 +549,7 @@ def test_without_memory_for_graphs_passes_run_without(tiny_tokenizer: PreTrained
     text, query = growing()
     model.predict([query])
     text.append(5)
-    with pytest.warns(UserWarning, match="base: no memory for the graph of passes over 1 tokens"):
+    with pytest.warns(UserWarning, match="base: no memory for graphs of passes over 1 tokens"):
         [found] = model.predict([Query(0, text.views[0], 21)])
     assert_same(found[0], plain.predict([Query(0, text.views[0], 21)])[0][0])
     with warnings.catch_warnings():
@@ -557,6 +557,40 @@ def test_without_memory_for_graphs_passes_run_without(tiny_tokenizer: PreTrained
         text.append(6)
         model.predict([Query(0, text.views[0], 22)])
     assert model._stepper is not None and model._stepper.buckets == (24,)
+
+
+def test_graphs_take_no_more_memory_than_they_may(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of what the storage leaves: larger graphs are left out, which is said once, and what the others take."""
+    needed: list[int] = []
+
+    def takes(work: Callable[[], None]) -> int:
+        with OutputBytes() as seen:
+            work()
+        needed.append(seen.largest)
+        return seen.largest
+
+    network = tiny("llama")
+    model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, machinery=watched(takes=takes))
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    needed.clear()
+    # A pass's largest result are its logits, 330 floats a token (with what is made of them).
+    monkeypatch.setattr("collm.models.paged.graphs.free_bytes", lambda device: 2 * 100 * 330 * 4)
+    told = r"base: no memory for graphs of passes over 128, 192, 256, 320, 384, 512 tokens; .* max_cache_tokens"
+    with caplog.at_level("INFO", "collm.models.paged.graphs"), pytest.warns(UserWarning, match=told) as found:
+        model.warm_up()
+    assert len(found) == 1 and needed == [size * 330 * 4 for size in reversed(BUCKETS)]
+    stepper = model._stepper
+    assert stepper is not None and stepper.buckets == tuple(size for size in BUCKETS if size <= 96)
+    assert stepper.graph_bytes == 96 * 330 * 4
+    assert "cpu: graphs of base for passes of up to 96 tokens take 0.00 GB of at most 0.0" in caplog.text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        query = Query.of([n % 300 for n in range(150)])
+        assert_same(model.predict([query])[0][0], plain.predict([query])[0][0])
+        model.predict([Query.of([5, 6, 7])])
+    assert stepper.counts.passes == {4: 1}
 
 
 def test_what_cannot_be_captured_runs_without(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

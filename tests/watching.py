@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,6 +58,22 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class OutputBytes(TorchDispatchMode):
+    """The largest tensor that some work makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and not any(_storage(found) == _storage(each) for each in args):
+            self.largest = max(self.largest, found.nbytes)
+        return found
+
+
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None
+
+
 class WatchedCapture(FakeCapture):
     """`watches`: what each recording saw; replays are not watched, which takes time."""
 
@@ -73,12 +90,12 @@ class WatchedCapture(FakeCapture):
         self._buffers.append(super().host(*shape))
         return self._buffers[-1]
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, most: int | None = None) -> Work:
         unwatched = True
 
         def watched() -> None:
             nonlocal unwatched
-            if not unwatched:
+            if not unwatched or torch._C._len_torch_dispatch_stack():
                 work()
                 return
             unwatched, self._watch = False, Watch(self._buffers, self._forbidden)
@@ -89,7 +106,7 @@ class WatchedCapture(FakeCapture):
             finally:
                 self._watch = None
 
-        return super().record(watched)
+        return super().record(watched, most)
 
     def kernel(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._watch is None else self._watch.aside(name)

@@ -22,11 +22,20 @@ class Capture(Protocol):
         """Int32 zeros on the host, from and to which copies need no waiting."""
         ...
 
-    def record(self, work: Work) -> Work:
+    @property
+    def num_bytes(self) -> int:
+        """What all recordings that are alive take together: they share the memory of their intermediate results, and
+        take of it what the largest needs. What the driver keeps of each is not in it."""
+        ...
+
+    def record(self, work: Work, most: int | None = None) -> Work:
         """What replays `work`, which reads and writes fixed addresses alone.
 
+        Args:
+            most: bytes that its intermediate results may take at a time.
+
         Raises:
-            torch.OutOfMemoryError: the memory does not suffice.
+            torch.OutOfMemoryError: the memory does not suffice, or it takes more than that.
             Exception: the work cannot be recorded.
         """
         ...
@@ -58,14 +67,22 @@ class CudaCapture:
     def host(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, pin_memory=True)
 
-    def record(self, work: Work) -> Work:
+    @property
+    def num_bytes(self) -> int:
+        segments = [] if self._memory is None else torch.cuda.memory_snapshot()
+        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == tuple(self._memory))
+
+    def record(self, work: Work, most: int | None = None) -> Work:
         with torch.cuda.device(self._device):
             now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
                 for _ in range(self.WARM_UPS):
+                    before = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
                     work()
             aside.synchronize()
+            _require(torch.cuda.max_memory_allocated() - before, most)
             graph = torch.cuda.CUDAGraph()
             # Other threads use the device, too: what they do is no fault of this capture.
             with torch.cuda.graph(graph, pool=self._memory, stream=aside, capture_error_mode="thread_local"):
@@ -86,15 +103,25 @@ class CudaCapture:
         return compiled_ahead(self._device)
 
 
+def _require(needed: int, most: int | None) -> None:
+    if most is not None and needed > most:
+        raise torch.OutOfMemoryError(f"{needed / 1e9:.1f} GB of intermediate results are more than {most / 1e9:.1f}")
+
+
 class FakeCapture:
     """Replays by doing the work again, where tensors lie: the plain twin, which counts.
 
-    `fails`: is asked before a recording is made, and may raise.
+    `fails`: is asked before a recording is made, and may raise; `takes`: says the bytes that some work takes.
     """
 
-    def __init__(self, device: str = "cpu", fails: Callable[[], None] | None = None) -> None:
-        self._device, self._fails = torch.device(device), fails
-        self.recorded = self.replayed = self.waits = 0
+    def __init__(
+        self,
+        device: str = "cpu",
+        fails: Callable[[], None] | None = None,
+        takes: Callable[[Work], int] | None = None,
+    ) -> None:
+        self._device, self._fails, self._takes = torch.device(device), fails, takes
+        self.recorded = self.replayed = self.waits = self.num_bytes = 0
 
     @property
     def device(self) -> torch.device:
@@ -103,10 +130,13 @@ class FakeCapture:
     def host(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, most: int | None = None) -> Work:
         if self._fails is not None:
             self._fails()
+        taken = 0 if self._takes is None else self._takes(work)
+        _require(taken, most)
         work()
+        self.num_bytes = max(self.num_bytes, taken)
         self.recorded += 1
 
         def replay() -> None:

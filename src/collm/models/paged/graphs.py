@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from collm.models.memory import free_bytes
 from collm.models.paged import plan as planned
 from collm.models.paged.capture import Capture, Work
 from collm.models.paged.experts import Experts
@@ -26,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
+SHARE = 0.5
+"""Of the memory that is free when a network's first graph is captured, its storage reserved: what its graphs may take.
+The rest is for reading prompts and for other networks' graphs."""
 
 
 @dataclass(slots=True)
@@ -61,12 +65,22 @@ class Graphs:
         self._name, self._kind = name, lm.config.model_type
         self._experts = Experts(lm, capture.device)
         self._refused: set[int] = set()
+        self._lacking: list[int] = []
+        """Sizes for which there was no memory, which nobody has been told yet."""
+        self._most: int | None = None
         self._moves = pool.moves
         self.captured: dict[int, Bucket] = {}
 
     def forget(self) -> None:
         """Graphs know addresses: those that are captured are void."""
-        self.captured, self._refused, self._moves = {}, set(), self._pool.moves
+        self.captured, self._refused, self._most, self._moves = {}, set(), None, self._pool.moves
+
+    @property
+    def most(self) -> int:
+        """Bytes that they may take together."""
+        if self._most is None:
+            self._most = int(SHARE * free_bytes(self._capture.device))
+        return self._most
 
     def of(self, size: int) -> Bucket | None:
         """That of one of `BUCKETS`; None where passes of this size run without.
@@ -79,7 +93,33 @@ class Graphs:
         bucket = self.captured.get(size)
         if bucket is None and size not in self._refused:
             bucket = self._tried(size)
+            self._tell_lacking()
         return bucket
+
+    def warm_up(self, largest: int) -> None:
+        """Capture all of up to so many tokens, large ones first, whose memory the others then share, and tell what
+        they take."""
+        if self._moves != self._pool.moves:
+            self.forget()
+        for size in reversed(BUCKETS):
+            if size <= largest and size not in self.captured and size not in self._refused:
+                self._tried(size)
+        self._tell_lacking()
+        if self.captured:
+            _log.info(
+                "%s: graphs of %s for passes of up to %d tokens take %.2f GB of at most %.1f", self._capture.device,
+                self._name, max(self.captured), self._capture.num_bytes / 1e9, self.most / 1e9,
+            )  # fmt: skip
+
+    def _tell_lacking(self) -> None:
+        if self._lacking:
+            sizes = ", ".join(map(str, sorted(self._lacking)))
+            self._lacking.clear()
+            warnings.warn(
+                f"{self._name}: no memory for graphs of passes over {sizes} tokens; they run without, which is slower. "
+                "A smaller max_cache_tokens leaves more",
+                stacklevel=3,
+            )
 
     def _tried(self, size: int) -> Bucket | None:
         try:
@@ -87,12 +127,8 @@ class Graphs:
             return bucket
         except torch.OutOfMemoryError:
             self._refused.add(size)
+            self._lacking.append(size)
             _make_room()
-            warnings.warn(
-                f"{self._name}: no memory for the graph of passes over {size} tokens; they run without, which is "
-                "slower. A smaller max_cache_tokens leaves more",
-                stacklevel=2,
-            )
         except Exception as error:
             if is_lost(error):
                 raise
@@ -127,7 +163,7 @@ class Graphs:
             with self._experts.recorded():
                 out.copy_(self._work(plan), non_blocking=True)
 
-        replay = self._capture.record(work)
+        replay = self._capture.record(work, self.most)
         _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)
         return Bucket(size, into.numpy(), out.numpy(), replay, plan)
 

@@ -98,6 +98,11 @@ class Stepper:
         """Those that are captured."""
         return tuple(sorted(self._graphs.captured))
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that they take."""
+        return self._capture.num_bytes
+
     def graph(self, size: int) -> Bucket | None:
         """That of a bucket, if it is captured."""
         return self._graphs.captured.get(size)
@@ -124,9 +129,7 @@ class Stepper:
         """Capture all graphs of up to so many tokens, large ones first, whose memory the others then share; returns
         the seconds that it took."""
         began = perf_counter()
-        for size in reversed(BUCKETS):
-            if size <= largest:
-                self._graphs.of(size)
+        self._graphs.warm_up(largest)
         return perf_counter() - began
 
     def measured(self, repeats: int = 3) -> list[tuple[int, float]]:
