@@ -23,7 +23,6 @@ from collm.decoding.pace import AdaptivePace
 from collm.decoding.policies import ByEntropy
 from collm.decoding.speculative import speculative
 from collm.engine import Finished, run
-from collm.errors import CollmError
 from collm.models import caching
 from collm.models.codec import ByteCodec
 from collm.models.head import DeferralHead
@@ -32,8 +31,7 @@ from collm.models.paged.cache import PagedCache
 from collm.models.paged.capture import FakeCapture
 from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.machinery import Machinery
-from collm.models.paged.ops import TorchOps
-from collm.models.paged.telling import Told, TorchTelling
+from collm.models.paged.telling import Told
 from collm.models.paged.writing import LONGEST
 from collm.models.pairing import cuts_between
 from collm.models.selftest import paged_serves
@@ -607,22 +605,6 @@ def test_what_cannot_be_captured_runs_without(tiny_tokenizer: PreTrainedTokenize
                 for pair in zip(found, expected, strict=True):
                     assert_same(*pair)
     assert capture(model).replayed == 0
-
-
-def test_a_lost_device_is_told(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    lost = [False]
-
-    class Lost(TorchOps):
-        def store(self, *args: Any) -> None:
-            if lost[0]:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might ...")
-            super().store(*args)
-
-    own = Machinery(Lost(), TorchTelling(), FakeCapture(), block=8)
-    model = LocalModel(tiny("llama"), tiny_tokenizer, max_cache_tokens=4000, machinery=own)
-    lost[0] = True
-    with pytest.raises(CollmError, match=r"base: cpu failed \(CUDA error: an illegal .* encountered\); start the proc"):
-        model.predict([growing()[1]])
 
 
 def test_a_text_that_is_no_number_costs_the_others_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Hashable, Iterator
 from transformers import PreTrainedModel
 
 from collm.models.crop_cache import CropCache
+from collm.models.devices import places
 from collm.models.head import DeferralHead
 from collm.models.kv_pool import KVPool
 from collm.models.memory import spare_tokens, tokens_in
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.llama import LlamaBody
-from collm.models.paged.machinery import Machinery, machinery_for
+from collm.models.paged.machinery import Machinery, has_cuda, machinery_for, tell_eager
 from collm.models.paged.pool import Body, PagedPool
 from collm.models.paged.products import CannotFuse
 from collm.models.paged.stepping import Stepper
@@ -43,7 +44,7 @@ def caches(
     """The caches of a network, and what runs its passes as graphs, where that can be.
 
     Warns:
-        UserWarning: none serves, so that all is recomputed.
+        UserWarning: none serves, so that all is recomputed; or its passes run without graphs on a GPU, and why.
     """
     pool = pool_serves(lm)
     if pool is not None:
@@ -57,6 +58,8 @@ def caches(
     cropped = crop_serves(lm)
     if cropped is not None:
         cropped.num_slots, cropped.max_tokens = num_slots, _bound(lm, max_tokens)
+        if has_cuda(places(lm)):
+            tell_eager(name, f"a {lm.config.model_type} model keeps its texts in transformers' own caches")
         return cropped, None
     warnings.warn(
         f"{name}: keeping the KV cache of a {lm.config.model_type} model is not supported; "

@@ -38,6 +38,11 @@ def output_device(lm: PreTrainedModel) -> torch.device:
     return computes_on(head)
 
 
+def places(lm: PreTrainedModel) -> list[torch.device]:
+    """All devices on which its parts compute, in their order, each once."""
+    return list(dict.fromkeys([input_device(lm), *layer_devices(lm), output_device(lm)]))
+
+
 def is_spread(lm: nn.Module) -> bool:
     """Does it lie on several devices, or partly on none?"""
     return len({tensor.device for tensor in lm.parameters()}) > 1 or is_offloaded(lm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from time import perf_counter
@@ -62,7 +62,8 @@ class LocalModel(LanguageModel):
         machinery: of blocks and graphs; None finds that of the device, if it is a GPU.
 
     Raises:
-        CollmError: the tokenizer has more ordinary tokens than the model, or its logits cannot be computed rightly.
+        CollmError: the tokenizer has more ordinary tokens than the model, its logits cannot be computed rightly, or the
+            device is lost.
     """
 
     def __init__(
@@ -108,15 +109,16 @@ class LocalModel(LanguageModel):
             check_project(lm)
             found: Found = (None, None)
             if cache:
-                found = caches(
-                    lm,
-                    head,
-                    self._laws.vocab_size,
-                    name=name,
-                    num_slots=num_slots,
-                    max_tokens=max_cache_tokens,
-                    machinery=machinery,
-                )
+                with self._loss_told():
+                    found = caches(
+                        lm,
+                        head,
+                        self._laws.vocab_size,
+                        name=name,
+                        num_slots=num_slots,
+                        max_tokens=max_cache_tokens,
+                        machinery=machinery,
+                    )
             self._cache, self._stepper = found
             narrow.prepare(lm)
 
@@ -211,7 +213,7 @@ class LocalModel(LanguageModel):
         # Whoever calls holds the lock of another network, so nobody may be waited for.
         if self._network.lock.acquire(blocking=False):
             try:
-                with self._on_device():
+                with self._on_device(), self._loss_told():
                     foresee(self._stepper, self._cache, coming, self._longest(self._cache))
             finally:
                 self._network.lock.release()
@@ -242,8 +244,21 @@ class LocalModel(LanguageModel):
                 ]
         except Exception as error:
             if is_lost(error):
-                reason = str(error).partition("\n")[0]
-                raise CollmError(f"{self._name}: {self._device} failed ({reason}); start the process anew") from error
+                raise self._lost(error) from error
+            raise
+
+    def _lost(self, error: Exception) -> CollmError:
+        reason = str(error).partition("\n")[0]
+        return CollmError(f"{self._name}: {self._device} failed ({reason}); start the process anew")
+
+    @contextmanager
+    def _loss_told(self) -> Iterator[None]:
+        """What `_predict` says of a lost device."""
+        try:
+            yield
+        except Exception as error:
+            if is_lost(error):
+                raise self._lost(error) from error
             raise
 
     def _on_device(self) -> AbstractContextManager[object]:
@@ -256,10 +271,13 @@ class LocalModel(LanguageModel):
         """Reserve the memory of the caches and capture all graphs, where there are any: seconds that it took.
 
         Otherwise both are done when they are first needed. What passes cost (`pass_curve`) is measured here, once.
+
+        Raises:
+            CollmError: the device is lost.
         """
         if self._stepper is None or not isinstance(self._cache, PagedCache) or self._pass_curve:
             return 0.0
-        with self._network.lock, torch.inference_mode(), self._on_device():
+        with self._network.lock, torch.inference_mode(), self._on_device(), self._loss_told():
             if self._activate is not None:
                 self._activate()
             self._cache.open()

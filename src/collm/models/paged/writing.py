@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from time import perf_counter
 
@@ -120,7 +121,8 @@ def write(
         if not going:
             stepper.wait()  # a pass that runs in vain
     except BaseException:
-        stepper.wait()
+        with suppress(Exception):  # a device that is lost says so again; what failed first is told
+            stepper.wait()
         for job in jobs:
             cache.clear(job)
         raise
