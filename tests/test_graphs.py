@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from chunk_toys import byte_level
-from test_local import tiny, traffic
+from test_local import POOLED, tiny, traffic
 from tiny import make_model
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from watching import OutputBytes, watched
 
 from collm.cuts import START
@@ -59,20 +59,24 @@ def assert_same(found: Reply, expected: Reply) -> None:
     torch.testing.assert_close(*map(torch.tensor, numbers), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", "cohere2 gemma2 glm4 llama mistral mixtral phi3 qwen2 qwen3 smollm3".split())
+AT_LENGTH = frozenset("cohere2 gemma2 glm4 llama mistral mixtral phi3 qwen2 qwen3 smollm3".split())
+
+
+@pytest.mark.parametrize("kind", POOLED)
 def test_graphs_answer_as_the_plain_twin(kind: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nothing that is recorded asks the host (`watching`)."""
     model, rng = tiny(kind), random.Random(1)
     head = DeferralHead(32, 2)
     torch.nn.init.normal_(head.weight, std=0.1)
     graphs = LocalModel(model, tiny_tokenizer, head, num_slots=5, max_cache_tokens=640, machinery=machinery())
     plain = LocalModel(model, tiny_tokenizer, head, cache=False)
     assert isinstance(graphs._cache, PagedCache)
-    for queries in traffic(graphs, rng, rounds=8):
+    for queries in traffic(graphs, rng, rounds=8 if kind in AT_LENGTH else 3):
         for found, expected in zip(graphs.predict(queries), plain.predict(queries), strict=True):
             assert len(found) == len(expected)
             for pair in zip(found, expected, strict=True):
                 assert_same(*pair)
-    assert capture(graphs).replayed > 5
+    assert capture(graphs).replayed >= 3
 
 
 def growing(length: int = 20) -> tuple[Text, Query]:
@@ -619,3 +623,41 @@ def test_a_text_that_is_no_number_costs_the_others_nothing(tiny_tokenizer: PreTr
         assert isinstance(found[1], Fault) and "not numbers" in found[1].reason
         for n in (0, 2):
             assert_same(found[n], plain.predict([queries[n]])[0][0])
+
+
+def overflowing() -> PreTrainedModel:
+    """A network with one neuron that only token 300 excites: to some millions, which float16 has not."""
+    network: Any = tiny("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        embedding, layer = network.get_input_embeddings().weight, network.model.layers[0]
+        embedding[:, 0] = 0.0
+        embedding[300] = 0.0
+        embedding[300, 0] = 100.0
+        layer.self_attn.o_proj.weight[0] = 0.0
+        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            projection.weight[0] = 0.0
+            projection.weight[0, 0] = 300.0
+    found: PreTrainedModel = network
+    return found
+
+
+def test_a_text_that_overflows_float16_costs_the_others_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """In float32 all of them are answered; in float16 all but the one, whose error names the remedy."""
+    texts = [list(range(3, 20)), [300, 4, 5], [9, 300], list(range(9, 12))]
+    queries = [Query.of(ids) for ids in texts]
+    single = LocalModel(overflowing(), tiny_tokenizer, max_cache_tokens=4000, machinery=machinery())
+    assert all(isinstance(each[0], Answer) for each in single.predict(queries))
+    network = overflowing().half()
+    model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, machinery=machinery())
+    assert model.writes_on
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    for _ in range(2):
+        for n, (found, expected) in enumerate(zip(model.predict(queries), plain.predict(queries), strict=True)):
+            for [reply] in (found, expected):
+                if n in (1, 2):
+                    assert isinstance(reply, Fault)
+                    assert "not numbers (NaN)" in reply.reason and "try another dtype" in reply.reason
+                else:
+                    assert isinstance(reply, Answer)
+                    assert reply.top_log_prob == pytest.approx(single.predict([queries[n]])[0][0].top_log_prob, abs=0.1)
+    assert capture(model).replayed > 2
