@@ -112,6 +112,9 @@ def test_shells_complete_commands_and_options(shell: str) -> None:
         (["generate", "x", "hello", "--temprature", "1"], ["--temprature", "--temperature"]),
         (["score", "x.jsonl", "--out", "y"], ["--model"]),
         (["generate", "x", "hello", "--top-p", "0"], ["--top-p"]),
+        (["generate", "x", "hello", "--max-cache-tokens", "0"], ["neither a number of tokens nor a share below 1"]),
+        (["generate", "x", "hello", "--max-cache-tokens", "1.5"], ["--max-cache-tokens", "'1.5'", "0.3"]),
+        (["generate", "x", "hello", "--max-cache-tokens", "half"], ["neither a number of tokens", "0.3"]),
         (["generate", "x", "hello", "--deferral", "often"], ["often", "threshold"]),
         (["generate", "x", "hello", "--deferral", "random"], ["--deferral-rate"]),
         (["generate", "x", "hello", "--threshold", "0.5", "--deferral-rate", "0.2"], ["not both"]),
@@ -607,6 +610,18 @@ def test_trace_and_picture(pair: str, tmp_path: Path) -> None:
 )
 def test_generate_refuses(pair: str, arguments: list[str], words: list[str]) -> None:
     refused(collm("generate", pair, *arguments), *words)
+
+
+def test_the_caches_are_bounded_in_tokens_or_by_a_share(pair: str) -> None:
+    """Of a share it is told how much that is."""
+    asked = ["generate", pair, QUESTION, *TOGETHER, "--max-tokens", 4, "--max-cache-tokens"]
+    refused(collm(*asked, 3), "max_cache_tokens", "raise")
+    whole, shared = collm(*asked, 250), collm(*asked, 0.001)
+    assert whole.exit_code == shared.exit_code == 0
+    assert whole.stdout.splitlines()[0] == shared.stdout.splitlines()[0]
+    assert "keeps up to" not in whole.stderr
+    for name in ("base", "helper"):
+        assert re.search(rf"cpu: {name} keeps up to \d{{3,}} tokens of keys and values", shared.stderr)
 
 
 def test_a_missing_assistant_is_refused(pair: str, tmp_path: Path) -> None:

@@ -526,7 +526,7 @@ def test_a_text_that_fills_the_storage_is_not_read_again(tiny_tokenizer: PreTrai
 
 
 def test_networks_of_a_device_divide_its_memory(
-    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("collm.models.paged.cache.free_bytes", lambda device: 1 << 20)
     small, large = (tiny("llama", num_hidden_layers=n, max_position_embeddings=4096) for n in (2, 6))
@@ -534,6 +534,12 @@ def test_networks_of_a_device_divide_its_memory(
     assert isinstance(base._cache, PagedCache) and isinstance(assistant._cache, PagedCache)
     # Three quarters of what is free, for as many tokens of one as of the other.
     assert base._cache.max_tokens == assistant._cache.max_tokens == int(0.75 * 2**20 / (8 * 2 * 2 * 8 * 4 * 8)) * 8
+    with caplog.at_level("INFO", "collm.models.memory"):
+        shares = [
+            LocalModel(each, tiny_tokenizer, max_cache_tokens=0.5, machinery=machinery()) for each in (small, large)
+        ]
+        assert [each.max_cache_tokens for each in shares] == [2**19 // (8 * 2 * 2 * 8 * 4 * 8) * 8] * 2
+    assert caplog.messages == ["cpu: base keeps up to 512 tokens of keys and values (0.0 GB)"] * 2
     exact = LocalModel(small, tiny_tokenizer, max_cache_tokens=100, machinery=machinery())
     assert isinstance(exact._cache, PagedCache) and exact._cache.max_tokens == 96
 

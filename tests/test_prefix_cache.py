@@ -386,11 +386,17 @@ def test_answers_survive_scattered_and_ragged_rows(tiny_tokenizer: PreTrainedTok
         assert close(a, b)
 
 
-def test_memory_may_be_bounded_by_a_share(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_memory_may_be_bounded_by_a_share(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     from collm.models.memory import bytes_per_token, free_bytes
 
     network = tiny("llama")
-    model = LocalModel(network, tiny_tokenizer, max_cache_tokens=0.001)
+    with caplog.at_level("INFO", "collm.models.memory"):
+        model = LocalModel(network, tiny_tokenizer, name="m", max_cache_tokens=0.001)
+    [told] = caplog.messages
+    gigabytes = (model.max_cache_tokens or 0) * bytes_per_token(network) / 1e9
+    assert told == f"cpu: m keeps up to {model.max_cache_tokens} tokens of keys and values ({gigabytes:.1f} GB)"
     assert model.fits([64])
     assert not model.fits([2 * int(free_bytes(network.device) * 0.001 / bytes_per_token(network))])
     ask = Query.of(range(3, 67))

@@ -88,6 +88,23 @@ class Device(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
+class CacheSize(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, or a share of the memory."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = 0.0
+        if found >= 1 and found.is_integer():
+            return int(found)
+        if not 0 < found < 1:
+            self.fail(f"{value!r} is neither a number of tokens nor a share below 1, as 0.3", param, ctx)
+        return found
+
+
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -153,9 +170,10 @@ model_options = _together(
     ),
     click.option(
         "--max-cache-tokens",
-        type=click.IntRange(min=1),
+        type=CacheSize(),
         metavar="N",
-        help="Bounds each model's KV cache: texts at a time x their length.",
+        help="Bounds each model's KV cache: texts at a time x their length. Below 1: a share of the memory that is "
+        "free once it is loaded, which the models of a GPU divide.",
     ),
     template_kwargs_option,
     date_option,

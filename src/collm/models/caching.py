@@ -9,10 +9,10 @@ from collections.abc import Hashable, Iterator
 from transformers import PreTrainedModel
 
 from collm.models.crop_cache import CropCache
-from collm.models.devices import places
+from collm.models.devices import input_device, places
 from collm.models.head import DeferralHead
 from collm.models.kv_pool import KVPool
-from collm.models.memory import spare_tokens, tokens_in
+from collm.models.memory import bytes_per_token, spare_tokens, tell_room, tokens_in
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.llama import LlamaBody
 from collm.models.paged.machinery import Machinery, has_cuda, machinery_for, tell_eager
@@ -54,10 +54,10 @@ def caches(
         )
         if found is not None:
             return found
-        return SlotCache(KVPool(lm), num_slots, _bound(lm, max_tokens), spare_tokens(lm)), None
+        return SlotCache(KVPool(lm), num_slots, _bound(lm, max_tokens, name), spare_tokens(lm)), None
     cropped = crop_serves(lm)
     if cropped is not None:
-        cropped.num_slots, cropped.max_tokens = num_slots, _bound(lm, max_tokens)
+        cropped.num_slots, cropped.max_tokens = num_slots, _bound(lm, max_tokens, name)
         if has_cuda(places(lm)):
             tell_eager(name, f"a {lm.config.model_type} model keeps its texts in transformers' own caches")
         return cropped, None
@@ -69,11 +69,13 @@ def caches(
     return None, None
 
 
-def _bound(lm: PreTrainedModel, max_tokens: int | float | None) -> int | None:
-    """In tokens."""
-    if max_tokens is None:
-        return None
-    return tokens_in(lm, max_tokens) if max_tokens < 1 else int(max_tokens)
+def _bound(lm: PreTrainedModel, max_tokens: int | float | None, name: str) -> int | None:
+    """In tokens, which are told where a share of the memory is meant."""
+    if max_tokens is None or max_tokens >= 1:
+        return None if max_tokens is None else int(max_tokens)
+    found = tokens_in(lm, max_tokens)
+    tell_room(input_device(lm), name, found, found * bytes_per_token(lm))
+    return found
 
 
 def _paged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from collm.models.devices import layer_devices
+
+_log = logging.getLogger(__name__)
 
 SPARE_SHARE = 0.1
 """Of the memory that is free when a model is loaded: for what ended texts leave in its cache."""
@@ -39,6 +42,11 @@ def tokens_in(lm: PreTrainedModel, share: float) -> int:
     layers = Counter(layer_devices(lm))
     each = bytes_per_token(lm) / layers.total()
     return max(1, int(min(share * free_bytes(device) / (count * each) for device, count in layers.items())))
+
+
+def tell_room(device: torch.device, name: str, tokens: int, num_bytes: int) -> None:
+    """How much a model's caches may hold, where nobody has said it in tokens."""
+    _log.info("%s: %s keeps up to %d tokens of keys and values (%.1f GB)", device, name, tokens, num_bytes / 1e9)
 
 
 def spare_tokens(lm: PreTrainedModel) -> int:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from threading import Lock
 from weakref import WeakSet
 
-from collm.models.memory import free_bytes
+from collm.models.memory import free_bytes, tell_room
 from collm.models.paged.pool import PagedPool
 from collm.models.prefix_cache import Job, PrefixCache, Slot
 from collm.values import Query
 from collm.views import View
-
-_log = logging.getLogger(__name__)
 
 SHARE = 0.75
 """Of the free memory of a device: for the caches of all its networks together, unless a setting says otherwise. What
@@ -188,8 +185,5 @@ def _divide(caches: Sequence[PagedCache]) -> None:
             each._num_blocks = max(1, min(int(share * free / together), each.wanted()))
     for each in caches:
         _waiting.discard(each)
-        _log.info(
-            "%s: %s keeps up to %d tokens of keys and values (%.1f GB)",
-            each._pool.device, each.name, each._num_blocks * each._pool.block,
-            each._num_blocks * each._pool.block_bytes / 1e9,
-        )  # fmt: skip
+        pool, blocks = each._pool, each._num_blocks
+        tell_room(pool.device, each.name, blocks * pool.block, blocks * pool.block_bytes)
