@@ -175,6 +175,12 @@ model_options = _together(
         help="Bounds each model's KV cache: texts at a time x their length. Below 1: a share of the memory that is "
         "free once it is loaded, which the models of a GPU divide.",
     ),
+    click.option(
+        "--compiled",
+        is_flag=True,
+        help="On a GPU: let torch compile the modules of models that have no forward pass of their own here, which "
+        "takes minutes; then their passes take about a quarter less time.",
+    ),
     template_kwargs_option,
     date_option,
     machine_options,
@@ -364,6 +370,7 @@ def load_llm(
             dtype=options["dtype"],
             device=options["device"],
             max_cache_tokens=options["max_cache_tokens"],
+            compiled=options["compiled"],
             **settings,
         )
         if options["template_kwargs"] or options["date"]:

@@ -33,6 +33,7 @@ def load_assistants(
     device: str = "cpu",
     cache: bool = True,
     max_cache_tokens: int | float | None = None,
+    compiled: bool = False,
     store: ModelStore | None = None,
     vocab_size: int | None = None,
 ) -> list[tuple[LanguageModel, Formatter]]:
@@ -54,25 +55,24 @@ def load_assistants(
     """
     infos, sources = matched(given, trained)
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "store": store or ModelStore()}
-    cached: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens}
-    cached["vocab_size"] = vocab_size or shared_vocab_size(base.tokenizer)
-    return [_load(source, info, base, **placed, **cached) for source, info in zip(sources, infos, strict=True)]
+    cached: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens, "compiled": compiled}
+    tokens = vocab_size or shared_vocab_size(base.tokenizer)
+    return [_load(source, info, base, tokens, cached, **placed) for source, info in zip(sources, infos, strict=True)]
 
 
 def _load(
     source: AssistantSource,
     info: AssistantInfo,
     base: Formatter,
+    vocab_size: int,
+    cached: dict[str, Any],
     *,
     dtype: str,
     device: str,
     store: ModelStore,
-    cache: bool,
-    max_cache_tokens: int | float | None,
-    vocab_size: int,
 ) -> tuple[LanguageModel, Formatter]:
     if isinstance(source, PreTrainedModel):
-        return _own_network(source, info, base, cache=cache, max_cache_tokens=max_cache_tokens)
+        return _own_network(source, info, base, cached)
     if isinstance(source, LanguageModel):
         return source, base
     source = str(source)
@@ -94,15 +94,14 @@ def _load(
         tokenizer,
         name=info.name,
         vocab_size=vocab_size if difference(base.tokenizer, tokenizer) is None else shared_vocab_size(tokenizer),
-        cache=cache,
-        max_cache_tokens=max_cache_tokens,
         activate=variant.activate,
+        **cached,
     )
     return model, Formatter(tokenizer, PromptFormat(**info.format))
 
 
 def _own_network(
-    network: PreTrainedModel, info: AssistantInfo, base: Formatter, *, cache: bool, max_cache_tokens: int | float | None
+    network: PreTrainedModel, info: AssistantInfo, base: Formatter, cached: dict[str, Any]
 ) -> tuple[LanguageModel, Formatter]:
     """A transformers model that the caller has loaded; it is read by the base's tokenizer."""
     tokenizer = base.tokenizer
@@ -117,7 +116,5 @@ def _own_network(
         info.weights_fingerprint,
         f"the model does not hold the weights that the gate was trained with as assistant {info.name!r}",
     )
-    model = LocalModel(
-        network.eval(), tokenizer, name=info.name, vocab_size=wanted, cache=cache, max_cache_tokens=max_cache_tokens
-    )
+    model = LocalModel(network.eval(), tokenizer, name=info.name, vocab_size=wanted, **cached)
     return model, Formatter(tokenizer, PromptFormat(**info.format))

@@ -42,9 +42,11 @@ def load(
     device: str = "cpu",
     cache: bool = True,
     max_cache_tokens: int | float | None = None,
+    compiled: bool = False,
 ) -> Loaded:
     """See `CollaborativeLM.from_pretrained`."""
-    placed: dict[str, Any] = {"dtype": dtype, "device": device, "cache": cache, "max_cache_tokens": max_cache_tokens}
+    cached: dict[str, Any] = {"cache": cache, "max_cache_tokens": max_cache_tokens, "compiled": compiled}
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, **cached}
     if is_url(str(path)) or (base is not None and is_url(base)):
         return _beside_a_server(str(path), base, assistants, placed)
     model, head, tokenizer, info = load_base(path, base=base, dtype=dtype, device=device)
@@ -64,9 +66,8 @@ def load(
         tokenizer,
         head,
         name="base",
-        cache=cache,
-        max_cache_tokens=max_cache_tokens,
         activate=None if shared is None else shared.activate,
+        **cached,
     )
     models, formatters = [local, *(m for m, _ in found)], [formatter, *(f for _, f in found)]
     sharing = share(models, formatters, info, head is not None)

@@ -93,6 +93,7 @@ class CollaborativeLM:
         device: str | torch.device = "cpu",
         cache: bool = True,
         max_cache_tokens: int | float | None = None,
+        compiled: bool = False,
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         timeout: float | None = None,
@@ -114,6 +115,8 @@ class CollaborativeLM:
             max_cache_tokens: bounds the KV cache of each model (texts at a time x their length), in tokens, or as a
                 share below 1 of the memory that is free once it is loaded. Texts wait until there is room; one that
                 cannot fit at all is refused. None: as much as is asked for.
+            compiled: on a GPU, compile the modules of models that have no forward pass of their own here; see
+                `LocalModel`.
             max_num_seqs: see the class, as `max_model_len` and `timeout`.
 
         Raises:
@@ -127,6 +130,7 @@ class CollaborativeLM:
             device=str(device),
             cache=cache,
             max_cache_tokens=max_cache_tokens,
+            compiled=compiled,
         )
         return cls(
             found.models,

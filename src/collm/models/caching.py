@@ -14,6 +14,7 @@ from collm.models.head import DeferralHead
 from collm.models.kv_pool import KVPool
 from collm.models.memory import bytes_per_token, spare_tokens, tell_room, tokens_in
 from collm.models.paged.cache import PagedCache
+from collm.models.paged.compiled import CompiledModules
 from collm.models.paged.llama import LlamaBody
 from collm.models.paged.machinery import Machinery, has_cuda, machinery_for, tell_eager
 from collm.models.paged.pool import Body, PagedPool
@@ -40,6 +41,7 @@ def caches(
     num_slots: int,
     max_tokens: int | float | None,
     machinery: Machinery | None,
+    compiled: bool = False,
 ) -> Found:
     """The caches of a network, and what runs its passes as graphs, where that can be.
 
@@ -49,11 +51,10 @@ def caches(
     pool = pool_serves(lm)
     if pool is not None:
         machinery = machinery or machinery_for(lm, name)
-        found = (
-            None if machinery is None else _paged(lm, head, vocab_size, pool, machinery, name, num_slots, max_tokens)
-        )
-        if found is not None:
-            return found
+        if machinery is not None:
+            found = _paged(lm, head, vocab_size, pool, machinery, name, num_slots, max_tokens, compiled)
+            if found is not None:
+                return found
         return SlotCache(KVPool(lm), num_slots, _bound(lm, max_tokens, name), spare_tokens(lm)), None
     cropped = crop_serves(lm)
     if cropped is not None:
@@ -87,15 +88,17 @@ def _paged(
     name: str,
     num_slots: int,
     max_tokens: int | float | None,
+    compiled: bool,
 ) -> Found | None:
     def fresh(body: Body | None) -> tuple[PagedPool, Stepper]:
-        found = PagedPool(lm, pool.layers, pool.groups, machinery.ops, body, machinery.block)
+        recorded = CompiledModules(lm, machinery.compiler) if compiled and body is None else None
+        found = PagedPool(lm, pool.layers, pool.groups, machinery.ops, body, machinery.block, recorded)
         return found, Stepper(lm, head, vocab_size, found, machinery.capture, machinery.telling, name)
 
     reason: str | None = None
     serves = Network.of(lm).serves
     for body in _bodies(lm, machinery):
-        way = _way(lm, head, vocab_size, machinery, body)
+        way = _way(lm, head, vocab_size, machinery, body), compiled
         reason = None
         if way not in serves:  # a trial takes a second or two
             trial, stepper = fresh(body)

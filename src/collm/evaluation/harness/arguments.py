@@ -9,7 +9,7 @@ from collm.errors import CollmError, nearest
 from collm.llm import CollaborativeLM
 from collm.sampling_params import SamplingParams
 
-LOADING = ("base", "dtype", "device", "max_cache_tokens")
+LOADING = ("base", "dtype", "device", "max_cache_tokens", "compiled")
 WRITING = ("deferral", "deferral_rate", "threshold", "speculative", "on_assistant_error", "seed", "max_tokens")
 OTHER = ("pretrained", "assistants", "calibration_task", "alone", "batch_size", "max_batch_size", "out")
 SEPARATOR = ";"

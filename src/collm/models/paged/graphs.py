@@ -101,14 +101,16 @@ class Graphs:
         they take."""
         if self._moves != self._pool.moves:
             self.forget()
+        began = perf_counter()
         for size in reversed(BUCKETS):
             if size <= largest and size not in self.captured and size not in self._refused:
                 self._tried(size)
         self._tell_lacking()
         if self.captured:
             _log.info(
-                "%s: graphs of %s for passes of up to %d tokens take %.2f GB of at most %.1f", self._capture.device,
-                self._name, max(self.captured), self._capture.num_bytes / 1e9, self.most / 1e9,
+                "%s: graphs of %s for passes of up to %d tokens take %.2f GB of at most %.1f; made%s in %.1f s",
+                self._capture.device, self._name, max(self.captured), self._capture.num_bytes / 1e9, self.most / 1e9,
+                "" if self._pool.recorded is None else " of compiled modules", perf_counter() - began,
             )  # fmt: skip
 
     def _tell_lacking(self) -> None:
@@ -133,13 +135,21 @@ class Graphs:
             if is_lost(error):
                 raise
             _log.info("capture failed", exc_info=error)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if self._pool.recorded is not None:
+                self._pool.recorded = None
+                warnings.warn(
+                    f"{self._name}: the modules of a {self._kind} model cannot be compiled ({reason}); its graphs are "
+                    "made of them as they are",
+                    stacklevel=3,
+                )
+                return self._tried(size)
             way = self._experts.way
             if self._experts.give_up():
                 _log.info("%s: experts by %s instead of %s", self._name, self._experts.way, way)
                 return self._tried(size)
             self._refused.update(BUCKETS)
             self.captured.clear()
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if self._experts.are_fixed:
                 reason += "; transformers has no way to compute its experts that can be"
             warnings.warn(
@@ -160,7 +170,7 @@ class Graphs:
 
         def work() -> None:
             device.copy_(into, non_blocking=True)
-            with self._experts.recorded():
+            with self._experts.recorded(), self._pool.recording():
                 out.copy_(self._work(plan), non_blocking=True)
 
         replay = self._capture.record(work, self.most)

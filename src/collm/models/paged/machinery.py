@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ class Machinery:
     capture: Capture
     dense: Dense | None = None
     block: int = BLOCK
+    compiler: str | Callable[..., Any] = "inductor"
+    """Backend of `torch.compile`, where modules are compiled."""
 
 
 def machinery_for(lm: PreTrainedModel, name: str) -> Machinery | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,6 +89,7 @@ class PagedPool:
     Args:
         layers: as a pass over a `KVPool` has shown them.
         groups: query heads for each key head.
+        recorded: runs the network where a graph is recorded, instead of `body`.
     """
 
     def __init__(
@@ -98,9 +100,11 @@ class PagedPool:
         ops: Ops,
         body: Body | None = None,
         block: int = BLOCK,
+        recorded: Body | None = None,
     ) -> None:
         self.ops, self.layers, self.groups = ops, tuple(layers), groups
         self.body: Body = body or Modules(lm)
+        self.recorded = recorded
         self.device = self.layers[0].device if self.layers else input_device(lm)
         self.dtype = lm.dtype
         self.block = block
@@ -159,6 +163,15 @@ class PagedPool:
                 for tensor in pair:
                     tensor[target].copy_(tensor[source])
         return fill(numbers, rows, token_ids, self.blocks, tile // self.groups)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What runs belongs to a graph."""
+        before, self.body = self.body, self.recorded or self.body
+        try:
+            yield
+        finally:
+            self.body = before
 
     def run(self, plan: Plan) -> Tensor:
         """Hidden states `[T, H]` of the tokens of a plan."""
