@@ -40,15 +40,7 @@ import torch
 
 from collm.bench import card
 
-MORE_DEMANDS: dict[str, tuple[bool, float]] = {
-    "modules.base.T16": (True, 2.5),
-    "compiled.base.T16": (True, 1.8),
-    "long.assistant.rows1": (True, 1.35),
-    "long.assistant.rows16": (True, 1.25),
-    "long.assistant.one_of_16": (True, 1.4),
-}
-"""Besides those of `collm bench`."""
-DEMANDS = {**card.DEMANDS, **MORE_DEMANDS}
+DEMANDS = card.DEMANDS
 
 
 class Unready(Exception):
@@ -200,7 +192,7 @@ def own_machinery(bench: Bench, **changed: Any) -> Any:
 
 def loaded(
     bench: Bench, name: str, *, tokens: int = 16 * 1024, slots: int = 16, network: Any = None, cache: bool = True,
-    **changed: Any,
+    compiled: bool = False, **changed: Any,
 ) -> Any:  # fmt: skip
     """A model of the pair, or another `network` in its place; without `cache` its plain twin."""
     from collm.bench.synthetic import make_tokenizer
@@ -219,7 +211,7 @@ def loaded(
 
     tokenizer = make_tokenizer(network.config.vocab_size)
     return Endless(network, tokenizer, head, name=name, num_slots=slots, max_cache_tokens=tokens, cache=cache,
-                   machinery=own_machinery(bench, **changed))  # fmt: skip
+                   compiled=compiled, machinery=own_machinery(bench, **changed))  # fmt: skip
 
 
 def ready(bench: Bench) -> None:
@@ -423,28 +415,19 @@ def generate(bench: Bench) -> None:
 
 
 def long_texts(bench: Bench) -> None:
-    length = 8000 if bench.cuda else 600
-    model = loaded(bench, "assistant", tokens=17 * (length + 600))
-    model._cache.open()
-    for key, starts in (("rows1", [length]), ("rows16", [length] * 16), ("one_of_16", [length] + [100] * 15)):
-        bucket, _ = card.filled(model, starts, [1] * len(starts))
-        with torch.inference_mode():
-            replayed = bench.timed(bucket.replay)
-        limit = bound(bench, "assistant", sum(starts))
-        bench.note(f"long_ms.{key}", {"replay": replayed, "bound": limit})
-        bench.ratio(f"long.assistant.{key}", replayed / limit)
+    length = card.LONG if bench.cuda else 600
+    model = loaded(bench, "assistant", tokens=card.room_for_long(length))
+    for key, seconds, limit in card.long_passes(model, bench.bandwidth, length):
+        bench.note(f"long_ms.{key}", {"replay": seconds * 1e3, "bound": limit * 1e3})
+        bench.ratio(f"long.assistant.{key}", seconds / limit)
     model.forget()
 
 
 def by_modules(bench: Bench) -> None:
     """The way of every architecture that has no pass of its own: its modules under a graph, our attention."""
-    model = loaded(bench, "base", tokens=4096, dense=None)
-    model._cache.open()
+    model = loaded(bench, "base", tokens=8192, dense=None)
     for count in (1, 16):
-        bucket, _ = card.filled(model, [100] * count, [1] * count)
-        with torch.inference_mode():
-            replayed = bench.timed(bucket.replay)
-        bench.ratio(f"modules.base.T{count}", replayed / bound(bench, "base"))
+        bench.ratio(f"modules.base.T{count}", card.pass_seconds(model, count) * 1e3 / bound(bench, "base"))
     model.forget()
 
 
@@ -604,19 +587,11 @@ def compiled(bench: Bench) -> None:
     """The modules compiled, under a graph."""
     if not bench.cuda:
         return
-    from collm.models.paged.pool import Modules
-
-    model = loaded(bench, "base", tokens=4096, dense=None)
-    pool = model._cache._pool
-    modules = Modules(bench.networks["base"])
     began = time.perf_counter()
-    pool.body = torch.compile(modules.__call__, dynamic=False)
-    model._cache.open()
-    bucket, _ = card.filled(model, [100] * 16, [1] * 16)
+    model = loaded(bench, "base", tokens=8192, compiled=True, dense=None)
+    seconds = card.pass_seconds(model, 16)
     bench.note("compile_s", time.perf_counter() - began)
-    with torch.inference_mode():
-        replayed = bench.timed(bucket.replay)
-    bench.ratio("compiled.base.T16", replayed / bound(bench, "base"))
+    bench.ratio("compiled.base.T16", seconds * 1e3 / bound(bench, "base"))
     model.forget()
 
 

@@ -30,6 +30,7 @@ from collm.bench.result import BenchResult, Cell, Run
 from collm.bench.run import Plan, bench
 from collm.bench.synthetic import Dial, Shape, find_dial, make_model, make_tokenizer, top_tokens
 from collm.bench.systems import Effort
+from collm.bench.table import tables
 from collm.cli import main
 from collm.errors import CollmError
 from collm.models.paged.capture import FakeCapture
@@ -436,7 +437,8 @@ def test_models_of_different_tokenizers_are_refused_with_what_to_run_instead(fol
 def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Here a CPU with the twins of the kernels, whose graphs a fake replays; what only CUDA counts is given."""
     own = Machinery(TorchOps(), TorchTelling(), FakeCapture(), TorchDense(), block=16)
-    monkeypatch.setattr("collm.models.caching.machinery_for", lambda *_: own)
+    for module in ("models.caching", "bench.card"):
+        monkeypatch.setattr(f"collm.{module}.machinery_for", lambda *_: own)
     monkeypatch.setattr(card.copy_bandwidth, "__defaults__", (2**20,))
     monkeypatch.setattr(card.timed, "__defaults__", (1, 1))
     for module in ("stepping", "graphs"):
@@ -446,6 +448,8 @@ def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, 
         "collm.bench.card.runtime_calls", lambda work: {"cudaGraphLaunch": 1, "cudaStreamSynchronize": 1}
     )
     monkeypatch.setattr(pairs, "Endless", partial(pairs.Endless, max_cache_tokens=16 * 256))
+    monkeypatch.setattr(card, "LONG", 300)
+    monkeypatch.setattr(torch, "compile", lambda body, **how: body)
     plan = Plan({synthetic_name(2, 0.9): partial(synthetic, TINY, 2, 0.9)}, kinds=["card"], effort=EFFORT)
     [cell] = bench(plan, tmp_path, progress=False).cells
     assert BenchResult.load(tmp_path / "bench.json", "figures").cells == [cell]
@@ -453,6 +457,10 @@ def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, 
     sizes = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 3 * 32 + 32 * 200)
     found = cell.card["pass_seconds.base.T16"] * cell.card["copy_bytes_per_second"] / sizes
     assert cell.card["pass.base.T16"] == pytest.approx(found)
+    # Speculation is off: a base pass a token, and all sixteen texts share one; those of the assistant come on top.
+    assert 1 <= cell.card["launches_a_token.b1"] < 2 and 1 / 16 <= cell.card["launches_a_token.b16"] < 1
+    assert all(cell.card[f"waits_a_token.{batch}"] >= cell.card[f"launches_a_token.{batch}"] for batch in ("b1", "b16"))
+    assert cell.card["long.assistant.rows16"] != cell.card["long.assistant.rows1"]
     [[run], _] = [cell.runs[system][:1] for system in (ASSISTANT_ALONE, SAMPLED)]
     assert run.tokens == 16 * EFFORT.tokens
     told = {
@@ -461,8 +469,50 @@ def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, 
     speeds = {"alone.b1 : generate.b1", "plain.b1 : alone.b1", "speculative.b1 : alone.b1", "plain.b16 : alone.b16",
               "speculative.b16 : alone.b16"}  # fmt: skip
     assert told == card.DEMANDS.keys() - speeds
+    [table] = [each for each in tables(BenchResult(settings={}, machine={}, cells=[cell])) if each.caption]
+    assert "1 and 1 a pass" in str(table.caption) and "a token, batch 1; " in str(table.caption)
+
+
+def test_what_a_card_has_no_room_for_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Long texts without memory, and compiling in a hurry; all else is."""
+    own = Machinery(TorchOps(), TorchTelling(), FakeCapture(), TorchDense(), block=16)
+    for module in ("models.caching", "bench.card"):
+        monkeypatch.setattr(f"collm.{module}.machinery_for", lambda *_: own)
+    monkeypatch.setattr(card.copy_bandwidth, "__defaults__", (2**20,))
+    monkeypatch.setattr(card.timed, "__defaults__", (1, 1))
+    for module in ("bench.card", "models.paged.stepping", "models.paged.graphs"):
+        monkeypatch.setattr(f"collm.{module}.BUCKETS", (16, 128))
+    monkeypatch.setattr("collm.bench.card.runtime_calls", lambda work: {"cudaGraphLaunch": 1})
+    monkeypatch.setattr(pairs, "Endless", partial(pairs.Endless, max_cache_tokens=16 * 256))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(card, "long_passes", full)
+    made = Plan({synthetic_name(2, 0.9): partial(synthetic, TINY, 2, 0.9)}, ["card"], effort=EFFORT, compiled=False)
+    with pytest.warns(UserWarning, match="no memory for 16 texts of 8000 positions .*: these are not measured"):
+        [cell] = bench(made, tmp_path, progress=False).cells
+    left_out = {"compiled.base.T16", *(f"long.assistant.{key}" for key in ("rows1", "rows16", "one_of_16"))}
+    assert {key for key in card.DEMANDS if " : " not in key} - cell.card.keys() == left_out
 
 
 def test_a_card_is_that_of_a_gpu() -> None:
     result = CliRunner().invoke(main, ["bench", "--only", "card"])
     assert result.exit_code == 2 and "give --device cuda" in result.output
+
+
+@pytest.mark.parametrize("found", ["cpu", "cuda"])
+def test_auto_is_the_device_that_is_measured(found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a GPU has to show is asked of one that nobody has named, too."""
+    monkeypatch.setattr("collm.models.devices.best_device", lambda: found)
+    planned: list[Plan] = []
+
+    def measured(plan: Plan, out: Path | None) -> BenchResult:
+        planned.append(plan)
+        return BenchResult(settings=plan.to_dict(), machine={}, cells=[])
+
+    monkeypatch.setattr("collm.bench.run.bench", measured)
+    assert collm("--device", "auto", "--quick").exit_code == 0
+    [plan] = planned
+    assert plan.settings["device"] == found and not plan.compiled
+    assert ("card" in plan.kinds) == (found == "cuda") == (plan.settings["shape"] == "gpu")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from collm.models.laws import Asked
 from collm.models.local import LocalModel
 from collm.models.memory import bytes_per_token
 from collm.models.paged import experts
+from collm.models.paged.blocks import BLOCK
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.graphs import BUCKETS, Bucket
+from collm.models.paged.machinery import machinery_for
 from collm.models.paged.stepping import Stepper
 
 COPIED = 2**31
@@ -26,12 +29,21 @@ TOKENS = (1, 16, 64, 128)
 """Of the passes that have a demand."""
 CONTEXT = 100
 """Positions behind which passes are measured."""
+LONG = 8000
+"""Positions of a long text."""
+ROWS = 16
+"""Texts of a pass at most."""
 
 DEMANDS: dict[str, tuple[bool, float]] = {
     **{f"pass.{name}.T{tokens}": (True, most) for name in ("base", "assistant")
        for tokens, most in zip(TOKENS, (1.30, 1.40, 1.50, 1.65), strict=True)},
     "overhead.b1": (True, 1.10),
     "overhead.b16": (True, 1.15),
+    "modules.base.T16": (True, 2.5),
+    "compiled.base.T16": (True, 1.8),
+    "long.assistant.rows1": (True, 1.35),
+    "long.assistant.rows16": (True, 1.25),
+    "long.assistant.one_of_16": (True, 1.4),
     "launches_a_pass": (True, 1.0),
     "waits_a_pass": (True, 1.0),
     "ready_seconds": (True, 15.0),
@@ -129,10 +141,35 @@ def filled(model: LocalModel, starts: Sequence[int], widths: Sequence[int]) -> t
 
 def pass_seconds(model: LocalModel, tokens: int, context: int = CONTEXT) -> float:
     """Of a graph over so many tokens, of 16 texts at most."""
-    rows = min(tokens, 16)
+    rows = min(tokens, ROWS)
     bucket, _ = filled(model, [context] * rows, [tokens // rows] * rows)
     with torch.inference_mode():
         return timed(bucket.replay, graphs_of(model)[1].paged.device)
+
+
+def long_passes(model: LocalModel, bandwidth: float, length: int) -> Iterator[tuple[str, float, float]]:
+    """What a pass over one token of each text takes behind long ones, for which there must be room: what is measured
+    (one text, sixteen, one beside fifteen short ones), its seconds, and those of reading weights and keys."""
+    short = [CONTEXT] * (ROWS - 1)
+    for key, starts in (("rows1", [length]), ("rows16", [length] * ROWS), ("one_of_16", [length, *short])):
+        bucket, _ = filled(model, starts, [1] * len(starts))
+        with torch.inference_mode():
+            seconds = timed(bucket.replay, graphs_of(model)[1].paged.device)
+        yield key, seconds, bytes_read(model.model, sum(starts), len(starts)) / bandwidth
+
+
+def room_for_long(length: int) -> int:
+    """`max_cache_tokens` of a model for `long_passes`."""
+    return (ROWS + 1) * (length + 600)
+
+
+def of_modules(again: Callable[..., LocalModel], network: PreTrainedModel, compiled: bool = False) -> LocalModel | None:
+    """A model once more (`again`), run by transformers' modules as an architecture without a pass of its own is; None
+    where nothing runs it as graphs."""
+    own = machinery_for(network, "base")
+    if own is None:
+        return None
+    return again(machinery=replace(own, dense=None), max_cache_tokens=2 * ROWS * BLOCK, compiled=compiled)
 
 
 class Spent:
@@ -151,6 +188,17 @@ class Spent:
 
     def anew(self) -> None:
         self._before, self._eager = dict(self._counts.passes), 0.0
+        self._launched, self._waited = self._counts.launches, self._counts.waits
+
+    @property
+    def launches(self) -> int:
+        """Of graphs."""
+        return self._counts.launches - self._launched
+
+    @property
+    def waits(self) -> int:
+        """For passes, without graphs, too."""
+        return self._counts.waits - self._waited
 
     @property
     def passes(self) -> dict[int, int]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
 
 from collm.bench import card
 from collm.bench.paired import in_turn
@@ -82,15 +87,17 @@ def growth_cell(pair: Pair, effort: Effort, context: int, rate: float) -> Cell:
     return cell.model_copy(update={"passes": passes})
 
 
-def card_cell(pair: Pair, effort: Effort) -> Cell:
+def card_cell(pair: Pair, effort: Effort, compiled: bool = True) -> Cell:
     """What the card's memory allows, how near to it the passes of both models come, what a whole engine adds to them,
-    and what drawing costs; all of 16 texts, but for the passes."""
+    and what drawing costs; all of 16 texts, but for the passes. `compiled`: of compiled modules, too."""
     began = time.perf_counter()
     llm = pair.system()
     llm.warm_up()
     found = {"ready_seconds": time.perf_counter() - began}
     models = {name: model for name, model in zip(("base", "assistant"), llm.models, strict=True)
               if isinstance(model, LocalModel)}  # fmt: skip
+    again = {name: partial(LocalModel, model.model, formatter.tokenizer, model.head, name=name)
+             for (name, model), formatter in zip(models.items(), llm.formatters, strict=False)}  # fmt: skip
     device = next(iter(models.values())).model.device
     found["copy_bytes_per_second"] = bandwidth = card.copy_bandwidth(device)
     for name, model in models.items():
@@ -98,6 +105,10 @@ def card_cell(pair: Pair, effort: Effort) -> Cell:
             bound = card.bytes_read(model.model, tokens=tokens) / bandwidth
             seconds = card.pass_seconds(model, tokens)
             found |= {f"pass_seconds.{name}.T{tokens}": seconds, f"pass.{name}.T{tokens}": seconds / bound}
+    if "assistant" in models:
+        found |= _long(again["assistant"], models["assistant"].context_length, bandwidth)
+    for key in ("modules", "compiled") if compiled else ("modules",):
+        found |= _modules(again["base"], models["base"].model, bandwidth, key)
     _, whole = card.filled(models["base"], [card.CONTEXT] * 16, [1] * 16)
     found["launches_a_pass"], found["waits_a_pass"] = card.launches_and_waits(card.runtime_calls(whole))
     plain = {batch: engine(pair, effort, batch, deferring(pair, 0.3, False), llm=llm) for batch in (1, 16)}
@@ -114,6 +125,8 @@ def card_cell(pair: Pair, effort: Effort) -> Cell:
             for _, tokens, _, seconds in issued:
                 each.add(tokens, seconds)
         found[f"overhead.b{batch}"] = done.seconds / sum(each.seconds for each in spent)
+        found[f"launches_a_token.b{batch}"] = sum(each.launches for each in spent) / done.tokens
+        found[f"waits_a_token.b{batch}"] = sum(each.waits for each in spent) / done.tokens
     runs = {}
     if len(models) > 1:
         drawn = SamplingParams(temperature=1.0, top_p=0.9)
@@ -123,6 +136,36 @@ def card_cell(pair: Pair, effort: Effort) -> Cell:
         }
     cell = _cell("card", pair, effort, in_turn(runs, effort.rounds), batch=16, context=effort.prompt_tokens)
     return cell.model_copy(update={"card": found})
+
+
+def _long(again: Callable[..., LocalModel], longest: int | None, bandwidth: float) -> dict[str, float]:
+    """Nothing where texts cannot be so long, or there is no memory for them."""
+    if longest is not None and longest <= card.LONG:
+        return {}
+    longer = again(max_cache_tokens=card.room_for_long(card.LONG))
+    try:
+        ratios = {key: s / bound for key, s, bound in card.long_passes(longer, bandwidth, card.LONG)}
+        return {f"long.assistant.{key}": ratio for key, ratio in ratios.items()}
+    except torch.OutOfMemoryError:
+        told = f"no memory for {card.ROWS} texts of {card.LONG} positions beside the models: these are not measured"
+        warnings.warn(told, stacklevel=2)
+        return {}
+    finally:
+        longer.forget()
+
+
+def _modules(
+    again: Callable[..., LocalModel], network: PreTrainedModel, bandwidth: float, key: str
+) -> dict[str, float]:
+    began = time.perf_counter()
+    found = card.of_modules(again, network, compiled=key == "compiled")
+    if found is None:
+        return {}
+    try:
+        ratio = card.pass_seconds(found, 16) * bandwidth / card.bytes_read(network, tokens=16)
+        return {f"{key}.base.T16": ratio, f"{key}_seconds": time.perf_counter() - began}
+    finally:
+        found.forget()
 
 
 def _cell(

@@ -49,13 +49,15 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     engine_batches: Sequence[int] | None = None
     """Of `engine` cells; None: all."""
+    compiled: bool = True
+    """`card` cells measure compiled modules, too: torch compiles for half a minute."""
 
     def cells(self, name: str) -> Iterator[tuple[str, Callable[[Pair], Cell]]]:
         """Key and way to measure each cell of a pair."""
         effort, middle, largest = self.effort, min(self.rates, key=lambda rate: abs(rate - 0.25)), max(self.batches)
         shown = effort.prompt_tokens
         if "card" in self.kinds:
-            yield cell_key("card", name, 16, 0, shown), partial(card_cell, effort=effort)
+            yield cell_key("card", name, 16, 0, shown), partial(card_cell, effort=effort, compiled=self.compiled)
         if "pair" in self.kinds:
             for batch in self.batches:
                 for rate in self.rates:

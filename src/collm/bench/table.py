@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -76,7 +76,8 @@ def other_table(cells: Sequence[Cell]) -> Table:
 
 def card_table(cell: Cell) -> Table:
     """What a card does, and how near to it the passes come."""
-    table = Table(title=f"{cell.pair}: a copy moves {cell.card['copy_bytes_per_second'] / 1e12:.2f} TB/s", **STYLE)
+    title = f"{cell.pair}: a copy moves {cell.card['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+    table = Table(title=title, caption=_launches(cell.card), **STYLE)
     for heading in ("pass over", "base, ms", "of bound", "assistant, ms", "of bound"):
         table.add_column(heading, justify="right")
     for tokens in TOKENS:
@@ -86,6 +87,16 @@ def card_table(cell: Cell) -> Table:
             row += ["", ""] if seconds is None or ratio is None else [f"{1000 * seconds:.3f}", f"{ratio:.2f}"]
         table.add_row(*row)
     return table
+
+
+def _launches(found: Mapping[str, float]) -> str | None:
+    if "launches_a_token.b16" not in found:
+        return None  # a result of before it was counted
+    pairs = [
+        f"{found[f'launches_{of}']:.3g} and {found[f'waits_{of}']:.3g} {where}"
+        for of, where in (("a_pass", "a pass"), ("a_token.b1", "a token, batch 1"), ("a_token.b16", "batch 16"))
+    ]
+    return f"launches and waits: {'; '.join(pairs)}"
 
 
 def figure_table(found: Sequence[Figure]) -> Table:

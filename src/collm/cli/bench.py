@@ -79,6 +79,10 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
     forward passes measured in the same rounds.
     """
     engine_batches = None
+    if options["device"] == "auto":
+        from collm.models.devices import best_device
+
+        options["device"] = best_device()  # what is measured, and so what is asked of it
     if options["quick"]:
         quick = QUICK | (QUICK_ON_GPU if _on_gpu(options) else {})
         if _on_gpu(options):  # `generate` takes its time, and only one text at a time has a demand
@@ -113,6 +117,7 @@ def bench(out: Path | None, json_file: Path | None, plot: Path | None, threads: 
         Effort(options["rounds"], options["tokens"], options["prompt_tokens"], options["seed"]),
         {key: options[key] for key in ("pair", "base", "assistant", "layers", "shape", "dtype", "device")},
         engine_batches,
+        compiled=not options["quick"],
     )
     result = run(plan, out)
     if json_file is not None:
@@ -145,10 +150,6 @@ QUICK_ON_GPU: dict[str, Any] = {"shape": "gpu", "dtype": "bfloat16", "only": ("c
 
 
 def _on_gpu(options: dict[str, Any]) -> bool:
-    if options["device"] == "auto":
-        from collm.models.devices import best_device
-
-        return best_device() == "cuda"
     return str(options["device"]).startswith("cuda")
 
 
