@@ -479,6 +479,49 @@ def texts(bench: Bench) -> None:
             bench.note(f"float32_texts_like_the_twin.{how}.b{batch}", sum(same) / len(same))
 
 
+def devices(bench: Bench) -> None:
+    """Networks whose layers lie on the host and on the card: gate, caches and logits lie where their layers do, passes
+    run without graphs, and texts are those of the whole network. Small models in float32, by accelerate."""
+    try:
+        from accelerate import dispatch_model
+    except ImportError:
+        bench.note("devices", "accelerate is not installed: nothing lays a network over devices")
+        return
+    from collm.bench.synthetic import Shape, make_model, make_tokenizer
+    from collm.engine import Engine
+    from collm.models.devices import layer_devices, output_device
+    from collm.models.head import DeferralHead
+    from collm.models.local import LocalModel
+
+    shape, limit, written = Shape(256, 512, 2, 8, 2, 1000), 32 if bench.cuda else 6, {}
+    for spread in (True, False):
+        models = []
+        for name, extra in (("base", 0), ("assistant", 2)):
+            network = make_model(shape, extra, dtype="float32", device="cpu" if spread else str(bench.device))
+            if spread:
+                first = {"model.embed_tokens": "cpu", "model.layers.0": "cpu"}
+                rest = {f"model.layers.{n}": str(bench.device) for n in range(1, shape.num_layers + extra)}
+                others = ("model.norm", "model.rotary_emb", "lm_head")
+                network = dispatch_model(network, {**first, **rest, **dict.fromkeys(others, str(bench.device))})
+            places = [str(place) for place in (*layer_devices(network), output_device(network))]
+            head = DeferralHead(256, 1).to(output_device(network)) if name == "base" else None
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                tokenizer = make_tokenizer(shape.vocab_size)
+                models.append(LocalModel(network, tokenizer, head, name=name, cache=spread))
+            if spread:
+                said = [str(each.message) for each in told if "without graphs" in str(each.message)]
+                bench.note(f"devices.{name}", {"layers and head": places, "told": said})
+        engine = Engine(models, max_num_seqs=16)
+        try:
+            written[spread] = [write(bench, engine, 16, limit, how, 3)[0] for how in ("plain", "speculative")]
+        finally:
+            engine.close()
+    for how, sharded in zip(("plain", "speculative"), written[True], strict=True):
+        same = [a == b for a, b in zip(sharded, written[False][0], strict=True)]
+        bench.note(f"devices.texts_like_the_whole.{how}", sum(same) / len(same))
+
+
 def kernels(bench: Bench) -> None:
     """Where a pass's time goes: microseconds of each kernel in a replay."""
     if not bench.cuda:
@@ -603,6 +646,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
     ("drawing", drawing, 5),
     ("exact", exact, 5),
     ("texts", texts, 5),
+    ("devices", devices, 5),
     ("passes", passes, 5),
     ("decoding", decoding, 10),
     ("overhead", overhead, 5),

@@ -34,6 +34,8 @@ def test_every_section_runs_and_every_demand_is_measured(
     assert {key for key, each in found["demands"].items() if each["found"] is None} == on_cuda_alone
     for batch in (1, 16):  # the whole engine, with the twins of the kernels
         assert found["figures"][f"tok_s.speculative.b{batch}"]["equal_to_plain"] == 1.0
+    for how in ("plain", "speculative"):
+        assert found["figures"][f"devices.texts_like_the_whole.{how}"] == 1.0
     assert found["figures"]["exact.assistant"]["top_log_prob_off"] < 1e-4
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from test_crop_cache import network as crop_network
 from test_graphs import Counted, assert_same, growing
 from test_local import tiny
@@ -126,6 +127,18 @@ def test_a_network_on_several_devices(card: pytest.MonkeyPatch, tiny_tokenizer: 
             card.setattr(module, "places", lambda lm, other=other: [other, CARD])
         told = f"its parts lie on {other}, cuda:0, and graphs are of one device"
         assert_eager(tiny("llama"), tiny_tokenizer, told)
+
+
+def test_one_card_has_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's hooks say `cuda`, or a number."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    network: Any = tiny("llama")
+    hook = AlignDevicesHook(execution_device="cuda")
+    for module in (network.get_input_embeddings(), network.model.layers[0]):
+        module._hf_hook = hook
+    for module in (network.model.layers[1], network.get_output_embeddings()):
+        module._hf_hook = AlignDevicesHook(execution_device=1)
+    assert places(network) == [torch.device("cuda", 1)]
 
 
 def test_a_network_that_is_offloaded(card: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

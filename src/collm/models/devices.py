@@ -23,7 +23,10 @@ def computes_on(module: nn.Module) -> torch.device:
     for hook in _hooks(module):
         if getattr(hook, "execution_device", None) is not None:
             place = hook.execution_device
-            return torch.device(f"cuda:{place}") if isinstance(place, int) else torch.device(place)
+            found = torch.device(f"cuda:{place}") if isinstance(place, int) else torch.device(place)
+            # `cuda` is one of them, as tensors have it.
+            bare = found.type == "cuda" and found.index is None
+            return torch.device("cuda", torch.cuda.current_device()) if bare else found
     return next((tensor.device for tensor in module.parameters() if tensor.device != META), torch.device("cpu"))
 
 
