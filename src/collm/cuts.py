@@ -31,6 +31,8 @@ LONGEST_CHUNK = 256
 """Tokens of a chunk, beyond which a text is refused: it has too few cuts."""
 FOLLOWERS = b"aA1( \n"
 """Bytes that are tried as what follows a chunk."""
+STARTS = [b for b in range(256) if not 0x80 <= b < 0xC0]
+"""Bytes that begin a character."""
 FEW_CUTS = 0.5
 """Share of a base's tokens that start at a cut, below which a pair is warned of."""
 
@@ -88,9 +90,9 @@ class Cuts:
 
     @cached_property
     def free(self) -> tuple[bool, ...]:
-        """Of each last byte: is a chunk closed behind it, whatever comes?"""
-        starts = [b for b in range(256) if not 0x80 <= b < 0xC0]
-        return tuple(bool(self.allowed[last, starts].all()) for last in range(257))
+        """Of each last byte: is a chunk closed behind it, whatever comes? Not behind a byte of a character of several:
+        the character may go on."""
+        return tuple(bool(last < 0x80 and self.allowed[last, STARTS].all()) for last in range(256)) + (True,)
 
     def opens(self, last: int, first: int) -> bool:
         """May a token with this first byte (or `END`) open a chunk behind this last byte (or `START`)?"""
