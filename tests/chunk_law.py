@@ -4,6 +4,7 @@ of the next token, all texts of a few bytes in all their tokenisations."""
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from functools import cache, lru_cache
 import pytest
 import torch
 from chunk_toys import train_bpe, wrapped
-from tokenizers import Tokenizer, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from collm.cuts import START, Cuts
 from collm.decoding.choosing import Draws
@@ -21,7 +22,10 @@ from collm.models.openings import Openings, chosen_at_cuts
 from collm.values import Answer, LanguageModel, Query, Replies, Reply
 
 ALPHABET = "ab 1\n"
-KINDS = ("gpt2", "llama3", "digits from the right", "none", "sentencepiece")
+KINDS = ("gpt2", "llama3", "digits from the right", "none", "sentencepiece", "byte fallback")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+UNSEEN = str.maketrans("", "", "1\n")
+"""What a tokenizer with byte fallback has not seen."""
 Ids = tuple[int, ...]
 
 
@@ -44,14 +48,33 @@ def toy_tokenizer(kind: str, seed: int, size: int) -> ByteCodec:
     words = ["".join(rng.choices("ab", k=rng.randint(1, 3))) for _ in range(6)] + ["1", "11", "111", "\n", "\n\n", "  "]
     corpus = ["".join(rng.choice(words) + rng.choice(["", " ", " ", "\n"]) for _ in range(8)) for _ in range(200)]
     if kind == "sentencepiece":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        trainer = trainers.BpeTrainer(vocab_size=size + 3, special_tokens=special, show_progress=False)
-        tokenizer.train_from_iterator(corpus, trainer)
+        tokenizer = sentencepiece(corpus, size)
+    elif kind == "byte fallback":
+        tokenizer = with_fallback(sentencepiece([text.translate(UNSEEN) for text in corpus], size - len(ALPHABET)))
     else:
         tokenizer = train_bpe(kind, size + 3, corpus, list("ab1ĠĊ"))
     return ByteCodec(wrapped(tokenizer))
+
+
+def sentencepiece(corpus: Sequence[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=size + 3, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def with_fallback(trained: Tokenizer) -> Tokenizer:
+    """With tokens of single bytes: the only ones for what it has not seen, and second ones for the letters."""
+    state = json.loads(trained.to_str())["model"]
+    learnt = [token for token in state["vocab"] if token not in SPECIAL]
+    names = [*SPECIAL, *(f"<0x{ord(letter):02X}>" for letter in ALPHABET), *learnt]
+    vocab = {name: n for n, name in enumerate(names)}
+    merges = [tuple(merge) for merge in state["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
 
 
 def with_cuts(codecs: Sequence[ByteCodec]) -> tuple[Cuts, list[ByteCodec]]:

@@ -22,6 +22,15 @@ __all__ = ["five_bytes"]
 PAIRS = list(itertools.combinations_with_replacement(KINDS, 2))
 
 
+def test_a_tokenizer_with_byte_fallback_has_bytes_for_what_it_has_not_seen() -> None:
+    codec = toy_tokenizer("byte fallback", 2, 18)
+    assert codec.encode("1\n") == [codec.tokenizer.convert_tokens_to_ids(name) for name in ("<0x31>", "<0x0A>")]
+    assert [v for v, piece in enumerate(codec.pieces) if piece == b"a"] == [
+        codec.tokenizer.convert_tokens_to_ids(name) for name in ("<0x61>", "a")
+    ]
+    assert any(piece and len(piece) > 1 for piece in codec.pieces)
+
+
 def toys(one: str, two: str, damp: float) -> list[Toy]:
     cuts, codecs = with_cuts([toy_tokenizer(one, 1, 14), toy_tokenizer(two, 2, 18)])
     return [Toy(codec, cuts, z, NUM_BYTES, damp, base=z == 0) for z, codec in enumerate(codecs)]
@@ -60,7 +69,7 @@ def drawn(pair: list[Toy], sample: int) -> tuple[list[Step], ChunkText]:
     return steps, text
 
 
-@pytest.mark.parametrize(("one", "two"), [("gpt2", "llama3"), ("llama3", "none"), ("gpt2", "sentencepiece")])
+@pytest.mark.parametrize(("one", "two"), [("gpt2", "llama3"), ("llama3", "none"), ("gpt2", "byte fallback")])
 def test_drawn_texts_follow_the_law(one: str, two: str) -> None:
     """Distance to the law that was counted out, no larger than chance makes it; each step tells its probability."""
     pair = toys(one, two, 0.05)
