@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chunk_toys import sentencepiece_like
 from click.testing import CliRunner
@@ -112,3 +113,27 @@ def test_code_in_texts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found) == {"base", "half", "gate_20", "entropy_20", "random_20", "nudging"}
     assert {result["num_examples"] for result in found.values()} == {3}
     assert (place / "runs/small/mbpp/test/report.html").stat().st_size > 0
+
+
+def test_what_drafts_of_chunks_could_gain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ROOT / "recipes" / "families" / "paired.py"
+    reading = runpy.run_path(str(script))["Reading"]
+    right = np.array([[1, 1], [1, 1], [1, 0], [1, 1], [0, 0], [1, 1], [1, 1], [0, 1]], np.float64)
+    of = np.array([0, 0, 0, 0, 0, 0, 1, 1])
+    found = reading(["other"], ["a", "b"], of, right, {})
+    writer = np.array([0, 1, 1, 0, 1, 0, 1, 1])
+    equal = found.equal(writer)
+    assert np.array_equal(equal, [1, 1, 0, 1, np.nan, 1, 1, 0], equal_nan=True)
+    # One at a time: every chunk is drafted once, each refused one takes another pass.
+    assert found.drafted(writer, equal == 1, 1) == (8, 5 + 3)
+    # Two: chunks 0 to 2, refused at 2; 3 to 5, refused at 4, so that 5 is drafted again; 6 and 7, refused at 7.
+    assert found.drafted(writer, equal == 1, 2) == (3 + 3 + 1 + 2, 3 + 3)
+    # Three, the one that nobody knows equal: 0 to 4, refused at 2; 3 to 5; 6 and 7.
+    assert found.drafted(writer, equal != 0, 3) == (5 + 3 + 2, 3 + 2)
+    kept = ROOT / "recipes" / "families" / "kept"
+    arguments = [str(script), str(kept / "oracle.jsonl"), "--rate", "0.2", "--drafts", str(kept / "gate_20.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(script), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "612 chunks in 398 runs of deferrals; passes of assistants now 859" in told
+    assert "at 4: 2 to be judged, passes (3846, 647), time 0.99" in told, "as in docs/log.md"

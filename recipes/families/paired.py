@@ -1,11 +1,18 @@
 """Whom should one ask where? Signals against each other on gold text, from what `collm oracle --out` has read.
 
-    python recipes/families/paired.py ORACLE.jsonl [--rate 0.1 ...] [--beside OTHER.jsonl]
+    python recipes/families/paired.py ORACLE.jsonl [--rate 0.1 ...] [--beside OTHER.jsonl] [--drafts RESULT.json]
 
 At each rate a signal gives away the chunks where it is highest: of several assistants to the one with the largest gate,
 by chance to one drawn evenly. Shares of right chunks, and paired differences with 95 % intervals over problems
 (bootstrap). Of several assistants also what the gate does with one of them alone, as if the others were not there.
 `--beside`: what another system made of the same chunks.
+
+`--drafts`: what speculation could gain, that is, if the base drafted through its deferrals as if it were agreed with,
+and an assistant judged all chunks of a draft in one pass: accepted is what is equal, a draft ends behind the first that
+is not, and what the base has written behind it is lost. In the place of passes that were counted (of a result of
+`collm eval`: its assistants' passes for each of their chunks) there is one for each draft, and one more for a chunk
+that the assistant writes itself. Gold text tells whether two models write the same only where one of them is right;
+where all are wrong none may be equal, or all, or as many as make the share that the result tells (by lot).
 """
 
 from __future__ import annotations
@@ -68,6 +75,26 @@ class Reading:
             found[name] = right[np.arange(len(writer)), writer]
         return found
 
+    def equal(self, writer: NDArray[np.int64]) -> Floats:
+        """Whether who writes a chunk writes what the base would: 0 or 1, NaN where nobody knows, `[N]`."""
+        own = self.right[np.arange(len(writer)), writer]
+        return np.where((own == 0) & (self.right[:, 0] == 0), np.nan, own == self.right[:, 0])
+
+    def drafted(self, writer: NDArray[np.int64], equal: NDArray[np.bool_], pending: int) -> tuple[int, int]:
+        """Passes of base and assistants if chunks are drafted until so many are to be judged."""
+        of_base = of_assistants = 0
+        for problem in range(len(self.ids)):
+            where = np.nonzero(self.of == problem)[0]
+            at, stop = int(where[0]), int(where[-1]) + 1
+            while at < stop:
+                asked = at + np.nonzero(writer[at:stop])[0][:pending]
+                end = int(asked[-1]) + 1 if len(asked) == pending else stop
+                refused = next((int(n) for n in asked if not equal[n]), None)
+                of_base += end - at
+                of_assistants += (len(asked) > 0) + (refused is not None)
+                at = end if refused is None else refused + 1
+        return of_base, of_assistants
+
     def writer(self, name: str, rate: float) -> NDArray[np.int64]:
         """Who writes each chunk by a signal at a rate, `[N]`; 0 is the base."""
         signal, whom = self.signals[name]
@@ -82,6 +109,7 @@ def main() -> None:
     parser.add_argument("reading", type=Path)
     parser.add_argument("--rate", type=float, action="append", help="[default: 0.1, 0.2, 0.4, the gate's at 0.5]")
     parser.add_argument("--beside", type=Path, help="of another pair, on the same text")
+    parser.add_argument("--drafts", type=Path, metavar="RESULT", help="what speculation could gain on its passes")
     arguments = parser.parse_args()
     own = Reading.of_file(arguments.reading)
     other = None if arguments.beside is None else Reading.of_file(arguments.beside)
@@ -114,9 +142,35 @@ def main() -> None:
                 "    by the gate: "
                 + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
             )
+        if arguments.drafts is not None:
+            tell_drafts(own, own.writer("gate", rate), arguments.drafts)
         if other is not None:
             for name, values in other.chosen(rate).items():
                 print(f"    {name} less that of the other pair: {told(chosen[name] - values)}")
+
+
+def tell_drafts(reading: Reading, writer: NDArray[np.int64], result: Path) -> None:
+    """In passes, and in time where a pass of an assistant costs that many of the base."""
+    told = json.loads(result.read_text())
+    written, passes = (sum(told[key].values()) - told[key]["base"] for key in ("written_by", "forward_passes"))
+    each, asked = passes / written, int((writer > 0).sum())
+    starts = (writer > 0) & np.concatenate([[True], (writer[:-1] == 0) | (np.diff(reading.of) > 0)])
+    print(f"    {asked} chunks in {int(starts.sum())} runs of deferrals; passes of assistants now {each * asked:.0f}")
+    equal = reading.equal(writer)
+    unknown, known = np.isnan(equal[writer > 0]).mean(), np.nanmean(equal[writer > 0])
+    seen = 1 - told["changed_tokens"] / written
+    share = min(1.0, max(0.0, (seen - known * (1 - unknown)) / unknown))
+    lot = np.random.default_rng(0).random(len(equal))
+    for name, wrong in (("none", 0.0), (f"{share:.0%}", share), ("all", 1.0)):
+        same = np.where(np.isnan(equal), lot < wrong, equal == 1)
+        drafts = {pending: reading.drafted(writer, same, pending) for pending in (1, 2, 3, 4, 6)}
+        print(f"    where both are wrong {name} equal, {same[writer > 0].mean():.0%} of all:", end="")
+        for cost in (1, 4, 16):
+            now = len(writer) + cost * each * asked
+            times = {pending: (base + cost * own) / now for pending, (base, own) in drafts.items()}
+            best = min(times, key=lambda pending: times[pending])
+            print(f" at {cost}: {best} to be judged, passes {drafts[best]}, time {times[best]:.2f};", end="")
+        print()
 
 
 if __name__ == "__main__":
