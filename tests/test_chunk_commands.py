@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,36 @@ def test_pair_info(place: Path) -> None:
     assert info is not None and figures["cuts"] == info.cuts
     assert 0 < texts["at_cut"] <= 1 and texts["refused"] == 0 and texts["chunks"] <= texts["tokens"]
     assert "one tokenizer" in run("pair-info", str(place / "base"), str(place / "base"))
+    # What training would refuse is counted, and the first of it told.
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    rows[2]["messages"][1]["content"] += " <|im_start|>"
+    rows[5]["messages"][1]["content"] += " <|im_start|> b"
+    (place / "special.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = run("pair-info", str(place / "base"), str(place / "other"), "--data", str(place / "special.jsonl"))
+    assert "2 texts cannot be used (the first: " in told and "'<|im_start|>' stands within what is to be learnt" in told
+
+
+def test_few_cuts_in_the_users_own_text_are_warned_of(place: Path) -> None:
+    """The shipped samples have enough of them; this text has not."""
+    base, other, data = str(place / "base"), str(place / "other"), str(place / "chinese.jsonl")
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "世界你好，你好世界。" * 2}]}
+    (place / "chinese.jsonl").write_text("".join(json.dumps({"id": str(n), **row}) + "\n" for n in range(4)))
+
+    def told(*arguments: str) -> str:
+        return " ".join(run(*arguments).split())
+
+    for model, named in ((base, ("--with", other)), (other, ("--base", base))):
+        found = told("score", data, "--model", model, *named, "--restart", "--out", str(place / "few"))
+        assert re.search(r"of this text \d+\.\d% of the base's tokens start at a cut", found), found
+        assert re.search(f"{base}, {other}: only .* of the base's tokens start at a cut", found), found
+    recipe = json.loads((place / "recipe.yaml").read_text())
+    recipe |= {"out": str(place / "few-pair"), "data": {"train": data, "validation": data}}
+    (place / "few.yaml").write_text(json.dumps(recipe))
+    found = told("train", str(place / "few.yaml"))
+    assert re.search(r"of the training text \d+\.\d% of the base's tokens start at a cut", found), found
+    assert re.search(r"base, other: only \d+% of the base's tokens start at a cut", found), found
+    found = told("train", str(place / "recipe.yaml"), f"out={place / 'enough'}")
+    assert "of the training text" in found and "only" not in found
 
 
 def test_score_names_all_models(place: Path) -> None:

@@ -214,8 +214,8 @@ def test_text_that_is_not_kept_is_refused(system: Any, monkeypatch: pytest.Monke
     with pytest.raises(CollmError, match="puts a space in front"):
         ByteCodec(spaced, base.cuts)
     assert len(read_examples(EXAMPLES, two).kept) == 3
-    monkeypatch.setattr("collm.data.chunks.LONGEST_CHUNK", 1)
-    with pytest.raises(CollmError, match=r"example '?x.*a chunk of \d+ tokens.* too few cuts"):
+    monkeypatch.setattr("collm.cuts.LONGEST_CHUNK", 1)
+    with pytest.raises(CollmError, match=r"example '?x.*a chunk of \d+ tokens of base, more than the 1 .*--skip-bad"):
         base.read(saying("return sum(values)"))
 
 

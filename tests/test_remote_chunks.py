@@ -113,7 +113,7 @@ def test_greedy_texts_are_those_of_the_same_model_here(place: Place, who: dict[s
             # A model here, whom nobody reads along, looks behind its chunk in its next pass; a server is asked at once.
             told = list(here.stream(prompt, params))[-1].generation
             assert told is not None and told.forward_passes == other.forward_passes
-            assert one.forward_passes[0] == other.forward_passes[0]
+            assert one.forward_passes[0] >= other.forward_passes[0], "what is taken back is written again"
             assert one.forward_passes[1] <= other.forward_passes[1]
         written += sum(step.author == 1 for step in other.steps)
     assert written > 5

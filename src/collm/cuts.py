@@ -21,6 +21,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from collm.errors import CollmError
+
 START = 256
 """The "last byte" of a completion that is still empty: anything may open there."""
 END = 256
@@ -28,7 +30,9 @@ END = 256
 NEVER = -1
 """The "first byte" of a token that no text holds: special ones, and those that fill a vocabulary up."""
 LONGEST_CHUNK = 256
-"""Tokens of a chunk, beyond which a text is refused: it has too few cuts."""
+"""Tokens that a chunk may have of any model. A line of Chinese has chunks of 80: it is read right, if slowly, so that a
+limit of 64 would refuse too much. But a chunk is told when it is whole: until then nothing of it is streamed, stopped
+or given to another model, so that there has to be an end to it."""
 FOLLOWERS = b"aA1( \n"
 """Bytes that are tried as what follows a chunk."""
 STARTS = [b for b in range(256) if not 0x80 <= b < 0xC0]
@@ -37,8 +41,24 @@ FEW_CUTS = 0.5
 """Share of a base's tokens that start at a cut, below which a pair is warned of."""
 
 
+def require_short(tokens: int, name: str, *, advice: str = "take models of one tokenizer for it") -> None:
+    """Raises:
+    CollmError: a chunk of so many tokens of the model of this name is too long.
+    """
+    if tokens > LONGEST_CHUNK:
+        raise CollmError(
+            f"a chunk of {tokens} tokens of {name}, more than the {LONGEST_CHUNK} that are read at a time: the models' "
+            f"tokenizers have too few cuts in such text; {advice}"
+        )
+
+
 class Codec(Protocol):
     """A model's tokenizer as the law of cuts needs it: tokens are byte strings."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        ...
 
     @property
     def pieces(self) -> Sequence[bytes | None]:

@@ -30,9 +30,10 @@ def pair_info(base: str, assistants: tuple[str, ...], data: str | None, as_json:
         require_model(spec)
     examples = None if data is None else read_examples(data, options)
     with waiting("reading the tokenizers"):
+        from collm.data.chunks import Reader
         from collm.data.encoding import usable
         from collm.data.formatting import Formatter
-        from collm.models.codec import ByteCodec
+        from collm.models.codec import ByteCodec, NotItsText
         from collm.models.loading import load_tokenizer
         from collm.models.pairing import SAMPLES, chunking, cuts_between
         from collm.models.tokenizers import difference
@@ -53,13 +54,18 @@ def pair_info(base: str, assistants: tuple[str, ...], data: str | None, as_json:
             click.echo("one tokenizer: every token is a chunk, and the models take turns at each")
         return
     codecs = [ByteCodec(tokenizer, cuts, name=name) for tokenizer, name in zip(tokenizers, names, strict=True)]
-    texts = {name: [text] for name, text in SAMPLES.items()}
-    if examples is not None:
-        formatter = Formatter(tokenizers[0])
-        shown = usable(examples, [formatter], skip_bad=options["skip_bad"])
-        turns = (turn for example in shown for turn in formatter.completions(example))
-        texts = {str(data): [codecs[0].data(turn[:-1]).decode(errors="replace") for turn in turns]}
-    found = {name: chunking(codecs, cuts, some) for name, some in texts.items()}
+    if examples is None:
+        found = {name: chunking(codecs, cuts, [text]) for name, text in SAMPLES.items()}
+    else:
+        reader = Reader(Formatter(tokenizers[0]), codecs[0])
+        texts: list[str] = []
+        refused: list[str] = []
+        for example in usable(examples, [reader.formatter], skip_bad=options["skip_bad"]):
+            try:
+                texts += reader.texts(example)
+            except NotItsText as error:
+                refused.append(str(error))
+        found = {str(data): chunking(codecs, cuts, texts, refused=refused)}
     if as_json:
         echo_json({**figures, "texts": {name: asdict(figure) for name, figure in found.items()}})
         return

@@ -75,7 +75,7 @@ def score(
             require_model(spec)
     examples = read_examples(data, options)
     with waiting(f"scoring {data} with {model}"):
-        from collm.data.chunks import Reader, usable_in_chunks
+        from collm.data.chunks import Reader, chunking_of, usable_in_chunks
         from collm.data.encoding import usable
         from collm.data.formatting import Formatter, PromptFormat
         from collm.data.scores import load_info
@@ -83,7 +83,7 @@ def score(
         from collm.data.scoring import score_tool
         from collm.models.codec import ByteCodec
         from collm.models.loading import load_context_length, load_tokenizer
-        from collm.models.pairing import cuts_between, require_free_tools
+        from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
         from collm.models.tools import make_tool
 
     format = prompt_format(options)
@@ -101,7 +101,7 @@ def score(
     if cuts is None:
         examples = usable(examples, [completions_from or formatter, formatter], skip_bad=options["skip_bad"])
     else:
-        require_free_tools(cuts, [model] if tool else [])
+        require_free_tools(cuts, [make_tool(model, tokenizer)] if tool else [])
         of_base = Reader(completions_from or formatter, ByteCodec(first, cuts, name=base or model))
         reader = of_base
         if completions_from is not None and not tool:
@@ -110,6 +110,9 @@ def score(
     # As training does: scores for more than the base can read would not match.
     context = load_context_length(base or shown_by)
     max_length = min(options["max_length"], context or options["max_length"])
+    if cuts is not None:
+        read = (of_base.read(example, max_length) for example in examples)
+        tell_chunking(chunking_of(read), [name for name in (base, model, *others) if name is not None], "this text")
     settings: dict[str, Any] = {
         "completions_from": completions_from,
         "max_length": max_length,

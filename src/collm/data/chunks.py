@@ -3,17 +3,19 @@ that all share (`collm.cuts`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from collm.cuts import LONGEST_CHUNK, START, Cuts
+from collm.cuts import START, Cuts, require_short
 from collm.data.encoding import EncodedSet, checked, encode_examples, left_out
 from collm.data.examples import Example
 from collm.data.formatting import Encoded, Formatter
 from collm.data.tokens import TokenIds
 from collm.errors import CollmError
 from collm.models.codec import ByteCodec, NotItsText
+from collm.models.pairing import Chunking
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,23 @@ class Reader:
                 opens[begin + place] = data[offset - 1] if offset else START
                 starts.append(begin + place)
                 base_starts.append(labelled_before + base_place)
-            longest = max((b - a for a, b in zip(mine[:-1], mine[1:], strict=True)), default=0)
-            if longest > LONGEST_CHUNK:
-                raise CollmError(
-                    f"{example.label}: a chunk of {longest} tokens, more than the {LONGEST_CHUNK} that are read at a "
-                    "time: the models' tokenizers have too few cuts in such text; leave the row out (--skip-bad)"
-                )
+            longest = max((b - a for a, b in pairwise(mine)), default=0)
+            try:
+                require_short(longest, self.codec.name, advice="leave the row out (--skip-bad)")
+            except CollmError as error:
+                raise CollmError(f"{example.label}: {error}") from None
             labelled_before += len(theirs)
         end = len(whole) if max_length is None else min(max_length, len(whole))
         return _cut(whole, opens, starts, base_starts, end)
+
+    def texts(self, example: Example) -> list[str]:
+        """What is to be learnt of an example, turn by turn; the base's reader alone knows.
+
+        Raises:
+            NotItsText: a special token stands in it, or it is no UTF-8.
+        """
+        assert self.base is None
+        return [self._text(self._said(turn, example), example) for turn in self.formatter.completions(example)]
 
     def _said(self, turn: TokenIds, example: Example) -> bytes:
         """The bytes of a turn of the base, which ends with its end token."""
@@ -122,11 +132,16 @@ class Reader:
 
     def _encoded(self, data: bytes, example: Example) -> list[int]:
         try:
-            return self.codec.encode(data.decode())
-        except UnicodeDecodeError as error:
-            raise NotItsText(f"{example.label}: what is to be learnt is no UTF-8 text ({error.reason})") from error
+            return self.codec.encode(self._text(data, example))
         except NotItsText as error:
             raise NotItsText(f"{example.label}: {error}") from error
+
+    @staticmethod
+    def _text(data: bytes, example: Example) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise NotItsText(f"{example.label}: what is to be learnt is no UTF-8 text ({error.reason})") from error
 
     def _places(self, turn: TokenIds, offsets: Sequence[int]) -> list[int]:
         """The token of a turn that begins at each offset; at the last one, its end."""
@@ -161,6 +176,17 @@ def _cut(whole: Encoded, opens: list[int], starts: list[int], base_starts: list[
         tuple(opens[:end]),
         tuple(base_starts[:count]),
     )
+
+
+def chunking_of(items: Iterable[Encoded]) -> Chunking:
+    """How texts fall into chunks, in the base's tokens, whoever has read them. Ends, which are chunks of a token, and a
+    last chunk of which the end was cut off do not count."""
+    lengths: list[int] = []
+    for item in items:
+        assert isinstance(item, Chunked)
+        known = zip(item.spans, pairwise(item.base_starts), strict=False)
+        lengths += [following - start for (_, stop), (start, following) in known if stop is not None]
+    return Chunking.of(lengths)
 
 
 def read_examples(examples: Sequence[Example], reader: Reader, *, max_length: int | None = None) -> EncodedSet:

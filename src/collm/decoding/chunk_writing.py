@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
-from collm.cuts import END, LONGEST_CHUNK
+from collm.cuts import END, require_short
 from collm.decoding.chunk_text import ChunkText, Mark
 from collm.decoding.collaborative import Ask, ModelFailed, Request, gate_of
 from collm.errors import CollmError
@@ -102,11 +102,6 @@ def write_chunk(
             return Written(data, log_prob)
         if count == room:
             return Written(data, log_prob, cut_off=True)
-        if count == LONGEST_CHUNK:
-            raise ModelFailed(
-                f"a chunk of more than {LONGEST_CHUNK} tokens: the models' tokenizers have too few cuts in such text; "
-                "take models of one tokenizer for it"
-            )
         if not look and data[-1:].isalnum() and codec.canonical(data) == text.written(author):
             return Written(data, log_prob, unseen=True)
         [reply] = yield from _query(text, author, draw, data[-1], opens=False)
@@ -117,6 +112,10 @@ def write_chunk(
         if text.cuts.opens(data[-1], codec.first_bytes[reply.token_id]):
             return Written(data, log_prob + reply.log_close, reply)
         token_id, log_prob, count = reply.token_id, log_prob + reply.log_prob, count + 1
+        try:
+            require_short(count, codec.name)
+        except CollmError as error:
+            return Fault(str(error))
 
 
 def settle(

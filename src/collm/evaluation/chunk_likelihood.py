@@ -6,10 +6,11 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from collm.cuts import START
+from collm.cuts import START, require_short
 from collm.errors import CollmError
 from collm.evaluation.likelihood import LAWS, GivenText, Likelihood, likelihoods
 from collm.gate import log_posterior, token_nll
@@ -39,7 +40,7 @@ def chunk_likelihoods(
     the base's tokens.
 
     Raises:
-        CollmError: a tokenizer does not keep a text, or a model cannot answer.
+        CollmError: a tokenizer does not keep a text or makes too long a chunk of it, or a model cannot answer.
     """
     if alone is not None:
         own = [GivenText(text.prompts, tuple(_own(sharing, text, alone))) if alone != BASE else text for text in texts]
@@ -53,7 +54,7 @@ def chunk_likelihoods(
             for z, model in enumerate(models)
         ]
         lengths = _places(sharing.codecs[BASE], text.completion, offsets)
-        yield _joined(each, [b - a for a, b in zip(lengths[:-1], lengths[1:], strict=True)])
+        yield _joined(each, [b - a for a, b in pairwise(lengths)])
 
 
 def tokens_read(sharing: Sharing, completion: Sequence[int]) -> list[int]:
@@ -128,6 +129,7 @@ def _of_model(
 ) -> list[_Scored | None]:
     """The chunks of a text; None where the model abstains."""
     at = _places(codec, ids, offsets)
+    require_short(max(b - a for a, b in pairwise(at)), codec.name)
     # Within a chunk nothing is to open: any byte will do.
     last = [text.last_byte] + [START] * len(ids)
     for place, offset in zip(at[1:], offsets[1:], strict=True):

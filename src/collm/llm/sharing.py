@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from collm.errors import CollmError
 from collm.llm.methods import NAMES, Method
 from collm.models.codec import ByteCodec
 from collm.models.info import CheckpointInfo
-from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
+from collm.models.pairing import SAMPLES, chunking, cuts_between, require_free_tools, tell_chunking
 from collm.models.tools import Tool
 from collm.sampling_params import SamplingParams
 from collm.types import BASE
 from collm.values import LanguageModel
 from collm.views import Text
-
-logger = logging.getLogger(__name__)
 
 CLOSING = (
     "a server does not tell how probable it is that a chunk closes, so that it is taken for certain: nearly right in "
@@ -134,13 +131,13 @@ def share(
         ByteCodec(formatter.tokenizer, cuts, model.eos_token_ids | formatter.end_ids, name=model.name)
         for model, formatter in zip(models, formatters, strict=True)
     )
-    require_free_tools(cuts, [model.name for model in models if isinstance(model, Tool)])
+    require_free_tools(cuts, [model for model in models if isinstance(model, Tool)])
     for model, codec in zip(models, codecs, strict=True):
         if not isinstance(model, Tool):
             model.share_chunks(cuts, codec.first_bytes)
     _tell_closing(models)
-    told = tell_chunking([codec for codec, m in zip(codecs, models, strict=True) if not isinstance(m, Tool)], cuts)
-    logger.info("the models have different tokenizers and write in chunks: of common text %s", told)
+    own = [codec for codec, model in zip(codecs, models, strict=True) if not isinstance(model, Tool)]
+    tell_chunking(chunking(own, cuts, SAMPLES.values()), [codec.name for codec in own])
     base = formatters[BASE].tokenizer
     end_id = int(base.eos_token_id)
     return Sharing(cuts, codecs, end_id, str(base.convert_ids_to_tokens(end_id)))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from collm.cuts import FEW_CUTS, LONGEST_CHUNK, Cuts
+from collm.cuts import FEW_CUTS, STARTS, Cuts, require_short
 from collm.errors import CollmError
-from collm.models.codec import ByteCodec, NotItsText
+from collm.models.codec import ByteCodec
 from collm.models.tokenizers import difference
+
+if TYPE_CHECKING:
+    from collm.models.tools import Tool
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = {
     "prose": (
@@ -34,6 +42,7 @@ SAMPLES = {
     ),
 }
 """Text of common kinds, for want of the user's own."""
+DIGITS = b"0123456789"
 
 
 def cuts_between(tokenizers: Sequence[PreTrainedTokenizerBase], names: Sequence[str]) -> Cuts | None:
@@ -64,24 +73,38 @@ class Chunking:
     mean: float
     p99: int
     longest: int
-    refused: int
-    """Texts that one of the tokenizers does not give back byte for byte."""
+    refused: int = 0
+    """Texts that one of the models cannot read: its tokenizer does not give them back byte for byte, reads a special
+    token in them, or makes too long a chunk of them."""
+    why: str | None = None
+    """What was said of the first of these."""
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], refused: Sequence[str] = ()) -> Chunking:
+        """From the chunks' lengths, and what was said of the texts that have none."""
+        found = sorted(lengths)
+        tokens = sum(found)
+        return cls(
+            tokens=tokens,
+            chunks=len(found),
+            at_cut=len(found) / max(1, tokens),
+            mean=tokens / max(1, len(found)),
+            p99=found[math.ceil(0.99 * len(found)) - 1] if found else 0,
+            longest=found[-1] if found else 0,
+            refused=len(refused),
+            why=refused[0] if refused else None,
+        )
 
     def __str__(self) -> str:
         told = (
             f"{self.at_cut:.1%} of the base's tokens start at a cut; a chunk has {self.mean:.2f} tokens "
             f"(99 of 100 have at most {self.p99}, the longest {self.longest})"
         )
-        return told + (f"; {self.refused} texts cannot be used" if self.refused else "")
+        return told + (f"; {self.refused} texts cannot be used (the first: {self.why})" if self.refused else "")
 
     @property
     def doubt(self) -> str | None:
         """What is to be expected of so few cuts; None where there are enough."""
-        if self.longest > LONGEST_CHUNK:
-            return (
-                f"a chunk of {self.longest} tokens is beyond the {LONGEST_CHUNK} that are read at a time: texts that "
-                "hold such a one are refused; take models of one tokenizer for them"
-            )
         if self.chunks and self.at_cut < FEW_CUTS:
             return (
                 f"only {self.at_cut:.0%} of the base's tokens start at a cut: the models can take turns only between "
@@ -91,57 +114,66 @@ class Chunking:
         return None
 
 
-def chunking(codecs: Sequence[ByteCodec], cuts: Cuts, texts: Iterable[str]) -> Chunking:
-    """How texts fall into chunks, `codecs` being those of all models, base first."""
+def chunk_lengths(codecs: Sequence[ByteCodec], cuts: Cuts, text: str) -> list[int]:
+    """The base's tokens in each chunk of a text, `codecs` being those of all models, base first.
+
+    Raises:
+        CollmError: one of the tokenizers does not give the text back byte for byte, or makes too long a chunk of it.
+    """
+    offsets = cuts.offsets(text.encode())
+    own: list[list[int]] = []
+    for codec in codecs:
+        ids = codec.encode(text)
+        place = {end: n for n, end in enumerate([0, *codec.lengths(ids)])}
+        own.append([b - a for a, b in pairwise([place[offset] for offset in offsets])])
+        require_short(max(own[-1], default=0), codec.name)
+    return own[0]
+
+
+def chunking(codecs: Sequence[ByteCodec], cuts: Cuts, texts: Iterable[str], *, refused: Sequence[str] = ()) -> Chunking:
+    """How texts fall into chunks.
+
+    Args:
+        refused: what was said of texts that cannot even be shown.
+    """
     lengths: list[int] = []
-    starting = tokens = refused = 0
+    reasons = list(refused)
     for text in texts:
         try:
-            for codec in codecs[1:]:
-                codec.encode(text)
-            ids = codecs[0].encode(text)
-        except NotItsText:
-            refused += 1
-            continue
-        place = {end: n for n, end in enumerate([0, *codecs[0].lengths(ids)])}
-        at = [place[offset] for offset in cuts.offsets(text.encode())]
-        lengths += [b - a for a, b in zip(at[:-1], at[1:], strict=True)]
-        starting += len(at) - 1
-        tokens += len(ids)
-    lengths.sort()
-    return Chunking(
-        tokens=tokens,
-        chunks=len(lengths),
-        at_cut=starting / max(1, tokens),
-        mean=tokens / max(1, len(lengths)),
-        p99=lengths[math.ceil(0.99 * len(lengths)) - 1] if lengths else 0,
-        longest=lengths[-1] if lengths else 0,
-        refused=refused,
-    )
+            lengths += chunk_lengths(codecs, cuts, text)
+        except CollmError as error:
+            reasons.append(str(error))
+    return Chunking.of(lengths, reasons)
 
 
-def tell_chunking(codecs: Sequence[ByteCodec], cuts: Cuts) -> Chunking:
-    """Of the shipped samples, as a pair is loaded.
+def tell_chunking(found: Chunking, names: Sequence[str], what: str = "common text") -> None:
+    """Log how fine the chunks are of `what`: the shipped samples as a pair is loaded, or the user's own text.
 
     Warns:
         UserWarning: there are few cuts.
     """
-    found = chunking(codecs, cuts, SAMPLES.values())
+    logger.info("the models have different tokenizers and write in chunks: of %s %s", what, found)
     if found.doubt is not None:
-        warnings.warn(f"{', '.join(codec.name for codec in codecs)}: {found.doubt}", stacklevel=2)
-    return found
+        warnings.warn(f"{', '.join(names)}: {found.doubt}", stacklevel=2)
 
 
-def require_free_tools(cuts: Cuts, names: Sequence[str]) -> None:
-    """Tools write token by token, a digit at a time: where digits are no chunks of their own, they cannot.
+def require_free_tools(cuts: Cuts, tools: Iterable[Tool]) -> None:
+    """Tools write token by token in the base's tokens, and stop where they have no more to say. That is a chunk's end
+    for certain only behind what stands alone, as digits do where no token holds two.
 
     Raises:
-        CollmError: naming the first tool.
+        CollmError: naming the first tool that may end with something else (`Tool.ends_in`).
     """
-    digits = b"0123456789"
-    if names and not all(cuts.free[digit] and cuts.allowed[:, digit].all() for digit in digits):
-        raise CollmError(
-            f"{names[0]} writes token by token, and these models' tokens hold several digits at once: between models "
-            "with different tokenizers a tool needs digits that stand alone; leave the tool out, or take models that "
-            "split digits"
-        )
+    for tool in tools:
+        # Digits first: they are what most tools write.
+        for byte in sorted(tool.ends_in, key=lambda byte: (byte not in DIGITS, not bytes([byte]).isalpha())):
+            if cuts.free[byte] and cuts.allowed[:, byte].all():
+                continue
+            behind = next((b for b in STARTS if not cuts.allowed[byte, b]), None)
+            before = next((a for a in range(256) if not cuts.allowed[a, byte]), byte)
+            held = bytes([before, byte] if behind is None else [byte, behind]).decode("latin-1")
+            raise CollmError(
+                f"{tool.name} writes token by token, and may end with {chr(byte)!r}, and tokens of these models hold "
+                f"{held!r}: between models with different tokenizers a tool has to end with what stands alone; leave "
+                "the tool out, take models that split digits, or let its `ends_in` say that it ends with digits alone"
+            )

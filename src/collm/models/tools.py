@@ -36,6 +36,10 @@ class Tool(LanguageModel):
         name: as the gate, calibration and results call it.
     """
 
+    ends_in: bytes = bytes(range(256))
+    """What an answer of it may end with, one byte each: anything, unless a subclass knows better. Between models with
+    different tokenizers that has to stand alone in all of them (`collm.models.pairing.require_free_tools`)."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.tokenizer = tokenizer
         self._name = name
@@ -131,6 +135,8 @@ class Calculator(Tool):
     Args:
         decimals: decimal places kept.
     """
+
+    ends_in = b"0123456789"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, decimals: int = 4, name: str = "calculator") -> None:
         super().__init__(tokenizer, name)

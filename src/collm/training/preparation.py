@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from collm.data.chunks import Reader, usable_in_chunks
+from collm.data.chunks import Reader, chunking_of, usable_in_chunks
 from collm.data.encoding import usable
 from collm.data.examples import Example
 from collm.data.scores import load_info as load_scores_info
@@ -26,6 +26,7 @@ from collm.models.devices import best_device, output_device
 from collm.models.head import DeferralHead
 from collm.models.info import CheckpointInfo
 from collm.models.loading import load_model, weights_fingerprint
+from collm.models.pairing import tell_chunking
 from collm.models.specs import portable
 from collm.models.tokenizers import tokenizer_fingerprint
 from collm.training import initialisation
@@ -124,6 +125,8 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
 
         sets = {"train": joined([assembled(split) for split in learnt]), "validation": assembled("validation")}
         unit: Unit = "token" if readers is None else "chunk"
+        if readers is not None:
+            tell_chunking(chunking_of(sets["train"].items), [writer.name for writer in writers], "the training text")
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], unit, progress)
     info = CheckpointInfo(
         kind=recipe.tune,

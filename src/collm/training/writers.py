@@ -22,10 +22,10 @@ from collm.models.codec import ByteCodec
 from collm.models.devices import best_device
 from collm.models.info import AssistantInfo, same_weights
 from collm.models.loading import load_tokenizer
-from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
+from collm.models.pairing import cuts_between, require_free_tools
 from collm.models.specs import is_tool, is_url, portable
 from collm.models.tokenizers import tokenizer_fingerprint
-from collm.models.tools import make_tool
+from collm.models.tools import Tool, make_tool
 from collm.training.checking import not_at_hand
 from collm.training.dataset import digest
 from collm.training.recipe import ModelSection
@@ -135,9 +135,7 @@ def readers_of(writers: Sequence[Writer]) -> list[Reader] | None:
             "needed: give its model where it can be read, beside its scores"
         )
     codecs = {w.name: ByteCodec(w.open_formatter.tokenizer, cuts, name=w.name) for w in opened}
-    require_free_tools(cuts, [writer.name for writer in writers if writer.tool is not None])
-    told = tell_chunking(list(codecs.values()), cuts)
-    logger.info("the models have different tokenizers and write in chunks: of common text %s", told)
+    require_free_tools(cuts, [writer.tool for writer in writers if isinstance(writer.tool, Tool)])
     base = Reader(writers[0].open_formatter, codecs[writers[0].name])
     return [
         base,
