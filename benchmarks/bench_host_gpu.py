@@ -88,8 +88,9 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
     for number, (model, seconds) in enumerate(zip(models, curves, strict=True)):
         stepper, cache = model.graphs
         cache.open()
-        graphs = stepper._graphs
-        captured = graphs._made
+        graphs = getattr(stepper, "_graphs", stepper)  # earlier commits have one class for both
+        made = "_made" if graphs is not stepper else "_captured"
+        captured = getattr(graphs, made)
 
         def with_replay(size: int, number: int = number, seconds: Any = seconds, captured: Any = captured) -> Any:
             bucket = captured(size)
@@ -108,9 +109,9 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
             bucket.replay = replay
             return bucket
 
-        graphs._made = with_replay
+        setattr(graphs, made, with_replay)
         stepper._capture.wait = lambda: clock[0].wait()
-        graphs.forget()
+        (stepper._forget if graphs is stepper else graphs.forget)()
         model.warm_up()
         fewest = (1, *(size + 1 for size in stepper.buckets))
         model._pass_curve = [

@@ -211,7 +211,7 @@ def loaded(
 
     tokenizer = make_tokenizer(network.config.vocab_size)
     return Endless(network, tokenizer, head, name=name, num_slots=slots, max_cache_tokens=tokens, cache=cache,
-                   compiled=compiled, machinery=own_machinery(bench, **changed))  # fmt: skip
+                   machinery=own_machinery(bench, **changed), **({"compiled": True} if compiled else {}))  # fmt: skip
 
 
 def ready(bench: Bench) -> None:

@@ -33,7 +33,7 @@ from collm.models.paged.ops import TorchOps
 from collm.models.paged.telling import TorchTelling
 from collm.sampling_params import SamplingParams
 from collm.types import BASE
-from collm.values import Query, WriteOn
+from collm.values import GREEDY, Foreseen, Query, WriteOn
 from collm.views import Text
 
 CARD = torch.device("cuda", 0)
@@ -254,7 +254,7 @@ def test_every_text_ends_when_the_device_is_lost(
 
 
 def test_a_lost_device_is_told_wherever_it_shows(
-    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     told = r"^base: cpu failed \(CUDA error: an illegal memory access was encountered\); start the process anew$"
     card = Card()
@@ -263,6 +263,14 @@ def test_a_lost_device_is_told_wherever_it_shows(
     for used in (model.warm_up, lambda: model.predict([growing()[1]]), lambda: lossy(card, tiny_tokenizer)):
         with pytest.raises(CollmError, match=told):
             used()
+    card.left = float("inf")
+    text, query = growing(13)
+    model.predict([query])
+    text.append(7)
+    model.predict([Query(0, text.views[0], 14)])
+    card.left = 0
+    with pytest.raises(CollmError, match=told):  # whoever calls is another model, most often
+        model.foresee([Foreseen(text.views[0], 14, 9, GREEDY)])
     card.left = 3  # while it is measured
     with pytest.raises(CollmError, match=told):
         model.warm_up()
@@ -270,7 +278,7 @@ def test_a_lost_device_is_told_wherever_it_shows(
 
 
 def test_texts_that_a_lost_device_wrote_hold_nothing(
-    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """What its caches hold is not what the texts say, and waiting for it fails as well."""
     card = Card()

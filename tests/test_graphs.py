@@ -6,6 +6,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from chunk_toys import byte_level
 from test_local import POOLED, tiny, traffic
 from tiny import make_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from watching import OutputBytes, watched
+from watching import OutputBytes, WatchedCapture, watched
 
 from collm.cuts import START
 from collm.decoding.collaborative import collaborative, single
@@ -29,6 +30,7 @@ from collm.models.head import DeferralHead
 from collm.models.local import LocalModel
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.capture import FakeCapture
+from collm.models.paged.dense import TorchDense
 from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.machinery import Machinery
 from collm.models.paged.telling import Told
@@ -101,6 +103,57 @@ def test_a_pass_is_one_upload_one_launch_one_wait(tiny_tokenizer: PreTrainedToke
     counts = model._stepper.counts
     assert counts.launches == counts.uploads == counts.downloads == counts.waits == 11
     assert counts.passes == {48: 1, 4: 10} and capture(model).recorded == recorded
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe"])
+def test_a_recorded_pass_has_the_same_operators_whatever_its_size(
+    kind: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Observed, operator by operator: one upload, one download, a kernel for each layer, and nothing that asks the host
+    (`watching` fails at that)."""
+    head = DeferralHead(32, 1)
+    model = LocalModel(tiny(kind), tiny_tokenizer, head, max_cache_tokens=4000, machinery=watched())
+    own = model._stepper._capture  # type: ignore[union-attr]
+    assert isinstance(own, WatchedCapture)
+    own.watches.clear()
+    model.warm_up()
+    assert len(own.watches) == len(BUCKETS)
+    first = own.watches[0].operators
+    assert (first["enter"], first["store"], first["attend"], first["tell"]) == (1, 2, 2, 1)
+    assert first["copy_"] == 2
+    for watch in own.watches:
+        assert (watch.uploads, watch.downloads) == (1, 1)
+        assert watch.operators == first
+
+
+@pytest.mark.parametrize("dense", [None, TorchDense()])
+def test_a_pass_is_a_launch_and_nothing_else(dense: TorchDense | None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Observed: whatever is asked of a pass by the callers of graphs, torch is called for nothing besides its replay,
+    and what the counts say is what was seen."""
+    own = replace(watched(), dense=dense)
+    model = LocalModel(tiny("llama"), tiny_tokenizer, num_slots=4, max_cache_tokens=4000, machinery=own)
+    model.warm_up()
+    seen = capture(model)
+    assert isinstance(seen, WatchedCapture) and model._stepper is not None
+    texts = [growing(n)[0] for n in (5, 9, 17)]
+    drawn = Draw(7, 0, 1.0, 0.9)
+
+    def asked(leave: WriteOn | None = None) -> list[Query]:
+        return [Query(0, text.views[0], len(text.views[0]), draw=drawn, write_on=leave) for text in texts]
+
+    model.predict(asked())
+    for text in texts:
+        text.append(7)
+    counts, waits = model._stepper.counts, seen.waits
+    before = counts.launches, counts.uploads, counts.downloads, counts.waits
+    with seen.besides() as watch:
+        model.write_on(asked(WriteOn(20)), Counted())
+        for text in texts:
+            text.append(8)
+        model.predict(asked())
+    assert watch.operators == {"replay": 22}
+    after = counts.launches, counts.uploads, counts.downloads, counts.waits
+    assert [b - a for a, b in zip(before, after, strict=True)] == [22] * 4 and seen.waits - waits == 22
 
 
 def test_what_a_graph_reads_lives_as_long_as_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -53,8 +53,10 @@ class Watch(TorchDispatchMode):
                 raise HostRead(f"operation not permitted when stream is capturing: {name}")
             self.operators[name] += 1
             if name == "copy_":
-                self.downloads += any(args[0] is each for each in self._buffers)
-                self.uploads += any(args[1] is each for each in self._buffers)
+                into, source = (any(each is buffer for buffer in self._buffers) for each in args[:2])
+                # On a CPU the buffer is the copy on the device, too.
+                self.uploads += source
+                self.downloads += into and not source
         return func(*args, **(kwargs or {}))
 
 
@@ -85,6 +87,18 @@ class WatchedCapture(FakeCapture):
         self._forbidden = forbidden
         self._buffers: list[Tensor] = []
         self._watch: Watch | None = None
+        self.outer: Watch | None = None
+        """Watches what is done besides."""
+
+    @contextmanager
+    def besides(self) -> Iterator[Watch]:
+        """What operators there are but for those of replays, each of which counts as one."""
+        self.outer = Watch(self._buffers, frozenset())
+        try:
+            with self.outer:
+                yield self.outer
+        finally:
+            self.outer = None
 
     def host(self, *shape: int) -> Tensor:
         self._buffers.append(super().host(*shape))
@@ -95,7 +109,7 @@ class WatchedCapture(FakeCapture):
 
         def watched() -> None:
             nonlocal unwatched
-            if not unwatched or torch._C._len_torch_dispatch_stack():
+            if not unwatched or (self.outer is None and torch._C._len_torch_dispatch_stack()):
                 work()
                 return
             unwatched, self._watch = False, Watch(self._buffers, self._forbidden)
@@ -106,7 +120,13 @@ class WatchedCapture(FakeCapture):
             finally:
                 self._watch = None
 
-        return super().record(watched, most)
+        replay = super().record(watched, most)
+
+        def launched() -> None:
+            with nullcontext() if self.outer is None else self.outer.aside("replay"):
+                replay()
+
+        return launched
 
     def kernel(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._watch is None else self._watch.aside(name)

@@ -217,8 +217,12 @@ class LocalModel(LanguageModel):
         # Whoever calls holds the lock of another network, so nobody may be waited for.
         if self._network.lock.acquire(blocking=False):
             try:
-                with self._on_device(), self._loss_told():
+                with self._on_device():
                     foresee(self._stepper, self._cache, coming, self._longest(self._cache))
+            except RuntimeError as error:  # not by `_loss_told`, whose calls this is too often for
+                if is_lost(error):
+                    raise self._lost(error) from error
+                raise
             finally:
                 self._network.lock.release()
 
