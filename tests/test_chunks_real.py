@@ -16,6 +16,8 @@ PROMPTS = (
     [{"role": "user", "content": "Tom buys 14 pens at $12 each. How much does he pay?"}],
     [{"role": "user", "content": "Write a Python function that counts vowels, indented by four spaces."}],
     "The numbers 1234567, 22 and 3.14",
+    # Letters of which SmolLM2 has no tokens: it writes their first byte, then the second.
+    "Zażółć gęślą jaźń. Zażółć gęślą jaźń. Zażółć",
 )
 pytestmark = [
     pytest.mark.slow,
