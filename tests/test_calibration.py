@@ -143,6 +143,28 @@ def test_nobody_is_asked_at_every_token_for_rates_that_need_it_not(
     assert unreached == {row.target_rate for row in missed(whole)} & set(rates)
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("rates", [(0.05, 0.3), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)], ids=str)
+def test_rates_beyond_a_tool_that_abstains_end_where_it_is_asked_everywhere(
+    rates: tuple[float, ...], rounds: int, tmp_path: Path
+) -> None:
+    """At once, not by one deep threshold after the other; and any higher rate finds that cut in the table."""
+    table = run(PairWriter(abstention=0.9), target_rates=rates, rounds=rounds, out=tmp_path)
+    everywhere = run(PairWriter(abstention=0.9), target_rates=(1.0,), rounds=1).rows[-1]
+    beyond = [row for row in table.rows if row.target_rate >= 0.1]
+    assert {(row.log_odds, row.achieved_rate) for row in beyond[1:]} <= {(ALWAYS, everywhere.achieved_rate)}
+    assert beyond[-1].log_odds == ALWAYS and len(list(tmp_path.glob("threshold_*.jsonl"))) <= 5
+    with pytest.warns(UserWarning, match="was not measured"):
+        assert cut_for_rate([table], 0.6) == ALWAYS
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_rate_that_few_rounds_do_not_reach_is_bounded_from_above(rounds: int) -> None:
+    """So that what is told as the highest rate is one."""
+    table = run(target_rates=(0.95,), rounds=rounds)
+    assert [row.log_odds for row in table.rows if row.target_rate == 0.95] == [ALWAYS]
+
+
 def test_above_all_that_was_measured_the_gates_of_the_last_text_tell(tmp_path: Path) -> None:
     gates = np.arange(1, 9, dtype=np.float32)
     result = evaluate(PairWriter(), "word_problems", questions(2), progress=False)

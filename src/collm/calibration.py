@@ -234,20 +234,34 @@ def _calibrate(
     if signal == "gate":
         measure(EVEN, "defer where the gate is above 0.5")
     inner = [rate for rate in target_rates if 0 < rate < 1]
-    # The dearest texts of all, so only where they are asked for, or where two thresholds have not reached a rate.
+
+    def reached(rate: float) -> bool:
+        return abs(_nearest(rate, measured).rate - rate) <= tolerance
+
+    # The dearest texts of all, so only where they are asked for, or where a rate is out of reach: two thresholds have
+    # not come to it, or assistants that abstain bound the rates from above.
+    def bounded(turn: int) -> bool:
+        abstained = any(each.result.abstained for each in measured.values())
+        return ALWAYS in measured or not (abstained or turn > 2)
+
     if 1 in target_rates:
         measure(ALWAYS, "always defer")
-    bounded = min(rounds, 3)
     for turn in range(1, rounds + 1):
         for rate in inner:
-            highest = max(each.rate for each in measured.values())
-            if turn >= bounded > 1 and highest < rate - tolerance and ALWAYS not in measured:
-                measure(ALWAYS, "always defer")
-            if abs(_nearest(rate, measured).rate - rate) <= tolerance:
+            if reached(rate):
                 continue
+            if max(each.rate for each in measured.values()) < rate and not bounded(turn):
+                measure(ALWAYS, "always defer")
+                if reached(rate):
+                    continue
             candidate = next_threshold(rate, list(measured.values()))
             if candidate is not None:
                 measure(candidate, f"rate {rate:.2g}, round {turn}")
+    if (
+        any(rate > max(each.rate for each in measured.values()) + tolerance for rate in inner)
+        and ALWAYS not in measured
+    ):
+        measure(ALWAYS, "always defer")
     rows = [_row(rate, _nearest(rate, measured), signal) for rate in target_rates]
     own = measured.get(EVEN) if signal == "gate" else None
     if own is not None and all(row.log_odds != EVEN and row.target_rate != own.rate for row in rows):
@@ -272,9 +286,16 @@ def missed(table: CalibrationTable) -> list[CalibrationRow]:
 
 
 def _nearest(rate: float, measured: Mapping[float, Measurement]) -> Measurement:
-    """The measurement that came nearest to `rate`; of equals, the one that defers less."""
+    """The measurement that came nearest to `rate`; of equals, the one that defers less.
+
+    A rate beyond what asking everywhere gives has that one, though a threshold may give as much: so `cut_for_rate`
+    knows that no threshold gives more.
+    """
     if rate in (0, 1):
         return measured[ALWAYS if rate else NEVER]
+    always = measured.get(ALWAYS)
+    if always is not None and far(always.rate, rate) and rate > max(each.rate for each in measured.values()):
+        return always
     return min(measured.values(), key=lambda m: (abs(m.rate - rate), -m.log_odds))
 
 
