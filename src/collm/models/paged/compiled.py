@@ -28,7 +28,9 @@ class CompiledModules(Modules):
 
     def __init__(self, lm: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
         super().__init__(lm)
-        self._compiled: Callable[[Pass], Tensor] = torch.compile(super().__call__, dynamic=False, backend=backend)
+        # Not this object's own method: it would hold itself, and the network with it, when nobody else does.
+        plain = Modules(lm)
+        self._compiled: Callable[[Pass], Tensor] = torch.compile(plain.__call__, dynamic=False, backend=backend)
 
     def __call__(self, issued: Pass) -> Tensor:
         if issued.plan.num_tokens > LARGEST:

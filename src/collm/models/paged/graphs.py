@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,24 +44,25 @@ class Bucket:
     plan: Plan
 
 
+class Recorded(Protocol):
+    """Whose passes are captured. It owns the graphs, which must not hold it: memory that hangs in a circle is not freed
+    when its model is dropped, but when Python happens to look for circles, which may be much later."""
+
+    @property
+    def columns(self) -> int:
+        """Of what a pass tells of a token, as it is now."""
+        ...
+
+    def work(self, plan: Plan) -> Tensor:
+        """What a pass does with a plan, and what it tells, `[size, columns]`."""
+        ...
+
+
 class Graphs:
-    """Where the memory does not suffice, or a network cannot be captured, passes run without: slower, never otherwise.
+    """Where memory does not suffice, or a network cannot be captured, passes run without: slower, never otherwise."""
 
-    Args:
-        work: what a pass does with a plan; what it tells, `[size, columns]`.
-        columns: of what a pass tells of a token, as it is now.
-    """
-
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        pool: PagedPool,
-        capture: Capture,
-        work: Callable[[Plan], Tensor],
-        columns: Callable[[], int],
-        name: str,
-    ) -> None:
-        self._pool, self._capture, self._work, self._columns = pool, capture, work, columns
+    def __init__(self, lm: PreTrainedModel, pool: PagedPool, capture: Capture, name: str) -> None:
+        self._pool, self._capture = pool, capture
         self._name, self._kind = name, lm.config.model_type
         self._experts = Experts(lm, capture.device)
         self._refused: set[int] = set()
@@ -82,7 +83,7 @@ class Graphs:
             self._most = int(SHARE * free_bytes(self._capture.device))
         return self._most
 
-    def of(self, size: int) -> Bucket | None:
+    def of(self, size: int, passes: Recorded) -> Bucket | None:
         """That of one of `BUCKETS`; None where passes of this size run without.
 
         Warns:
@@ -92,11 +93,11 @@ class Graphs:
             self.forget()
         bucket = self.captured.get(size)
         if bucket is None and size not in self._refused:
-            bucket = self._tried(size)
+            bucket = self._tried(size, passes)
             self._tell_lacking()
         return bucket
 
-    def warm_up(self, largest: int) -> None:
+    def warm_up(self, passes: Recorded, largest: int) -> None:
         """Capture all of up to so many tokens, large ones first, whose memory the others then share, and tell what
         they take."""
         if self._moves != self._pool.moves:
@@ -104,7 +105,7 @@ class Graphs:
         began = perf_counter()
         for size in reversed(BUCKETS):
             if size <= largest and size not in self.captured and size not in self._refused:
-                self._tried(size)
+                self._tried(size, passes)
         self._tell_lacking()
         if self.captured:
             _log.info(
@@ -123,9 +124,9 @@ class Graphs:
                 stacklevel=3,
             )
 
-    def _tried(self, size: int) -> Bucket | None:
+    def _tried(self, size: int, passes: Recorded) -> Bucket | None:
         try:
-            bucket = self.captured[size] = self._made(size)
+            bucket = self.captured[size] = self._made(size, passes)
             return bucket
         except torch.OutOfMemoryError:
             self._refused.add(size)
@@ -143,11 +144,11 @@ class Graphs:
                     "made of them as they are",
                     stacklevel=3,
                 )
-                return self._tried(size)
+                return self._tried(size, passes)
             way = self._experts.way
             if self._experts.give_up():
                 _log.info("%s: experts by %s instead of %s", self._name, self._experts.way, way)
-                return self._tried(size)
+                return self._tried(size, passes)
             self._refused.update(BUCKETS)
             self.captured.clear()
             if self._experts.are_fixed:
@@ -159,10 +160,10 @@ class Graphs:
             )
         return None
 
-    def _made(self, size: int) -> Bucket:
+    def _made(self, size: int, passes: Recorded) -> Bucket:
         began = perf_counter()
         into = self._capture.host(planned.size(size))
-        out = self._capture.host(size, self._columns())
+        out = self._capture.host(size, passes.columns)
         # Padding alone: no text is touched.
         planned.fill_empty(into.numpy(), self._pool.blocks)
         device = into.to(self._capture.device)
@@ -171,7 +172,7 @@ class Graphs:
         def work() -> None:
             device.copy_(into, non_blocking=True)
             with self._experts.recorded(), self._pool.recording():
-                out.copy_(self._work(plan), non_blocking=True)
+                out.copy_(passes.work(plan), non_blocking=True)
 
         replay = self._capture.record(work, self.most)
         _log.debug("%s: graph of %d tokens captured in %.2f s", self._name, size, perf_counter() - began)

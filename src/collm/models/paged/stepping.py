@@ -79,7 +79,7 @@ class Stepper:
     ) -> None:
         self._lm, self._head, self._vocab_size = lm, head, vocab_size
         self._pool, self._capture, self._telling, self._name = pool, capture, telling, name
-        self._graphs = Graphs(lm, pool, capture, self._work, self._columns, name)
+        self._graphs = Graphs(lm, pool, capture, name)
         self._last: tuple[Bucket, NDArray[np.int32]] | None = None
         """Of the last pass, with the lines of its tokens."""
         self._foreseen: list[Place] | None = None
@@ -119,7 +119,7 @@ class Stepper:
                     numbers = np.empty(planned.size(size), dtype=np.int32)
                     planned.fill_empty(numbers, self._pool.blocks)
                     uploaded = torch.from_numpy(numbers).to(self._capture.device)
-                    self._work(Plan(uploaded, size, self._pool.tile(size), planned.num_items(size)))
+                    self.work(Plan(uploaded, size, self._pool.tile(size), planned.num_items(size)))
         except Exception as error:
             if is_lost(error):
                 raise
@@ -129,7 +129,7 @@ class Stepper:
         """Capture all graphs of up to so many tokens, large ones first, whose memory the others then share; returns
         the seconds that it took."""
         began = perf_counter()
-        self._graphs.warm_up(largest)
+        self._graphs.warm_up(self, largest)
         return perf_counter() - began
 
     def measured(self, repeats: int = 3) -> list[tuple[int, float]]:
@@ -154,7 +154,9 @@ class Stepper:
         plain = asked.given is None and not asked.num_top and not asked.law
         return plain and num_tokens <= BUCKETS[-1] and (asked.cuts is None or self._shares_chunks)
 
-    def _columns(self) -> int:
+    @property
+    def columns(self) -> int:
+        """Of what a pass tells of a token."""
         return columns(self._head) + self._shares_chunks
 
     @property
@@ -184,7 +186,7 @@ class Stepper:
             self._in_vain = False
             self._capture.wait()  # it may still be reading its numbers
         count = len(token_ids)
-        bucket = self._graphs.of(size_of(count))
+        bucket = self._graphs.of(size_of(count), self)
         counts = self.counts
         size = count if bucket is None else bucket.size
         if bucket is None:
@@ -206,7 +208,7 @@ class Stepper:
             return None
         self._last = None
         device = host.to(self._capture.device, non_blocking=True)
-        out = self._work(Plan(device, size, tile, items)).cpu().numpy()
+        out = self.work(Plan(device, size, tile, items)).cpu().numpy()
         counts.uploads += 1
         counts.downloads += 1
         counts.waits += 1
@@ -272,7 +274,8 @@ class Stepper:
         """Until nothing runs any more."""
         self._capture.wait()
 
-    def _work(self, plan: Plan) -> Tensor:
+    def work(self, plan: Plan) -> Tensor:
+        """What a pass tells of each of its tokens, `[T, columns]`; see `Telling.tell`."""
         hidden = self._pool.run(plan)
         logits = project(self._lm, hidden)
         return self._telling.tell(logits, hidden, self._head, plan, self._vocab_size)
