@@ -69,7 +69,10 @@ def drawn(pair: list[Toy], sample: int) -> tuple[list[Step], ChunkText]:
     return steps, text
 
 
-@pytest.mark.parametrize(("one", "two"), [("gpt2", "llama3"), ("llama3", "none"), ("gpt2", "byte fallback")])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [("gpt2", "llama3"), ("llama3", "none"), ("gpt2", "sentencepiece"), ("gpt2", "byte fallback")],
+)
 def test_drawn_texts_follow_the_law(one: str, two: str) -> None:
     """Distance to the law that was counted out, no larger than chance makes it; each step tells its probability."""
     pair = toys(one, two, 0.05)
