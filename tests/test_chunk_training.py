@@ -138,8 +138,9 @@ def test_two_processes_equal_one(workplace: Path, full: Path) -> None:
     path = workplace / "two.yaml"
     path.write_text(json.dumps(recipe_values(workplace, "two", training={"batch_size": 4, "save_minutes": 1e-9})))
     script = workplace / "two.py"
-    script.write_text(TWO_PROCESSES)
-    on_two_processes([sys.executable, str(script), str(path)])
+    script.write_text("import collm.models.pairing as pairing\npairing.FEW_CUTS = 1.1\n" + TWO_PROCESSES)
+    said = on_two_processes([sys.executable, str(script), str(path)])
+    assert [each.count("of the base's tokens start at a cut") for each in said] == [1, 0], "the first process tells"
     assert_same_weights(full, workplace / "two", atol=1e-5)
     assert log_of(workplace / "two", "eval_nll") == pytest.approx(log_of(full, "eval_nll"), abs=1e-5)
 

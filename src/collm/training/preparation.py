@@ -125,7 +125,7 @@ def prepare(recipe: Recipe, state: PartialState, progress: bool) -> Prepared:
 
         sets = {"train": joined([assembled(split) for split in learnt]), "validation": assembled("validation")}
         unit: Unit = "token" if readers is None else "chunk"
-        if readers is not None:
+        if readers is not None and state.is_main_process:
             tell_chunking(chunking_of(sets["train"].items), [writer.name for writer in writers], "the training text")
         head, scale, figures = _initial_head(recipe, model, sets["train"], sets["validation"], unit, progress)
     info = CheckpointInfo(
