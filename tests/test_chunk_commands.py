@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from tiny import make_model, make_tokenizer
 
 from collm.cli import main
+from collm.data.chunks import Chunked, Reader
+from collm.data.examples import Example
 from collm.evaluation.result import EvalResult
 from collm.models.info import load_info
 
@@ -69,6 +71,52 @@ def test_pair_info(place: Path) -> None:
     (place / "special.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = run("pair-info", str(place / "base"), str(place / "other"), "--data", str(place / "special.jsonl"))
     assert "2 texts cannot be used (the first: " in told and "'<|im_start|>' stands within what is to be learnt" in told
+
+
+def test_pair_info_reads_as_training_does(place: Path) -> None:
+    """Of every model its own template, and the base's own tokens; one without a template is shown the bare text."""
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    for row in rows[:3]:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    (place / "brief.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer(340)
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    own = tokenizer.chat_template
+    assert isinstance(own, str)
+    found = {}
+    for name, template in (("strict", strict + own), ("bare", None), ("other", own)):
+        tokenizer.chat_template = template
+        make_model(vocab_size=len(tokenizer)).save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+        (place / name / "chat_template.jinja").unlink(missing_ok=template is None)
+        if template is not None:
+            tokenizer.save_pretrained(place / name)
+        told = run("pair-info", str(place / "base"), str(place / name), "--data", str(place / "brief.jsonl"), "--json")
+        [found[name]] = json.loads(told.splitlines()[-1])["texts"].values()
+    assert found["bare"] == found["other"] and found["other"]["refused"] == 0
+    assert found["strict"]["refused"] == 3 and "no system, please" in found["strict"]["why"]
+    # The base's tokens in whole chunks are those that scoring and training count.
+    run("score", str(place / "brief.jsonl"), "--model", str(place / "base"), "--with", str(place / "other"), "--out",
+        str(place / "brief"))  # fmt: skip
+    scores = json.loads((place / "brief" / "scores.json").read_text())
+    assert found["other"]["chunks"] + len(rows) == scores["chunks"], "ends are chunks of their own"
+
+
+def test_score_tells_of_the_first_texts_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of all: each text is read once for its scores."""
+    monkeypatch.setattr("collm.cli.score.TOLD", 3)
+    read = Reader.read
+    labels: list[str] = []
+
+    def counted(self: Reader, example: Example, max_length: int | None = None) -> Chunked:
+        labels.append(example.label)
+        return read(self, example, max_length)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    told = run("score", str(place / "data.jsonl"), "--model", str(place / "base"), "--with", str(place / "other"),
+               "--out", str(place / "first"))  # fmt: skip
+    assert re.search(r"of this text's first 3 examples \d+\.\d% of the base's", " ".join(told.split())), told
+    assert len(labels) == 16 + 3 and len(set(labels)) == 16
 
 
 def test_few_cuts_in_the_users_own_text_are_warned_of(place: Path) -> None:

@@ -17,7 +17,7 @@ from tiny import make_model, make_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from collm.cuts import START
+from collm.cuts import START, Cuts
 from collm.data.formatting import Formatter
 from collm.decoding.chunk_text import ChunkText
 from collm.decoding.chunk_writing import FAR, Held
@@ -487,6 +487,11 @@ def test_a_tool_has_to_end_with_what_stands_alone() -> None:
     assert table is not None
     with pytest.raises(CollmError, match=r"calculator .* may end with '\d', and tokens of these models hold '\d\d'"):
         require_free_tools(table, [Calculator(grouped[0])])
+    # Even where no token holds two bytes a tool has to say what it ends with: a character may go on.
+    bytes_alone = Cuts.of([[bytes([byte]) for byte in range(256)]])
+    require_free_tools(bytes_alone, [TrueClock(own[0], "clock")])
+    with pytest.raises(CollmError, match=r"clock .* may end with '\\x80', and a character may go on behind it: "):
+        require_free_tools(bytes_alone, [Clock(own[0], "clock")])
 
 
 def test_refusals(pair: CollaborativeLM) -> None:
@@ -557,7 +562,12 @@ def test_chunks_beyond_the_limit_are_refused_by_name(pair: CollaborativeLM, monk
     monkeypatch.setattr("collm.cuts.LONGEST_CHUNK", least)
     message = f"a chunk of {most} tokens of {who}, more than the {least}"
     found = chunking(sharing.codecs, sharing.cuts, [text])
-    assert found.refused == 1 and found.why is not None and message in found.why and message in str(found)
+    assert found.refused == 1 and found.why is not None and message in found.why
+    assert str(found) == found.doubt == f"1 text cannot be used (the first: {found.why})", "and no share of nothing"
+    with pytest.warns(UserWarning, match=f"x, y: 1 text cannot be used .*{message}"):
+        tell_chunking(found, ["x", "y"])
+    both = chunking(sharing.codecs, sharing.cuts, [text, "a b"])
+    assert "start at a cut" in str(both) and both.doubt == found.doubt
     with pytest.raises(CollmError, match=message):
         list(chunk_likelihoods(pair.models, sharing, [given]))
     monkeypatch.setattr("collm.cuts.LONGEST_CHUNK", most)

@@ -11,6 +11,9 @@ import click
 from collm.cli.console import Command, echo_json, waiting
 from collm.cli.options import data_options, read_examples
 
+BARE = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+"""How a model without a chat template is shown messages: a recipe has to give it some template."""
+
 
 @click.command("pair-info", cls=Command, short_help="In what pieces can these models write one text?")
 @click.argument("base", metavar="BASE")
@@ -23,6 +26,9 @@ def pair_info(base: str, assistants: tuple[str, ...], data: str | None, as_json:
 
     Models with different tokenizers change over at *cuts*: places between two bytes that no token of any of them holds
     side by side. What lies between two cuts is a chunk, which one model writes. Only tokenizers are read, no weights.
+
+    Of your text, rows that one of the models cannot learn are counted. Each is shown them by its own chat template, or
+    bare where it has none.
     """
     from collm.models.specs import require_model
 
@@ -30,10 +36,9 @@ def pair_info(base: str, assistants: tuple[str, ...], data: str | None, as_json:
         require_model(spec)
     examples = None if data is None else read_examples(data, options)
     with waiting("reading the tokenizers"):
-        from collm.data.chunks import Reader
-        from collm.data.encoding import usable
-        from collm.data.formatting import Formatter
-        from collm.models.codec import ByteCodec, NotItsText
+        from collm.data.chunks import Reader, chunking_for
+        from collm.data.formatting import Formatter, PromptFormat
+        from collm.models.codec import ByteCodec
         from collm.models.loading import load_tokenizer
         from collm.models.pairing import SAMPLES, chunking, cuts_between
         from collm.models.tokenizers import difference
@@ -57,15 +62,15 @@ def pair_info(base: str, assistants: tuple[str, ...], data: str | None, as_json:
     if examples is None:
         found = {name: chunking(codecs, cuts, [text]) for name, text in SAMPLES.items()}
     else:
-        reader = Reader(Formatter(tokenizers[0]), codecs[0])
-        texts: list[str] = []
-        refused: list[str] = []
-        for example in usable(examples, [reader.formatter], skip_bad=options["skip_bad"]):
-            try:
-                texts += reader.texts(example)
-            except NotItsText as error:
-                refused.append(str(error))
-        found = {str(data): chunking(codecs, cuts, texts, refused=refused)}
+        formatters = [
+            Formatter(tokenizer, PromptFormat(chat_template=None if tokenizer.chat_template else BARE))
+            for tokenizer in tokenizers
+        ]
+        of_base = Reader(formatters[0], codecs[0])
+        others = [
+            Reader(formatter, codec, of_base) for formatter, codec in zip(formatters[1:], codecs[1:], strict=True)
+        ]
+        found = {str(data): chunking_for(examples, [of_base, *others])}
     if as_json:
         echo_json({**figures, "texts": {name: asdict(figure) for name, figure in found.items()}})
         return

@@ -20,6 +20,9 @@ from collm.cli.options import (
 from collm.errors import CollmError
 from collm.files import claimed
 
+TOLD = 1000
+"""Examples that are read before scoring to tell how fine their chunks are: enough for a share, and done in a second."""
+
 
 @click.command(cls=ResumableCommand, short_help="Score gold tokens under one model (once per model).")
 @click.argument("data")
@@ -111,8 +114,9 @@ def score(
     context = load_context_length(base or shown_by)
     max_length = min(options["max_length"], context or options["max_length"])
     if cuts is not None:
-        read = (of_base.read(example, max_length) for example in examples)
-        tell_chunking(chunking_of(read), [name for name in (base, model, *others) if name is not None], "this text")
+        read = (of_base.read(example, max_length) for example in examples[:TOLD])
+        what = "this text" if len(examples) <= TOLD else f"this text's first {TOLD:,} examples"
+        tell_chunking(chunking_of(read), [name for name in (base, model, *others) if name is not None], what)
     settings: dict[str, Any] = {
         "completions_from": completions_from,
         "max_length": max_length,

@@ -112,15 +112,6 @@ class Reader:
         end = len(whole) if max_length is None else min(max_length, len(whole))
         return _cut(whole, opens, starts, base_starts, end)
 
-    def texts(self, example: Example) -> list[str]:
-        """What is to be learnt of an example, turn by turn; the base's reader alone knows.
-
-        Raises:
-            NotItsText: a special token stands in it, or it is no UTF-8.
-        """
-        assert self.base is None
-        return [self._text(self._said(turn, example), example) for turn in self.formatter.completions(example)]
-
     def _said(self, turn: TokenIds, example: Example) -> bytes:
         """The bytes of a turn of the base, which ends with its end token."""
         if (special := next((v for v in turn[:-1] if not self.codec.is_text(v)), None)) is not None:
@@ -132,16 +123,11 @@ class Reader:
 
     def _encoded(self, data: bytes, example: Example) -> list[int]:
         try:
-            return self.codec.encode(self._text(data, example))
-        except NotItsText as error:
-            raise NotItsText(f"{example.label}: {error}") from error
-
-    @staticmethod
-    def _text(data: bytes, example: Example) -> str:
-        try:
-            return data.decode()
+            return self.codec.encode(data.decode())
         except UnicodeDecodeError as error:
             raise NotItsText(f"{example.label}: what is to be learnt is no UTF-8 text ({error.reason})") from error
+        except NotItsText as error:
+            raise NotItsText(f"{example.label}: {error}") from error
 
     def _places(self, turn: TokenIds, offsets: Sequence[int]) -> list[int]:
         """The token of a turn that begins at each offset; at the last one, its end."""
@@ -178,15 +164,32 @@ def _cut(whole: Encoded, opens: list[int], starts: list[int], base_starts: list[
     )
 
 
-def chunking_of(items: Iterable[Encoded]) -> Chunking:
+def chunking_of(items: Iterable[Encoded], refused: Sequence[str] = ()) -> Chunking:
     """How texts fall into chunks, in the base's tokens, whoever has read them. Ends, which are chunks of a token, and a
-    last chunk of which the end was cut off do not count."""
+    last chunk of which the end was cut off do not count.
+
+    Args:
+        refused: what was said of examples that could not be read.
+    """
     lengths: list[int] = []
     for item in items:
         assert isinstance(item, Chunked)
         known = zip(item.spans, pairwise(item.base_starts), strict=False)
         lengths += [following - start for (_, stop), (start, following) in known if stop is not None]
-    return Chunking.of(lengths)
+    return Chunking.of(lengths, refused)
+
+
+def chunking_for(examples: Iterable[Example], readers: Sequence[Reader]) -> Chunking:
+    """How examples fall into chunks that all these models (base first) can learn. Those that one of them cannot read,
+    which training with these formats would refuse, are counted."""
+    read: list[Chunked] = []
+    refused: list[str] = []
+    for example in examples:
+        try:
+            read.append([reader.read(example) for reader in readers][0])
+        except CollmError as error:
+            refused.append(str(error))
+    return chunking_of(read, refused)
 
 
 def read_examples(examples: Sequence[Example], reader: Reader, *, max_length: int | None = None) -> EncodedSet:

@@ -75,7 +75,7 @@ class Chunking:
     longest: int
     refused: int = 0
     """Texts that one of the models cannot read: its tokenizer does not give them back byte for byte, reads a special
-    token in them, or makes too long a chunk of them."""
+    token in them, or makes too long a chunk of them; of examples, those too that its chat template cannot show."""
     why: str | None = None
     """What was said of the first of these."""
 
@@ -96,22 +96,32 @@ class Chunking:
         )
 
     def __str__(self) -> str:
-        told = (
-            f"{self.at_cut:.1%} of the base's tokens start at a cut; a chunk has {self.mean:.2f} tokens "
-            f"(99 of 100 have at most {self.p99}, the longest {self.longest})"
-        )
-        return told + (f"; {self.refused} texts cannot be used (the first: {self.why})" if self.refused else "")
+        told = self._unusable
+        if self.chunks or not told:
+            told = [
+                f"{self.at_cut:.1%} of the base's tokens start at a cut; a chunk has {self.mean:.2f} tokens "
+                f"(99 of 100 have at most {self.p99}, the longest {self.longest})",
+                *told,
+            ]
+        return "; ".join(told)
+
+    @property
+    def _unusable(self) -> list[str]:
+        if not self.refused:
+            return []
+        return [f"{self.refused} text{'s' * (self.refused > 1)} cannot be used (the first: {self.why})"]
 
     @property
     def doubt(self) -> str | None:
-        """What is to be expected of so few cuts; None where there are enough."""
+        """What is to be expected of so few cuts, and of texts that cannot be used; None where all is well."""
+        found = self._unusable
         if self.chunks and self.at_cut < FEW_CUTS:
-            return (
+            found.append(
                 f"only {self.at_cut:.0%} of the base's tokens start at a cut: the models can take turns only between "
                 f"chunks of {self.mean:.1f} tokens, and much of what one could give the other is out of reach; a model "
                 "whose tokenizer is nearer to the base's would do more"
             )
-        return None
+        return "; ".join(found) or None
 
 
 def chunk_lengths(codecs: Sequence[ByteCodec], cuts: Cuts, text: str) -> list[int]:
@@ -130,27 +140,23 @@ def chunk_lengths(codecs: Sequence[ByteCodec], cuts: Cuts, text: str) -> list[in
     return own[0]
 
 
-def chunking(codecs: Sequence[ByteCodec], cuts: Cuts, texts: Iterable[str], *, refused: Sequence[str] = ()) -> Chunking:
-    """How texts fall into chunks.
-
-    Args:
-        refused: what was said of texts that cannot even be shown.
-    """
+def chunking(codecs: Sequence[ByteCodec], cuts: Cuts, texts: Iterable[str]) -> Chunking:
+    """How texts fall into chunks; those that one of the models cannot read are counted."""
     lengths: list[int] = []
-    reasons = list(refused)
+    refused: list[str] = []
     for text in texts:
         try:
             lengths += chunk_lengths(codecs, cuts, text)
         except CollmError as error:
-            reasons.append(str(error))
-    return Chunking.of(lengths, reasons)
+            refused.append(str(error))
+    return Chunking.of(lengths, refused)
 
 
 def tell_chunking(found: Chunking, names: Sequence[str], what: str = "common text") -> None:
     """Log how fine the chunks are of `what`: the shipped samples as a pair is loaded, or the user's own text.
 
     Warns:
-        UserWarning: there are few cuts.
+        UserWarning: there are few cuts, or texts that cannot be used.
     """
     logger.info("the models have different tokenizers and write in chunks: of %s %s", what, found)
     if found.doubt is not None:
@@ -172,8 +178,9 @@ def require_free_tools(cuts: Cuts, tools: Iterable[Tool]) -> None:
             behind = next((b for b in STARTS if not cuts.allowed[byte, b]), None)
             before = next((a for a in range(256) if not cuts.allowed[a, byte]), byte)
             held = bytes([before, byte] if behind is None else [byte, behind]).decode("latin-1")
+            goes_on = f"tokens of these models hold {held!r}" if byte < 0x80 else "a character may go on behind it"
             raise CollmError(
-                f"{tool.name} writes token by token, and may end with {chr(byte)!r}, and tokens of these models hold "
-                f"{held!r}: between models with different tokenizers a tool has to end with what stands alone; leave "
-                "the tool out, take models that split digits, or let its `ends_in` say that it ends with digits alone"
+                f"{tool.name} writes token by token, and may end with {chr(byte)!r}, and {goes_on}: between "
+                "models with different tokenizers a tool has to end with what stands alone; leave the tool out, take "
+                "models that split digits, or let its `ends_in` say that it ends with digits alone"
             )

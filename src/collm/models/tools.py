@@ -38,7 +38,8 @@ class Tool(LanguageModel):
 
     ends_in: bytes = bytes(range(256))
     """What an answer of it may end with, one byte each: anything, unless a subclass knows better. Between models with
-    different tokenizers that has to stand alone in all of them (`collm.models.pairing.require_free_tools`)."""
+    different tokenizers each has to stand alone in all of them (`collm.models.pairing.require_free_tools`). Bytes from
+    0x80 on never do, for a character may go on behind them: a tool that keeps this default is always refused there."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.tokenizer = tokenizer
