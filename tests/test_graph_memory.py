@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -70,3 +71,29 @@ def test_a_dropped_model_leaves_nothing(
     del stepper, cache, model
     capture.apart.clear()
     assert [each() for each in held] == [None] * len(held)
+
+
+@pytest.mark.parametrize("how", ["warmed up", "asked"])
+def test_graphs_leave_what_other_networks_storage_will_take(
+    how: str, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first network of a device captures before the storage of the second, nine times as large, is reserved."""
+    monkeypatch.setattr("collm.models.paged.cache._alive", WeakSet())
+    models: list[LocalModel] = []
+    total = 1 << 21
+    monkeypatch.setattr(
+        "collm.models.paged.cache.free_bytes", lambda device: total - sum(model.cache_bytes for model in models)
+    )
+    for layers in (1, 9):
+        network = tiny("llama", num_hidden_layers=layers, max_position_embeddings=4096)
+        own = Machinery(TorchOps(), TorchTelling(), FakeCapture(), block=8)
+        models.append(LocalModel(network, tiny_tokenizer, machinery=own))
+    for model in models:
+        if how == "asked":
+            model.predict([Query.of([1, 2, 3])])
+        else:
+            model.warm_up()
+    steppers = [model.graphs[0] for model in models]
+    left = total - sum(model.cache_bytes for model in models)
+    assert 0 < left < total / 2, "the storage takes most of it"
+    assert [stepper._graphs.most for stepper in steppers if stepper is not None] == [left // 2] * 2

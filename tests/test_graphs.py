@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -581,12 +582,16 @@ def test_a_text_that_fills_the_storage_is_not_read_again(tiny_tokenizer: PreTrai
 def test_networks_of_a_device_divide_its_memory(
     tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("collm.models.paged.cache.free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("collm.models.paged.cache._alive", WeakSet())
+    free = [1 << 20]
+    monkeypatch.setattr("collm.models.paged.cache.free_bytes", lambda device: free[0])
     small, large = (tiny("llama", num_hidden_layers=n, max_position_embeddings=4096) for n in (2, 6))
     base, assistant = (LocalModel(each, tiny_tokenizer, machinery=machinery()) for each in (small, large))
     assert isinstance(base._cache, PagedCache) and isinstance(assistant._cache, PagedCache)
     # Three quarters of what is free, for as many tokens of one as of the other.
     assert base._cache.max_tokens == assistant._cache.max_tokens == int(0.75 * 2**20 / (8 * 2 * 2 * 8 * 4 * 8)) * 8
+    # What has been promised and is not taken yet is nobody else's: one block more each is for padding.
+    free[0] += sum((model._cache.num_blocks + 1) * model._cache.paged.block_bytes for model in (base, assistant))
     with caplog.at_level("INFO", "collm.models.memory"):
         shares = [
             LocalModel(each, tiny_tokenizer, max_cache_tokens=0.5, machinery=machinery()) for each in (small, large)
@@ -637,7 +642,7 @@ def test_graphs_take_no_more_memory_than_they_may(
     plain = LocalModel(network, tiny_tokenizer, cache=False)
     needed.clear()
     # A pass's largest result are its logits, 330 floats a token (with what is made of them).
-    monkeypatch.setattr("collm.models.paged.graphs.free_bytes", lambda device: 2 * 100 * 330 * 4)
+    monkeypatch.setattr("collm.models.paged.graphs.left_bytes", lambda device: 2 * 100 * 330 * 4)
     told = r"base: no memory for graphs of passes over 128, 192, 256, 320, 384, 512 tokens; .* max_cache_tokens"
     with caplog.at_level("INFO", "collm.models.paged.graphs"), pytest.warns(UserWarning, match=told) as found:
         model.warm_up()

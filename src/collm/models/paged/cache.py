@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from threading import Lock
 from weakref import WeakSet
 
+import torch
+
 from collm.models.memory import free_bytes, tell_room
 from collm.models.paged.pool import PagedPool
 from collm.models.prefix_cache import Job, PrefixCache, Slot
@@ -17,7 +19,7 @@ SHARE = 0.75
 is left is for graphs and for reading prompts."""
 MORE_SLOTS = 64
 """Slots beyond those asked for that a reservation has room for."""
-_waiting: WeakSet[PagedCache] = WeakSet()
+_alive: WeakSet[PagedCache] = WeakSet()
 _lock = Lock()
 
 
@@ -36,7 +38,8 @@ class PagedCache(PrefixCache):
         super().__init__(pool, num_slots)
         self._pool, self._asked, self._context_length, self.name = pool, max_tokens, context_length, name
         self._num_blocks = 0
-        _waiting.add(self)
+        with _lock:
+            _alive.add(self)
 
     @property
     def max_tokens(self) -> int:
@@ -48,7 +51,7 @@ class PagedCache(PrefixCache):
             return self._num_blocks
         with _lock:
             if not self._num_blocks:
-                _divide([each for each in _waiting if each._pool.device == self._pool.device])
+                _divide([each for each in _on(self._pool.device) if not each._num_blocks])
             return self._num_blocks
 
     def fits(self, lengths: Sequence[int]) -> bool:
@@ -62,7 +65,6 @@ class PagedCache(PrefixCache):
     def forget(self) -> None:
         super().forget()
         self._num_blocks = 0
-        _waiting.add(self)
 
     @property
     def paged(self) -> PagedPool:
@@ -169,8 +171,29 @@ class PagedCache(PrefixCache):
         self._pool.clear(n)
 
 
+def left_bytes(device: torch.device) -> int:
+    """Memory of a device that is free and that no cache has been promised: all have their part before the first of them
+    takes it."""
+    with _lock:
+        return max(0, free_bytes(device) - _promised(device))
+
+
+def _promised(device: torch.device) -> int:
+    """Bytes that caches will take when they are first used."""
+    return sum(
+        (each._num_blocks + 1) * each._pool.block_bytes  # one more, as `PagedPool.reserve`
+        for each in _on(device)
+        if each._num_blocks and not each._pool.blocks.num_blocks
+    )
+
+
+def _on(device: torch.device) -> list[PagedCache]:
+    return [each for each in _alive if each._pool.device == device]
+
+
 def _divide(caches: Sequence[PagedCache]) -> None:
     """Give each of the caches of a device its number of blocks."""
+    promised = _promised(caches[0]._pool.device)
     open_ended = [each for each in caches if each._asked is None or each._asked < 1]
     for each in caches:
         if each not in open_ended:
@@ -178,12 +201,11 @@ def _divide(caches: Sequence[PagedCache]) -> None:
             each._num_blocks = max(1, int(each._asked) // each._pool.block)
     taken = sum(each._num_blocks * each._pool.block_bytes for each in caches)
     if open_ended:
-        free = max(0, free_bytes(open_ended[0]._pool.device) - taken)
+        free = max(0, free_bytes(open_ended[0]._pool.device) - promised - taken)
         together = sum(each._pool.block_bytes for each in open_ended)
         for each in open_ended:
             share = SHARE if each._asked is None else float(each._asked)
             each._num_blocks = max(1, min(int(share * free / together), each.wanted()))
     for each in caches:
-        _waiting.discard(each)
         pool, blocks = each._pool, each._num_blocks
         tell_room(pool.device, each.name, blocks * pool.block, blocks * pool.block_bytes)

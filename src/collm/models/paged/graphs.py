@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from collm.models.memory import free_bytes
 from collm.models.paged import plan as planned
+from collm.models.paged.cache import left_bytes
 from collm.models.paged.capture import Capture, Work
 from collm.models.paged.experts import Experts
 from collm.models.paged.lost import is_lost
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, NARROW, 320, 384, 512)
 """Numbers of tokens for which there are graphs; a pass takes the next larger one."""
 SHARE = 0.5
-"""Of the memory that is free when a network's first graph is captured, its storage reserved: what its graphs may take.
-The rest is for reading prompts and for other networks' graphs."""
+"""Of the memory that is left when a network's first graph is captured, by its storage and by that of the device's other
+networks, reserved or not: what its graphs may take. The rest is for reading prompts and for other networks' graphs."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Graphs:
     def most(self) -> int:
         """Bytes that they may take together."""
         if self._most is None:
-            self._most = int(SHARE * free_bytes(self._capture.device))
+            self._most = int(SHARE * left_bytes(self._capture.device))
         return self._most
 
     def of(self, size: int, passes: Recorded) -> Bucket | None:
