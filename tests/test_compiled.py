@@ -104,19 +104,22 @@ def test_passes_up_to_a_size_are_compiled_and_only_in_graphs(
 
 def test_what_cannot_be_compiled_is_captured_as_it_is(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     def broken(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        calls.append(len(inputs))
         raise NotImplementedError("no such operator")
 
+    calls: list[int] = []
     network = tiny("glm4", num_hidden_layers=1)
     told = "base: the modules of a glm4 model cannot be compiled .*'broken' raised.*; its graphs are made of them as"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=told) as found:
         model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, machinery=machinery(broken), compiled=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the lasting graphs say it once more
-        model.warm_up()
+    assert len(found) == 1
+    tried = list(calls)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        model.warm_up()
         assert_right(model, LocalModel(network, tiny_tokenizer, cache=False), rounds=3)
     assert model._stepper is not None and model._stepper.buckets == BUCKETS
+    assert calls == tried, "what cannot be compiled is tried once"
 
 
 def test_a_pass_of_our_own_is_not_compiled(

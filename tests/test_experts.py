@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,10 @@ from watching import HOST_READS, WatchedCapture, watched
 from collm.bench.card import bytes_read
 from collm.models.local import LocalModel
 from collm.models.paged import experts
+from collm.models.paged.compiled import LARGEST
+from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.machinery import Machinery
+from collm.models.paged.pool import Pass
 
 KINDS = "granitemoe mixtral olmoe qwen2_moe qwen3_moe".split()
 FEW = {
@@ -74,8 +80,57 @@ def test_where_one_way_cannot_be_recorded_the_next_one_is_taken(tiny_tokenizer: 
         model, capture = made(network, tiny_tokenizer, watched(forbidden=HOST_READS | {"_grouped_mm"}))
         model.warm_up()
     assert capture.watches and all(watch.operators["bmm"] == 4 for watch in capture.watches)
-    with pytest.warns(UserWarning, match=r"passes of a qwen3_moe model cannot be captured .*: bmm\); they run"):
-        made(mixture("qwen3_moe"), tiny_tokenizer, watched(forbidden=HOST_READS | {"_grouped_mm", "bmm"}))
+    told = r"passes of a qwen3_moe model cannot be captured .*: bmm\); they run"
+    with pytest.warns(UserWarning, match=told) as warned:
+        model, _ = made(mixture("qwen3_moe"), tiny_tokenizer, watched(forbidden=HOST_READS | {"_grouped_mm", "bmm"}))
+        model.warm_up()
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "broken", "told"),
+    [
+        ("_grouped_mm", False, None),
+        ("", True, "the modules of a qwen3_moe model cannot be compiled .*no such operator"),
+        ("_grouped_mm", True, "the modules of a qwen3_moe model cannot be compiled .*no such operator"),
+        ("_grouped_mm bmm", False, r"passes of a qwen3_moe model cannot be captured .*: bmm\); they run"),
+    ],
+)
+def test_compiling_is_not_blamed_for_experts(
+    forbidden: str,
+    broken: bool,
+    told: str | None,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another way to compute experts comes before modules as they are; what is said is the fault, and said once."""
+    compiled: list[int] = []
+
+    def compiling(body: Callable[[Pass], torch.Tensor], **how: Any) -> Callable[[Pass], torch.Tensor]:
+        def run(issued: Pass) -> torch.Tensor:
+            if broken:
+                raise NotImplementedError("no such operator")
+            compiled.append(issued.plan.num_tokens)
+            return body(issued)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    own = watched(forbidden=HOST_READS | set(forbidden.split()))
+    network = mixture("qwen3_moe")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model = LocalModel(network, tiny_tokenizer, max_cache_tokens=640, machinery=own, compiled=True)
+        compiled.clear()
+        model.warm_up()
+    assert [bool(re.search(told or "$^", str(each.message))) for each in found] == [True] * (told is not None)
+    assert model._stepper is not None and isinstance(own.capture, WatchedCapture)
+    captured = told is None or "captured" not in told
+    assert model._stepper.buckets == (BUCKETS if captured else ())
+    assert set(compiled) == ({size for size in BUCKETS if size <= LARGEST} if told is None else set())
+    if captured:
+        used = OPERATORS[experts.BATCHED if forbidden else experts.GROUPED]
+        assert all(watch.operators[used] == 4 for watch in own.capture.watches)
 
 
 def test_experts_that_transformers_computes_in_one_way_alone_are_told(
@@ -84,10 +139,12 @@ def test_experts_that_transformers_computes_in_one_way_alone_are_told(
     network = mixture("olmoe")
     monkeypatch.setattr(type(network), "_can_set_experts_implementation", classmethod(lambda cls: False))
     told = "base: passes of a olmoe model cannot be captured .*nonzero.*has no way to compute its experts"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=told) as warned:
         model, capture = made(network, tiny_tokenizer, watched())
+    assert len(warned) == 1
     plain = LocalModel(network, tiny_tokenizer, cache=False)
-    with pytest.warns(UserWarning, match="cannot be captured"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         for queries in traffic(model, random.Random(2), rounds=3):
             for found, expected in zip(model.predict(queries), plain.predict(queries), strict=True):
                 for pair in zip(found, expected, strict=True):

@@ -625,6 +625,28 @@ def test_without_memory_for_graphs_passes_run_without(tiny_tokenizer: PreTrained
     assert model._stepper is not None and model._stepper.buckets == (24,)
 
 
+def test_lacking_memory_is_told_once_and_not_of_a_trial(
+    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    network = tiny("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a trial lacks, the lasting graphs may have
+        model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, machinery=machinery(fails))
+    with pytest.warns(UserWarning, match=f"base: no memory for graphs of passes over {BUCKETS[0]}, ") as found:
+        model.warm_up()
+    assert len(found) == 1
+    with warnings.catch_warnings(), caplog.at_level("INFO", "collm.models.paged.graphs"):
+        warnings.simplefilter("error")
+        model.forget()  # then they are captured anew
+        model.predict([Query.of([5, 6, 7])])
+        model.predict([Query.of([5, 6, 7, 8, 9])])
+    assert "no memory for graphs of passes over 4 tokens" in caplog.text
+    assert "no memory for graphs of passes over 8 tokens" in caplog.text
+
+
 def test_graphs_take_no_more_memory_than_they_may(
     tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -664,10 +686,15 @@ def test_what_cannot_be_captured_runs_without(tiny_tokenizer: PreTrainedTokenize
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     network = tiny("mixtral")
-    with pytest.warns(UserWarning, match=r"base: passes of a mixtral model cannot be captured .*not permitted"):
+    told = r"base: passes of a mixtral model cannot be captured .*not permitted"
+    with pytest.warns(UserWarning, match=told) as warned:
         model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, machinery=machinery(fails))
+    assert len(warned) == 1
     plain = LocalModel(network, tiny_tokenizer, cache=False)
-    with pytest.warns(UserWarning, match="cannot be captured"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        model.warm_up()
+        LocalModel(network, tiny_tokenizer, max_cache_tokens=400, machinery=machinery(fails)).warm_up()
         for queries in traffic(model, random.Random(2), rounds=4):
             for found, expected in zip(model.predict(queries), plain.predict(queries), strict=True):
                 for pair in zip(found, expected, strict=True):

@@ -20,6 +20,7 @@ from collm.models.paged.machinery import Machinery, has_cuda, machinery_for, tel
 from collm.models.paged.pool import Body, PagedPool
 from collm.models.paged.products import CannotFuse
 from collm.models.paged.stepping import Stepper
+from collm.models.paged.ways import Ways
 from collm.models.prefix_cache import PrefixCache
 from collm.models.selftest import crop_serves, paged_serves, pool_serves
 from collm.models.slot_cache import SlotCache
@@ -90,23 +91,24 @@ def _paged(
     max_tokens: int | float | None,
     compiled: bool,
 ) -> Found | None:
-    def fresh(body: Body | None) -> tuple[PagedPool, Stepper]:
+    def fresh(body: Body | None, ways: Ways) -> tuple[PagedPool, Stepper]:
         recorded = CompiledModules(lm, machinery.compiler) if compiled and body is None else None
         found = PagedPool(lm, pool.layers, pool.groups, machinery.ops, body, machinery.block, recorded)
-        return found, Stepper(lm, head, vocab_size, found, machinery.capture, machinery.telling, name)
+        return found, Stepper(lm, head, vocab_size, found, machinery.capture, machinery.telling, ways, name)
 
     reason: str | None = None
     serves = Network.of(lm).serves
     for body in _bodies(lm, machinery):
         way = _way(lm, head, vocab_size, machinery, body), compiled
-        reason = None
-        if way not in serves:  # a trial takes a second or two
-            trial, stepper = fresh(body)
+        reason, ways = None, serves.get(way)
+        if ways is None:  # a trial takes a second or two
+            ways = Ways(lm, machinery.capture.device, compiled and body is None)
+            trial, stepper = fresh(body, ways)
             reason = paged_serves(lm, trial, stepper, vocab_size)
             trial.free()
         if reason is None:
-            serves.add(way)
-            lasting, stepper = fresh(body)
+            ways.on_trial, serves[way] = False, ways
+            lasting, stepper = fresh(body, ways)
             longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LONGEST
             return PagedCache(lasting, num_slots, max_tokens, longest, name), stepper
     warnings.warn(

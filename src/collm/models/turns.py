@@ -8,14 +8,16 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from collm.models.paged.ways import Ways
+
 
 class Network:
     """Passes of one network, LoRA variants included, take turns. There is one of these for each transformers model."""
 
     def __init__(self) -> None:
         self.lock = RLock()
-        self.serves: set[Hashable] = set()
-        """Ways to run it that have been tried and found to be right."""
+        self.serves: dict[Hashable, Ways] = {}
+        """By what runs it, and has been tried and found to be right: how its passes can be recorded."""
 
     @staticmethod
     def of(model: PreTrainedModel) -> Network:

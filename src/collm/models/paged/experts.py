@@ -46,38 +46,18 @@ def _number(lm: PreTrainedModel, names: tuple[str, ...]) -> int:
     return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
 
 
-class Experts:
-    """How a network's experts are computed in what a graph records, and nowhere else: the best way that is known to
-    need nothing of the host, and the next one where that fails."""
-
-    def __init__(self, lm: PreTrainedModel, device: torch.device) -> None:
-        self._config: Any = lm.config
-        self._ways = ways(lm, device)
-        self.are_fixed = num_experts(lm) > 0 and not self._ways
-        """There are experts, and transformers has no such way for them."""
-
-    @property
-    def way(self) -> str | None:
-        """None: there are no experts, or no way is left."""
-        return self._ways[0] if self._ways else None
-
-    def give_up(self) -> bool:
-        """The present way cannot be recorded; whether there is another one."""
-        self._ways = self._ways[1:]
-        return bool(self._ways)
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """The network's experts are computed this way."""
-        if not self._ways:
-            yield
-            return
-        before = self._config._experts_implementation
-        self._config._experts_implementation = self._ways[0]
-        try:
-            yield
-        finally:
-            self._config._experts_implementation = before
+@contextmanager
+def computed_by(config: Any, way: str | None) -> Iterator[None]:
+    """A network's experts are computed this way (None: as they are)."""
+    if way is None:
+        yield
+        return
+    before = config._experts_implementation
+    config._experts_implementation = way
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 def ways(lm: PreTrainedModel, device: torch.device) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
@@ -18,10 +19,11 @@ from transformers import PreTrainedModel
 from collm.models.paged import plan as planned
 from collm.models.paged.cache import left_bytes
 from collm.models.paged.capture import Capture, Work
-from collm.models.paged.experts import Experts
+from collm.models.paged.experts import computed_by
 from collm.models.paged.lost import is_lost
 from collm.models.paged.plan import Plan
 from collm.models.paged.pool import NARROW, PagedPool
+from collm.models.paged.ways import Way, Ways
 
 _log = logging.getLogger(__name__)
 
@@ -61,10 +63,9 @@ class Recorded(Protocol):
 class Graphs:
     """Where memory does not suffice, or a network cannot be captured, passes run without: slower, never otherwise."""
 
-    def __init__(self, lm: PreTrainedModel, pool: PagedPool, capture: Capture, name: str) -> None:
-        self._pool, self._capture = pool, capture
-        self._name, self._kind = name, lm.config.model_type
-        self._experts = Experts(lm, capture.device)
+    def __init__(self, lm: PreTrainedModel, pool: PagedPool, capture: Capture, ways: Ways, name: str) -> None:
+        self._pool, self._capture, self._ways = pool, capture, ways
+        self._name, self._config = name, lm.config
         self._refused: set[int] = set()
         self._lacking: list[int] = []
         """Sizes for which there was no memory, which nobody has been told yet."""
@@ -87,7 +88,8 @@ class Graphs:
         """That of one of `BUCKETS`; None where passes of this size run without.
 
         Warns:
-            UserWarning: it cannot be captured; once.
+            UserWarning: it cannot be captured. Of a network that is said once, whatever its graphs; of lacking memory,
+                once for some sizes, and then logged.
         """
         if self._moves != self._pool.moves:
             self.forget()
@@ -107,60 +109,73 @@ class Graphs:
             if size <= largest and size not in self.captured and size not in self._refused:
                 self._tried(size, passes)
         self._tell_lacking()
-        if self.captured:
+        way = self._ways.best
+        if self.captured and way is not None:
             _log.info(
                 "%s: graphs of %s for passes of up to %d tokens take %.2f GB of at most %.1f; made%s in %.1f s",
                 self._capture.device, self._name, max(self.captured), self._capture.num_bytes / 1e9, self.most / 1e9,
-                "" if self._pool.recorded is None else " of compiled modules", perf_counter() - began,
+                " of compiled modules" if way.compiled else "", perf_counter() - began,
             )  # fmt: skip
 
     def _tell_lacking(self) -> None:
-        if self._lacking:
-            sizes = ", ".join(map(str, sorted(self._lacking)))
-            self._lacking.clear()
-            warnings.warn(
-                f"{self._name}: no memory for graphs of passes over {sizes} tokens; they run without, which is slower. "
-                "A smaller max_cache_tokens leaves more",
-                stacklevel=3,
-            )
+        if not self._lacking:
+            return
+        sizes = ", ".join(map(str, sorted(self._lacking)))
+        self._lacking.clear()
+        told = f"{self._name}: no memory for graphs of passes over {sizes} tokens"
+        if self._ways.on_trial or self._ways.is_lack_told:
+            _log.info("%s", told)
+            return
+        self._ways.is_lack_told = True
+        warnings.warn(
+            f"{told}; they run without, which is slower. A smaller max_cache_tokens leaves more", stacklevel=3
+        )
 
     def _tried(self, size: int, passes: Recorded) -> Bucket | None:
-        try:
-            bucket = self.captured[size] = self._made(size, passes)
-            return bucket
-        except torch.OutOfMemoryError:
-            self._refused.add(size)
-            self._lacking.append(size)
-            _make_room()
-        except Exception as error:
-            if is_lost(error):
-                raise
-            _log.info("capture failed", exc_info=error)
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            if self._pool.recorded is not None:
-                self._pool.recorded = None
-                warnings.warn(
-                    f"{self._name}: the modules of a {self._kind} model cannot be compiled ({reason}); its graphs are "
-                    "made of them as they are",
-                    stacklevel=3,
-                )
-                return self._tried(size, passes)
-            way = self._experts.way
-            if self._experts.give_up():
-                _log.info("%s: experts by %s instead of %s", self._name, self._experts.way, way)
-                return self._tried(size, passes)
-            self._refused.update(BUCKETS)
-            self.captured.clear()
-            if self._experts.are_fixed:
-                reason += "; transformers has no way to compute its experts that can be"
-            warnings.warn(
-                f"{self._name}: passes of a {self._kind} model cannot be captured as CUDA graphs ({reason}); they run "
-                "without, which is slower",
-                stacklevel=2,
-            )
+        ways = self._ways
+        while (way := ways.best) is not None:
+            try:
+                bucket = self._made(size, passes, way)
+            except torch.OutOfMemoryError:
+                self._refused.add(size)
+                self._lacking.append(size)
+                _make_room()
+                return None
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                _log.info("%s: capture failed by %s", self._name, way, exc_info=error)
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                ways.give_up(reason)
+                if ways.best is None:
+                    self._tell_refused(reason)
+            else:
+                self.captured[size] = bucket
+                self._tell_uncompiled()
+                return bucket
+        self._refused.update(BUCKETS)
+        self.captured.clear()
         return None
 
-    def _made(self, size: int, passes: Recorded) -> Bucket:
+    def _tell_uncompiled(self) -> None:
+        reason, self._ways.not_compiled = self._ways.not_compiled, None
+        if reason is not None:
+            warnings.warn(
+                f"{self._name}: the modules of a {self._config.model_type} model cannot be compiled ({reason}); its "
+                "graphs are made of them as they are",
+                stacklevel=4,
+            )
+
+    def _tell_refused(self, reason: str) -> None:
+        if self._ways.are_experts_fixed:
+            reason += "; transformers has no way to compute its experts that can be"
+        warnings.warn(
+            f"{self._name}: passes of a {self._config.model_type} model cannot be captured as CUDA graphs ({reason}); "
+            "they run without, which is slower",
+            stacklevel=4,
+        )
+
+    def _made(self, size: int, passes: Recorded, way: Way) -> Bucket:
         began = perf_counter()
         into = self._capture.host(planned.size(size))
         out = self._capture.host(size, passes.columns)
@@ -171,7 +186,8 @@ class Graphs:
 
         def work() -> None:
             device.copy_(into, non_blocking=True)
-            with self._experts.recorded(), self._pool.recording():
+            body = self._pool.recording() if way.compiled else nullcontext()
+            with computed_by(self._config, way.experts), body:
                 out.copy_(passes.work(plan), non_blocking=True)
 
         replay = self._capture.record(work, self.most)

@@ -27,6 +27,7 @@ from collm.models.paged.lost import is_lost
 from collm.models.paged.plan import CUT, DRAW, HEAD, IDS, LINES, OPENS, POSITIONS, START, WHERE, Plan
 from collm.models.paged.pool import NARROW, PagedPool
 from collm.models.paged.telling import WORD, OpenTelling, Telling, Told, columns
+from collm.models.paged.ways import Ways
 from collm.noise import key_of
 from collm.values import Draw
 
@@ -75,11 +76,12 @@ class Stepper:
         pool: PagedPool,
         capture: Capture,
         telling: Telling,
+        ways: Ways,
         name: str,
     ) -> None:
         self._lm, self._head, self._vocab_size = lm, head, vocab_size
         self._pool, self._capture, self._telling, self._name = pool, capture, telling, name
-        self._graphs = Graphs(lm, pool, capture, name)
+        self._graphs = Graphs(lm, pool, capture, ways, name)
         self._last: tuple[Bucket, NDArray[np.int32]] | None = None
         """Of the last pass, with the lines of its tokens."""
         self._foreseen: list[Place] | None = None
