@@ -449,6 +449,9 @@ def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, 
     )
     monkeypatch.setattr(pairs, "Endless", partial(pairs.Endless, max_cache_tokens=16 * 256))
     monkeypatch.setattr(card, "LONG", 300)
+    long: list[tuple[str, float, float]] = []
+    passes = card.long_passes
+    monkeypatch.setattr(card, "long_passes", lambda *what: long.extend(passes(*what)) or iter(long))
     monkeypatch.setattr(torch, "compile", lambda body, **how: body)
     plan = Plan({synthetic_name(2, 0.9): partial(synthetic, TINY, 2, 0.9)}, kinds=["card"], effort=EFFORT)
     [cell] = bench(plan, tmp_path, progress=False).cells
@@ -460,7 +463,13 @@ def test_a_card_is_measured_against_its_memory(monkeypatch: pytest.MonkeyPatch, 
     # Speculation is off: a base pass a token, and all sixteen texts share one; those of the assistant come on top.
     assert 1 <= cell.card["launches_a_token.b1"] < 2 and 1 / 16 <= cell.card["launches_a_token.b16"] < 1
     assert all(cell.card[f"waits_a_token.{batch}"] >= cell.card[f"launches_a_token.{batch}"] for batch in ("b1", "b16"))
-    assert cell.card["long.assistant.rows16"] != cell.card["long.assistant.rows1"]
+    # Three layers, keys and values, two heads of 8 floats: for 300 positions, 16 times as many, and 15 short texts.
+    read = {key: round(bound * cell.card["copy_bytes_per_second"]) for key, _, bound in long}
+    assert read["rows16"] - read["rows1"] == pytest.approx(15 * 300 * 3 * 2 * 16 * 4, abs=2)
+    assert read["one_of_16"] - read["rows1"] == pytest.approx(15 * 100 * 3 * 2 * 16 * 4, abs=2)
+    assert {f"long.assistant.{key}": seconds / bound for key, seconds, bound in long} == {
+        key: ratio for key, ratio in cell.card.items() if key.startswith("long.")
+    }
     [[run], _] = [cell.runs[system][:1] for system in (ASSISTANT_ALONE, SAMPLED)]
     assert run.tokens == 16 * EFFORT.tokens
     told = {

@@ -114,6 +114,7 @@ def test_shells_complete_commands_and_options(shell: str) -> None:
         (["generate", "x", "hello", "--top-p", "0"], ["--top-p"]),
         (["generate", "x", "hello", "--max-cache-tokens", "0"], ["neither a number of tokens nor a share below 1"]),
         (["generate", "x", "hello", "--max-cache-tokens", "1.5"], ["--max-cache-tokens", "'1.5'", "0.3"]),
+        (["generate", "x", "hello", "--max-cache-tokens", "1.0"], ["'1.0' is neither a number of tokens nor a share"]),
         (["generate", "x", "hello", "--max-cache-tokens", "half"], ["neither a number of tokens", "0.3"]),
         (["generate", "x", "hello", "--deferral", "often"], ["often", "threshold"]),
         (["generate", "x", "hello", "--deferral", "random"], ["--deferral-rate"]),

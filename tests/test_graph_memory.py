@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 from weakref import WeakSet
 
 import pytest
@@ -14,7 +16,7 @@ from test_local import tiny
 from transformers import PreTrainedTokenizerFast
 
 from collm.models.local import LocalModel
-from collm.models.paged.capture import FakeCapture, Work
+from collm.models.paged.capture import CudaCapture, FakeCapture, Work
 from collm.models.paged.dense import TorchDense
 from collm.models.paged.machinery import Machinery
 from collm.models.paged.ops import TorchOps
@@ -97,3 +99,41 @@ def test_graphs_leave_what_other_networks_storage_will_take(
     left = total - sum(model.cache_bytes for model in models)
     assert 0 < left < total / 2, "the storage takes most of it"
     assert [stepper._graphs.most for stepper in steppers if stepper is not None] == [left // 2] * 2
+
+
+class Memory:
+    """What torch tells of a device's memory, while another thread takes some of it in some runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, needed: int, others: list[int]) -> None:
+        self.needed, self.others, self.peak, self.runs = needed, others, 0, 0
+        for name, found in (
+            ("memory_allocated", lambda: 100),
+            ("max_memory_allocated", lambda: 100 + self.peak),
+            ("reset_peak_memory_stats", lambda: setattr(self, "peak", 0)),
+            ("current_stream", mock.MagicMock),
+            ("Stream", mock.MagicMock),
+            ("CUDAGraph", mock.MagicMock),
+            ("stream", lambda _: nullcontext()),
+            ("device", lambda _: nullcontext()),
+            ("graph", lambda *_, **__: nullcontext()),
+        ):
+            monkeypatch.setattr(torch.cuda, name, found)
+
+    def work(self) -> None:
+        other = self.others[self.runs] if self.runs < len(self.others) else 0
+        self.peak, self.runs = max(self.peak, self.needed + other), self.runs + 1
+
+
+def test_what_another_thread_takes_is_not_what_a_graph_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts a device's memory, not a thread's: what is refused has needed too much in each of several runs."""
+    capture = CudaCapture(torch.device("cuda", 0))
+    quiet = Memory(monkeypatch, 50, [])
+    capture.record(quiet.work, 60)
+    assert quiet.runs == 3, "two before the capture, and the capture"
+    busy = Memory(monkeypatch, 50, [900, 900, 70])
+    capture.record(busy.work, 60)
+    assert busy.runs == 5
+    large = Memory(monkeypatch, 80, [0, 900, 900])
+    with pytest.raises(torch.OutOfMemoryError):
+        capture.record(large.work, 60)
+    assert large.runs == 5

@@ -402,7 +402,7 @@ def test_memory_may_be_bounded_by_a_share(
     ask = Query.of(range(3, 67))
     model.predict([ask])
     assert model.cache_bytes == 64 * bytes_per_token(network)
-    for wrong in (0, -1, 1.5, 0.0):
+    for wrong in (0, -1, 1.0, 1.5, 0.0):
         with pytest.raises(ValueError, match="max_cache_tokens must be"):
             LocalModel(network, tiny_tokenizer, max_cache_tokens=wrong)
 

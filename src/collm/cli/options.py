@@ -95,11 +95,12 @@ class CacheSize(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         try:
-            found = float(value)
+            # 1 is a token, and 1.0 might be meant as all of the memory: it is neither.
+            found: int | float = int(value) if str(value).isdecimal() else float(value)
         except ValueError:
-            found = 0.0
-        if found >= 1 and found.is_integer():
-            return int(found)
+            found = 0
+        if isinstance(found, int) and found >= 1:
+            return found
         if not 0 < found < 1:
             self.fail(f"{value!r} is neither a number of tokens nor a share below 1, as 0.3", param, ctx)
         return found

@@ -84,7 +84,13 @@ class LocalModel(LanguageModel):
         machinery: Machinery | None = None,
         compiled: bool = False,
     ) -> None:
-        if max_cache_tokens is not None and (max_cache_tokens <= 0 or (max_cache_tokens > 1 and max_cache_tokens % 1)):
+        # 1 is a token, and 1.0 might be meant as all of the memory.
+        wrong = max_cache_tokens is not None and (
+            max_cache_tokens <= 0
+            or (isinstance(max_cache_tokens, float) and max_cache_tokens == 1)
+            or (max_cache_tokens > 1 and max_cache_tokens % 1)
+        )
+        if wrong:
             raise ValueError(f"max_cache_tokens must be at least 1, or a share below 1, not {max_cache_tokens}")
         self.model = model
         self.head = head
