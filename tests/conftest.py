@@ -13,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Under `make test` a make that a test starts would tell which folder it enters, among what it prints.
+os.environ.pop("MAKELEVEL", None)
+os.environ.pop("MAKEFLAGS", None)
+
 from collections.abc import Callable
 
 import pytest
