@@ -235,32 +235,24 @@ def _calibrate(
         measure(EVEN, "defer where the gate is above 0.5")
     inner = [rate for rate in target_rates if 0 < rate < 1]
 
-    def reached(rate: float) -> bool:
-        return abs(_nearest(rate, measured).rate - rate) <= tolerance
+    def beyond(rate: float) -> bool:
+        """Nothing measured comes up to it, and what asking everywhere gives is not known."""
+        return ALWAYS not in measured and rate > max(each.rate for each in measured.values()) + tolerance
 
     # The dearest texts of all, so only where they are asked for, or where a rate is out of reach: two thresholds have
-    # not come to it, or assistants that abstain bound the rates from above.
-    def bounded(turn: int) -> bool:
-        abstained = any(each.result.abstained for each in measured.values())
-        return ALWAYS in measured or not (abstained or turn > 2)
-
+    # not come to it, assistants that abstain bound the rates from above, or no turn is left.
     if 1 in target_rates:
         measure(ALWAYS, "always defer")
     for turn in range(1, rounds + 1):
         for rate in inner:
-            if reached(rate):
-                continue
-            if max(each.rate for each in measured.values()) < rate and not bounded(turn):
+            if beyond(rate) and (turn > 2 or any(each.result.abstained for each in measured.values())):
                 measure(ALWAYS, "always defer")
-                if reached(rate):
-                    continue
+            if abs(_nearest(rate, measured).rate - rate) <= tolerance:
+                continue
             candidate = next_threshold(rate, list(measured.values()))
             if candidate is not None:
                 measure(candidate, f"rate {rate:.2g}, round {turn}")
-    if (
-        any(rate > max(each.rate for each in measured.values()) + tolerance for rate in inner)
-        and ALWAYS not in measured
-    ):
+    if any(beyond(rate) for rate in inner):
         measure(ALWAYS, "always defer")
     rows = [_row(rate, _nearest(rate, measured), signal) for rate in target_rates]
     own = measured.get(EVEN) if signal == "gate" else None
