@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from collm.data.scores import load_scores
 from collm.evaluation.overview import read_results
+from collm.evaluation.tasks.equations import equations
 from collm.evaluation.written import read_written
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -54,3 +55,13 @@ def test_answers_are_those_of_their_result(answers: Path, tmp_path: Path) -> Non
     (read,) = read_results([tmp_path / result.name])
     written = read_written(tmp_path / result.name, read)
     assert not written.missing and len(read.ids) == 150
+
+
+@pytest.mark.parametrize("answers", [path for path in ANSWERS if "gsm8k" in path.parts], ids=name)
+def test_equations_are_counted_by_the_rule_of_today(answers: Path) -> None:
+    """Else systems that were run before and behind a change of it would be put side by side."""
+    told = json.loads(answers.with_name(answers.name.removesuffix(".jsonl.xz") + ".json").read_text())
+    counted = [
+        equations(json.loads(line)["text"]) for line in lzma.decompress(answers.read_bytes()).splitlines()[1:] if line
+    ]
+    assert [sum(each) for each in zip(*counted, strict=True)] == [told["equations_right"], told["equations_shown"]]

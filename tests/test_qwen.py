@@ -267,8 +267,8 @@ def test_the_study_runs_on_stand_ins(
     monkeypatch.chdir(root)
 
     def commands() -> list[list[str]]:
-        target = str(runs / "gsm8k" / "test" / "report.html")
-        make = ["make", "-n", "-f", "recipes/qwen/study.mk", target, *given]
+        targets = [str(runs / "gsm8k" / "test" / "report.html"), "calculator"]
+        make = ["make", "-n", "-f", "recipes/qwen/study.mk", *targets, *given]
         done = subprocess.run(make, capture_output=True, text=True, timeout=60, check=True)
         lines = done.stdout.replace("\\\n", " ").splitlines()
         return [shlex.split(line) for line in lines if line.startswith("python ")]
@@ -284,10 +284,19 @@ def test_the_study_runs_on_stand_ins(
         runpy.run_path(words[1], run_name="__main__")
     found = {path.stem: json.loads(path.read_text()) for path in (runs / "gsm8k" / "test").glob("*.json")}
     assert {name for name in found if "-" in name} == {
-        f"{pair}-{signal}_20" for pair in ("gate", "pair") for signal in ("gate", "expected_gain", "entropy", "random")
+        *(
+            f"{pair}-{signal}_20"
+            for pair in ("gate", "pair")
+            for signal in ("gate", "expected_gain", "entropy", "random")
+        ),
+        *("both-gate_20", "both-entropy_20"),
     }
     assert {result["num_examples"] for result in found.values()} == {3}
     assert set(found["proxy_tuning"]["forward_passes"]) == {"base", "large", "untuned"}
+    assert all(
+        found[name]["settings"]["models"] == ["base", "large", "calculator"]
+        for name in ("both-gate_20", "both-entropy_20")
+    )
     assert (runs / "gsm8k" / "test" / "report.html").stat().st_size > 0
     assert commands() == []
 

@@ -57,7 +57,7 @@ SIGNALS := gate expected_gain entropy
 all: oracle calibrate test
 
 help:
-	@echo "make -f recipes/qwen/study.mk [data|kept|scores|train|oracle|calibrate|test|own] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
+	@echo "make -f recipes/qwen/study.mk [data|kept|scores|train|oracle|calibrate|test|own|calculator] GSM8K=FILE MBPP=FILE IFEVAL=FILE [HUB=1 | WEIGHTS=weights] [DEVICE=cpu] [TESTED=150] [TRIED=60] [BATCH=16] [THREADS=2] [DTYPE=bfloat16] [PYTHON=...]"
 
 # -- weights and data --------------------------------------------------------------------------------------------------
 
@@ -115,8 +115,10 @@ comma := ,
 # The recipes are for GSM8K; those for the others differ in their paths. $(1): a task, $(2): a model
 CHANGES = out=$(RUNS)/$(1)/$(2) base.model=$(BASE) data.train=$(DATA)/$(1)/train.jsonl \
     data.validation=$(DATA)/$(1)/calibration.jsonl
-SCORES = $(foreach split,train calibration,base.$(if $(filter train,$(split)),,validation_)scores=$(RUNS)/scores/$(1)/base-$(split)) \
-    'assistants=[{name: large$(comma) model: $(LARGE)$(comma) dtype: bfloat16$(comma) scores: $(RUNS)/scores/$(1)/large-train$(comma) validation_scores: $(RUNS)/scores/$(1)/large-calibration}]'
+BASE_SCORES = $(foreach split,train calibration,base.$(if $(filter train,$(split)),,validation_)scores=$(RUNS)/scores/$(1)/base-$(split))
+SCORED_LARGE = {name: large$(comma) model: $(LARGE)$(comma) dtype: bfloat16$(comma) \
+    scores: $(RUNS)/scores/$(1)/large-train$(comma) validation_scores: $(RUNS)/scores/$(1)/large-calibration}
+SCORES = $(BASE_SCORES) 'assistants=[$(SCORED_LARGE)]'
 # $(1): a task, $(2): a model
 define model
 train: $(RUNS)/$(1)/$(2)/collm.json
@@ -214,4 +216,5 @@ $(RUNS)/$(1)/test/report.html: | $(SYSTEMS_$(1):%=$(RUNS)/$(1)/test/%.json)
 endef
 $(foreach task,$(TASKS),$(eval $(call compared,$(task))))
 
+include recipes/qwen/calculator.mk
 include recipes/qwen/own.mk
