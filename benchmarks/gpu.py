@@ -223,12 +223,13 @@ def ready(bench: Bench) -> None:
         tried = time.perf_counter() - began
         captured = bench.models[name].warm_up()
         total += tried + captured
-        stepper = bench.models[name]._stepper
+        stepper, cache = bench.models[name].graphs
         bench.note(f"ready.{name}", {"trial_s": tried, "graphs_s": captured, "graphs": list(stepper.buckets),
                                      "graphs_gb": stepper.graph_bytes / 1e9,
-                                     "body": type(bench.models[name]._cache._pool.body).__name__})  # fmt: skip
+                                     "body": type(cache.paged.body).__name__})  # fmt: skip
     bench.ratio("ready_seconds", total)
-    if not all(model._stepper and model._stepper.buckets for model in bench.models.values()):
+    steppers = [model.graphs[0] for model in bench.models.values()]
+    if not all(stepper and stepper.buckets for stepper in steppers):
         raise Unready("there are no graphs; the warnings say why")
     if bench.cuda:
         bench.note("memory_gb", torch.cuda.memory_reserved(bench.device) / 1e9)

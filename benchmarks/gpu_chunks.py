@@ -144,8 +144,9 @@ def main() -> int:
                 finally:
                     engine.close()
                 if cache:
-                    found["graphs"] = {m.name: list(m._stepper.buckets) for m in models if m._stepper}
-                    launched = {m.name: sum(m._stepper.counts.passes.values()) for m in models if m._stepper}
+                    steppers = {m.name: stepper for m in models if (stepper := m.graphs[0])}
+                    found["graphs"] = {name: list(stepper.buckets) for name, stepper in steppers.items()}
+                    launched = {name: sum(stepper.counts.passes.values()) for name, stepper in steppers.items()}
                     found["graph_share"] = {name: launched.get(name, 0) / max(1, passes[name]) for name in NAMES}
         except BaseException as error:
             found["error"] = "".join(traceback.format_exception(error))[-3000:]

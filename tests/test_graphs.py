@@ -274,7 +274,7 @@ def stopping(model: LocalModel, leave: WriteOn, keep_on: KeepOn) -> list[Reply]:
     return found
 
 
-def test_where_texts_stop_to_write_on(tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_texts_stop_to_write_on(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     network = tiny("llama")
     head = DeferralHead(32, 1)
     model = LocalModel(network, tiny_tokenizer, head, num_slots=2, max_cache_tokens=400, machinery=machinery())
@@ -292,9 +292,11 @@ def test_where_texts_stop_to_write_on(tiny_tokenizer: PreTrainedTokenizerFast, m
     assert len(stopping(model, WriteOn(200, until, 4), Counted())) == 1 + LONGEST
     last = whole[6]
     assert isinstance(last, Answer)
-    monkeypatch.setattr(model, "_eos_token_ids", frozenset({last.token_id}))
+    assert network.generation_config is not None
+    network.generation_config.eos_token_id = last.token_id
+    ends = LocalModel(network, tiny_tokenizer, head, num_slots=2, max_cache_tokens=400, machinery=machinery())
     first = next(n for n, reply in enumerate(whole) if isinstance(reply, Answer) and reply.token_id == last.token_id)
-    assert stopping(model, WriteOn(200), Counted())[first:] == [whole[first]]
+    assert stopping(ends, WriteOn(200), Counted())[first:] == [whole[first]]
 
 
 def test_a_text_that_writes_on_into_what_is_no_number_ends_alone(
