@@ -107,7 +107,7 @@ def test_cached_batched_streamed_all_write_the_same(
 def test_speculative_writes_what_plain_writes(
     mode: str, pace: FixedPace, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.llm.model.AdaptivePace", lambda experience: pace)
+    monkeypatch.setattr("collm.llm.writers.AdaptivePace", lambda experience: pace)
     llm, plain = pair(tiny_tokenizer), pair(tiny_tokenizer, cache=False)
     params = [SamplingParams(max_tokens=24, seed=i, stop=("zq",), **MODES[mode]) for i in range(len(QUESTIONS))]
     drafted = 0
@@ -342,6 +342,17 @@ def test_a_checkpoint_with_its_assistants(folders: Path) -> None:
     # The expert sees the system prompt it was trained with, the base does not.
     lengths = [len(formatter.prompt(QUESTIONS[0])) for formatter in by_order.formatters]
     assert lengths[0] == lengths[2] < lengths[1]
+
+
+def test_what_is_refused_starts_no_engine(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor captures graphs, which may take minutes."""
+    monkeypatch.setattr("collm.llm.shared_engine.Engine", lambda *_, **__: pytest.fail("an engine was started"))
+    llm = pair(tiny_tokenizer, ("llama",))
+    for write in (llm.generate, llm.stream, llm.astream):
+        with pytest.raises(CollmError, match="needs a calibration"):
+            write("Paris", SamplingParams(deferral="entropy", deferral_rate=0.3))
 
 
 def test_a_plain_model_defers_never_always_or_at_random(folders: Path) -> None:

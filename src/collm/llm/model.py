@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Unpack
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from collm.data.formatting import Formatter
-from collm.decoding.collaborative import single
-from collm.decoding.pace import AdaptivePace
-from collm.decoding.text import Transcript, stopping
 from collm.engine import Engine
 from collm.errors import CollmError
 from collm.llm.asking import Settings, asked, asked_each
 from collm.llm.assistants import Assistants
-from collm.llm.deferral import settled
 from collm.llm.loading import load
-from collm.llm.methods import Method, make_flow, make_method, require_defined
+from collm.llm.methods import Method
 from collm.llm.prompt import Prompt, TokenIds, prompt_ids
 from collm.llm.reading import achunks, chunks, finished, merged
 from collm.llm.samples import numbered
+from collm.llm.shared_engine import SharedEngine
 from collm.llm.sharing import Sharing
+from collm.llm.writers import Writers
 from collm.llm.writing import Chunk, Writing, whole
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
-from collm.models.local import LocalModel
 from collm.models.placement import dtype_name
-from collm.models.tokenizers import QuickDecoder
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation
-from collm.values import LanguageModel, StreamingModel
-from collm.views import Text
+from collm.values import LanguageModel
 
 GREEDY = SamplingParams()
 
@@ -76,11 +68,10 @@ class CollaborativeLM:
         self.has_gate = has_gate
         self.sharing = sharing
         self.path = path
-        self._max_num_seqs, self._max_model_len, self._timeout = max_num_seqs, max_model_len, timeout
-        self._engine: Engine | None = None
-        self._making = Lock()
         # What ends a turn in a model's template ends its text, whether or not its tokenizer calls that EOS.
-        self._eos = tuple(m.eos_token_ids | f.end_ids for m, f in zip(models, formatters, strict=True))
+        eos = tuple(m.eos_token_ids | f.end_ids for m, f in zip(models, formatters, strict=True))
+        self._writers = Writers(self.models, self.tokenizer, eos, has_gate, sharing, max_model_len)
+        self._engine = SharedEngine(self.models, max_num_seqs, timeout)
 
     @classmethod
     def from_pretrained(
@@ -163,7 +154,12 @@ class CollaborativeLM:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return tuple(model.name for model in self.models)
+        return self._writers.names
+
+    @property
+    def context_lengths(self) -> tuple[int | None, ...]:
+        """Tokens that a text may come to for each model; None: no bound."""
+        return self._writers.context_lengths
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens by themselves, special tokens shown."""
@@ -236,7 +232,7 @@ class CollaborativeLM:
             for i, (own, how) in enumerate(zip(ids, each, strict=True))
         ]
         at_a_time = min(batch_size, len(prompts))
-        return finished(self._engine_for(at_a_time), writings, at_a_time)
+        return finished(self._engine.ready(at_a_time), writings, at_a_time)
 
     def stream(
         self,
@@ -248,7 +244,8 @@ class CollaborativeLM:
         **settings: Unpack[Settings],
     ) -> Iterator[Chunk]:
         """As `generate`, token by token; the last chunk carries the same `Generation`."""
-        return chunks(self.engine, self._single(prompt, params, settings, policy, alone))
+        writing = self._single(prompt, params, settings, policy, alone)
+        return chunks(self.engine, writing)
 
     def astream(
         self,
@@ -260,7 +257,8 @@ class CollaborativeLM:
         **settings: Unpack[Settings],
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for asyncio. The text is cancelled where the iterator is closed, or its task cancelled."""
-        return achunks(self.engine, self._single(prompt, params, settings, policy, alone))
+        writing = self._single(prompt, params, settings, policy, alone)
+        return achunks(self.engine, writing)
 
     def astream_each(
         self,
@@ -303,42 +301,21 @@ class CollaborativeLM:
         assert generation is not None
         return whole(generation)
 
-    @cached_property
-    def _decoder(self) -> QuickDecoder:
-        return QuickDecoder(self.tokenizer)
-
     @property
     def engine(self) -> Engine:
         """What all callers share; it lives as long as this system."""
-        return self._engine_for(1)
+        return self._engine.ready()
 
     def warm_up(self) -> float:
         """Take the memory of the caches and capture the graphs of all models on GPUs; seconds that it took.
 
         Otherwise that happens before the first texts.
         """
-        self._reserve(self._max_num_seqs)
-        return sum(model.warm_up() for model in self.models if isinstance(model, LocalModel))
+        return self._engine.warm_up()
 
     def close(self) -> None:
         """End what is being written and stop the engine's threads. Nothing can be written afterwards."""
-        self._engine_for(1).close()
-
-    def _engine_for(self, num_texts: int) -> Engine:
-        with self._making:
-            if self._engine is None:
-                self.warm_up()  # the engine wants to know what passes cost
-                self._engine = Engine(self.models, max_num_seqs=self._max_num_seqs, timeout=self._timeout)
-            if num_texts > self._max_num_seqs:
-                self._max_num_seqs = num_texts
-                self._reserve(num_texts)
-                self._engine.grow(num_texts)
-            return self._engine
-
-    def _reserve(self, num_texts: int) -> None:
-        for model in self.models:
-            if isinstance(model, LocalModel):
-                model.reserve(num_texts)
+        self.engine.close()
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         names, contexts = self.model_names, self.context_lengths
@@ -363,46 +340,4 @@ class CollaborativeLM:
         *,
         ahead: bool = False,
     ) -> Writing:
-        """A text that is ready to be written; `ahead`: nobody reads along, so that steps may be held back."""
-        # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
-        bounds = list(zip(ids, self.context_lengths, strict=True))
-        # Where models share but chunks, an assistant's tokens are not the base's: its own context is watched.
-        room = [
-            context - len(own) + 1 for own, context in (bounds[:1] if self.sharing else bounds) if context is not None
-        ]
-        own = replace(params, max_tokens=min([params.max_tokens, *room]))
-        found = None
-        if alone is None:
-            params = settled(params, self.info.chosen)
-            found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, self.info.calibration)
-            require_defined(found, params, self.models, self.has_gate)
-        number = BASE if alone is None else self._number(alone)
-        eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self._eos)
-        text = Text(ids) if self.sharing is None or found is None else self.sharing.text(ids, self.context_lengths)
-        self.engine.require_room(text, own.max_tokens)
-        if self.sharing is not None:
-            # A server reads a text again for each answer about it: two at a time would save nothing.
-            ahead = ahead and not any(isinstance(model, StreamingModel) for model in self.models)
-            flow, transcript = self.sharing.writing(text, own, found, number, ahead=ahead)
-        else:
-            if found is None:
-                flow = single(number, text, own, eos)
-            else:
-                flow = make_flow(found, text, own, eos, AdaptivePace(self.engine.experience), self.models[BASE])
-            transcript = Transcript.of_tokens(self._decoder, ids[BASE], params.stop, eos)
-        if params.stop:
-            flow = stopping(flow, transcript)
-        return Writing(flow, text, own.max_tokens, transcript, self.model_names)
-
-    @property
-    def context_lengths(self) -> tuple[int | None, ...]:
-        """Tokens that a text may come to for each model; None: no bound."""
-        bounds = [(model.context_length, self._max_model_len) for model in self.models]
-        return tuple(min((each for each in bound if each is not None), default=None) for bound in bounds)
-
-    def _number(self, model: int | str) -> int:
-        if isinstance(model, int) and 0 <= model < len(self.models):
-            return model
-        if model in self.model_names:
-            return self.model_names.index(str(model))
-        raise CollmError(f"there is no model {model!r}; the models are {', '.join(self.model_names)}")
+        return self._writers.writing(self._engine, ids, params, self.info, policy, alone, ahead=ahead)
