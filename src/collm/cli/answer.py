@@ -8,19 +8,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from collm.cli.asking import decoding_options, sampling_params
 from collm.cli.console import ResumableCommand
-from collm.cli.options import (
-    EXISTING,
-    OUTPUT_FILE,
-    alone_option,
-    batch_size_option,
-    check_llm,
-    decoding_options,
-    identity,
-    load_llm,
-    model_options,
-    sampling_params,
-)
+from collm.cli.options import alone_option, batch_size_option
+from collm.cli.param_types import EXISTING, OUTPUT_FILE
+from collm.cli.system import check_llm, identity, load_llm, model_options
 from collm.files import claimed
 
 

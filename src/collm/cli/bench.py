@@ -11,7 +11,8 @@ import click
 from click.core import ParameterSource
 
 from collm.cli.console import ResumableCommand, waiting
-from collm.cli.options import OUTPUT_FILE, OUTPUT_FOLDER, F, machine_options
+from collm.cli.options import F, machine_options
+from collm.cli.param_types import OUTPUT_FILE, OUTPUT_FOLDER
 
 if TYPE_CHECKING:
     from collm.bench.pairs import Pair

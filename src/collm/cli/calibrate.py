@@ -10,20 +10,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from collm.cli.console import ResumableCommand
-from collm.cli.options import (
-    OUTPUT_FOLDER,
-    Named,
-    askable,
-    batch_size_option,
-    check_llm,
-    data_options,
-    identity,
-    load_llm,
-    model_options,
-    read_examples,
-    task_option,
-    unsandboxed_option,
-)
+from collm.cli.examples import askable, data_options, read_examples
+from collm.cli.options import TASK_HELP, batch_size_option, unsandboxed_option
+from collm.cli.param_types import OUTPUT_FOLDER, Named
+from collm.cli.system import check_llm, identity, load_llm, model_options
 from collm.errors import CollmError
 from collm.files import claimed
 from collm.sampling_params import Signal
@@ -47,7 +37,7 @@ def parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple
 
 @click.command(cls=ResumableCommand, short_help="Find thresholds for deferral rates.")
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@task_option
+@click.option("--task", required=True, metavar="TASK", help=TASK_HELP)
 @click.option("--data", required=True, metavar="DATA", help="Calibration examples, neither trained nor tested on.")
 @click.option(
     "--signal",

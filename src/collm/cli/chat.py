@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from collm.cli.asking import decoding_options, sampling_params
 from collm.cli.console import Command
-from collm.cli.options import alone_option, check_llm, decoding_options, load_llm, model_options, sampling_params
+from collm.cli.options import alone_option
 from collm.cli.serve import KEY_VARIABLE
+from collm.cli.system import check_llm, load_llm, model_options
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.sampling_params import SamplingParams

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from collm.cli.console import Command, echo_json
-from collm.cli.options import EXISTING
+from collm.cli.param_types import EXISTING
 
 if TYPE_CHECKING:
     from collm.evaluation.result import EvalResult

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import DTYPES, OUTPUT_FOLDER
+from collm.cli.options import DTYPES
+from collm.cli.param_types import OUTPUT_FOLDER
 from collm.errors import CollmError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from collm.cli.console import ResumableCommand, waiting
-from collm.cli.options import OUTPUT_FOLDER
+from collm.cli.param_types import OUTPUT_FOLDER
 
 
 @click.command(cls=ResumableCommand, short_help="The whole method in minutes, without downloads.")

@@ -11,23 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from collm.cli.asking import decoding_options, sampling_params
 from collm.cli.console import ResumableCommand, echo_json
-from collm.cli.options import (
-    OUTPUT,
-    TASK_HELP,
-    alone_option,
-    askable,
-    batch_size_option,
-    check_llm,
-    data_options,
-    decoding_options,
-    identity,
-    load_llm,
-    model_options,
-    read_examples,
-    sampling_params,
-    unsandboxed_option,
-)
+from collm.cli.examples import askable, data_options, read_examples
+from collm.cli.options import TASK_HELP, alone_option, batch_size_option, unsandboxed_option
+from collm.cli.param_types import OUTPUT
+from collm.cli.system import check_llm, identity, load_llm, model_options
 from collm.files import claimed
 from collm.sampling_params import SamplingParams
 

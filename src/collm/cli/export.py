@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command, waiting
-from collm.cli.options import OUTPUT_FOLDER, machine_options
+from collm.cli.options import machine_options
+from collm.cli.param_types import OUTPUT_FOLDER
 
 COARSE = 0.05
 """A gate that is further off than this, in nats, defers at other places than the one that was calibrated."""

@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from collm.cli.asking import decoding_options, sampling_params
 from collm.cli.console import Command, echo_json, read_stdin
-from collm.cli.options import (
-    OUTPUT_FILE,
-    alone_option,
-    check_llm,
-    decoding_options,
-    load_llm,
-    model_options,
-    sampling_params,
-)
+from collm.cli.options import alone_option
+from collm.cli.param_types import OUTPUT_FILE
+from collm.cli.system import check_llm, load_llm, model_options
 from collm.errors import CollmError
 from collm.text import require_text
 

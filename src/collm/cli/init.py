@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import OUTPUT_FILE, TASK_HELP
+from collm.cli.options import TASK_HELP
+from collm.cli.param_types import OUTPUT_FILE
 from collm.errors import CollmError, nearest
 
 if TYPE_CHECKING:

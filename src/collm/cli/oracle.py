@@ -10,7 +10,9 @@ import click
 
 from collm.cli.calibrate import parse_rates
 from collm.cli.console import ResumableCommand, echo_json, waiting
-from collm.cli.options import OUTPUT_FILE, check_llm, data_options, identity, load_llm, model_options, read_examples
+from collm.cli.examples import data_options, read_examples
+from collm.cli.param_types import OUTPUT_FILE
+from collm.cli.system import check_llm, identity, load_llm, model_options
 from collm.files import beside, claimed, require_apart, require_own
 
 if TYPE_CHECKING:

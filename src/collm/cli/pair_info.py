@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from collm.cli.console import Command, echo_json, waiting
-from collm.cli.options import data_options, read_examples
+from collm.cli.examples import data_options, read_examples
 
 BARE = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 """How a model without a chat template is shown messages: a recipe has to give it some template."""

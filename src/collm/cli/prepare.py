@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import EXISTING, OUTPUT_FOLDER
+from collm.cli.param_types import EXISTING, OUTPUT_FOLDER
 from collm.data.sources import FORMATS
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import EXISTING, OUTPUT_FILE
+from collm.cli.param_types import EXISTING, OUTPUT_FILE
 
 
 def _weights(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from collm.cli.console import ResumableCommand, waiting
-from collm.cli.options import (
-    OUTPUT_FOLDER,
-    data_options,
-    format_options,
-    machine_options,
-    prompt_format,
-    read_examples,
-)
+from collm.cli.examples import data_options, read_examples
+from collm.cli.options import date_option, machine_options, template_kwargs_option
+from collm.cli.param_types import EXISTING, OUTPUT_FOLDER
 from collm.errors import CollmError
 from collm.files import claimed
+
+if TYPE_CHECKING:
+    from collm.data.formatting import PromptFormat
 
 TOLD = 1000
 """Examples that are read before scoring to tell how fine their chunks are: enough for a share, and done in a second."""
@@ -47,7 +45,10 @@ TOLD = 1000
     help="Other models of the system, where their tokenizers differ: then chunks are scored, which all can write "
     "(collm pair-info). Name all of them for each model's scores.",
 )
-@format_options
+@click.option("--system", metavar="TEXT", help="System prompt for conversations that have none.")
+@click.option("--chat-template", type=EXISTING, metavar="FILE", help="Jinja template instead of the tokenizer's own.")
+@template_kwargs_option
+@date_option
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Longer is cut off.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Per forward pass.")
 @click.option("--last-turn", is_flag=True, help="Of conversations, score the last assistant turn alone.")
@@ -89,7 +90,7 @@ def score(
         from collm.models.pairing import cuts_between, require_free_tools, tell_chunking
         from collm.models.tools import make_tool
 
-    format = prompt_format(options)
+    format = _prompt_format(options)
     base_tokenizer = None if base is None else load_tokenizer(base)
     tokenizer = base_tokenizer if tool and base_tokenizer is not None else load_tokenizer(shown_by)
     first = tokenizer if base_tokenizer is None else base_tokenizer
@@ -170,3 +171,16 @@ def _show(info: Mapping[str, Any]) -> None:
     if "approximate" in info:
         figures.append(f"approximate: {info['approximate']}")
     click.echo("; ".join(figures))
+
+
+def _prompt_format(options: Mapping[str, Any]) -> PromptFormat:
+    from collm.data.formatting import PromptFormat
+    from collm.text import read_text
+
+    template = options["chat_template"]
+    return PromptFormat(
+        system_prompt=options["system"],
+        chat_template=None if template is None else read_text(template),
+        template_kwargs=options["template_kwargs"],
+        date=options["date"],
+    )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from collm.cli.asking import sampling_params, writer_options
 from collm.cli.console import Command, waiting
-from collm.cli.options import EXISTING, check_llm, load_llm, model_options, sampling_params, writer_options
+from collm.cli.param_types import EXISTING
+from collm.cli.system import check_llm, load_llm, model_options
 from collm.errors import CollmError
 
 if TYPE_CHECKING:

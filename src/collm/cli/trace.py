@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from collm.cli.console import Command
-from collm.cli.options import OUTPUT_FILE
+from collm.cli.param_types import OUTPUT_FILE
 from collm.errors import CollmError
 from collm.files import beside, require_apart
 
