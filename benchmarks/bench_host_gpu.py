@@ -92,8 +92,10 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
         made = "_made" if graphs is not stepper else "_captured"
         captured = getattr(graphs, made)
 
-        def with_replay(size: int, number: int = number, seconds: Any = seconds, captured: Any = captured) -> Any:
-            bucket = captured(size)
+        def with_replay(
+            size: int, *how: Any, number: int = number, seconds: Any = seconds, captured: Any = captured
+        ) -> Any:
+            bucket = captured(size, *how)
             lines, out = bucket.into[HEAD:].reshape(LINES, -1), bucket.out
 
             def replay() -> None:
@@ -113,6 +115,7 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
         stepper._capture.wait = lambda: clock[0].wait()
         (stepper._forget if graphs is stepper else graphs.forget)()
         model.warm_up()
+        assert stepper.buckets, "a pass without a graph costs the host far more than it does on a GPU"
         fewest = (1, *(size + 1 for size in stepper.buckets))
         model._pass_curve = [
             (tokens, seconds(size))

@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def imported(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_script", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("gpu_bench", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported("gpu")
 
 
 def test_every_section_runs_and_every_demand_is_measured(
@@ -53,3 +57,15 @@ def test_a_section_that_fails_costs_the_others_nothing(
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert list(found["errors"]) == ["broken", "late"] and "no such card" in found["errors"]["broken"]
     assert found["demands"]["pass.base.T16"] == {"limit": "<= 1.4", "found": 1.2, "holds": True}
+
+
+def test_the_simulation_of_the_host_runs_with_stand_ins_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches into what records graphs: if it no longer stands in for them, passes run without any."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
+    simulation = imported("bench_host_gpu")
+    for name, value in {"TOKENS": 24, "SEEDS": 2, "CASES": [("alone", 2), ("speculative", 2)]}.items():
+        monkeypatch.setattr(simulation, name, value)
+    rows = simulation.measure([2])
+    assert set(rows) == {"alone b2", "speculative b2"}
+    assert all(row["wall_over_graphs"] > 1 and row["tok_s"] > 0 for row in rows.values())
+    assert rows["speculative b2"]["over_alone"] != 1.0
