@@ -154,23 +154,38 @@ def test_no_item_is_long_and_none_too_many() -> None:
         assert chunk == planned.CHUNK
 
 
-def test_few_tokens_are_written_down_as_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_plan_says_by_its_definition() -> None:
+    """Of random rows, token by token and piece by piece; some have too many items for the shortest chunk."""
+    chunks = set()
     for seed in range(40):
         rng, blocks = random.Random(seed), Blocks(4000, 16, 600, SIZE)
-        rows, size = [], rng.choice([32, 96])
-        while (left := size - sum(row.width for row in rows)) and len(rows) < 12:
-            rows.append(
-                Row(len(rows), rng.choice([0, 3, SIZE - 1, 700, 9000]), min(left, rng.choice([1, 1, 2, 7, 30])))
-            )
+        rows, size = [], rng.choice([32, 96, 300])
+        while (left := size - rng.choice([0, 9]) - sum(row.width for row in rows)) > 0 and len(rows) < 12:
+            start, width = rng.choice([0, 3, SIZE - 1, 700, 9000]), min(left, rng.choice([1, 1, 2, 7, 30, 90]))
+            rows.append(Row(rng.choice([n for n in range(16) if n not in [row.slot for row in rows]]), start, width))
             blocks.write(rows[-1].slot, 0, rows[-1].end)
         ids = [rng.randrange(1000) for row in rows for _ in range(row.width)]
-        written = []
-        for few in (planned.FEW_TEXTS, 0):
-            monkeypatch.setattr(planned, "FEW_TEXTS", few)
-            numbers = np.full(planned.size(size), 7, dtype=np.int32)
-            written.append((fill(numbers, rows, ids, blocks, 4), numbers.tolist()))
-            monkeypatch.undo()
-        assert written[0] == written[1]
+        numbers = np.full(planned.size(size), 7, dtype=np.int32)
+        items = fill(numbers, rows, ids, blocks, 4)
+        lines, chunk = numbers[planned.HEAD :].reshape(planned.LINES, -1).tolist(), int(numbers[1])
+        chunks.add(chunk)
+        places = [(row.slot, position) for row in rows for position in range(row.start, row.end)]
+        padding = size - len(places)
+        assert lines[planned.IDS] == ids + [0] * padding
+        assert lines[planned.POSITIONS] == [position for _, position in places] + [0] * padding
+        assert lines[planned.SLOTS] == [slot for slot, _ in places] + [16] * padding
+        stored = [int(blocks.table[slot, position // SIZE]) * SIZE + position % SIZE for slot, position in places]
+        assert lines[planned.WHERE] == stored + [4000 * SIZE] * padding
+        pieces = list(zip(*lines[planned.TOKEN : planned.ITEM + 1], strict=True))
+        item = token = 0
+        for first, width, slot, start, first_item in [piece for piece in pieces if piece[1]]:
+            assert (first, first_item) == (token, item) and width <= 4
+            assert [(slot, start + n) for n in range(width)] == places[token : token + width]
+            token += width
+            item += -(-(start + width) // chunk)
+        assert token == len(places) and item == items == numbers[0] <= planned.num_items(size)
+        assert set(pieces[sum(piece[1] > 0 for piece in pieces) :]) <= {(0, 0, 0, 0, planned.NO_ITEM)}
+    assert len(chunks) > 1
 
 
 def test_blocks_are_shared_until_they_are_written() -> None:

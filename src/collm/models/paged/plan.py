@@ -40,8 +40,6 @@ CHUNK = 256
 MORE_ITEMS = 256
 """Items beyond one for each token that a pass may have: it bounds the memory of partial results."""
 NO_ITEM = 2**31 - 1
-FEW_TEXTS, FEW_TOKENS = 64, 96
-"""Texts and tokens of a pass, at most, that is written down one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +90,34 @@ def fill(
     """
     fill_empty(numbers, blocks)
     lines = numbers[HEAD:].reshape(LINES, -1)
-    count = len(token_ids)
-    if len(rows) <= FEW_TEXTS and count <= FEW_TOKENS:
-        items = _few(numbers, lines, rows, token_ids, blocks, per_piece)
-        if items:
-            return items
-    shape = np.array([(row.slot, row.start, row.width) for row in rows], dtype=np.int32)
-    slots, starts, widths = shape.T
-    number = np.repeat(np.arange(len(rows)), widths)
-    first = np.cumsum(widths) - widths
-    positions = starts[number] + np.arange(count) - first[number]
-    lines[IDS, :count] = token_ids
-    lines[POSITIONS, :count] = positions
-    lines[SLOTS, :count] = slots[number]
-    block = blocks.table[slots[number], positions // blocks.size]
-    lines[WHERE, :count] = block * blocks.size + positions % blocks.size
-    return _pieces(numbers, lines, slots, starts, widths, first, per_piece)
+    size, token, item = blocks.size, 0, 0
+    found: list[tuple[int, ...]] = []
+    for slot, start, width in rows:
+        own, end = blocks.of_slot[slot], start + width
+        while start < end:
+            place = start // size
+            until = end if width == 1 else min(start + per_piece, end, (place + 1) * size)
+            # What is added to a token's number in the pass to find its position, and its place in the storage.
+            ahead = start - token
+            stored = ahead + (own[place] - place) * size
+            found.append((ahead, stored, slot, token, until - start, slot, start, item))
+            item += (until - 1) // CHUNK + 1
+            token += until - start
+            start = until
+    pieces = np.array(found, dtype=np.int32)
+    of_tokens, of_pieces = lines[: SLOTS + 1, :token], lines[TOKEN : ITEM + 1, : len(found)]
+    of_pieces[:] = pieces[:, 3:].T
+    each = pieces[:, :3] if len(found) == token else pieces[:, :3].repeat(pieces[:, 4], axis=0)
+    of_tokens[IDS], of_tokens[POSITIONS:] = token_ids, each.T
+    of_tokens[POSITIONS : WHERE + 1] += np.arange(token, dtype=np.int32)
+    chunk, room = CHUNK, num_items(lines.shape[1])
+    while item > room:
+        chunk *= 2
+        items = -(-(pieces[:, 4] + pieces[:, 6]) // chunk)
+        item = int(items.sum())
+        of_pieces[-1] = np.cumsum(items) - items
+    numbers[:2] = item, chunk
+    return item
 
 
 def fill_empty(numbers: NDArray[np.int32], blocks: Blocks) -> None:
@@ -122,71 +132,3 @@ def _empty(size: int, slot: int, where: int) -> NDArray[np.int32]:
     lines[SLOTS], lines[WHERE], lines[ITEM] = slot, where, NO_ITEM
     numbers[1] = CHUNK
     return numbers
-
-
-def _few(
-    numbers: NDArray[np.int32],
-    lines: NDArray[np.int32],
-    rows: Sequence[Row],
-    token_ids: Sequence[int],
-    blocks: Blocks,
-    per_piece: int,
-) -> int:
-    """The usual pass, a few tokens of each of some texts: Python is quicker here than dozens of calls of numpy. 0 where
-    there would be too many items."""
-    size, token, item = blocks.size, 0, 0
-    positions: list[int] = []
-    where: list[int] = []
-    slots: list[int] = []
-    pieces: list[tuple[int, int, int, int, int]] = []
-    for slot, start, width in rows:
-        own = blocks.of_slot[slot]
-        if width == 1:
-            positions.append(start)
-            where.append(own[start // size] * size + start % size)
-            slots.append(slot)
-            pieces.append((token, 1, slot, start, item))
-            item += start // CHUNK + 1
-            token += 1
-            continue
-        end = start + width
-        positions += range(start, end)
-        slots += [slot] * width
-        for place in range(start // size, (end - 1) // size + 1):
-            first = place * size
-            moved = own[place] * size - first
-            where += range(max(start, first) + moved, min(end, first + size) + moved)
-        for done in range(0, width, per_piece):
-            wide = min(per_piece, width - done)
-            pieces.append((token + done, wide, slot, start + done, item))
-            item += (start + done + wide - 1) // CHUNK + 1
-        token += width
-    if item > num_items(lines.shape[1]):
-        return 0
-    lines[: SLOTS + 1, :token] = (token_ids, positions, where, slots)
-    lines[TOKEN : ITEM + 1, : len(pieces)] = np.array(pieces, dtype=np.int32).T
-    numbers[0] = item
-    return item
-
-
-def _pieces(
-    numbers: NDArray[np.int32],
-    lines: NDArray[np.int32],
-    slots: NDArray[np.int32],
-    starts: NDArray[np.int32],
-    widths: NDArray[np.int32],
-    first: NDArray[np.int64],
-    per_piece: int,
-) -> int:
-    counts = -(-widths // per_piece)
-    number = np.repeat(np.arange(len(widths)), counts)
-    done = (np.arange(len(number)) - (np.cumsum(counts) - counts)[number]) * per_piece
-    count, room = len(number), num_items(lines.shape[1])
-    width = np.minimum(per_piece, widths[number] - done)
-    start = starts[number] + done
-    chunk = CHUNK
-    while (items := -(-(start + width) // chunk)).sum() > room:
-        chunk *= 2
-    lines[TOKEN : ITEM + 1, :count] = first[number] + done, width, slots[number], start, np.cumsum(items) - items
-    numbers[:2] = items.sum(), chunk
-    return int(items.sum())
