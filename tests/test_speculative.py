@@ -161,8 +161,8 @@ def test_of_strides_that_cost_nearly_the_same_the_shortest_is_taken(agreement: f
     def base(tokens: float) -> float:
         return 1.0
 
-    def assistant(tokens: float) -> float:
-        return 7.0 if tokens <= 16 else 12.0  # a step, as passes of a GPU have
+    def assistant(tokens: Any) -> Any:
+        return np.where(tokens <= 16, 7.0, 12.0)  # a step, as passes of a GPU have
 
     def cost(drafted: int) -> float:
         rng = random.Random(drafted)
@@ -170,7 +170,7 @@ def test_of_strides_that_cost_nearly_the_same_the_shortest_is_taken(agreement: f
         for _ in range(4000):
             stood = next((n for n in range(1, drafted) if rng.random() > agreement), drafted)
             settled += stood
-        return 4000 * (drafted + assistant(drafted)) / settled
+        return float(4000 * (drafted + assistant(drafted)) / settled)
 
     costs = {drafted: cost(drafted) for drafted in range(1, 65)}
     found = best_stride(1.0, agreement, base, assistant)

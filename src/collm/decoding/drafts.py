@@ -14,7 +14,10 @@ D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(g)` per deferred token, for th
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 MAX_DEFERRALS = 16
 MAX_RUN = 16
@@ -23,16 +26,18 @@ MIN_GAIN = 0.03
 """Share of a cost that drafting, or drafting further, must promise to save; below it the estimates decide nothing."""
 
 
-class BlockCost(Protocol):
-    def __call__(self, tokens: float, /) -> float: ...
+Numbers = Any
+"""A number, or an array of them: plans are compared all at once."""
+BlockCost = Callable[[Numbers], Numbers]
+"""Seconds by tokens."""
 
 
-def plain_cost(gap: float, base: BlockCost, assistant: BlockCost) -> float:
+def plain_cost(gap: float, base: BlockCost, assistant: BlockCost) -> Numbers:
     """Seconds per deferred token of plain decoding."""
     return base(1) + assistant(gap)
 
 
-def draft_cost(num_deferrals: int, gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> float:
+def draft_cost(num_deferrals: Numbers, gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> Numbers:
     """Expected seconds per deferred token if the base drafts until `num_deferrals` are pending.
 
     The base steps between two deferrals, which plain decoding takes as well, are not counted.
@@ -41,7 +46,7 @@ def draft_cost(num_deferrals: int, gap: float, agreement: float, base: BlockCost
     return cycle / _geometric(agreement, num_deferrals) - (gap - 1) * base(1)
 
 
-def run_cost(num_run: int, gap: float, continuation: float, base: BlockCost, assistant: BlockCost) -> float:
+def run_cost(num_run: Numbers, gap: float, continuation: float, base: BlockCost, assistant: BlockCost) -> Numbers:
     """Expected seconds per deferred token if the assistant drafts `num_run` tokens beyond each of its own."""
     cycle = assistant(gap) + num_run * assistant(1) + base(num_run + 1)
     return cycle / _geometric(continuation, num_run + 1)
@@ -55,14 +60,14 @@ def best_draft(
     With a `continuation` of 0 no run can pay.
     """
     plain = plain_cost(gap, base, assistant)
-    by_base = {d: draft_cost(d, gap, agreement, base, assistant) for d in range(2, MAX_DEFERRALS + 1)}
-    runs = range(1, MAX_RUN + 1 if continuation else 1)
-    by_assistant = {n: run_cost(n, gap, continuation, base, assistant) for n in runs}
-    deferrals, run = min(by_base, key=by_base.__getitem__), min(by_assistant, key=by_assistant.__getitem__, default=0)
-    least = by_assistant.get(run, math.inf)
-    if min(by_base[deferrals], least) > (1 - MIN_GAIN) * plain:
+    by_base = draft_cost(np.arange(2, MAX_DEFERRALS + 1), gap, agreement, base, assistant)
+    least, least_run = by_base.min(), math.inf
+    if continuation:
+        by_assistant = run_cost(np.arange(1, MAX_RUN + 1), gap, continuation, base, assistant)
+        least_run = by_assistant.min()
+    if min(least, least_run) > (1 - MIN_GAIN) * plain:
         return 1, 0
-    return (deferrals, 0) if by_base[deferrals] <= least else (1, run)
+    return (2 + int(by_base.argmin()), 0) if least <= least_run else (1, 1 + int(by_assistant.argmin()))
 
 
 def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> int:
@@ -72,17 +77,12 @@ def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockC
     behind the last deferral, g - 1, are not judged; if all before them stand, they are read the next time instead. Of
     strides that cost nearly the same it is the shortest: less is lost where a text ends, or where an estimate errs.
     """
-    stands, step = 1 - (1 - agreement) / gap, base(1)
-
-    def cost(drafted: int) -> float:
-        read = drafted - (gap - 1) * (1 - stands**drafted)
-        return (drafted * step + assistant(max(1.0, read))) / _geometric(stands, drafted)
-
-    costs = [cost(drafted) for drafted in range(1, MAX_STRIDE + 1)]
-    most = (1 + MIN_GAIN) * min(costs)
-    return next(n for n, each in enumerate(costs, 1) if each <= most)
+    stands, drafted = 1 - (1 - agreement) / gap, np.arange(1, MAX_STRIDE + 1)
+    read = drafted - (gap - 1) * (1 - stands**drafted)
+    costs = (drafted * base(1) + assistant(np.maximum(1.0, read))) / _geometric(stands, drafted)
+    return 1 + int(np.argmax(costs <= (1 + MIN_GAIN) * costs.min()))
 
 
-def _geometric(ratio: float, terms: int) -> float:
+def _geometric(ratio: float, terms: Numbers) -> Numbers:
     """1 + ratio + ... + ratio^(terms - 1)."""
     return terms if math.isclose(ratio, 1) else (1 - ratio**terms) / (1 - ratio)

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from collm.decoding.drafts import BlockCost, best_draft, best_stride
 from collm.types import BASE
 
@@ -76,16 +78,19 @@ class PassCosts:
 
     def block(self, tokens: float) -> float:
         """One row's share of a pass in which every row brings so many tokens."""
-        return self.blocks()(tokens)
+        return float(self.blocks()(tokens))
 
     def blocks(self, rows: float | None = None) -> BlockCost:
         """`block` as it stands now, for many numbers of tokens at once; `rows`: of a curve, if not as lately."""
         if self.curve:
-            own = rows or self.rows
-            return lambda tokens: self.pass_seconds(tokens * own) / own
+            own, (at, seconds) = rows or self.rows, np.array(self.curve).T
+            # As `_on_curve`, of many numbers of tokens.
+            return lambda tokens: (
+                self._factor / own * np.interp(tokens * own, at, seconds) * np.maximum(1, tokens * own / at[-1])
+            )
         rows, slope, least = self.rows, self.slope, 0.1 * self._seconds
         fixed = self._seconds - slope * self._tokens
-        return lambda tokens: max(fixed + slope * rows * tokens, least) / rows
+        return lambda tokens: np.maximum(fixed + slope * rows * tokens, least) / rows
 
 
 def _on_curve(curve: Sequence[tuple[int, float]], tokens: float) -> float:
