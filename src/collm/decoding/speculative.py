@@ -99,10 +99,11 @@ class _Draft:
         self.known: list[dict[int, Reply]] = [{} for _ in text.views]
         """By model and position: replies after prefixes of written and drafted tokens."""
         self.position = text.length
-        """Of the next token to be settled."""
+        """Of the next token to be settled. What is known of earlier ones is never read again."""
         self._text, self._policy, self._how = text, policy, params.draw
         self._tokens: list[int] = []
-        self._decisions: dict[int, Decision] = {}
+        self._decided: dict[int, tuple[Answer, Decision]] = {}
+        """Where the base has answered, and whom it would ask."""
         self._extends = (-1, 0)
         """The model whose `Extend` runs, and where its next answer belongs."""
         self._until = 0
@@ -142,26 +143,27 @@ class _Draft:
         )
         assert replies is not None and len(replies) == 1
         self._extends = (-1, 0)
-        self.known[model].update(enumerate(replies[0], self.position))
+        self._learn(model, self.position, replies[0])
 
     def _goes_on(self, pace: Pace, model: int, last: int, tokens: Sequence[int]) -> Foreseen | None:
         """What the base is asked next if an assistant has chosen these from the next position to the `last` one: behind
         the first token that is not the drafted one, or behind the draft."""
-        known, first = self.known[BASE], self.position
-        for position in range(first, self.end + 1):
-            reply = known.get(position)
-            if not isinstance(reply, Answer):
+        first, end = self.position, self.end
+        for position in range(first, end + 1):
+            found = self._decided.get(position)
+            if found is None:
                 return None
-            author = self.first_author(position)
+            base, decision = found
+            author = decision.authors[0]
             if author == BASE:
-                token_id = reply.token_id
+                token_id = base.token_id
             elif author == model and position <= last:
                 token_id = tokens[position - first]
             else:
                 return None
-            if ends_text(token_id, author, self.eos) or position + 1 >= self.params.max_tokens:
-                return None
-            if position == self.end or token_id != self._tokens[position - first]:
+            if position == end or token_id != self._tokens[position - first]:
+                if ends_text(token_id, author, self.eos) or position + 1 >= self.params.max_tokens:
+                    return None
                 if author != BASE and pace.run(author):
                     return None
                 view = self._text.views[BASE]
@@ -197,23 +199,19 @@ class _Draft:
         assert replies is not None
         [found] = replies
         self._extends = (model, end + len(found))
-        self.known[model].update(enumerate(found, end))
+        self._learn(model, end, found)
 
-    def decision(self, position: int) -> Decision:
-        """The models to ask for a token whose base has answered."""
-        decision = self._decisions.get(position)
-        if decision is None:
-            base = required(self.known[BASE][position])
-            decision = self._decisions[position] = decide(self._policy, base, self._how, position)
-        return decision
+    def _learn(self, model: int, first: int, replies: Sequence[Reply]) -> None:
+        """A model has answered from this position on."""
+        self.known[model].update(enumerate(replies, first))
+        if model == BASE:
+            for position, reply in enumerate(replies, first):
+                if isinstance(reply, Answer):
+                    self._decided[position] = reply, decide(self._policy, reply, self._how, position)
 
     def first_author(self, position: int) -> int:
-        decision = self._decisions.get(position)
-        if decision is None:
-            if not isinstance(self.known[BASE].get(position), Answer):
-                return BASE
-            decision = self.decision(position)
-        return decision.authors[0]
+        found = self._decided.get(position)
+        return BASE if found is None else found[1].authors[0]
 
     def would_write(self, model: int, position: int) -> int | None:
         """The model's own token, if it has answered there."""
@@ -222,17 +220,18 @@ class _Draft:
 
     def base_draft(self, end: int) -> int | None:
         """What the base would write at `end`, if the text would go on behind it."""
-        reply = self.known[BASE].get(end)
-        if not isinstance(reply, Answer) or end + 1 >= self.params.max_tokens:
+        found = self._decided.get(end)
+        if found is None or end + 1 >= self.params.max_tokens:
             return None
-        token_id = reply.token_id
-        return None if ends_text(token_id, self.first_author(end), self.eos) else token_id
+        base, decision = found
+        return None if ends_text(base.token_id, decision.authors[0], self.eos) else base.token_id
 
     def settle(self) -> int | Step:
         """The next token, or the assistant that is still to be asked about it."""
         position, drafted = self.position, self._tokens
-        decision = self.decision(position)
-        writers = Writers(required(self.known[BASE][position]), decision.signal)
+        base = required(self.known[BASE][position])
+        _, decision = self._decided[position]
+        writers = Writers(base, decision.signal)
         for candidate in decision.authors:
             if candidate == BASE:
                 break
@@ -253,9 +252,6 @@ class _Draft:
         position = self.position
         if self._tokens and self._tokens[0] == token_id:
             del self._tokens[0]
-            for known in self.known:
-                known.pop(position, None)
-            self._decisions.pop(position, None)
         else:
             drafted = bool(self._tokens)
             if drafted:
@@ -267,8 +263,5 @@ class _Draft:
                 if drafted or self.would_write(model, position) != token_id:
                     known.clear()
                     if model == BASE:
-                        self._decisions.clear()
-                else:
-                    del known[position]
-            self._decisions.pop(position, None)
+                        self._decided.clear()
         self.position += 1
