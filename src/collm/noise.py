@@ -48,8 +48,7 @@ def philox(
 
 def uniforms(seed: int, sample: int, position: int, purpose: Purpose, count: int = 1) -> tuple[float, ...]:
     """Independent uniform numbers in (0, 1), for decisions on the host."""
-    block, offset = divmod(position, POSITIONS)
-    return _uniforms(seed, sample, block, purpose, count)[offset]
+    return _uniforms(seed, sample, position // POSITIONS, purpose, count)[position % POSITIONS]
 
 
 POSITIONS = 64

@@ -134,7 +134,7 @@ def _goes_on(
     if ends_text(token_id, author, eos) or text.length + 1 >= max_tokens:
         return None
     view = text.views[BASE]
-    return Foreseen(view, len(view), token_id, draw)
+    return Foreseen(view, len(view.token_ids), token_id, draw)
 
 
 @dataclass(slots=True)

@@ -55,10 +55,12 @@ class Queues:
         experience.share_device(number for number in beside if number != BASE)
         self.some_ended = False
         """A text that may stand in a queue has ended."""
-        self._begins_early = True
-        """The base may begin before it is asked."""
         self._models, self._experience = models, experience
         self.writes_on = [model.writes_on for model in models]
+        self._before_base = {number for number in beside if number != BASE and self.writes_on[number]}
+        """Those behind whose passes the base may begin before it is asked."""
+        if during is None or not self.writes_on[BASE]:
+            self._before_base.clear()
         self._patience, self._timeout = patience, timeout
         self._clock, self._take, self._go_on, self._heard, self._during = clock, take, go_on, heard, during
 
@@ -97,12 +99,10 @@ class Queues:
 
     def _chosen(self, number: int, more_wait: bool) -> Chosen | None:
         """Who is told what an assistant chooses: the base of the same device, whose turn probably comes next."""
-        during, base, model = self._during, self._models[BASE], self._models[number]
-        if during is None or not (self._begins_early and self.writes_on[BASE] and self.writes_on[number]):
+        during = self._during
+        if during is None or number not in self._before_base:
             return None
-        if base.device != model.device:
-            return None
-        return partial(self._foresee, base, more_wait, during)
+        return partial(self._foresee, self._models[BASE], more_wait, during)
 
     def _foresee(
         self,
@@ -119,16 +119,20 @@ class Queues:
                 base.foresee(coming)
         except Exception:  # whatever it is, the answers are there, and whoever asks the base next is told
             _log.warning("%s could not begin early, and will not any more", base.name, exc_info=True)
-            self._begins_early = False
+            self._before_base.clear()
 
     def _coming(self, found: list[tuple[Query, Sequence[int]]], more_wait: bool) -> list[Foreseen]:
         """What the base's next pass will be of, if all of it can be told."""
-        if any(query.then is None and query.write_on is None for query, _ in found):
-            return []  # nobody knows what they will ask
-        thens = [query.then(tokens) for query, tokens in found if query.then is not None]
-        if more_wait and None in thens:
-            return []  # the prompt of one that waits is read with the next pass
-        coming = [each for each in thens if each is not None]
+        coming: list[Foreseen] = []
+        for query, tokens in found:
+            if query.then is not None:
+                then = query.then(tokens)
+                if then is not None:
+                    coming.append(then)
+                elif more_wait:
+                    return []  # the prompt of one that waits is read with the next pass
+            elif query.write_on is None:
+                return []  # nobody knows what it will ask
         for item, _, query in self.of_model[BASE] or ():
             if query.write_on is None or query.num_top:
                 return []  # not a pass in which all go on

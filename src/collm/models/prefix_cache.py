@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 from torch import Tensor
 
 from collm.models.attention import Row
-from collm.values import Answer, Query, Reply
+from collm.values import Query, Reply
 from collm.views import View
 
 PASS_TOKENS = 1024
@@ -22,6 +23,8 @@ UNSEATED = 64
 """Ended texts without a slot that are remembered."""
 WORTH_SHARING = 16
 """Tokens of a common prefix that are worth a copy, or the wait until another text has computed them."""
+
+_TOKEN = attrgetter("token_id")
 
 
 @dataclass(slots=True, eq=False)
@@ -244,9 +247,9 @@ class PrefixCache(ABC):
             slot.held = done
 
     def hold_ahead(self, job: Job) -> None:
-        """So are the tokens that the model wrote behind a job, but for the last one."""
+        """So are the tokens that the model wrote behind a job, each of which is answered, but for the last one."""
         written = job.replies[job.query.num_last - 1 : -1]
-        self.slots[job.slot].ahead = job.query.length, [each.token_id for each in written if isinstance(each, Answer)]
+        self.slots[job.slot].ahead = job.query.length, list(map(_TOKEN, written))
 
     def clear(self, job: Job) -> None:
         """Nothing of what a job has stored may be read again: NaN passes through attention masks."""

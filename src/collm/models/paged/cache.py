@@ -11,8 +11,7 @@ import torch
 from collm.models.memory import free_bytes, tell_room
 from collm.models.paged.pool import PagedPool
 from collm.models.prefix_cache import Job, PrefixCache, Slot
-from collm.values import Query
-from collm.views import View
+from collm.values import Foreseen, Query
 
 SHARE = 0.75
 """Of the free memory of a device: for the caches of all its networks together, unless a setting says otherwise. What
@@ -99,17 +98,17 @@ class PagedCache(PrefixCache):
         # A text takes at most a block for what it begins and one for a shared one, besides those that it fills.
         return self._pool.blocks.num_free >= 2 * texts + tokens // self._pool.block
 
-    def cut_back(self, texts: Sequence[tuple[View, int]], longest: int | None) -> list[int] | None:
-        """The slots of texts each of which goes on behind its first so many tokens, by one more: they hold no more than
-        those any longer. None if one of them does not hold as many, or there is not room for all.
+    def cut_back(self, coming: Sequence[Foreseen], longest: int | None) -> list[int] | None:
+        """The slots of texts that go on like this, which hold no more than what comes before any longer. None if one of
+        them does not hold as much, or there is not room for all.
 
         Args:
             longest: tokens that a text may have.
         """
-        if not self._has_blocks(len(texts), len(texts)):
+        if not self._has_blocks(len(coming), len(coming)):
             return None
         found = []
-        for view, length in texts:
+        for view, length, _, _ in coming:
             place = self._places.get(view)
             if place is None or (longest is not None and length >= longest):
                 return None
@@ -118,8 +117,8 @@ class PagedCache(PrefixCache):
             if slot.source is not None or slot.held < length:
                 return None
             found.append(place)
-        for place, (_, length) in zip(found, texts, strict=True):
-            self.slots[place].held = length
+        for place, each in zip(found, coming, strict=True):
+            self.slots[place].held = each.length
         return found
 
     def room_ahead(self, jobs: Sequence[Job], tokens: Sequence[int]) -> bool:

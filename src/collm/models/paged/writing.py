@@ -47,7 +47,7 @@ def foresee(stepper: Stepper, cache: PagedCache, coming: Sequence[Foreseen], lon
     Args:
         longest: tokens that a text may have.
     """
-    if slots := cache.cut_back([(each.view, each.length) for each in coming], longest):
+    if slots := cache.cut_back(coming, longest):
         places = [
             Place(slot, each.length, each.token_id, each.draw, each.length + 1 - _before(each.view))
             for slot, each in zip(slots, coming, strict=True)
@@ -109,7 +109,11 @@ def write(
             if answers is None:
                 answers = told.answers(rows)
             for writer, answer in zip(going, answers, strict=True):
-                writer.take(answer, fault)
+                if answer is None:
+                    writer.job.broken = True
+                    writer.replies.append(fault(writer.length + 1))
+                else:
+                    writer.replies.append(answer)
             if passed is not None:
                 longest = max([writer.length for writer in going])
                 passed(ForwardPass(len(going), 1, len(going), longest, perf_counter() - began))
@@ -135,35 +139,35 @@ def write(
 
 
 class _Writer:
-    """One text, and what it may still do. `at`, `row`: its place among the queries, and in the passes; `length`: tokens
-    that have been read."""
+    """One text, and what it may still do. `at`, `row`: its place among the queries, and in the passes; `position`: in
+    the completion, of the token that its first pass chooses."""
 
-    __slots__ = ("at", "draw", "job", "left", "length", "passing", "replies", "row", "until", "_before")
+    __slots__ = ("at", "draw", "job", "left", "passing", "position", "replies", "row", "until")
 
     def __init__(self, at: int, job: Job) -> None:
         query = job.query
-        self.at, self.row, self.job, self.length, self.draw = at, at, job, job.done, query.draw
-        self.replies = job.replies
+        self.at, self.row, self.job, self.replies, self.draw = at, at, job, job.replies, query.draw
+        self.position = job.done + 1 - _before(query.view)
         self.left, self.passing = 0, 0
         self.until: Policy | None = None
         leave = query.write_on
         if leave is not None:
             self.left, self.passing, self.until = min(leave.max_tokens, LONGEST), leave.passing, leave.until
-        self._before = _before(query.view)
 
     @property
     def may_defer(self) -> bool:
         return self.until is not None and self.passing < self.left
 
     @property
-    def position(self) -> int:
-        """Of the token that is chosen next, in the completion."""
-        return self.length + 1 - self._before
+    def length(self) -> int:
+        """Tokens that have been read."""
+        return self.job.done + len(self.replies)
 
     @property
     def place(self) -> Place:
-        """Before its first pass."""
-        return Place(self.job.slot, self.length, self.job.query.view.token_ids[self.length], self.draw, self.position)
+        """Of its first pass."""
+        job = self.job
+        return Place(job.slot, job.done, job.query.view.token_ids[job.done], self.draw, self.position)
 
     def goes_on(self, answer: Answer | None, ends: frozenset[int]) -> bool:
         """Whether it is to write another token behind the one that is chosen here, which is asked once."""
@@ -171,17 +175,8 @@ class _Writer:
             return False
         until = self.until
         if until is not None and self.passing < self.left:
-            self.passing -= defers(until, answer, self.draw, self.position)
+            self.passing -= defers(until, answer, self.draw, self.position + len(self.replies))
         return self.passing >= 0
-
-    def take(self, answer: Answer | None, fault: Callable[[int], Fault]) -> None:
-        """Its last token has been read, and this is said behind it."""
-        self.length += 1
-        if answer is None:
-            self.job.broken = True
-            self.replies.append(fault(self.length))
-        else:
-            self.replies.append(answer)
 
     def has_ended(self, ends: frozenset[int]) -> bool:
         reply = self.replies[-1]
