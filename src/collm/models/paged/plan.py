@@ -1,9 +1,9 @@
 """A ragged pass as one array of numbers: everything that changes from pass to pass, so that shapes need not.
 
 The tokens of all rows stand one after another. For attention they are cut into *pieces* of neighbouring tokens of one
-slot, as many as fill a tile together with the query heads that share a key head; the keys that a piece sees are cut
-into chunks. A piece and a chunk are an *item* of work. So one long text beside short ones is many items, and no item is
-long.
+slot in one block, as many as fill a tile together with the query heads that share a key head; the keys that a piece
+sees are cut into chunks. A piece and a chunk are an *item* of work. So one long text beside short ones is many items,
+and no item is long.
 """
 
 from __future__ import annotations

@@ -232,14 +232,14 @@ class Stepper:
         self._in_vain |= self._foreseen is not None
         self._foreseen = None
 
-    def take(self, places: Sequence[Place]) -> tuple[list[Place], list[int]] | None:
+    def take(self, places: list[Place]) -> tuple[list[Place], list[int]] | None:
         """The rows of the pass that was foreseen, and which of them these are; None if it is not theirs."""
         foreseen = self._foreseen
         if foreseen is None:
             return None
         at = {place.slot: n for n, place in enumerate(foreseen)}
         found = [at.get(place.slot, -1) for place in places]
-        if any(n < 0 or foreseen[n] != place for n, place in zip(found, places, strict=True)):
+        if -1 in found or [foreseen[n] for n in found] != places:
             return None
         self._foreseen = None
         self.counts.taken += 1
