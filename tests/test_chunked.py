@@ -494,6 +494,13 @@ def test_a_tool_has_to_end_with_what_stands_alone() -> None:
         require_free_tools(bytes_alone, [Clock(own[0], "clock")])
 
 
+@pytest.mark.parametrize("setting", [{"deferral": "compose"}, {"stop_token_ids": (5,)}, {"speculative": True}], ids=str)
+def test_what_is_refused_starts_no_engine(setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collm.llm.shared_engine.Engine", lambda *_, **__: pytest.fail("an engine was started"))
+    with pytest.raises(CollmError, match="different"):
+        system(2).stream(PROMPT, **setting)
+
+
 def test_refusals(pair: CollaborativeLM) -> None:
     for deferral in ("compose", "mixture", "contrastive", "confident", "proxy_tuning"):
         # Proxy tuning is defined for three models.

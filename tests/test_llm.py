@@ -107,7 +107,7 @@ def test_cached_batched_streamed_all_write_the_same(
 def test_speculative_writes_what_plain_writes(
     mode: str, pace: FixedPace, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collm.llm.writers.AdaptivePace", lambda experience: pace)
+    monkeypatch.setattr("collm.llm.preparing.AdaptivePace", lambda experience: pace)
     llm, plain = pair(tiny_tokenizer), pair(tiny_tokenizer, cache=False)
     params = [SamplingParams(max_tokens=24, seed=i, stop=("zq",), **MODES[mode]) for i in range(len(QUESTIONS))]
     drafted = 0
@@ -353,6 +353,9 @@ def test_what_is_refused_starts_no_engine(
     for write in (llm.generate, llm.stream, llm.astream):
         with pytest.raises(CollmError, match="needs a calibration"):
             write("Paris", SamplingParams(deferral="entropy", deferral_rate=0.3))
+    llm.close()
+    with pytest.raises(CollmError, match="this system is closed"):
+        llm.generate("Paris")
 
 
 def test_a_plain_model_defers_never_always_or_at_random(folders: Path) -> None:

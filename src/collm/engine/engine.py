@@ -26,6 +26,8 @@ from collm.views import Text
 
 _log = logging.getLogger(__name__)
 
+CLOSED = "this system is closed; load it again"
+
 PATIENCE_AT_CLOSE = 5.0
 """Seconds that `close` waits for passes that run."""
 
@@ -177,7 +179,7 @@ class _Driver:
         with self._starting:
             if self._stopped:
                 if needed:
-                    raise CollmError("this system is closed; load it again")
+                    raise CollmError(CLOSED)
                 return
             self.inbox.put(what)
             if not self._threads:

@@ -16,12 +16,12 @@ from collm.llm.asking import Settings, asked, asked_each
 from collm.llm.assistants import Assistants
 from collm.llm.loading import load
 from collm.llm.methods import Method
+from collm.llm.preparing import Preparation
 from collm.llm.prompt import Prompt, TokenIds, prompt_ids
 from collm.llm.reading import achunks, chunks, finished, merged
 from collm.llm.samples import numbered
 from collm.llm.shared_engine import SharedEngine
 from collm.llm.sharing import Sharing
-from collm.llm.writers import Writers
 from collm.llm.writing import Chunk, Writing, whole
 from collm.models.hub import copy_checkpoint, push_to_hub
 from collm.models.info import CheckpointInfo
@@ -62,15 +62,12 @@ class CollaborativeLM:
         sharing: Sharing | None = None,
     ) -> None:
         assert len(models) == len(formatters) >= 1
-        self.models = tuple(models)
         self.formatters = tuple(formatters)
         self.info = info or CheckpointInfo()
-        self.has_gate = has_gate
-        self.sharing = sharing
         self.path = path
         # What ends a turn in a model's template ends its text, whether or not its tokenizer calls that EOS.
         eos = tuple(m.eos_token_ids | f.end_ids for m, f in zip(models, formatters, strict=True))
-        self._writers = Writers(self.models, self.tokenizer, eos, has_gate, sharing, max_model_len)
+        self._preparation = Preparation(tuple(models), self.tokenizer, eos, has_gate, sharing, max_model_len)
         self._engine = SharedEngine(self.models, max_num_seqs, timeout)
 
     @classmethod
@@ -153,13 +150,25 @@ class CollaborativeLM:
         return self.formatters[BASE].tokenizer
 
     @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        return self._preparation.models
+
+    @property
+    def has_gate(self) -> bool:
+        return self._preparation.has_gate
+
+    @property
+    def sharing(self) -> Sharing | None:
+        return self._preparation.sharing
+
+    @property
     def model_names(self) -> tuple[str, ...]:
-        return self._writers.names
+        return self._preparation.names
 
     @property
     def context_lengths(self) -> tuple[int | None, ...]:
         """Tokens that a text may come to for each model; None: no bound."""
-        return self._writers.context_lengths
+        return self._preparation.context_lengths
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens by themselves, special tokens shown."""
@@ -315,7 +324,7 @@ class CollaborativeLM:
 
     def close(self) -> None:
         """End what is being written and stop the engine's threads. Nothing can be written afterwards."""
-        self.engine.close()
+        self._engine.close()
 
     def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
         names, contexts = self.model_names, self.context_lengths
@@ -340,4 +349,4 @@ class CollaborativeLM:
         *,
         ahead: bool = False,
     ) -> Writing:
-        return self._writers.writing(self._engine, ids, params, self.info, policy, alone, ahead=ahead)
+        return self._preparation.writing(self._engine, ids, params, self.info, policy, alone, ahead=ahead)

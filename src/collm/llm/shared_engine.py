@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from threading import Lock
 
 from collm.engine import Engine
+from collm.engine.engine import CLOSED
+from collm.errors import CollmError
 from collm.models.local import LocalModel
 from collm.values import LanguageModel
 
@@ -17,11 +19,18 @@ class SharedEngine:
         self._models, self._max_num_seqs, self._timeout = models, max_num_seqs, timeout
         self._engine: Engine | None = None
         self._making = Lock()
+        self._closed = False
 
     def ready(self, num_texts: int = 1) -> Engine:
-        """The engine, ready to write so many texts at a time. From any thread."""
+        """The engine, ready to write so many texts at a time. From any thread.
+
+        Raises:
+            CollmError: it was closed before it was made.
+        """
         with self._making:
             if self._engine is None:
+                if self._closed:
+                    raise CollmError(CLOSED)
                 self.warm_up()  # the engine wants to know what passes cost
                 self._engine = Engine(self._models, max_num_seqs=self._max_num_seqs, timeout=self._timeout)
             if num_texts > self._max_num_seqs:
@@ -29,6 +38,14 @@ class SharedEngine:
                 self._reserve(num_texts)
                 self._engine.grow(num_texts)
             return self._engine
+
+    def close(self) -> None:
+        """See `CollaborativeLM.close`. An engine that nobody has needed is not made for it."""
+        with self._making:
+            self._closed = True
+            engine = self._engine
+        if engine is not None:
+            engine.close()
 
     def warm_up(self) -> float:
         """See `CollaborativeLM.warm_up`."""

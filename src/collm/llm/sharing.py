@@ -62,24 +62,12 @@ class Sharing:
             for formatter, codec, own in zip(formatters, self.codecs, same, strict=True)
         ]
 
-    def writing(
-        self, text: Text, params: SamplingParams, method: Method | None, alone: int, *, ahead: bool = False
-    ) -> tuple[Flow, Transcript]:
-        """The flow of a text, and how its steps read.
-
-        Args:
-            method: None: the model of the number `alone` writes by itself, in its own tokens.
-            ahead: steps may be held back (`chunked`).
+    def require_defined(self, method: Method, params: SamplingParams) -> None:
+        """Refuse a method or a setting that needs tokens which all models share.
 
         Raises:
-            CollmError: the method or a setting needs tokens that all models share.
+            CollmError: naming what there is instead.
         """
-        if method is None:
-            codec = self.codecs[alone]
-            ends = [codec.ends | frozenset(params.stop_token_ids)] * len(self.codecs)
-            prompt = text.views[alone].token_ids[: text.views[alone].prompt_length]
-            flow = single(alone, text, params, ends, draw_of(params.draw, alone))
-            return flow, Transcript.of_tokens(codec.tokenizer, prompt, params.stop, ends)
         if isinstance(method, tuple(NAMES)) and not isinstance(method, Nudging):
             raise CollmError(
                 f"{NAMES[type(method)]} needs models with one tokenizer, and these have different ones, so that they "
@@ -95,6 +83,23 @@ class Sharing:
                 "speculative drafts tokens for another model to judge, and these have different tokenizers, and "
                 "write in chunks: leave it out (the text is the same), or take models with one tokenizer"
             )
+
+    def writing(
+        self, text: Text, params: SamplingParams, method: Method | None, alone: int, *, ahead: bool = False
+    ) -> tuple[Flow, Transcript]:
+        """The flow of a text, and how its steps read.
+
+        Args:
+            method: None: the model of the number `alone` writes by itself, in its own tokens. Else one that
+                `require_defined` lets pass.
+            ahead: steps may be held back (`chunked`).
+        """
+        if method is None:
+            codec = self.codecs[alone]
+            ends = [codec.ends | frozenset(params.stop_token_ids)] * len(self.codecs)
+            prompt = text.views[alone].token_ids[: text.views[alone].prompt_length]
+            flow = single(alone, text, params, ends, draw_of(params.draw, alone))
+            return flow, Transcript.of_tokens(codec.tokenizer, prompt, params.stop, ends)
         assert isinstance(text, ChunkText)
         transcript = Transcript.of_chunks(self.end, params.stop)
         if isinstance(method, Nudging):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,10 +11,10 @@ from collm.cuts import Cuts
 from collm.errors import CollmError
 from collm.models import narrow
 from collm.models.backbone import causal_lm, check_project
+from collm.models.bounds import Bounds
 from collm.models.caching import Found, caches
 from collm.models.crop_cache import CropCache
 from collm.models.devices import input_device
-from collm.models.faults import Faults
 from collm.models.head import DeferralHead
 from collm.models.laws import Laws
 from collm.models.loading import eos_ids
@@ -127,23 +126,19 @@ class LocalModel(LanguageModel):
             narrow.prepare(lm)
         self._cache, self._stepper = found
         context_length: int | None = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-        self._faults = faults = Faults(name, known_tokens, context_length, self._cache)
+        self._bounds = bounds = Bounds(name, known_tokens, context_length, self._cache)
         self._answering: SlotAnswering | PlainAnswering
         if isinstance(self._cache, PrefixCache):
-            self._answering = SlotAnswering(laws, faults, self._cache, self._stepper, self._eos_token_ids, on_pass)
+            self._answering = SlotAnswering(laws, bounds, self._cache, self._stepper, self._eos_token_ids, on_pass)
         else:
-            self._answering = PlainAnswering(laws, faults, self._cache, on_pass)
+            self._answering = PlainAnswering(laws, bounds, self._cache, on_pass)
 
     @property
     def name(self) -> str:
         return self._name
 
     def share_chunks(self, cuts: Cuts, first_bytes: Sequence[int]) -> None:
-        laws = self._answering.laws
-        openings = Openings.of(cuts, first_bytes, laws.vocab_size)
-        self._answering.laws = replace(laws, openings=openings)
-        if self._stepper is not None:
-            self._stepper.share_chunks(openings)
+        self._answering.share_chunks(Openings.of(cuts, first_bytes, self._answering.laws.vocab_size))
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -151,7 +146,7 @@ class LocalModel(LanguageModel):
 
     @property
     def context_length(self) -> int | None:
-        return self._faults.context_length
+        return self._bounds.context_length
 
     @property
     def device(self) -> str:
@@ -211,15 +206,24 @@ class LocalModel(LanguageModel):
         A query that cannot be answered gets faults, and the others their answers: one that is too long for the context
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
-        return self.write_on(queries, None)
+        return self._answers(queries)
 
     @property
     def writes_on(self) -> bool:
         return self._stepper is not None
 
-    @torch.inference_mode()
     def write_on(
         self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None = None, chosen: Chosen | None = None
+    ) -> Replies:
+        return self._answers(queries, keep_on, tell, chosen)
+
+    @torch.inference_mode()
+    def _answers(
+        self,
+        queries: Sequence[Query],
+        keep_on: KeepOn | None = None,
+        tell: Tell | None = None,
+        chosen: Chosen | None = None,
     ) -> Replies:
         try:
             with self._network.lock, self._on.current(), narrow.narrow_products():
@@ -227,7 +231,7 @@ class LocalModel(LanguageModel):
                     self._activate()
                 return self._answering.answers(queries, keep_on, tell, chosen)
         except Exception as error:
-            self._on.tell_loss(error)
+            self._on.raise_if_lost(error)
             raise
 
     @torch.inference_mode()
@@ -235,16 +239,16 @@ class LocalModel(LanguageModel):
         # Networks with several adapters are left as they are: the pass that runs needs its own.
         if self._stepper is None or not isinstance(self._cache, PagedCache) or self._activate is not None:
             return
-        known = self._faults.known_tokens
+        known = self._bounds.known_tokens
         if not all(0 <= each.token_id < known for each in coming):
             return
         # Whoever calls holds the lock of another network, so nobody may be waited for.
         if self._network.lock.acquire(blocking=False):
             try:
                 with self._on.current():
-                    foresee(self._stepper, self._cache, coming, self._faults.longest)
+                    foresee(self._stepper, self._cache, coming, self._bounds.longest)
             except Exception as error:
-                self._on.tell_loss(error)
+                self._on.raise_if_lost(error)
                 raise
             finally:
                 self._network.lock.release()

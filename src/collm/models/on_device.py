@@ -34,7 +34,7 @@ class OnDevice:
             torch.cuda.synchronize(self.device)  # weights may still be on their way, on another stream
             self._stream = torch.cuda.Stream(self.device)
 
-    def tell_loss(self, error: Exception) -> None:
+    def raise_if_lost(self, error: Exception) -> None:
         """Called where a pass has failed.
 
         Raises:
@@ -46,9 +46,9 @@ class OnDevice:
 
     @contextmanager
     def loss_told(self) -> Iterator[None]:
-        """The same of what is done inside; not for each pass, whose calls this is too many for."""
+        """The same of what is done inside. For each pass a context manager would cost too much."""
         try:
             yield
         except Exception as error:
-            self.tell_loss(error)
+            self.raise_if_lost(error)
             raise

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import torch
 
 from collm.models.backbone import hidden_states
+from collm.models.bounds import Bounds
 from collm.models.crop_cache import CropCache
 from collm.models.devices import input_device
-from collm.models.faults import Faults
 from collm.models.laws import Asked, Laws
+from collm.models.openings import Openings
 from collm.types import ForwardPass
 from collm.values import Chosen, KeepOn, Query, Replies, Reply, Tell
 
@@ -24,11 +26,15 @@ class PlainAnswering:
     """
 
     def __init__(
-        self, laws: Laws, faults: Faults, cache: CropCache | None, on_pass: Callable[[ForwardPass], None] | None
+        self, laws: Laws, bounds: Bounds, cache: CropCache | None, on_pass: Callable[[ForwardPass], None] | None
     ) -> None:
         self.laws = laws
         self.on_pass = on_pass
-        self._faults, self._cache = faults, cache
+        self._bounds, self._cache = bounds, cache
+
+    def share_chunks(self, openings: Openings) -> None:
+        """See `LanguageModel.share_chunks`."""
+        self.laws = replace(self.laws, openings=openings)
 
     def answers(
         self,
@@ -38,7 +44,7 @@ class PlainAnswering:
         chosen: Chosen | None = None,
     ) -> Replies:
         """See `LanguageModel.write_on`; no text writes on."""
-        return self._faults.answered(queries, self._served)
+        return self._bounds.answered(queries, self._served)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         # No text twice in a pass of texts together, and as many as fit; without caches, each by itself.
@@ -62,7 +68,7 @@ class PlainAnswering:
         replies: list[list[Reply]] = []
         known: list[Query] = []
         for query, tokens in zip(queries, missing, strict=True):
-            replies.append(self._faults.unknown(query, query.length - tokens))
+            replies.append(self._bounds.unknown(query, query.length - tokens))
             if not replies[-1]:
                 known.append(query)
         if not known:
@@ -80,7 +86,7 @@ class PlainAnswering:
             hidden = torch.cat([own for _, own in answered])
             asked = Asked.of(prefixes)
             packed = torch.tensor(asked.numbers, dtype=torch.int64, device=hidden.device)
-            found = iter(self._faults.checked(self.laws.answers(hidden, asked, packed), prefixes))
+            found = iter(self._bounds.checked(self.laws.answers(hidden, asked, packed), prefixes))
             for query, reply in zip(queries, replies, strict=True):
                 if not reply:
                     reply += [next(found) for _ in range(query.num_last)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from time import perf_counter
 
 from collm.models.attention import Row
-from collm.models.faults import Faults
+from collm.models.bounds import Bounds
 from collm.models.laws import Asked, Laws
+from collm.models.openings import Openings
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.stepping import Stepper
 from collm.models.paged.writing import are_steps, write
@@ -29,7 +31,7 @@ class SlotAnswering:
     def __init__(
         self,
         laws: Laws,
-        faults: Faults,
+        bounds: Bounds,
         cache: PrefixCache,
         stepper: Stepper | None,
         ends: frozenset[int],
@@ -37,7 +39,13 @@ class SlotAnswering:
     ) -> None:
         self.laws = laws
         self.on_pass = on_pass
-        self._faults, self._cache, self._stepper, self._ends = faults, cache, stepper, ends
+        self._bounds, self._cache, self._stepper, self._ends = bounds, cache, stepper, ends
+
+    def share_chunks(self, openings: Openings) -> None:
+        """See `LanguageModel.share_chunks`."""
+        self.laws = replace(self.laws, openings=openings)
+        if self._stepper is not None:
+            self._stepper.share_chunks(openings)
 
     def answers(
         self,
@@ -48,15 +56,15 @@ class SlotAnswering:
     ) -> Replies:
         """See `LanguageModel.write_on`."""
         try:
-            jobs = self._cache.usual_jobs(queries, self._faults.longest) if queries else None
-            known = self._faults.known_tokens
+            jobs = self._cache.usual_jobs(queries, self._bounds.longest) if queries else None
+            known = self._bounds.known_tokens
             for job in jobs or ():
                 if max(job.query.view.token_ids[job.done : job.query.length]) >= known:
                     jobs = None
                     break
             if jobs is not None:
                 if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
-                    fault = self._faults.no_numbers
+                    fault = self._bounds.no_numbers
                     write(self._stepper, self._cache, jobs, keep_on, tell, chosen, self._ends, fault, self.on_pass)
                 else:
                     self._pass([(job, job.query.length) for job in jobs], chosen)
@@ -64,7 +72,7 @@ class SlotAnswering:
         finally:
             if self._stepper is not None:
                 self._stepper.void()
-        return self._faults.answered(queries, self._served)
+        return self._bounds.answered(queries, self._served)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         """Any queries, each of which fits alone."""
@@ -73,7 +81,7 @@ class SlotAnswering:
             for wave in self._cache.waves(jobs):
                 for job in wave:
                     # What is stored has been looked at before.
-                    unknown = self._faults.unknown(job.query, job.done)
+                    unknown = self._bounds.unknown(job.query, job.done)
                     if unknown:
                         job.replies, job.done = unknown, job.query.length
                 for pieces in passes(wave):
@@ -106,7 +114,7 @@ class SlotAnswering:
                 if chosen is not None:
                     tokens = iter(told.tokens[wanted].tolist())
                     chosen([(query, list(islice(tokens, j - i))) for query, i, j in prefixes])
-                found = self._faults.checked(told.answers(wanted), prefixes)
+                found = self._bounds.checked(told.answers(wanted), prefixes)
             else:
                 found = self._eager(rows, token_ids, wanted, prefixes, asked)
         except BaseException:
@@ -144,4 +152,4 @@ class SlotAnswering:
         packed, at = packed.split([len(numbers), len(wanted)])
         if len(wanted) < len(token_ids):
             hidden = hidden[at.to(hidden.device)]
-        return self._faults.checked(self.laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
+        return self._bounds.checked(self.laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())

@@ -1,4 +1,4 @@
-"""What a transformers model replies where it has no answer: a fault for the text concerned, and none for the others."""
+"""What a transformers model can answer; beyond that a fault for the text concerned, and none for the others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collm.values import Answer, Fault, Query, Replies, Reply
 
 
 @dataclass(frozen=True, slots=True)
-class Faults:
-    """The bounds of one model. `known_tokens`: those from there on it cannot read."""
+class Bounds:
+    """Of one model. `known_tokens`: those from there on it cannot read."""
 
     name: str
     known_tokens: int

@@ -1,4 +1,4 @@
-"""Who writes a text: from prompts and settings to texts that are ready to be written."""
+"""From prompts and settings to texts that are ready to be written."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from collm.views import Text
 
 
 @dataclass(frozen=True)
-class Writers:
-    """The models of a system, the base first.
+class Preparation:
+    """Of texts by the models of a system, the base first.
 
     `tokenizer`: the base's. `eos`: of each model what ends a text. The others: see `CollaborativeLM`.
     """
@@ -63,7 +63,8 @@ class Writers:
         """A text that is ready to be written.
 
         Args:
-            shared: whose engine it will be handed to; not made for what is refused.
+            shared: whose engine it will be handed to. It is not made for what is refused, but for a text that fits no
+                cache, which it alone can tell.
             ids: its prompt, for each model.
             info: of the checkpoint, which says what `params` leave open.
             policy, alone: see `CollaborativeLM.generate_batch`.
@@ -84,6 +85,8 @@ class Writers:
             params = settled(params, info.chosen)
             found = policy or make_method(params, self.models, self.tokenizer, self.has_gate, info.calibration)
             require_defined(found, params, self.models, self.has_gate)
+            if self.sharing is not None:
+                self.sharing.require_defined(found, own)
         number = BASE if alone is None else self._number(alone)
         eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self.eos)
         text = Text(ids) if self.sharing is None or found is None else self.sharing.text(ids, self.context_lengths)
