@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from writing_on import WritingOn
 
 from collm.decoding.collaborative import collaborative
-from collm.decoding.drafts import MIN_GAIN, best_draft, best_stride, draft_cost, plain_cost, run_cost
+from collm.decoding.drafts import MIN_GAIN, Numbers, best_draft, best_stride, draft_cost, plain_cost, run_cost
 from collm.decoding.experience import Experience, PassCosts
 from collm.decoding.pace import AdaptivePace, FixedPace, Leave, Pace
 from collm.decoding.policies import (
@@ -158,8 +158,8 @@ def test_a_call_that_goes_on_has_the_leave_that_is_left(stops: float) -> None:
 def test_of_strides_that_cost_nearly_the_same_the_shortest_is_taken(agreement: float) -> None:
     """Texts of which each token is judged: the expected seconds of a settled one, by trying out."""
 
-    def base(tokens: float) -> float:
-        return 1.0
+    def base(tokens: Numbers) -> Numbers:
+        return 0 * tokens + 1
 
     def assistant(tokens: Any) -> Any:
         return np.where(tokens <= 16, 7.0, 12.0)  # a step, as passes of a GPU have
@@ -349,19 +349,20 @@ def test_asking_late_never_costs_an_assistant_pass_more(seed: int, abstention: f
 
 
 def test_costs_by_hand() -> None:
-    def base(tokens: float) -> float:
+    def base(tokens: Numbers) -> Numbers:
         return 1 + 0.1 * (tokens - 1)
 
-    def assistant(tokens: float) -> float:
+    def assistant(tokens: Numbers) -> Numbers:
         return 8 + 0.2 * (tokens - 1)
 
     # Two deferrals, a gap of 2: four base steps and a block of four, for 1 + 0.5 deferrals; less one step in between.
-    assert draft_cost(2, 2, 0.5, base, assistant) == pytest.approx((4 + 8.6) / 1.5 - 1)
+    assert draft_cost(2.0, 2, 0.5, base, assistant) == pytest.approx((4 + 8.6) / 1.5 - 1)
     # Plain decoding reads what the assistant has missed since it was last asked.
     plain = plain_cost(2, base, assistant)
-    assert draft_cost(1, 2, 0.5, base, assistant) == pytest.approx(9.2) == plain == run_cost(0, 2, 0.5, base, assistant)
+    late = draft_cost(1.0, 2, 0.5, base, assistant), run_cost(0.0, 2, 0.5, base, assistant)
+    assert late == (plain, plain) == pytest.approx((9.2, 9.2))
     # One token further: two steps of the assistant, a block of two, for 1 + 0.5 tokens.
-    assert run_cost(1, 2, 0.5, base, assistant) == pytest.approx((16.2 + 1.1) / 1.5)
+    assert run_cost(1.0, 2, 0.5, base, assistant) == pytest.approx((16.2 + 1.1) / 1.5)
     assert best_draft(3.3, 0.0, 0.0, base, assistant) == (1, 0)
     deferrals, run_length = best_draft(3.3, 0.9, 0.3, base, assistant)
     assert deferrals > 3 and run_length == 0

@@ -14,7 +14,7 @@ from collm.models.paged import plan as planned
 from collm.models.paged.plan import DRAW, HEAD, LINES, Plan
 from collm.models.paged.telling import Telling, Told, TorchTelling
 from collm.noise import key_of
-from collm.values import Draw
+from collm.values import Answer, Draw
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from collm.models.paged.triton_telling import TritonTelling
@@ -76,6 +76,7 @@ def test_kernels_tell_what_the_twin_tells(assistants: int, ties: bool) -> None:
     for n, how in enumerate(DRAWS):
         mine, other = found.answer(n), expected.answer(n)
         assert mine is not None and other is not None
+        assert len(mine) == len(other) == len(Answer._fields)
         assert (mine.token_id, mine.top_token_id) == (other.token_id, other.top_token_id), how
         drawn += mine.token_id != mine.top_token_id
         numbers = [[a.log_prob, a.top_log_prob, a.entropy, *(a.log_gate or ())] for a in (mine, other)]

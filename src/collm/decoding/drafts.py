@@ -14,10 +14,10 @@ D = 1 and n = 0 are plain decoding: `c_B(1) + c_A(g)` per deferred token, for th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_DEFERRALS = 16
 MAX_RUN = 16
@@ -26,15 +26,19 @@ MIN_GAIN = 0.03
 """Share of a cost that drafting, or drafting further, must promise to save; below it the estimates decide nothing."""
 
 
-Numbers = Any
+Numbers = TypeVar("Numbers", float, NDArray[np.float64])
 """A number, or an array of them: plans are compared all at once."""
-BlockCost = Callable[[Numbers], Numbers]
-"""Seconds by tokens."""
 
 
-def plain_cost(gap: float, base: BlockCost, assistant: BlockCost) -> Numbers:
+class BlockCost(Protocol):
+    """Seconds by tokens, number by number."""
+
+    def __call__(self, tokens: Numbers, /) -> Numbers: ...
+
+
+def plain_cost(gap: float, base: BlockCost, assistant: BlockCost) -> float:
     """Seconds per deferred token of plain decoding."""
-    return base(1) + assistant(gap)
+    return base(1.0) + assistant(gap)
 
 
 def draft_cost(num_deferrals: Numbers, gap: float, agreement: float, base: BlockCost, assistant: BlockCost) -> Numbers:
@@ -42,13 +46,13 @@ def draft_cost(num_deferrals: Numbers, gap: float, agreement: float, base: Block
 
     The base steps between two deferrals, which plain decoding takes as well, are not counted.
     """
-    cycle = num_deferrals * gap * base(1) + assistant(num_deferrals * gap)
-    return cycle / _geometric(agreement, num_deferrals) - (gap - 1) * base(1)
+    cycle = num_deferrals * gap * base(1.0) + assistant(num_deferrals * gap)
+    return cycle / _geometric(agreement, num_deferrals) - (gap - 1) * base(1.0)
 
 
 def run_cost(num_run: Numbers, gap: float, continuation: float, base: BlockCost, assistant: BlockCost) -> Numbers:
     """Expected seconds per deferred token if the assistant drafts `num_run` tokens beyond each of its own."""
-    cycle = assistant(gap) + num_run * assistant(1) + base(num_run + 1)
+    cycle = assistant(gap) + num_run * assistant(1.0) + base(num_run + 1)
     return cycle / _geometric(continuation, num_run + 1)
 
 
@@ -60,10 +64,10 @@ def best_draft(
     With a `continuation` of 0 no run can pay.
     """
     plain = plain_cost(gap, base, assistant)
-    by_base = draft_cost(np.arange(2, MAX_DEFERRALS + 1), gap, agreement, base, assistant)
+    by_base = draft_cost(np.arange(2.0, MAX_DEFERRALS + 1), gap, agreement, base, assistant)
     least, least_run = by_base.min(), math.inf
     if continuation:
-        by_assistant = run_cost(np.arange(1, MAX_RUN + 1), gap, continuation, base, assistant)
+        by_assistant = run_cost(np.arange(1.0, MAX_RUN + 1), gap, continuation, base, assistant)
         least_run = by_assistant.min()
     if min(least, least_run) > (1 - MIN_GAIN) * plain:
         return 1, 0
@@ -77,9 +81,9 @@ def best_stride(gap: float, agreement: float, base: BlockCost, assistant: BlockC
     behind the last deferral, g - 1, are not judged; if all before them stand, they are read the next time instead. Of
     strides that cost nearly the same it is the shortest: less is lost where a text ends, or where an estimate errs.
     """
-    stands, drafted = 1 - (1 - agreement) / gap, np.arange(1, MAX_STRIDE + 1)
+    stands, drafted = 1 - (1 - agreement) / gap, np.arange(1.0, MAX_STRIDE + 1)
     read = drafted - (gap - 1) * (1 - stands**drafted)
-    costs = (drafted * base(1) + assistant(np.maximum(1.0, read))) / _geometric(stands, drafted)
+    costs = (drafted * base(1.0) + assistant(np.maximum(1.0, read))) / _geometric(stands, drafted)
     return 1 + int(np.argmax(costs <= (1 + MIN_GAIN) * costs.min()))
 
 
