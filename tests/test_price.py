@@ -44,15 +44,29 @@ def test_the_price_rises_above_the_target_and_falls_below() -> None:
     assert float(price.value) == HIGHEST
 
 
-def test_the_price_settles_where_the_rate_is_the_target() -> None:
-    """A gate that answers the price at once: it defers what gains more than the price; gains are uniform in 0..2."""
-    for target in (0.1, 0.3, 0.7):
-        price, deferred = Price(target, 300), 1.0
-        for _ in range(300):
-            price.step(torch.tensor(deferred))
-            deferred = max(0.0, 1 - float(price.value) / 2)
-        assert deferred == pytest.approx(target, abs=0.01)
-        assert float(price.value) == pytest.approx(2 * (1 - target), abs=0.05)
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize(
+    ("num_steps", "speed"), [(120, 0.2), (120, 0.4), (120, 1.0), (600, 0.05), (600, 0.4), (600, 1.0)]
+)
+def test_the_price_settles_where_the_rate_is_the_target(target: float, num_steps: int, speed: float) -> None:
+    """A gate that Adam moves by up to `speed` of log-odds a step, and whose gains are spread evenly over 0..2 nats: it
+    is to defer what gains more than the price. Late as it answers, it stays near the target once it is there."""
+    log_odds = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer, price = torch.optim.Adam([log_odds], lr=speed), Price(target, num_steps)
+    rates, prices = [], []
+    for step in range(num_steps):
+        rate = torch.sigmoid(log_odds.detach())
+        wanted = max(0.0, 1 - float(price.value) / 2)  # the share of tokens that gain more
+        log_odds.grad = 0.1 * (rate - wanted)
+        optimizer.param_groups[0]["lr"] = speed * (1 - step / num_steps)
+        optimizer.step()
+        price.step(rate)
+        rates.append(float(rate))
+        prices.append(float(price.value))
+    late = torch.tensor(rates[num_steps // 2 :])
+    assert (late - target).square().mean().sqrt() < 0.05, "the gate swings"
+    assert rates[-1] == pytest.approx(target, abs=0.02)
+    assert prices[-1] == pytest.approx(2 * (1 - target), abs=0.1)
 
 
 def test_a_price_is_kept_and_goes_on() -> None:
@@ -60,9 +74,13 @@ def test_a_price_is_kept_and_goes_on() -> None:
     for rate in (0.9, 0.4, 0.3):
         one.step(torch.tensor(rate))
     other.load(json.loads(json.dumps(one.state())))
+    assert torch.equal(one.value, other.value)
     one.step(torch.tensor(0.5))
     other.step(torch.tensor(0.5))
     assert torch.equal(one.value, other.value)
+    # An older run has not noted how the rate changed.
+    other.load({"multiplier": 0.1, "deferred": 0.3})
+    assert float(other.value) == pytest.approx(0.1 + 4 * 0.1)
 
 
 def test_checkpoints_are_compared_by_likelihood_within_the_target() -> None:
