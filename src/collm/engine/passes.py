@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -134,22 +135,20 @@ KINDS = frozenset((Answer, Fault, type(None)))
 
 def run_pass(models: Sequence[LanguageModel], batch: Batch) -> Replies:
     """What a batch is answered, in the thread of its device."""
-    return answers(models[batch.model], batch.queries, batch.keep_on, batch.tell, batch.chosen)
+    model, queries = models[batch.model], batch.queries
+    if batch.keep_on is None and batch.chosen is None:
+        return answers(model, queries)
+    return answers(model, queries, partial(model.write_on, queries, batch.keep_on, batch.tell, batch.chosen))
 
 
-def answers(
-    model: LanguageModel,
-    queries: Sequence[Query],
-    keep_on: KeepOn | None = None,
-    tell: Tell | None = None,
-    chosen: Chosen | None = None,
-) -> Replies:
-    """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault."""
+def answers(model: LanguageModel, queries: Sequence[Query], ask: Callable[[], Replies] | None = None) -> Replies:
+    """The model's answers. If it fails, each text is asked for alone, so that only those that fail have a fault.
+
+    Args:
+        ask: how all of them are asked, if not by `predict`.
+    """
     try:
-        if keep_on is None and chosen is None:
-            replies = model.predict(queries)
-        else:
-            replies = model.write_on(queries, keep_on, tell, chosen)
+        replies = model.predict(queries) if ask is None else ask()
         if not _complete(replies, queries):
             raise CollmError(f"{model.name} does not answer what it is asked: a fault of this model")
         return replies

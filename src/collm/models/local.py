@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,7 +207,7 @@ class LocalModel(LanguageModel):
         A query that cannot be answered gets faults, and the others their answers: one that is too long for the context
         or the memory, one with an unknown token, one whose predictions are not numbers.
         """
-        return self._answers(queries)
+        return self._run(partial(self._answering.answers, queries))
 
     @property
     def writes_on(self) -> bool:
@@ -215,21 +216,19 @@ class LocalModel(LanguageModel):
     def write_on(
         self, queries: Sequence[Query], keep_on: KeepOn | None, tell: Tell | None = None, chosen: Chosen | None = None
     ) -> Replies:
-        return self._answers(queries, keep_on, tell, chosen)
+        answering = self._answering
+        if isinstance(answering, PlainAnswering):
+            return self.predict(queries)
+        return self._run(partial(answering.answers, queries, keep_on, tell, chosen))
 
     @torch.inference_mode()
-    def _answers(
-        self,
-        queries: Sequence[Query],
-        keep_on: KeepOn | None = None,
-        tell: Tell | None = None,
-        chosen: Chosen | None = None,
-    ) -> Replies:
+    def _run(self, answers: Callable[[], Replies]) -> Replies:
+        """What is answered while this model has its network and its device."""
         try:
             with self._network.lock, self._on.current(), narrow.narrow_products():
                 if self._activate is not None:
                     self._activate()
-                return self._answering.answers(queries, keep_on, tell, chosen)
+                return answers()
         except Exception as error:
             self._on.raise_if_lost(error)
             raise

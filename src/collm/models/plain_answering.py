@@ -15,7 +15,7 @@ from collm.models.devices import input_device
 from collm.models.laws import Asked, Laws
 from collm.models.openings import Openings
 from collm.types import ForwardPass
-from collm.values import Chosen, KeepOn, Query, Replies, Reply, Tell
+from collm.values import Query, Replies, Reply
 
 
 class PlainAnswering:
@@ -36,14 +36,8 @@ class PlainAnswering:
         """See `LanguageModel.share_chunks`."""
         self.laws = replace(self.laws, openings=openings)
 
-    def answers(
-        self,
-        queries: Sequence[Query],
-        keep_on: KeepOn | None = None,
-        tell: Tell | None = None,
-        chosen: Chosen | None = None,
-    ) -> Replies:
-        """See `LanguageModel.write_on`; no text writes on."""
+    def answers(self, queries: Sequence[Query]) -> Replies:
+        """See `LanguageModel.predict`; no text writes on."""
         return self._bounds.answered(queries, self._served)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
