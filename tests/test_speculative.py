@@ -387,6 +387,18 @@ def test_pass_costs_find_the_line() -> None:
     assert batch.block(1) == pytest.approx(0.025, rel=0.01)
 
 
+def test_costs_of_many_numbers_of_tokens_are_those_of_each() -> None:
+    """On a measured curve, a dip in it included."""
+    experience = Experience()
+    experience.expect(0, [(1, 1.0), (8, 1.4), (16, 1.3), (32, 2.0), (128, 5.0)])
+    costs = experience.costs[0]
+    tokens = np.array([0.5, 1.0, 3.0, 8.0, 12.0, 16.0, 17.0, 40.0, 128.0, 300.0])
+    for rows in (1, 4):
+        one_by_one = [costs.pass_seconds(rows * each) / rows for each in tokens]
+        assert costs.blocks(rows)(tokens) == pytest.approx(one_by_one)
+    assert costs.pass_seconds(12) == costs.pass_seconds(16) == pytest.approx(1.4)
+
+
 class Clocked(LanguageModel):
     """A fake whose passes take as long as one says, on a clock of its own."""
 

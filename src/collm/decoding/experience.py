@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -160,7 +161,9 @@ class Experience:
     def expect(self, model: int, curve: Sequence[tuple[int, float]]) -> None:
         """What the passes of a model have been measured to cost: seconds by tokens, ascending, two points or more."""
         if len(curve) > 1 and model not in self.costs:
-            self.costs[model] = PassCosts(seen=3, curve=tuple(curve))
+            tokens, seconds = zip(*curve, strict=True)
+            # More tokens never take less time: a dip is noise, and would draw plans to it.
+            self.costs[model] = PassCosts(seen=3, curve=tuple(zip(tokens, accumulate(seconds, max), strict=True)))
 
     def observe_pass(self, model: int, rows: int, tokens: float, seconds: float, passes: int = 1) -> None:
         """Some passes in one call, of so many tokens each on average, and seconds."""
