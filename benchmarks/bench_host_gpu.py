@@ -130,7 +130,7 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
     from collm.decoding.pace import AdaptivePace
     from collm.decoding.policies import Random
     from collm.decoding.speculative import speculative
-    from collm.engine.passes import answers
+    from collm.engine.passes import run_pass
     from collm.engine.running import Finished
     from collm.engine.scheduler import Scheduler
     from collm.sampling_params import SamplingParams
@@ -161,8 +161,7 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
         found = scheduler.next_pass("cpu")
         assert found is not None
         began, graphs = clock(), clock.graphs
-        more = {name: getattr(found, name) for name in ("keep_on", "tell", "chosen") if hasattr(found, name)}
-        replies = answers(models[found.model], found.queries, **more)
+        replies = run_pass(models, found)
         if clock.graphs == graphs:  # prompts are read without a graph
             clock.replay(CURVES[found.model](found.tokens), thread_time())
             clock.wait()
