@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from collm.errors import CollmError
 from collm.models.tokenizers import PROBES
 from collm.remote import Address, Client, Completion, End, Given, Sampling, ServerFault, Token, is_url
+from collm.remote.connecting import connect
 from collm.remote.faults import ATTEMPTS, PATIENCE
 from collm.remote.health import COOLDOWN, FAILURES, SLACK, Replica, Replicas
 
@@ -252,6 +253,11 @@ def test_llama_cpp_tells_no_log_probability_of_tokens_that_end_inside_a_characte
     assert [token.token_id for token in tokens if isinstance(token, Token)] == [227, 10813, 232, 227]
     told = [token.log_prob for token in tokens if isinstance(token, Token)]
     assert told[0] == told[3] == -22.7 and math.isnan(told[1]) and math.isnan(told[2])
+    # Asked for one token, which is such a one: as recorded, there is no list at all.
+    block = llama_block([10813])
+    del block["completion_probabilities"]
+    [token, end] = World(in_turn(httpx.Response(200, json=block))).complete(Completion([1], 1), "llamacpp+http://one")
+    assert isinstance(token, Token) and token.token_id == 10813 and math.isnan(token.log_prob) and end == End("length")
     # Two tokens of one id and one number: whose is it?
     block = llama_block([9, 9])
     del block["completion_probabilities"][0]
@@ -612,3 +618,36 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
         world.complete(ASKED, spec)
     assert world.requests[0].headers["Authorization"] == "Bearer s3cret"
     assert "s3cret" not in f"{caught.value!r} {Address.parse(spec)!r} {caplog.text}"
+
+
+# -- whose numbers tell it from other models
+
+
+@pytest.mark.parametrize("trouble", ["none", "inside", "silent", "gone"])
+def test_a_server_is_known_by_what_it_tells_or_not_at_all(trouble: str) -> None:
+    """A number that is missing where a token ends inside a character is none; a failure is no part of who it is."""
+    tokenizer = make_tokenizer(320)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "one"}]})
+        if request.url.path == "/props":
+            return httpx.Response(200, json={"build_info": "b1"})
+        body = json.loads(request.content)
+        if request.url.path == "/tokenize":
+            return httpx.Response(200, json={"tokens": tokenizer.encode(body["content"], add_special_tokens=False)})
+        if trouble == "gone" and len(body["prompt"]) > 40:
+            return httpx.Response(400, json={"error": {"message": "no such slot"}})
+        block = llama_block([5])
+        if trouble == "silent" or (trouble == "inside" and len(body["prompt"]) > 40):
+            del block["completion_probabilities"]
+        return httpx.Response(200, json=block)
+
+    model = connect("llamacpp+http://one", tokenizer, transport=httpx.MockTransport(handler))
+    if trouble in ("silent", "gone"):
+        with pytest.raises(CollmError, match="tells no log-probabilities" if trouble == "silent" else "no such slot"):
+            model.identity()
+        return
+    probe = model.identity()["probe"]
+    assert len(probe) == 12 and probe[0] == -0.5
+    assert (None in probe) == (trouble == "inside")

@@ -100,6 +100,14 @@ def test_tokens_that_end_inside_a_character_are_not_lost(spec: str) -> None:
     assert [token.token_id for token in tokens[:4]] == [227, 10813, 232, 227]
     assert [math.isnan(token.log_prob) for token in tokens[:4]] == [False, True, True, False]
 
+    async def the_first(client: Client) -> list[Token]:
+        text = {"content": "Emoji: " + "\N{PARTY POPPER}" * 4, "add_special": False}
+        ids = (await client._ask("POST", "/tokenize", text))["tokens"]
+        return (await written(client, Completion(ids, 1)))[0]
+
+    [token] = ask(spec, the_first)
+    assert token.token_id == 10813 and math.isnan(token.log_prob)
+
 
 def test_many_at_once_and_each_by_itself(spec: str) -> None:
     """Batches round otherwise; the texts of a greedy 135M model may part at a tie, the first tokens do not."""
@@ -186,7 +194,10 @@ def test_it_is_an_assistant_of_a_base_in_this_process(spec: str) -> None:
     alone = llm.generate(CHAT, SamplingParams(max_tokens=30), alone="big")
     assert "Paris" in alone.text and alone.finish_reason in ("stop", "length")
     told = llm.models[1].identity()  # type: ignore[attr-defined]
-    assert told["kind"] == "remote" and len(told["probe"]) == 12 and all(value < 0 for value in told["probe"])
+    # Rounding decides whether a token of the probe ends inside a character; of such a one the server tells no number.
+    numbers = [value for value in told["probe"] if value is not None]
+    assert told["kind"] == "remote" and len(told["probe"]) == 12 and len(numbers) >= 10
+    assert all(value <= 0 for value in numbers)
     with pytest.raises(CollmError, match="mixture cannot be had from base|mixture cannot be had from big"):
         llm.generate(CHAT, SamplingParams(deferral="mixture"))
 

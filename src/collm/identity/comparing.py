@@ -60,10 +60,12 @@ def _same(key: str, a: Any, b: Any) -> bool:
         return True
     if key.rpartition(".")[2] != "probe" or not isinstance(a, list) or not isinstance(b, list):
         return bool(a == b)
+    if len(a) != len(b):
+        return False
+    # Where a server told no number, which of two tokens it found likelier may be a matter of rounding.
+    told = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     # NaN is equal to nothing.
-    return len(a) == len(b) and all(
-        math.isclose(x, y, rel_tol=0, abs_tol=PROBE_TOLERANCE) for x, y in zip(a, b, strict=True)
-    )
+    return (a == b or bool(told)) and all(math.isclose(x, y, rel_tol=0, abs_tol=PROBE_TOLERANCE) for x, y in told)
 
 
 def _told(value: Any) -> str:

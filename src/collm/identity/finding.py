@@ -9,6 +9,7 @@ it agrees across dtypes, and only warns.)
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -123,10 +124,10 @@ def remote_identity(name: str, version: str, tokenizer: PreTrainedTokenizerBase,
     Args:
         name, version: as the server tells them.
         tokenizer: that the server uses.
-        probe: its log-probabilities of the tokens of `PROBE`, the first left out.
+        probe: its log-probabilities of the tokens of `PROBE`, the first left out; NaN (None in what is kept): untold.
     """
     told = {"name": name, "version": version, "vocabulary": tokenizer_fingerprint(tokenizer)}
-    return {"kind": "remote", **told, "probe": [round(value, 4) for value in probe]}
+    return {"kind": "remote", **told, "probe": [None if math.isnan(value) else round(value, 4) for value in probe]}
 
 
 def writer_identity(model: Named) -> Identity:

@@ -173,7 +173,13 @@ class RemoteModel(StreamingModel):
             return [given.log_prob for given in await self.client.score(ids)]
         ends = [len(ids) * part // 12 for part in range(1, 13)]
         found = await asyncio.gather(*(self._token(ids[:end], Draw(), end, 0) for end in ends if end))
-        return [reply.log_prob if isinstance(reply, Answer) else UNKNOWN for reply in found]
+        for reply in found:
+            if isinstance(reply, Fault):
+                raise CollmError(f"{reply.reason}; so it cannot be told from other models")
+        told = [reply.log_prob for reply in found if isinstance(reply, Answer)]
+        if all(map(math.isnan, told)):
+            raise CollmError(f"{self.name}: the server tells no log-probabilities of what it writes")
+        return told
 
     def release(self, view: View) -> None:
         if self._ahead is not None:

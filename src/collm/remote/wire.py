@@ -248,7 +248,8 @@ class LlamaCpp(Dialect):
         _raise_error(answer)
         if completion.watch or completion.settings:
             raise ServerFault("llama.cpp cannot hold the base of a pair: it tells no score of a gate")
-        ids, told = answer["tokens"], answer["completion_probabilities"]
+        # Where all its tokens end inside a character, there is none to tell, and no such key.
+        ids, told = answer["tokens"], answer.get("completion_probabilities", [])
         entries: dict[int, list[Mapping[str, Any]]] = {}
         for entry in told:
             entries.setdefault(int(entry["id"]), []).append(entry)
