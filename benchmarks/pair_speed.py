@@ -23,8 +23,9 @@ from reporting import report
 from collm.bench.paired import Ratio, in_turn
 from collm.data.examples import Example, load_examples
 from collm.evaluation.evaluate import example_seed
+from collm.evaluation.shipped import get_task
 from collm.evaluation.system import identity_of, settings_of
-from collm.evaluation.task import Task, get_task
+from collm.evaluation.task import Task
 from collm.llm.model import CollaborativeLM
 from collm.report.chart import Chart, Point, Series
 from collm.report.plots import save_svg

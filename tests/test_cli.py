@@ -797,7 +797,7 @@ def test_eval_resumes(pair: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["eval", "calibrate"])
 def test_help_names_the_tasks(command: str) -> None:
-    from collm.evaluation.task import TASKS
+    from collm.evaluation.shipped import TASKS
 
     words = re.findall(r"\w+", collm(command, "--help").stdout)
     assert set(TASKS) <= set(words)

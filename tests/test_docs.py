@@ -171,7 +171,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_task_and_format_is_documented() -> None:
     from collm.data.sources import FORMATS
-    from collm.evaluation.task import TASKS
+    from collm.evaluation.shipped import TASKS
 
     page = (ROOT / "docs" / "tasks.md").read_text()
     told = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE))

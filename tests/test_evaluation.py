@@ -27,8 +27,8 @@ from collm.evaluation.evaluate import (
     near_duplicates,
 )
 from collm.evaluation.result import EvalResult, result_path
+from collm.evaluation.shipped import get_task
 from collm.evaluation.stats import bootstrap_ci, holm, paired_difference, sign_flip_test
-from collm.evaluation.task import get_task
 from collm.report.trace import read_traces
 from collm.sampling_params import SamplingParams
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm import CollaborativeLM, SamplingParams
 from collm.data.examples import load_examples
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 from collm.training.recipe import parse_recipe
 from collm.training.train import train
 

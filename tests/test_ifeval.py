@@ -13,7 +13,7 @@ from writers import PairWriter
 from collm.data.examples import Example
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate_with_traces
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 from collm.evaluation.tasks import ifeval
 
 ROWS: list[dict[str, Any]] = [

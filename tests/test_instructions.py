@@ -19,7 +19,7 @@ import pytest
 from collm.data.examples import load_examples
 from collm.data.records import records
 from collm.errors import CollmError
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 from collm.evaluation.tasks import ifeval
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "instructions" / "prompts.py"

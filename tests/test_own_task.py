@@ -9,10 +9,10 @@ import pytest
 
 from collm.data.examples import Example
 from collm.errors import CollmError
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 
 RULES = """
-from collm.evaluation.task import TASKS
+from collm.evaluation.shipped import TASKS
 
 def contains(text, gold):
     return gold in text

@@ -20,7 +20,7 @@ from collm.cli import main
 from collm.data.examples import Example
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate_with_traces
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 from collm.evaluation.tasks import sandbox
 from collm.evaluation.tasks.mbpp import judge_program, program
 from collm.evaluation.tasks.sandbox import Limits, passes

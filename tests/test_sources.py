@@ -14,7 +14,7 @@ from collm.data.examples import load_examples
 from collm.data.prepare import part_of, prepare
 from collm.data.sources import FORMATS, read_source
 from collm.errors import CollmError
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 
 GSM8K = [
     {"question": "Ida has 3 pens and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7 pens\n#### 7"},

@@ -17,7 +17,8 @@ from writers import PairWriter
 from collm.data.examples import Example
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate_with_traces
-from collm.evaluation.task import TASKS, Task, get_task
+from collm.evaluation.shipped import TASKS, get_task
+from collm.evaluation.task import Task
 from collm.evaluation.tasks.answers import (
     any_number,
     first_number,

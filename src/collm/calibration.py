@@ -28,8 +28,9 @@ from collm.decoding.policies import by_gate, log_odds, log_share
 from collm.errors import CollmError
 from collm.evaluation.evaluate import Writer, evaluate_with_traces
 from collm.evaluation.result import EvalResult
+from collm.evaluation.shipped import get_task
 from collm.evaluation.system import identity_of
-from collm.evaluation.task import Task, get_task
+from collm.evaluation.task import Task
 from collm.files import claimed
 from collm.identity.finding import digest
 from collm.llm.deferral import far, policy_at, rate_of, to_threshold

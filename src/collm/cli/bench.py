@@ -170,7 +170,8 @@ def _pairs(options: dict[str, Any]) -> dict[str, Callable[[], Pair]]:
         raise click.UsageError(f"--pair {kind} takes no --assistant")
 
     from collm.models.info import base_spec, load_info
-    from collm.models.specs import is_tool, require_model
+    from collm.models.reach import require_model
+    from collm.models.specs import is_tool
 
     for spec in (base, assistant):
         # `tiny` is a random model.

@@ -76,7 +76,7 @@ def calibrate(
 def _calibrate(
     checkpoint: Path, task: str, data: str, rates: tuple[float, ...], out: Path | None, options: Mapping[str, Any]
 ) -> None:
-    from collm.evaluation.task import get_task
+    from collm.evaluation.shipped import get_task
 
     asked = get_task(task, sandboxed=not options["unsandboxed"])
     asked.require()

@@ -89,7 +89,7 @@ def evaluate(
         raise click.UsageError(f"give --task and --data, or --tasks for the harness's own; {missing} is missing")
 
     from collm.evaluation.runs import require_free
-    from collm.evaluation.task import get_task
+    from collm.evaluation.shipped import get_task
 
     # What can be found wrong without the models is told before they are loaded.
     if out is not None:

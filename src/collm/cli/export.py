@@ -29,7 +29,7 @@ def export(checkpoint: str, folder: Path, base: str | None, dtype: str, device: 
     """
     from collm.files import refuse_full
     from collm.models.info import base_spec, load_info
-    from collm.models.specs import require_model
+    from collm.models.reach import require_model
 
     refuse_full(folder)
     require_model(base_spec(checkpoint, load_info(checkpoint), base))

@@ -170,9 +170,10 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 
 def _wanted(recipe: Path, given: dict[str, Any]) -> tuple[Wanted, list[str]]:
     """What the recipe is made for, its data split, and what there is to be said about them."""
-    from collm.evaluation.task import get_task
+    from collm.evaluation.shipped import get_task
     from collm.llm.sources import matched
-    from collm.models.specs import is_tool, require_model
+    from collm.models.reach import require_model
+    from collm.models.specs import is_tool
     from collm.workflow.presets import Wanted
     from collm.workflow.splitting import look, split
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from collm.cli.param_types import Device, JsonObject
-from collm.evaluation.task import TASKS
+from collm.evaluation.shipped import TASKS
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16")

@@ -30,7 +30,7 @@ def pair_info(base: str, assistants: tuple[str, ...], data: str | None, as_json:
     Of your text, rows that one of the models cannot learn are counted. Each is shown them by its own chat template, or
     bare where it has none.
     """
-    from collm.models.specs import require_model
+    from collm.models.reach import require_model
 
     for spec in (base, *assistants):
         require_model(spec)

@@ -63,7 +63,8 @@ def score(
     DATA is a JSONL file with "messages", or "prompt" and "completion"; or a Hugging Face dataset (folder or hub id).
     A stopped run resumes.
     """
-    from collm.models.specs import is_tool, is_url, require_model
+    from collm.models.reach import require_model
+    from collm.models.specs import is_tool, is_url
 
     tool, served = is_tool(model), is_url(model)
     shown_by = model

@@ -1,7 +1,7 @@
 """The files in which evaluation sets and training mixes are published, as rows of ours.
 
 Every reader gives rows of `collm.data.examples`: `messages` with the worked answer as last turn where there is one, and
-the gold `answer` as the task of that name reads it (`collm.evaluation.task`). The data themselves are not shipped.
+the gold `answer` as the task of that name reads it (`collm.evaluation.shipped`). The data themselves are not shipped.
 """
 
 from __future__ import annotations

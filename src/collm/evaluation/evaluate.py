@@ -16,7 +16,8 @@ from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
 from collm.evaluation.result import EvalResult, result_path, summarise
 from collm.evaluation.runs import kept, require_free
-from collm.evaluation.task import Task, get_task
+from collm.evaluation.shipped import get_task
+from collm.evaluation.task import Task
 from collm.report.trace import Trace, base_pieces
 from collm.sampling_params import SamplingParams
 from collm.types import Generation, Message

@@ -10,7 +10,8 @@ from collm.errors import CollmError, nearest
 from collm.llm.sources import AssistantSource, matched
 from collm.models.info import GATE_FILE, CheckpointInfo, base_spec, found, load_info
 from collm.models.placement import Placement
-from collm.models.specs import adapter_config, has_chat_template, is_tool, is_url, require_model
+from collm.models.reach import require_model
+from collm.models.specs import adapter_config, has_chat_template, is_tool, is_url
 from collm.sampling_params import SamplingParams
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from collm.errors import CollmError
 from collm.models.info import AssistantInfo, load_info
-from collm.models.specs import is_tool, is_url, require_model, server_name, split_spec
+from collm.models.reach import require_model
+from collm.models.specs import is_tool, is_url, server_name, split_spec
 from collm.values import LanguageModel
 
 if TYPE_CHECKING:

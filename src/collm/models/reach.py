@@ -1,15 +1,18 @@
-"""Is the Hugging Face hub there? Its client asks five times, half a minute long, before it says no."""
+"""Is what a spec names there? And is the Hugging Face hub: its client asks five times, half a minute long, before it
+says no."""
 
 from __future__ import annotations
 
 import logging
 import socket
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from collm.models.specs import ADAPTER, CONFIG, no_such_model
-from collm.models.whole import one_line
+from collm.errors import CollmError
+from collm.models.specs import ADAPTER, CONFIG, locate, no_such_model, require_config
+from collm.models.whole import has_tokenizer_files, one_line, require_whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,30 @@ def keep_to_this_machine() -> None:
             constants.ENDPOINT,
         )
         constants.HF_HUB_OFFLINE = True
+
+
+def require_model(spec: str) -> None:
+    """Whatever can be told of a model without reading it: is it there, whole as far as its head says, no pickle?
+
+    Raises:
+        CollmError: no.
+    """
+    place = locate(spec)
+    if isinstance(place, Path):
+        from collm.models.gguf.header import read_header
+
+        read_header(place)
+        return
+    folder = Path(place)
+    if not folder.is_dir():
+        require_on_hub(place)
+        return
+    require_whole_folder(folder)
+    require_config(folder)
+    if (folder / CONFIG).is_file() and not has_tokenizer_files(folder):
+        raise CollmError(
+            f"{spec} holds a model without its tokenizer: save that there, tokenizer.save_pretrained({str(folder)!r})"
+        )
 
 
 def require_on_hub(name: str) -> None:

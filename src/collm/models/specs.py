@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from collm.errors import CollmError, nearest
-from collm.models.whole import has_tokenizer_files, read_object, require_whole_folder
+from collm.models.whole import read_object
 
 TOOLS = ("calculator",)
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -139,32 +139,6 @@ def locate(spec: str) -> str | Path:
     if here or spec.count("/") > 1 or ("/" in spec and Path(spec).parent.is_dir()):
         raise CollmError(f"{spec}: there is no such folder; a model is a Hugging Face folder, a hub id or a .gguf file")
     return spec
-
-
-def require_model(spec: str) -> None:
-    """Whatever can be told of a model without reading it: is it there, whole as far as its head says, no pickle?
-
-    Raises:
-        CollmError: no.
-    """
-    place = locate(spec)
-    if isinstance(place, Path):
-        from collm.models.gguf.header import read_header
-
-        read_header(place)
-        return
-    folder = Path(place)
-    if not folder.is_dir():
-        from collm.models.reach import require_on_hub
-
-        require_on_hub(place)
-        return
-    require_whole_folder(folder)
-    require_config(folder)
-    if (folder / CONFIG).is_file() and not has_tokenizer_files(folder):
-        raise CollmError(
-            f"{spec} holds a model without its tokenizer: save that there, tokenizer.save_pretrained({str(folder)!r})"
-        )
 
 
 def require_config(folder: Path) -> None:

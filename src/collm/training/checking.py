@@ -8,12 +8,13 @@ from pathlib import Path
 
 from collm.data.examples import JSON_SUFFIXES, hold_out, load_examples
 from collm.errors import CollmError, nearest
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 from collm.files import require_place
 from collm.llm.checking import check_request, outline
 from collm.models.info import load_info
 from collm.models.placement import Placement
-from collm.models.specs import adapter_config, is_tool, is_url, require_model, split_spec
+from collm.models.reach import require_model
+from collm.models.specs import adapter_config, is_tool, is_url, split_spec
 from collm.sampling_params import SamplingParams
 from collm.training.recipe import ModelSection, OwnTextsSection, Recipe
 

@@ -16,7 +16,7 @@ from typing import Any
 from collm.data.examples import Example, examples_fingerprint
 from collm.data.formatting import Formatter
 from collm.errors import CollmError
-from collm.evaluation.task import get_task
+from collm.evaluation.shipped import get_task
 from collm.files import write_text
 from collm.identity.comparing import differing
 from collm.models.specs import adapter_config, is_tool, locate

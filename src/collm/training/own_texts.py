@@ -19,7 +19,8 @@ from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
 from collm.evaluation.evaluate import evaluate, example_seed
 from collm.evaluation.result import EvalResult, result_path
-from collm.evaluation.task import Task, get_task
+from collm.evaluation.shipped import get_task
+from collm.evaluation.task import Task
 from collm.files import write_text
 from collm.identity.comparing import NAMED
 from collm.report.trace import Trace, stream_traces

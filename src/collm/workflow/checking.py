@@ -11,8 +11,10 @@ from pathlib import Path
 from collm.data.examples import JSON_SUFFIXES, Example, load_examples
 from collm.errors import CollmError
 from collm.evaluation.evaluate import near_duplicates
-from collm.evaluation.task import Task, get_task
-from collm.models.specs import is_tool, require_model
+from collm.evaluation.shipped import get_task
+from collm.evaluation.task import Task
+from collm.models.reach import require_model
+from collm.models.specs import is_tool
 from collm.training.checking import check_recipe
 from collm.training.recipe import Recipe
 

@@ -1,1 +1,1 @@
-"""How answers are found in texts and judged: pure functions, from which `collm.evaluation.task` makes the tasks."""
+"""How answers are found in texts and judged: pure functions, of which `collm.evaluation.shipped` makes the tasks."""
