@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,22 @@ def test_imports_go_one_way(path: Path) -> None:
     allowed = set(ORDER[: ORDER.index(room(path)) + 1])
     used = {name.split(".")[1] for name in imported(path) if name.startswith("collm.")} - {"__version__"}
     assert used <= allowed, f"{sorted(used - allowed)} stand after {room(path)}"
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    """Nor inside a function, which hides a circle from Python and not from a reader."""
+    files = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in modules()}
+    packages = {name.removesuffix(".__init__"): name for name in files if name.endswith(".__init__")}
+
+    def file_of(name: str) -> str | None:
+        """`collm.a.b.c` may be a file, or a name in the file `collm.a.b`."""
+        for found in (name, name.rpartition(".")[0]):
+            if found in files or found in packages:
+                return packages.get(found, found)
+        return None
+
+    graph = {name: {file_of(used) for used in imported(path)} - {None, name} for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # CycleError: it names the circle
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "decoding").rglob("*.py")), ids=lambda path: path.name)
