@@ -239,6 +239,40 @@ def test_resumed_after_kill_9_equals_uninterrupted(
     assert resumed.training["figures"]["before"] == whole.training["figures"]["before"] != {}
 
 
+KILL_AT_LAST_LOOK = """
+import os, signal, sys
+from collm.training.recipe import load_recipe
+from collm.training.train import train
+from collm.training.trainer import CollmTrainer
+CollmTrainer.evaluate_rates = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+train(load_recipe(sys.argv[1]), progress=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kill", "step", "training"),
+    [
+        # The evaluation after the second step is the best one.
+        pytest.param(KILL_AT_SAVE, 3, {"patience": 2, "learning_rate": 0.3}, id="while it waits for a gain"),
+        pytest.param(KILL_AT_SAVE, 4, {"patience": 2, "learning_rate": 0.3}, id="stopped for want of a gain"),
+        pytest.param(KILL_AT_LAST_LOOK, 6, {"epochs": 1.5, "schedule": "constant"}, id="at its last step"),
+    ],
+)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    workplace: Path, kill: str, step: int, training: dict[str, Any]
+) -> None:
+    training = {"epochs": 3, "evaluations": 12, **training}
+    name = f"ends-{step}"
+    path = workplace / f"{name}.yaml"
+    path.write_text(json.dumps(recipe_values(workplace, name, training=training)))
+    done = subprocess.run([sys.executable, "-c", kill, str(path), str(step)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert (workplace / name / "checkpoints" / f"checkpoint-{step}").is_dir()
+    resumed, whole = run(workplace, name, training=training), run(workplace, f"{name}-whole", training=training)
+    assert log_of(resumed, "eval_loss") == log_of(whole, "eval_loss")
+    assert_same_weights(resumed, whole, atol=0)
+
+
 TWO_PROCESSES = """
 import os, sys
 from collm.training import folder

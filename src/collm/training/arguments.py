@@ -46,6 +46,8 @@ def training_arguments(recipe: Recipe, num_rows: int) -> TrainingArguments:
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
+        # Else a run that goes on would wait for a gain from the beginning.
+        "restore_callback_states_from_checkpoint": True,
         "logging_steps": max(1, every // 10),
         "report_to": "none",
         "disable_tqdm": True,  # `Telling` says the same and can be read in a file

@@ -33,6 +33,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in reversed(found) if whole(path)), None)
 
 
+def has_ended(checkpoint: Path) -> bool:
+    """Was this the last step of the run, or the one after which it stopped for want of a gain?"""
+    told = json.loads((checkpoint / STATE).read_text()).get("stateful_callbacks", {})
+    return bool(told.get(TrainerControl.__name__, {}).get("args", {}).get("should_training_stop"))
+
+
 class SaveByTime(TrainerCallback):
     """Checkpoints between evaluations, which may be hours apart, so that a killed run loses minutes.
 

@@ -42,7 +42,7 @@ from collm.training.progress import Teller, Telling
 from collm.training.rates import TokenTable, at_rates
 from collm.training.recipe import Recipe
 from collm.training.reporting import Reports, keep_logs
-from collm.training.resuming import SaveByTime, last_checkpoint
+from collm.training.resuming import SaveByTime, has_ended, last_checkpoint
 from collm.training.trainer import CollmTrainer
 from collm.training.watch import Watch
 
@@ -202,6 +202,7 @@ def _train_model(prepared: Prepared, progress: bool) -> None:
     checkpoint = last_checkpoint(Path(str(arguments.output_dir)))
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
+        trainer.ended = has_ended(checkpoint)
     if recipe.target_rate is not None:
         info = load_info(checkpoint) if checkpoint else None
         num_steps = math.ceil(len(rows) / rows_per_step(recipe) * recipe.training.epochs)

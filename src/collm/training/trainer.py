@@ -59,6 +59,8 @@ class CollmTrainer(Trainer):
         self.price: Price | None = None
         """Set by `follow`, where a target rate is asked for."""
         self._step_sums: list[Tensor] = []
+        self.ended = False
+        """Whether the checkpoint that is gone on from is the run's last one (`resuming.has_ended`)."""
 
     def follow(self, target: float, num_steps: int, state: dict[str, float] | None) -> None:
         """Find the price of a deferred token during training (`collm.training.price`).
@@ -246,6 +248,13 @@ class CollmTrainer(Trainer):
         return optimizer
 
     # -- checkpoints
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """No step behind the last one: the Trainer would look at that only after one more."""
+        if self.ended:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Called on all processes: weights that are spread over them are gathered, whatever else the Trainer keeps of
