@@ -248,6 +248,18 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert again.written == 0
 
 
+def test_no_result_of_an_earlier_run_stands_beside_a_stopped_one(tmp_path: Path) -> None:
+    """Its texts were deleted to ask another system; a makefile would take the figures that are there for its own."""
+    run(out=tmp_path / "run.jsonl", name="one")
+    (tmp_path / "run.jsonl").unlink()
+    other = SamplingParams(threshold=0.6)
+    with pytest.raises(KeyboardInterrupt):
+        run(PairWriter(fail_after=9), params=other, out=tmp_path / "run.jsonl", name="other")
+    assert not (tmp_path / "run.json").exists()
+    run(params=other, out=tmp_path / "run.jsonl", name="other")
+    assert EvalResult.load(tmp_path / "run.json").name == "other"
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

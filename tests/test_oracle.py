@@ -178,7 +178,10 @@ def test_the_report_is_json(tmp_path: Path) -> None:
 
 
 def test_the_commands(
-    tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, seed in (("base", 0), ("helper", 1)):
         tiny_model(seed=seed).save_pretrained(tmp_path / name)
@@ -204,3 +207,8 @@ def test_the_commands(
     made = json.loads(collm(*write, *together, "--method", "contrastive").stdout)
     assert made["usage"]["forward_passes"] == [4, 4] and {step["author"] for step in made["steps"]} == {1}
     assert "needs --deferral-rate or --threshold" in collm(*write, *together, "--method", "entropy").stderr
+    # No figures of a reading that was deleted stand beside one that is stopped.
+    (tmp_path / "read.jsonl").unlink()
+    monkeypatch.setattr("collm.evaluation.reading._read_one", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    collm(*read_it, *together, "--out", tmp_path / "read.jsonl")
+    assert (tmp_path / "read.jsonl").exists() and not (tmp_path / "read.json").exists()

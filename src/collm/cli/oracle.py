@@ -58,6 +58,8 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
                 require_apart(path, [data])
             require_own(figures, is_report, "collm oracle")
         llm = load_llm(checkpoint, options)
+        if out is not None and figures is not None and not out.exists():
+            figures.unlink(missing_ok=True)  # of a reading that was deleted: it would pass for the new one's
         reading = read(
             llm.models,
             llm.formatters,

@@ -151,6 +151,9 @@ def evaluate_with_traces(
                 f"{judged[other.id]!r} now): give another output file, or delete it to start afresh"
             )
         todo = [(example, gold) for example, gold in zip(examples, golds, strict=True) if example.id not in done]
+        if path is not None and todo:
+            # What stands there is of an earlier run, whose traces were deleted: beside these it would pass for theirs.
+            result_path(path).unlink(missing_ok=True)
         with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
             running = Running()
             for trace in done.values():
