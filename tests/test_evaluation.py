@@ -49,7 +49,24 @@ def test_the_interval_of_unanimous_scores_is_not_a_point() -> None:
     low, high = bootstrap_ci([0.0] * 50)
     assert low == 0 and 0.05 < high < 0.09  # 1 - 0.025 ** (1 / 50)
     assert bootstrap_ci([1.0] * 50) == pytest.approx((1 - high, 1))
-    assert bootstrap_ci([0.5] * 5) == (0.5, 0.5)
+    # Graded ones, too, and a single question or group of near-duplicates: others may be 0, or 1.
+    share = 1 - 0.025 ** (1 / 5)
+    assert bootstrap_ci([0.5] * 5) == pytest.approx((0.5 * (1 - share), 0.5 * (1 + share)))
+    assert bootstrap_ci([1.0, 0.0, 0.0, 1.0], groups=["a", "a", "b", "b"])[0] == pytest.approx(0.5 * 0.025**0.5)
+    assert bootstrap_ci([0.4]) == pytest.approx((0.4 * 0.025, 0.4 * 0.025 + 0.975))
+    assert bootstrap_ci([35.0] * 5) == (35.0, 35.0)  # on a scale of its own
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 40])
+def test_the_interval_of_unanimous_differences_is_not_a_point(count: int) -> None:
+    """It holds 0 where the exact test finds nothing at 5 %."""
+    found = paired_difference([0.0] * count, [1.0] * count)
+    assert found.difference == found.ci95[1] == 1 and (found.ci95[0] <= 0) is (found.p_value >= 0.05)
+    same = paired_difference([1.0] * count, [1.0] * count)
+    room = 1 - 0.025 ** (1 / count)
+    assert same.p_value == 1 and same.ci95 == pytest.approx((-room, room))
+    other = paired_difference([1.0] * count, [1.0] * count, groups=["one"] * count)
+    assert other.ci95 == pytest.approx((-0.975, 0.975))
 
 
 def test_the_interval_is_reproducible_and_wants_scores() -> None:
@@ -106,7 +123,7 @@ def test_paired_bootstrap_sees_what_unpaired_scores_hide() -> None:
     swapped = paired_difference(second.tolist(), first.tolist())
     assert swapped.difference == pytest.approx(-0.06) and swapped.p_value < 0.001
     same = paired_difference(first.tolist(), first.tolist())
-    assert (same.difference, same.ci95, same.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (same.difference, same.p_value) == (0.0, 1.0) and same.ci95 == pytest.approx((-0.0183, 0.0183), abs=1e-4)
 
 
 def test_paired_scores_must_match() -> None:

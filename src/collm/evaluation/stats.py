@@ -45,6 +45,20 @@ def _resampled_means(
     return np.concatenate(blocks)
 
 
+def _one_value(scores: Sequence[float], sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> float | None:
+    """The mean that all groups have, where they have one and the same: resampling shows no spread then. None for scores
+    on a scale of their own, of which no bound is known."""
+    value = float(sums[0] / sizes[0])
+    bounded = min(scores) >= 0 and max(scores) <= 1
+    return value if bounded and np.allclose(sums, value * sizes, rtol=0, atol=1e-9) else None
+
+
+def _others(groups: int, tail: float) -> float:
+    """The largest share of other values that so many draws of one and the same leave open, at a chance of `tail`
+    (Clopper and Pearson 1934)."""
+    return 1 - float(tail ** (1 / groups))
+
+
 def bootstrap_ci(
     scores: Sequence[float],
     *,
@@ -55,8 +69,9 @@ def bootstrap_ci(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean.
 
-    Where every score is 0, or every one is 1, resampling shows no spread although the truth may well differ: the
-    exact (Clopper-Pearson) bound of a binomial share takes its place there, each group counted as one trial.
+    Where all examples (or groups) have one value, as a single one has, resampling shows no spread although the truth
+    may well differ: as many others as an exact (Clopper-Pearson) bound leaves room for may all be 0, or all be 1, each
+    group counted as one trial. Where every score is 0, or every one is 1, that is the bound of a binomial share.
 
     Args:
         groups: the group of each example, if whole groups shall be resampled.
@@ -68,11 +83,11 @@ def bootstrap_ci(
         raise ValueError("no scores to take an interval of")
     values = np.asarray(scores, dtype=np.float64)
     tail = (1 - level) / 2
-    bound = float(tail ** (1 / len(_clusters(values, groups)[0])))
-    if (values == 0).all():
-        return 0.0, 1 - bound
-    if (values == 1).all():
-        return bound, 1.0
+    sums, sizes = _clusters(values, groups)
+    value = _one_value(scores, sums, sizes)
+    if value is not None:
+        others = _others(len(sums), tail)
+        return value * (1 - others), value * (1 - others) + others
     low, high = np.quantile(_resampled_means(values, groups, resamples, seed), [tail, 1 - tail])
     return float(low), float(high)
 
@@ -128,7 +143,8 @@ def paired_difference(
     """Two systems on the same examples: the interval resamples, and the test turns around, examples or whole groups.
 
     (A bootstrap's own p-value rejects too often where the two differ on few examples: with eight of them, in 8 % of
-    trials instead of 5.)
+    trials instead of 5.) Where all differences are one and the same, as where there is none, the interval has room for
+    others as in `bootstrap_ci`, of -1 or 1 here.
 
     Raises:
         ValueError: for lists of different lengths, or empty ones.
@@ -136,10 +152,14 @@ def paired_difference(
     if len(first) != len(second) or not first:
         raise ValueError(f"paired scores must be of the same examples, not {len(first)} and {len(second)} scores")
     difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    if not difference.any():
-        return PairedDifference(0.0, (0.0, 0.0), 1.0)
-    low, high = np.quantile(_resampled_means(difference, groups, resamples, seed), [0.025, 0.975])
-    p_value = sign_flip_test(_clusters(difference, groups)[0], seed=seed)
+    sums, sizes = _clusters(difference, groups)
+    value, tail = _one_value([*first, *second], sums, sizes), 0.025
+    if value is not None:
+        others = _others(len(sums), tail)
+        low, high = value * (1 - others) - others, value * (1 - others) + others
+    else:
+        low, high = np.quantile(_resampled_means(difference, groups, resamples, seed), [tail, 1 - tail])
+    p_value = sign_flip_test(sums, seed=seed)
     return PairedDifference(float(difference.mean()), (float(low), float(high)), p_value)
 
 
