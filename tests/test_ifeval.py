@@ -86,6 +86,10 @@ def test_instructions_are_counted_each_with_an_interval() -> None:
     assert twice["inst_level_strict_acc"][0] == pytest.approx(found["inst_level_strict_acc"][0])
     assert twice["inst_level_strict_acc"][1] == pytest.approx(found["inst_level_strict_acc"][1], abs=0.02)
 
+    # All followed, by few prompts: no certainty.
+    [(value, ci95)] = {ifeval.strict_instructions(["The Elbe."] * 3, golds[:1] * 3)}
+    assert value == 1 and ci95 == pytest.approx((0.025 ** (1 / 3), 1))
+
 
 def test_a_languages_verdict_is_the_same_each_time() -> None:
     row = {"prompt": "p", "instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}

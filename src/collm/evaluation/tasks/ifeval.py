@@ -95,18 +95,13 @@ def _of_instructions(
     metric: str, answers: Sequence[str | None], golds: Sequence[str], groups: Sequence[str] | None
 ) -> tuple[float, tuple[float, float]]:
     """The share of all instructions that are followed, with its interval: prompts, or groups, are resampled whole."""
-    import numpy as np
+    from collm.evaluation.stats import bootstrap_ci
 
     each = [followed(answer, gold)[metric] for answer, gold in zip(answers, golds, strict=True)]
-    units = range(len(each)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    counts = np.zeros((int(max(units)) + 1, 2))
-    for unit, found in zip(units, each, strict=True):
-        counts[unit] += sum(found), len(found)
-    draws = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=10_000)
-    right, asked = (draws @ counts).T
-    low, high = np.quantile(right / asked, [0.025, 0.975])
-    total = counts.sum(0)
-    return float(total[0] / total[1]), (float(low), float(high))
+    units = list(map(str, range(len(each)))) if groups is None else groups
+    found = [float(right) for verdicts in each for right in verdicts]
+    of_unit = [unit for unit, verdicts in zip(units, each, strict=True) for _ in verdicts]
+    return sum(found) / len(found), bootstrap_ci(found, groups=of_unit)
 
 
 def strict_instructions(
