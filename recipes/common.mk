@@ -1,5 +1,5 @@
 # What the studies' makefiles share. A target is the file that its step makes. Prerequisites are order-only: what is there
-# is not made anew, and a stopped step goes on where it was.
+# is not made anew, and a stopped step goes on where it was. So a file comes to its name whole: by `mv`, where a step copies.
 THREADS ?= 2
 PYTHON ?= .venv/bin/python
 # Of the weights while texts are written: less than half of float32's time on a processor that has it.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -99,3 +101,35 @@ def test_every_system_of_the_word_problems_is_tested(tmp_path: Path) -> None:
     found = steps(ROOT / "recipes" / "word_problems" / "study.mk", tmp_path)
     tested = {Path(words[4]).name for words in found if words[3:4] == ["eval"]}
     assert {"sft", "pair", "lora", "weak", "pair_lm", "both", "gate", "arithmetic_tuned"} <= tested
+
+
+KILLED = """#!/bin/sh
+for last; do :; done
+test -d "$last" && last=$last/train.jsonl
+if [ "${*#*mbpp-all/train.jsonl}" != "$*" ] && mkdir killed; then
+    head -c 5 data/qwen/mbpp-all/train.jsonl > "$last"
+    kill -9 $PPID $$
+fi
+exec /bin/cp "$@"
+"""
+PREPARES = """#!/bin/sh
+mkdir -p data/qwen/mbpp-all
+for part in train validation test; do echo "a row of $part" > data/qwen/mbpp-all/$part.jsonl; done
+"""
+
+
+def test_a_copy_that_is_killed_is_made_again(tmp_path: Path) -> None:
+    """A target that is there is not made anew: half of a file must not come to its name."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "mbpp.jsonl").touch()
+    for name, script in (("cp", KILLED), ("python", PREPARES)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    train = tmp_path / "data" / "qwen" / "mbpp" / "train.jsonl"
+    make = ["make", "-f", "recipes/qwen/study.mk", str(train.relative_to(tmp_path)), "PYTHON=./python"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for code in (-signal.SIGKILL, 0):
+        done = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stderr
+    assert train.read_text() == "a row of train\n"
+    assert (train.parent / "calibration.jsonl").read_text() == "a row of validation\n"

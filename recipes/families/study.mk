@@ -63,11 +63,13 @@ look-mbpp: look-mbpp-half
 $(LOOK)-test.jsonl: | $(DATA)/gsm8k/train.jsonl
 	head -n 200 $(DATA)/gsm8k/spent.jsonl > $(LOOK)-train.jsonl
 	head -n 42 $(DATA)/gsm8k/calibration.jsonl > $(LOOK)-validation.jsonl
-	tail -n +43 $(DATA)/gsm8k/calibration.jsonl > $(LOOK)-test.jsonl
+	tail -n +43 $(DATA)/gsm8k/calibration.jsonl > $@.tmp
+	mv $@.tmp $@
 $(DATA)/mbpp/look-test.jsonl: | $(DATA)/mbpp/train.jsonl
 	cp $(DATA)/mbpp/train.jsonl $(DATA)/mbpp/look-train.jsonl
 	head -n 30 $(DATA)/mbpp/calibration.jsonl > $(DATA)/mbpp/look-validation.jsonl
-	tail -n +31 $(DATA)/mbpp/calibration.jsonl > $(DATA)/mbpp/look-test.jsonl
+	tail -n +31 $(DATA)/mbpp/calibration.jsonl > $@.tmp
+	mv $@.tmp $@
 # $(1): a task, $(2): who is scored, $(3): a part, $(4): the weights, and among whom
 define look_scores
 $(RUNS)/scores/$(1)/$(2)-$(3)/scores.json: | $(DATA)/$(1)/look-test.jsonl $(HAVE)
@@ -145,7 +147,8 @@ PAIR_SMALL := $(SMALL)/gate
 $(LOOK)-small.jsonl: | $(LOOK)-test.jsonl
 	head -n 300 $(DATA)/gsm8k/train.jsonl > $(DATA)/gsm8k/train-300.jsonl
 	head -n 40 $(DATA)/gsm8k/calibration.jsonl > $(DATA)/gsm8k/calibration-40.jsonl
-	head -n $(SMALL_TESTED) $(DATA)/gsm8k/test.jsonl > $(LOOK)-small.jsonl
+	head -n $(SMALL_TESTED) $(DATA)/gsm8k/test.jsonl > $@.tmp
+	mv $@.tmp $@
 $(SMALL)/sft/collm.json: | $(LOOK)-small.jsonl
 	$(COLLM) train recipes/families/sft.yaml out=$(SMALL)/sft cache=$(RUNS)/small/cache \
 	    data.train=$(DATA)/gsm8k/train-300.jsonl data.validation=$(DATA)/gsm8k/calibration-40.jsonl \
@@ -210,7 +213,8 @@ $(SMALL)/test/report.html: | $(SMALL_SYSTEMS:%=$(SMALL)/test/%.json)
 # own doubt. Thresholds are of 16 of the calibration part that nothing else here has read.
 SMALL_RATES ?= 10 20 40
 $(LOOK)-tried.jsonl: | $(LOOK)-test.jsonl
-	tail -n +41 $(LOOK)-test.jsonl | head -n 16 > $(LOOK)-tried.jsonl
+	tail -n +41 $(LOOK)-test.jsonl | head -n 16 > $@.tmp
+	mv $@.tmp $@
 # $(1): a name, $(2): a pair's folder, $(3): a signal
 define small_tried
 $(SMALL)/tried/$(1)/curve.csv: | $(2)/collm.json $(LOOK)-tried.jsonl
@@ -246,7 +250,8 @@ CODE_LONG ?= 300
 CODE_WRITE = --task mbpp --batch-size $(SMALL_BATCH) --max-tokens $(CODE_LONG) --dtype bfloat16 --device $(DEVICE)
 $(DATA)/mbpp/small.jsonl: | $(DATA)/mbpp/look-test.jsonl
 	tail -n 16 $(DATA)/mbpp/calibration.jsonl > $(DATA)/mbpp/tried.jsonl
-	head -n $(CODE_TESTED) $(DATA)/mbpp/test.jsonl > $(DATA)/mbpp/small.jsonl
+	head -n $(CODE_TESTED) $(DATA)/mbpp/test.jsonl > $@.tmp
+	mv $@.tmp $@
 # $(1): a signal
 define code_tried
 $(CODE)/tried/$(1)/curve.csv: | $(CODE_PAIR)/collm.json $(DATA)/mbpp/small.jsonl

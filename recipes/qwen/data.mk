@@ -15,4 +15,6 @@ $(DATA)/mbpp/train.jsonl:
 	$(COLLM) prepare mbpp $(MBPP) --out $(DATA)/mbpp-all
 	mkdir -p $(DATA)/mbpp
 	cp $(DATA)/mbpp-all/validation.jsonl $(DATA)/mbpp/calibration.jsonl
-	cp $(DATA)/mbpp-all/test.jsonl $(DATA)/mbpp-all/train.jsonl $(DATA)/mbpp
+	cp $(DATA)/mbpp-all/test.jsonl $(DATA)/mbpp
+	cp $(DATA)/mbpp-all/train.jsonl $@.tmp
+	mv $@.tmp $@

@@ -93,7 +93,8 @@ $(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json) $(SENTENCES)
 kept:
 	mkdir -p $(RUNS)
 	for task in $(notdir $(patsubst %/,%,$(wildcard recipes/qwen/kept/*/))); do cp -rn recipes/qwen/kept/$$task $(RUNS)/; \
-	    for each in $$(find $(RUNS)/$$task -name '*.jsonl.xz'); do test -e $${each%.xz} || xz -dk $$each || exit 1; done; done
+	    for each in $$(find $(RUNS)/$$task -name '*.jsonl.xz'); do test -e $${each%.xz} || \
+	    { xz -dc $$each > $$each.tmp && mv $$each.tmp $${each%.xz}; } || exit 1; done; done
 
 # -- scores and models -------------------------------------------------------------------------------------------------
 
