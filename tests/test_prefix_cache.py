@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import watching
 from flows import alone
 from test_local import ask, at_end, close, reasons, rewrite, stored_tensors, tiny
 from transformers import PreTrainedTokenizerFast
@@ -166,6 +167,25 @@ def test_texts_wait_only_for_what_they_share(watched: Callable[..., Watched]) ->
     short = watched()
     assert short.computed(first, (*first[:10], 99)) == 61  # too little to wait for
     assert len(short.told) == 1
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_what_a_draft_shared_is_not_copied_once_it_is_taken_back(
+    paged: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """An assistant is first asked behind a draft with which another text's prompt goes on, too."""
+    network, settings = tiny("llama"), {"machinery": watching.watched()} if paged else {}
+    model = LocalModel(network, tiny_tokenizer, num_slots=4, max_cache_tokens=2000, **settings)
+    draft = tuple(range(100, 130))
+    other, text = Text([(*PROMPT, *draft, *range(200, 240))]).views[0], written(Text([PROMPT]), *draft)
+    view = text.views[0]
+    # The other one is read in pieces, so that all of what is common is not there yet.
+    model.predict([Query(0, other, len(PROMPT), 0), at_end(view, 5)])
+    rewrite(text, (*PROMPT, *draft[:5], *range(140, 170)))
+    model.predict([at_end(other)])
+    [found] = model.predict([at_end(view)])
+    [expected] = LocalModel(network, tiny_tokenizer, cache=False).predict([at_end(view)])
+    assert close(found[0], expected[0])
 
 
 def test_samples_of_one_prompt_share_its_pass(watched: Callable[..., Watched]) -> None:

@@ -55,7 +55,10 @@ class Slot:
         return held if self.rewinds == view.rewinds else min(held, view.valid_since(self.rewinds))
 
     def settle(self, view: View) -> None:
-        """Hold what is valid."""
+        """Hold what is valid, and share no more than that is still common."""
+        if self.source is not None and self.rewinds != view.rewinds:
+            other, shared = self.source
+            self.source = other, min(shared, view.valid_since(self.rewinds))
         self.held, self.rewinds, self.ahead = self.valid(view), view.rewinds, None
 
 
