@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 import watching
 from flows import alone
 from test_local import ask, at_end, close, reasons, rewrite, stored_tensors, tiny
@@ -18,7 +20,7 @@ from collm.models.local import LocalModel
 from collm.models.prefix_cache import PrefixCache
 from collm.sampling_params import SamplingParams
 from collm.types import ForwardPass
-from collm.values import Query
+from collm.values import Fault, Query
 from collm.views import Text, View
 
 Ids = tuple[int, ...]
@@ -383,6 +385,49 @@ def test_running_out_of_memory_leaves_an_empty_cache(
     with pytest.raises(MemoryError):
         it.model.predict([ask(tuple(range(100)))])
     assert it.computed(text) == 43
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("begins_alike", [False, True])
+def test_what_was_no_number_is_not_read_by_the_next_text(
+    paged: bool, begins_alike: bool, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The reader of a prompt goes away before anything is asked behind it; another text gets its slot, or a copy."""
+    network, settings = tiny("llama"), {"machinery": watching.watched()} if paged else {}
+    with torch.no_grad():
+        network.get_input_embeddings().weight[300] = math.nan
+    model = LocalModel(network, tiny_tokenizer, num_slots=2, max_cache_tokens=2000, **settings)
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    short = A if begins_alike else A[1:]
+    views = [Text([ids]).views[0] for ids in ((*PROMPT, 300, *range(200, 260)), range(60, 180), short)]
+    # It is not there to be asked behind either.
+    assert reasons(model.predict([Query(0, views[0], 90, 0)])) == [
+        [
+            "base: the predictions after position 90 are not numbers (NaN); its weights are damaged or overflow in "
+            "this dtype: try another dtype"
+        ]
+    ]
+    model.release(views[0])
+    for asked in (views[1:2], views[2:], views[1:]):
+        texts = [at_end(view) for view in asked]
+        for [found], [expected] in zip(model.predict(texts), plain.predict(texts), strict=True):
+            assert close(found, expected)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_behind_what_is_no_number_none_follows(paged: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A text that goes through in pieces, and is asked everywhere: the pieces behind are not read behind nothing."""
+    network = tiny("llama", max_position_embeddings=2048)
+    settings = {"machinery": watching.watched(block=256)} if paged else {}
+    with torch.no_grad():
+        network.get_input_embeddings().weight[300] = math.nan
+    model = LocalModel(network, tiny_tokenizer, num_slots=2, max_cache_tokens=5000, **settings)
+    other, view = (Text([ids]).views[0] for ids in (range(60, 160), (*PROMPT, 300, *([7, 8, 9] * 400))))
+    replies, [answer] = model.predict([Query(0, view, len(view), len(view)), at_end(other)])
+    assert len(replies) == len(view) > prefix_cache.PASS_TOKENS
+    assert all(isinstance(reply, Fault) for reply in replies[40:])
+    [[expected]] = LocalModel(network, tiny_tokenizer, cache=False).predict([at_end(other)])
+    assert close(answer, expected)
 
 
 def test_common_prefix() -> None:

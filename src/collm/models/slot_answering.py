@@ -7,6 +7,9 @@ from dataclasses import replace
 from itertools import islice
 from time import perf_counter
 
+import numpy as np
+from numpy.typing import NDArray
+
 from collm.models.attention import Row
 from collm.models.bounds import Bounds
 from collm.models.laws import Asked, Laws
@@ -115,16 +118,17 @@ class SlotAnswering:
                     tokens = iter(told.tokens[wanted].tolist())
                     chosen([(query, list(islice(tokens, j - i))) for query, i, j in prefixes])
                 found = self._bounds.checked(told.answers(wanted), prefixes)
+                bad = None if told.all_numbers else told.bad
             else:
-                found = self._eager(rows, token_ids, wanted, prefixes, asked)
+                found, bad = self._eager(rows, token_ids, wanted, prefixes, asked)
         except BaseException:
             for job, _ in pieces:
                 self._cache.clear(job)
             raise
         replies = list(found)
         broken = Fault in map(type, replies)
-        at = 0
-        for job, end in pieces:
+        at = start = 0
+        for (job, end), row in zip(pieces, rows, strict=True):
             number = end - max(job.first, job.done)
             self._cache.hold(job, end)
             if number > 0:
@@ -132,8 +136,15 @@ class SlotAnswering:
                 at += number
                 job.replies += new
                 job.broken |= broken and Fault in map(type, new)
+            if bad is not None:
+                # Also behind what nobody asks about: others would share it, and masks let it through.
+                job.broken |= bool(bad[start : start + row.width].any())
+            start += row.width
             if job.broken:
                 self._cache.clear(job)
+                # What is still to be read of it would be read behind nothing.
+                job.replies += [self._bounds.no_numbers(end)] * (max(1, job.query.num_last) - len(job.replies))
+                job.done = job.query.length
         if self.on_pass is not None:
             longest = max([row.end for row in rows])
             self.on_pass(ForwardPass(len(rows), rows[-1].width, len(token_ids), longest, perf_counter() - began))
@@ -145,11 +156,17 @@ class SlotAnswering:
         wanted: Sequence[int],
         prefixes: Sequence[tuple[Query, int, int]],
         asked: Asked,
-    ) -> Iterator[Reply]:
-        """The answers behind the `wanted` tokens of a pass."""
+    ) -> tuple[Iterator[Reply], NDArray[np.bool_] | None]:
+        """The answers behind the `wanted` tokens of a pass, and which of all its tokens are no numbers, if some others
+        are none."""
         numbers = asked.numbers
         hidden, packed = self._cache.pool.forward(rows, token_ids, [*numbers, *wanted])
         packed, at = packed.split([len(numbers), len(wanted)])
+        bad: NDArray[np.bool_] | None = None
         if len(wanted) < len(token_ids):
+            none = hidden.isnan()
+            if none.any():
+                bad = none.any(dim=-1).cpu().numpy()
             hidden = hidden[at.to(hidden.device)]
-        return self._bounds.checked(self.laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
+        found = self._bounds.checked(self.laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
+        return found, bad

@@ -107,6 +107,12 @@ class Told:
         return self.rows[:, CHOSEN]
 
     @property
+    def bad(self) -> NDArray[np.bool_]:
+        """Of which tokens something is no number."""
+        found: NDArray[np.bool_] = self.rows[:, BAD] != 0
+        return found
+
+    @property
     def all_numbers(self) -> bool:
         return not self.rows[:, BAD].any()
 
