@@ -482,6 +482,20 @@ def test_the_engine_writes_the_same_text_in_fewer_calls(
     assert found == written(plain)
 
 
+@pytest.mark.parametrize("top_k", [2**31, 2**63])
+def test_a_top_k_beyond_what_a_pass_can_be_told(top_k: int, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """It says "all tokens", as 0 does."""
+    network, how = tiny("llama"), SamplingParams(temperature=1.5, seed=3, top_k=top_k).draw
+    text = Text([[5, 9, 3]])
+    asked = [Query(0, text.views[0], 3, draw=how)]
+    model = LocalModel(network, tiny_tokenizer, max_cache_tokens=400, machinery=machinery())
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    [[expected]] = plain.predict([asked[0]._replace(draw=replace(how, top_k=0))])
+    for each in (model, plain):
+        [[found]] = each.predict(asked)
+        assert_same(found, expected)
+
+
 def test_what_graphs_do_not_tell_is_told_without(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     network = tiny("llama")
     model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, machinery=machinery())

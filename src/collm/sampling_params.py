@@ -30,6 +30,8 @@ Signal = Literal["gate", "expected_gain", "entropy", "top_probability", "random"
 OnAssistantError = Literal["fail", "base"]
 MOST_TOP = 20
 """Tokens that can be told beside each written one: as many as the OpenAI API and engines give."""
+WIDEST = 2**31 - 1
+"""A top-k beyond every vocabulary, in which passes still can be told it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +149,4 @@ class SamplingParams:
     @property
     def draw(self) -> Draw:
         """How a model chooses the tokens of this text."""
-        return Draw(self.seed, self.sample, self.temperature, self.top_p, self.top_k)
+        return Draw(self.seed, self.sample, self.temperature, self.top_p, min(self.top_k, WIDEST))
