@@ -120,6 +120,17 @@ def test_a_program_that_sleeps_is_ended(sandboxed: bool) -> None:
     assert time.monotonic() - begin < 20
 
 
+def test_a_program_that_the_machine_had_no_time_to_start_is_not_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sandbox, "_python", lambda: str(slow))
+    with pytest.raises(CollmError, match=r"could not be started for want of .* time"):
+        passes(["pass"], sandboxed=False, limits=Limits(seconds=1))
+
+
 def test_what_a_program_does_is_the_same_each_time(sandboxed: bool) -> None:
     """Sets of texts have an order that hangs on a seed: fixed, or a test would pass now and then."""
     order = subprocess.run(

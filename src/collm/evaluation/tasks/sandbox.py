@@ -88,8 +88,8 @@ def passes(sources: Sequence[str], *, sandboxed: bool = True, limits: Limits = L
     said = _said(sources, sandboxed, limits)
     if said is None:
         raise CollmError(
-            "a program could not be started for want of processes or memory; what is finished is kept: free some, and "
-            "run the same again"
+            "a program could not be started for want of processes, memory or time; what is finished is kept: free "
+            "some, and run the same again"
         )
     return said
 
@@ -114,8 +114,9 @@ def _said(sources: Sequence[str], sandboxed: bool, limits: Limits) -> bool | Non
     )
     try:
         out, _ = process.communicate(json.dumps(told).encode(), timeout=3 * limits.seconds)
-    except subprocess.TimeoutExpired:
-        return False
+    except subprocess.TimeoutExpired as error:
+        begun = (error.output or b"").startswith(READY.encode())
+        return False if begun else None  # the machine was too slow, not the program
     finally:
         _end(process)
     lines = out.decode(errors="replace").splitlines()
