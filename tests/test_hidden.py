@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,30 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "_hidden_of", counts)
     assert torch.equal(all_hidden(model, data, tmp_path, "train", progress=False), whole)
     assert seen == [len(module._batches(model, data, range(40))) - 3]
+
+
+def test_what_was_done_in_a_file_that_was_removed_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To make room, say; and the run that began it anew was stopped before its first batch."""
+    model, data = make_model(), scored(40)
+    monkeypatch.setattr(module, "_batches", lambda model, data, chosen: [[i] for i in chosen])
+    quick, whole = module._hidden_of, all_hidden(model, data, tmp_path / "whole", "train", progress=False)
+
+    def stops_after(number: int) -> None:
+        def stops(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            yield from itertools.islice(quick(*args), number)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "_hidden_of", stops)
+        with pytest.raises(KeyboardInterrupt):
+            all_hidden(model, data, tmp_path, "train", progress=False)
+
+    stops_after(3)
+    next(tmp_path.glob("*.partial")).unlink()
+    stops_after(0)
+    monkeypatch.setattr(module, "_hidden_of", quick)
+    assert torch.equal(all_hidden(model, data, tmp_path, "train", progress=False), whole)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

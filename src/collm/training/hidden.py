@@ -102,6 +102,7 @@ def _write(path: Path, model: nn.Module, data: ScoredSet, progress: bool) -> Non
         finished = told["batches"] if told["plan"] == digest(batches) else 0
     try:
         if not finished:
+            done.unlink(missing_ok=True)  # of a file that was removed: nothing is done in this one
             _allocate(partial, shape, dtype)
         rows = _mapped_for_writing(partial, shape, dtype)
         for batch, (hidden, where) in enumerate(_hidden_of(model, data, batches[finished:], progress), finished + 1):
