@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -96,6 +98,21 @@ def test_a_languages_verdict_is_the_same_each_time() -> None:
     gold = get_task("ifeval").gold(Example("e", prompt="p", fields={"answer": row}))
     text = "an in so is da die on"  # between languages
     assert len({get_task("ifeval").score(text, gold) for _ in range(20)}) == 1
+
+
+def test_a_letter_that_the_checker_does_not_count_is_the_same_other_one_each_time() -> None:
+    """One of IFEval's prompts wants "#" four times. The checker draws a letter of the alphabet for it."""
+    kwargs = {"let_relation": "at least", "letter": "#", "let_frequency": 4}
+    row = {"prompt": "p", "instruction_id_list": ["keywords:letter_frequency"], "kwargs": [kwargs]}
+    golds = [get_task("ifeval").gold(Example("e", prompt="p", fields={"answer": {**row, "prompt": p}})) for p in "abcd"]
+    random.seed(0)
+    state = random.getstate()
+    for gold in golds:
+        verdicts = [ifeval.followed(letter * 4, gold) for letter in ascii_lowercase]
+        assert sum(verdict[ifeval.STRICT] == [True] for verdict in verdicts) == 1
+        assert all(verdict[ifeval.STRICT] == verdict[ifeval.LOOSE] for verdict in verdicts)
+        assert verdicts == [ifeval.followed(letter * 4, gold) for letter in ascii_lowercase]
+    assert random.getstate() == state  # nobody else's draws are changed
 
 
 def test_without_its_data_the_task_is_refused_before_anything_is_written(

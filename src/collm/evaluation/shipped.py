@@ -77,7 +77,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ),
             Task(
                 "ifeval",
-                1,
+                2,
                 text_as_it_is,
                 instructions_field,
                 metrics=PROMPT_METRICS,

@@ -7,7 +7,9 @@ have to repeat. Strict takes the text as it is; loose also without its first lin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -67,6 +69,18 @@ def _known() -> frozenset[str]:
     return frozenset(INSTRUCTION_DICT)
 
 
+@contextmanager
+def _same_draws(gold: str) -> Iterator[None]:
+    """What the checker draws is the prompt's own: where an argument is none that it takes (in two of IFEval's prompts
+    "#" and "!" are letters to be counted), it puts another one in its place, by Python's shared generator."""
+    state = random.getstate()
+    random.seed(gold)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 def followed(answer: str | None, gold: str) -> dict[str, list[bool]]:
     """For each instruction whether it is followed, strictly and loosely, by the metric of whole prompts.
 
@@ -82,8 +96,10 @@ def followed(answer: str | None, gold: str) -> dict[str, list[bool]]:
         raise CollmError(f"IFEval has no instruction {unknown[0]!r}; there are: {', '.join(sorted(_known()))}")
     checker = _checker()
     asked = checker.InputExample(key=0, instruction_id_list=names, prompt=told["prompt"], kwargs=told["kwargs"])
-    strict = checker.test_instruction_following_strict(asked, answer)
-    loose = checker.test_instruction_following_loose(asked, answer)
+    with _same_draws(gold):
+        strict = checker.test_instruction_following_strict(asked, answer)
+    with _same_draws(gold):
+        loose = checker.test_instruction_following_loose(asked, answer)
     return {STRICT: list(strict.follow_instruction_list), LOOSE: list(loose.follow_instruction_list)}
 
 
