@@ -53,7 +53,8 @@ def local(
 ) -> LocalModel:
     """A random model that never chooses a special token by itself; nor does it end, unless `ends` is given."""
     ends, ascii, gate = more.pop("ends", None), more.pop("ascii", False), more.pop("gate", None)
-    model = make_model(seed=seed, vocab_size=len(tokenizer) + 3, initializer_range=0.35)
+    size, context = len(tokenizer) + 3, more.pop("context", 256)
+    model = make_model(seed=seed, vocab_size=size, initializer_range=0.35, max_position_embeddings=context)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.all_special_ids] = 0.0
         if ascii:  # what it writes is UTF-8
@@ -73,11 +74,16 @@ def local(
 
 
 def system(
-    count: int = 2, *, ends: int | None = None, own: list[PreTrainedTokenizerFast] | None = None, **more: Any
+    count: int = 2,
+    *,
+    ends: int | None = None,
+    own: list[PreTrainedTokenizerFast] | None = None,
+    contexts: Sequence[int] = (256, 256, 256),
+    **more: Any,
 ) -> CollaborativeLM:
     own = own or tokenizers()[:count]
     models: list[LanguageModel] = [
-        local(t, n, z, None if z else count - 1, ends=ends if z == 0 else None, **more)
+        local(t, n, z, None if z else count - 1, ends=ends if z == 0 else None, context=contexts[z], **more)
         for z, (t, n) in enumerate(zip(own, NAMES, strict=False))
     ]
     formatters = [Formatter(t) for t in own]
@@ -616,6 +622,17 @@ def test_the_end_of_a_context_ends_a_text() -> None:
         generation = bounded.generate(PROMPT, SamplingParams(max_tokens=200, deferral=deferral))  # type: ignore[arg-type]
         assert generation.finish_reason == "length" and generation.error is None
         assert 5 < generation.completion_tokens < 200
+
+
+@pytest.mark.parametrize("contexts", [(256, 60), (60, 256)])
+def test_who_writes_alone_is_bounded_by_its_own_context(contexts: tuple[int, int]) -> None:
+    """Not by one that is not asked; and it ends there, instead of failing."""
+    llm = system(contexts=contexts)
+    for number, (name, context) in enumerate(zip(NAMES, contexts, strict=False)):
+        generation = llm.generate(PROMPT, SamplingParams(max_tokens=200), alone=name)
+        # The last token is written, not read.
+        room = context + 1 - len(llm.formatters[number].prompt(PROMPT))
+        assert generation.finish_reason == "length" and generation.completion_tokens == min(200, room)
 
 
 def test_likelihoods_are_those_of_the_chunks(pair: CollaborativeLM) -> None:

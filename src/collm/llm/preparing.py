@@ -73,12 +73,13 @@ class Preparation:
         Raises:
             CollmError: what is asked needs what is not there, or the text can never fit into the caches.
         """
+        number = BASE if alone is None else self._number(alone)
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
         bounds = list(zip(ids, self.context_lengths, strict=True))
-        # Where models share but chunks, an assistant's tokens are not the base's: its own context is watched.
-        room = [
-            context - len(own) + 1 for own, context in (bounds[:1] if self.sharing else bounds) if context is not None
-        ]
+        # Where models share but chunks, tokens of one are not those of another: who writes alone is bounded by its own
+        # context, and with the base the contexts of the others are watched.
+        bounds = [bounds[number]] if self.sharing else bounds
+        room = [context - len(own) + 1 for own, context in bounds if context is not None]
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
         found = None
         if alone is None:
@@ -87,7 +88,6 @@ class Preparation:
             require_defined(found, params, self.models, self.has_gate)
             if self.sharing is not None:
                 self.sharing.require_defined(found, own)
-        number = BASE if alone is None else self._number(alone)
         eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self.eos)
         text = Text(ids) if self.sharing is None or found is None else self.sharing.text(ids, self.context_lengths)
         engine = shared.ready()
