@@ -202,6 +202,26 @@ def test_each_model_keeps_its_own_ids(pair: CollaborativeLM) -> None:
     assert generation.usage.tokens_by_author[0] + generation.usage.tokens_by_author[1] == generation.completion_tokens
 
 
+@pytest.mark.parametrize(("deferral", "threshold"), [("never", None), ("random", 0.5), ("nudging", 0.5)])
+def test_the_most_probable_tokens_are_told_of_each_chunk_of_the_base(deferral: Any, threshold: float | None) -> None:
+    """Of those too that it saw ahead, as it wrote the chunk before."""
+    pair = system(ascii=True)
+    sharing = pair.sharing
+    assert sharing is not None
+    params = SamplingParams(max_tokens=30, top_log_probs=3, seed=1, deferral=deferral, threshold=threshold)
+    steps = pair.generate(PROMPT, params).steps
+    text = ChunkText([f.prompt(PROMPT) for f in pair.formatters], sharing.codecs, sharing.cuts)
+    for step in steps:
+        view = text.read(0)
+        [[answer]] = pair.models[0].predict([Query(0, view, len(view), num_top=3)])
+        assert isinstance(answer, Answer) and len(answer.top) == 3
+        expected = () if step.author else answer.top
+        assert [token_id for token_id, _ in step.top] == [token_id for token_id, _ in expected]
+        assert [value for _, value in step.top] == pytest.approx([value for _, value in expected], abs=1e-3)
+        text.chunks.append(step.data or b"")
+    assert sum(step.author == 0 for step in steps) > 5
+
+
 def test_ends_and_stop_strings() -> None:
     llm = system(ends=66)
     ended = llm.generate_batch([f"{n} + {n} =" for n in range(12)], SamplingParams(max_tokens=60, deferral="never"))

@@ -80,13 +80,14 @@ def _query(text: ChunkText, model: int, draw: Draw, last_byte: int, *, opens: bo
 
 
 def write_chunk(
-    text: ChunkText, author: int, answer: Answer, draw: Draw, room: int, *, look: bool = True
+    text: ChunkText, author: int, answer: Answer, draw: Draw, room: int, *, look: bool = True, num_top: int = 0
 ) -> Generator[Request, Replies | None, Written | Fault]:
     """One chunk, from the author's first token on; a fault if the author fails within it.
 
     Args:
         room: tokens that may still be written; an assistant's are taken for the base's.
         look: False leaves the look ahead out where a chunk is likely to close (`Written.unseen`).
+        num_top: most probable tokens that are told with what is seen ahead, as `ask_at_cut` would tell them.
     """
     codec, free = text.codecs[author], text.cuts.free
     text.begin(author)
@@ -104,7 +105,7 @@ def write_chunk(
             return Written(data, log_prob, cut_off=True)
         if not look and data[-1:].isalnum() and codec.canonical(data) == text.written(author):
             return Written(data, log_prob, unseen=True)
-        [reply] = yield from _query(text, author, draw, data[-1], opens=False)
+        [reply] = yield from _query(text, author, draw, data[-1], opens=False, num_top=num_top)
         if isinstance(reply, Fault):
             return reply
         if reply is None:  # a tool that says no more

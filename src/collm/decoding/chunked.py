@@ -149,7 +149,7 @@ def _chunk(
         writers.author, writers.answer = BASE, None
         writers.settled_by(candidate, found, params)
     if written is None:
-        found = yield from write_chunk(text, BASE, base, draws[BASE], room)
+        found = yield from write_chunk(text, BASE, base, draws[BASE], room, num_top=params.top_log_probs)
         if isinstance(found, Fault):
             raise ModelFailed(found.reason)
         written = found
@@ -229,7 +229,7 @@ def _nudged(text: ChunkText, params: SamplingParams, method: Nudging, end_id: in
                 [reply] = yield from opening(BASE)
                 base = required(reply)
             author, answer = BASE, base
-            found = yield from write_chunk(text, BASE, base, draws[BASE], room)
+            found = yield from write_chunk(text, BASE, base, draws[BASE], room, num_top=params.top_log_probs)
             if isinstance(found, Fault):
                 raise ModelFailed(found.reason)
             written = found
