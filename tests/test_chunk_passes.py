@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,6 +136,21 @@ def test_passes_of_nudging(temperature: float, events: list[Event]) -> None:
         assert authors == writers
 
 
+def has_room(llm: CollaborativeLM, chunk: Closed, room: int) -> bool:
+    """For more tokens of the base: what an assistant has written may be fewer of those, and is not cut off within a
+    character."""
+    assert llm.sharing is not None
+    if chunk.own < room or chunk.author == BASE:
+        return chunk.own < room
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(chunk.data)
+        within, _ = decoder.getstate()
+    except UnicodeDecodeError:  # no text
+        within = b""
+    return bool(within) or len(llm.sharing.codecs[BASE].chunk_ids(chunk.data)) < room
+
+
 def passes_at_once(
     llm: CollaborativeLM, generation: Generation, asked: Sequence[set[int]], events: Sequence[Event], max_tokens: int
 ) -> list[int]:
@@ -152,7 +168,7 @@ def passes_at_once(
             continue
         chunk = closed[number]
         assert chunk.author == step.author and (chunk.data == step.data or number + 1 == len(generation.steps))
-        looks = not free[chunk.data[-1]] and chunk.own < room
+        looks = not free[chunk.data[-1]] and has_room(llm, chunk, room)
         passes[chunk.author] += chunk.own - 1 + looks
         known = {chunk.author} if looks and chunk.holds else set()
         room -= len(step.token_ids)
@@ -219,7 +235,7 @@ def passes_waiting(llm: CollaborativeLM, events: Sequence[Event], max_tokens: in
             known = known | {BASE}
             asked = None if event.author in known else event.author
         elif isinstance(event, Closed):
-            may_go_on = not free[event.data[-1]] and event.own < room
+            may_go_on = not free[event.data[-1]] and has_room(llm, event, room)
             likely = event.author != BASE and event.data[-1:].isalnum() and event.as_read
             waiting = may_go_on and likely and waits and misses <= 1 + looks * MISSES and chunks != careful
             passes[event.author] += event.own - 1 + (may_go_on and not waiting)

@@ -154,6 +154,30 @@ def test_whoever_writes_hands_over_inside_no_character_and_no_token(text: str, s
     assert steps[-1].data == b""
 
 
+def test_an_assistant_writes_as_many_tokens_of_the_base_as_are_asked_for() -> None:
+    """Not as many of its own: of words whose letters are its tokens, and of characters whose bytes are, but a part of
+    the text would be left."""
+    own = [byte_level("none", 460, more=["世界你好，你好世界。世界！" * 3]), byte_level("gpt2", 259)]
+    cuts = cuts_between(own, NAMES[:2])
+    assert cuts is not None
+    pair = [ByteCodec(tokenizer, cuts, name=name) for tokenizer, name in zip(own, NAMES, strict=False)]
+    finer = 0
+    for text in ("The capital of France, 世界你好，你好世界。", MORE[0], MORE[1]):
+        models = [Reciter(z, codec, text) for z, codec in enumerate(pair)]
+        gold = [codec.encode(text) for codec in pair]
+        chunks = [len(pair[1].chunk_ids(chunk)) - len(pair[0].chunk_ids(chunk)) for chunk in cuts.chunks(text.encode())]
+        finer += max(chunks)
+        for length in range(1, len(gold[0]) + 1):
+            written = ChunkText([[], []], pair, cuts)
+            flow = chunked(written, SamplingParams(max_tokens=length), Random(1.0, 1), min(pair[0].ends))
+            steps = [event for _, event in run([(flow, written, length)], models) if isinstance(event, Step)]
+            assert sum(len(step.token_ids) for step in steps) == length
+            data = b"".join(step.data or b"" for step in steps)
+            assert text.encode().startswith(data) and {step.author for step in steps} == {1}
+            assert all(sum(step.token_lengths) == len(step.data or b"") for step in steps)
+    assert finer > 10
+
+
 def test_a_character_of_several_tokens_is_written_to_its_end() -> None:
     """No token holds its first byte and another character's: nothing else may open there, but the character goes on."""
     cuts = CODECS[BASE].cuts

@@ -85,7 +85,7 @@ def write_chunk(
     """One chunk, from the author's first token on; a fault if the author fails within it.
 
     Args:
-        room: tokens that may still be written; an assistant's are taken for the base's.
+        room: tokens of the base that may still be written.
         look: False leaves the look ahead out where a chunk is likely to close (`Written.unseen`).
         num_top: most probable tokens that are told with what is seen ahead, as `ask_at_cut` would tell them.
     """
@@ -101,7 +101,7 @@ def write_chunk(
         data += piece
         if free[data[-1]]:
             return Written(data, log_prob)
-        if count == room:
+        if count >= room and (author == BASE or _fills(text, data, room)):
             return Written(data, log_prob, cut_off=True)
         if not look and data[-1:].isalnum() and codec.canonical(data) == text.written(author):
             return Written(data, log_prob, unseen=True)
@@ -117,6 +117,20 @@ def write_chunk(
             require_short(count, codec.name)
         except CollmError as error:
             return Fault(str(error))
+
+
+def _fills(text: ChunkText, data: bytes, room: int) -> bool:
+    """Has the beginning of an assistant's chunk so many of the base's tokens? Within a character that cannot be told:
+    single bytes would be counted, and of the text but as many bytes be left."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return False
+    try:
+        return len(text.codecs[BASE].chunk_ids(data)) >= room
+    except CollmError:
+        return False  # it has none: that is said of the whole chunk
 
 
 def settle(
