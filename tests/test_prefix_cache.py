@@ -14,7 +14,7 @@ from flows import alone
 from test_local import ask, at_end, close, reasons, rewrite, stored_tensors, tiny
 from transformers import PreTrainedTokenizerFast
 
-from collm.engine import Finished, run
+from collm.engine import Finished, Twin, run
 from collm.models import kv_pool, prefix_cache
 from collm.models.local import LocalModel
 from collm.models.prefix_cache import PrefixCache
@@ -428,6 +428,29 @@ def test_behind_what_is_no_number_none_follows(paged: bool, tiny_tokenizer: PreT
     assert all(isinstance(reply, Fault) for reply in replies[40:])
     [[expected]] = LocalModel(network, tiny_tokenizer, cache=False).predict([at_end(other)])
     assert close(answer, expected)
+
+
+def test_two_engines_with_room_for_one_text_both_get_on(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each reads its long prompt in pieces, and the other's takes its place in between."""
+    network = tiny("llama", max_position_embeddings=2048)
+    model = LocalModel(network, tiny_tokenizer, num_slots=1)
+    prompts = [[3 + (7 + 3 * n + 13 * i) % 300 for i in range(prefix_cache.PASS_TOKENS + 76)] for n in range(2)]
+    params, eos = SamplingParams(max_tokens=3), [frozenset[int]()]
+    writings = [alone(0, [prompt], params, eos) for prompt in prompts]
+    twins = [Twin([model]), Twin([model])]
+    for twin, writing in zip(twins, writings, strict=True):
+        twin.submit(*writing)
+    rounds = 0
+    while any(twin.num_unfinished for twin in twins):
+        for twin in twins:
+            twin.step()
+        rounds += 1
+        assert rounds < 20, "neither gets on"
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    for prompt, (_, text, _) in zip(prompts, writings, strict=True):
+        expected = alone(0, [prompt], params, eos)
+        assert len(list(run([expected], [plain]))) == 4
+        assert text.views[0].token_ids == expected[1].views[0].token_ids
 
 
 def test_common_prefix() -> None:

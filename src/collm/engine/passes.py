@@ -25,11 +25,13 @@ OF_TIMEOUT = 0.25
 
 
 class Waiting(NamedTuple):
-    """The query of a text that waits for a model: the `place`-th of what its flow asked."""
+    """The query of a text that waits for a model: the `place`-th of what its flow asked. `left`: tokens that were still
+    to be read of it behind its last piece, if there was one."""
 
     item: Running
     place: int
     query: Query
+    left: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +102,11 @@ def plan_pass(
     piece = experience.reading_tokens(number, tokens) if decoding or others else LONGEST_PIECE
     for n in prompts:
         take = min(sizes[n], piece, room)
-        room -= take
+        left = waiting[n].left
+        if left and sizes[n] > max(left, queries[n].num_last):
+            # Others, of another engine, took the place of its last piece; the next one would be lost as well.
+            take = sizes[n]
+        room = max(0, room - take)
         if take:
             takes[n] = take
     return Batch(

@@ -133,7 +133,7 @@ class Queues:
                     return []  # the prompt of one that waits is read with the next pass
             elif query.write_on is None:
                 return []  # nobody knows what it will ask
-        for item, _, query in self.of_model[BASE] or ():
+        for item, _, query, _ in self.of_model[BASE] or ():
             if query.write_on is None or query.num_top:
                 return []  # not a pass in which all go on
             if not item.done:
@@ -168,7 +168,7 @@ class Queues:
     def _fail(self, number: int, reason: str) -> None:
         """Faults for all who wait for a model."""
         waiting, self.of_model[number] = self.of_model[number] or (), []
-        for item, place, query in waiting:
+        for item, place, query, _ in waiting:
             if not item.done:
                 self._take(item, place, [Fault(reason)] * max(1, query.num_last))
 
@@ -185,8 +185,8 @@ class Queues:
         else:
             self._experience.observe_pass(number, len(batch.queries), sum(tokens) / len(tokens), each, len(tokens))
         unfinished = []
-        for (item, place, query), reply, is_piece, before in zip(
-            batch.waiting, replies, batch.unfinished, batch.told, strict=True
+        for (item, place, query, _), asked, reply, is_piece, before in zip(
+            batch.waiting, batch.queries, replies, batch.unfinished, batch.told, strict=True
         ):
             if item.done or (before and item.call is not batch):
                 continue
@@ -203,7 +203,7 @@ class Queues:
             elif any(isinstance(each, Fault) for each in reply):
                 self._take(item, place, reply[:1] * max(1, query.num_last))
             else:
-                unfinished.append(Waiting(item, place, query))
+                unfinished.append(Waiting(item, place, query, query.length - asked.length))
         if unfinished:
             self.of_model[number] = unfinished + (self.of_model[number] or [])
         if any(batch.unfinished) or batch.left:
