@@ -15,11 +15,12 @@ from tiny import make_tokenizer
 
 from collm.data.formatting import Formatter
 from collm.llm import CollaborativeLM
+from collm.models.codec import BYTES
 from collm.models.fake import FakeModel
 from collm.serving.app import make_app
 from collm.serving.limits import Access, Limits
 from collm.serving.server import address, bind, make_server
-from collm.values import Query, Replies
+from collm.values import GREEDY, Answer, Draw, Query, Replies, Reply
 
 V = 320
 
@@ -62,6 +63,34 @@ def fake_pair(seconds: float = 0.0, eos: bool = False, **kwargs: Any) -> Collabo
     for model in models:
         model.seconds = seconds
     return CollaborativeLM(models, [Formatter(tokenizer)] * 2, **{"timeout": 60, **kwargs})
+
+
+class Saying(FakeModel):
+    """It writes these tokens, whatever it is asked."""
+
+    def __init__(self, token_ids: Sequence[int], eos_token_ids: frozenset[int]) -> None:
+        super().__init__("base", V, concentration=0.05, eos_token_ids=eos_token_ids)
+        self.token_ids = token_ids
+
+    def answer(self, token_ids: Sequence[int], draw: Draw = GREEDY, position: int = 0) -> Reply:
+        found = super().answer(token_ids, draw, position)
+        assert isinstance(found, Answer)
+        return found._replace(token_id=self.token_ids[position])
+
+
+def saying(*said: str | bytes) -> CollaborativeLM:
+    """A single model that writes texts, bytes, and special tokens where they are named, and then its end."""
+    tokenizer = make_tokenizer()
+    ids = [number for each in said for number in _ids(tokenizer, each)]
+    model = Saying([*ids, tokenizer.eos_token_id], frozenset({tokenizer.eos_token_id}))
+    return CollaborativeLM([model], [Formatter(tokenizer)], timeout=60)
+
+
+def _ids(tokenizer: Any, said: str | bytes) -> list[int]:
+    if isinstance(said, str):
+        return list(tokenizer.encode(said, add_special_tokens=False))
+    names = {byte: name for name, byte in BYTES.items()}
+    return [tokenizer.convert_tokens_to_ids(names[byte]) for byte in said]
 
 
 @dataclass

@@ -132,7 +132,7 @@ class World:
 class Pieces(httpx.AsyncByteStream):
     """A stream that may break, or hang."""
 
-    def __init__(self, *pieces: str | Exception | float) -> None:
+    def __init__(self, *pieces: str | bytes | Exception | float) -> None:
         self.pieces, self.closed, self.whole = pieces, False, False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -142,14 +142,14 @@ class Pieces(httpx.AsyncByteStream):
             if isinstance(piece, float):
                 await asyncio.sleep(piece)
             else:
-                yield piece.encode()
+                yield piece if isinstance(piece, bytes) else piece.encode()
         self.whole = True
 
     async def aclose(self) -> None:
         self.closed = True
 
 
-def stream(*pieces: str | Exception | float) -> httpx.Response:
+def stream(*pieces: str | bytes | Exception | float) -> httpx.Response:
     return httpx.Response(200, stream=Pieces(*pieces))
 
 
@@ -216,6 +216,35 @@ def test_vllm_tells_the_most_probable_tokens_and_takes_sampling() -> None:
         "seed": 5,
         "logprobs": 2,
     }
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_text_with_line_separators_is_one_line(end: str) -> None:
+    """vLLM writes JSON with such characters as they are, and its stream may come byte by byte."""
+    chunks = [chunk.replace('"pp"', '"a\u2028b\u2029c\x85d"').replace("\n", end) for chunk in GOOD]
+    for pieces in (chunks, [bytes([byte]) for byte in "".join(chunks).encode()]):
+        world = World(in_turn(stream(*pieces)))
+        assert world.complete(ASKED) == [Token(284, -2.5), Token(147, -1.5), End("stop")]
+        assert len(world.requests) == 1
+
+
+def test_a_stream_may_end_at_any_byte() -> None:
+    """What has come is good, and the rest is asked for; nothing is taken for a token that is none."""
+    chunks = [vllm_chunk(284, -2.5), vllm_chunk(147, -1.5), vllm_chunk(9, -0.5, "stop")]
+    whole = "".join(chunks).encode()
+
+    def behind(start: bytes) -> Handler:
+        first = [stream(start)]
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            return first.pop() if first else stream(*chunks[len(json.loads(request.content)["prompt"]) - 3 :])
+
+        return handle
+
+    for at in range(0, len(whole), 3):
+        *tokens, end = World(behind(whole[:at])).complete(Completion([5, 6, 7], 8))
+        assert [token.token_id for token in tokens if isinstance(token, Token)] == [284, 147, 9]
+        assert end == End("stop")
 
 
 def test_llama_cpp_is_asked_in_blocks() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import Live, fake_pair, live
+from servers import Live, fake_pair, live, saying
 
 from collm.cli.chat import InProcess, Partner, Served, Talk
 from collm.errors import CollmError
@@ -81,6 +81,15 @@ def test_turns(
 def test_colours_show_who_wrote(partner: Partner) -> None:
     steps = [piece.step for piece in partner.answer([{"role": "user", "content": "hi"}], PARAMS, None) if piece.step]
     assert {step.author for step in steps} == {0, 1}
+
+
+def test_line_separators_in_an_answer_are_no_ends_of_lines() -> None:
+    said = "1\u20282\u2029a\x85b ☃"
+    with live(saying(said)) as server:
+        pieces = Served(server.url, None).answer(
+            [{"role": "user", "content": "hi"}], SamplingParams(max_tokens=40), None
+        )
+        assert "".join(piece.text for piece in pieces) == said
 
 
 def test_what_the_server_refuses_is_told_and_the_talk_goes_on(

@@ -48,3 +48,27 @@ def require_text(text: str, where: str) -> str:
                 "cut in the middle of an emoji or read in the wrong encoding has it: no tokenizer can read it"
             ) from None
     return text
+
+
+class Lines:
+    """The lines of UTF-8 bytes that come piece by piece; what ends a line is a line feed, as in server-sent events.
+
+    `str.splitlines` and httpx end lines at U+0085, U+2028 and U+2029, too, which JSON may have inside texts.
+    """
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def push(self, data: bytes) -> list[str]:
+        """The lines that are complete, without their ends."""
+        *whole, self._held = (self._held + data).split(b"\n")
+        return [_line(each) for each in whole]
+
+    def flush(self) -> list[str]:
+        """What was left without an end."""
+        rest, self._held = self._held, b""
+        return [_line(rest)] if rest else []
+
+
+def _line(data: bytes) -> str:
+    return data.removesuffix(b"\r").decode(errors="replace")

@@ -20,6 +20,7 @@ from collm.cli.system import check_llm, load_llm, model_options
 from collm.errors import CollmError
 from collm.files import write_text
 from collm.sampling_params import SamplingParams
+from collm.text import Lines
 from collm.types import Message, Step
 
 if TYPE_CHECKING:
@@ -106,9 +107,11 @@ class Served(Partner):
                 if response.status_code != 200:
                     response.read()
                     raise CollmError(_message(response))
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        yield from self._pieces(json.loads(line.removeprefix("data: ")))
+                lines = Lines()
+                for data in response.iter_bytes():
+                    for line in lines.push(data):
+                        if line.startswith("data: ") and line != "data: [DONE]":
+                            yield from self._pieces(json.loads(line.removeprefix("data: ")))
         except httpx.HTTPError as error:
             raise CollmError(f"the server does not answer: {error}") from None
 

@@ -20,6 +20,7 @@ from collm.remote.address import Address
 from collm.remote.faults import CONNECT_TIMEOUT, Patience, ServerFault, fault_of, refusal
 from collm.remote.health import Replica, Replicas
 from collm.remote.wire import DIALECTS, Completion, End, Given, Token
+from collm.text import Lines
 
 T = TypeVar("T")
 
@@ -200,7 +201,7 @@ class Client:
                 for event in self._events(json.loads(await response.aread()), completion):
                     yield event
                 return
-            lines = response.aiter_lines()
+            lines = _lines(response)
             while True:
                 try:
                     # A server that sends signs of life, and no tokens, would be waited for for ever.
@@ -280,6 +281,15 @@ class Client:
             raise found.of(replica.url) from error
         finally:
             replica.ended(trying)
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    lines = Lines()
+    async for data in response.aiter_bytes():
+        for line in lines.push(data):
+            yield line
+    for line in lines.flush():
+        yield line
 
 
 async def _drain(lines: AsyncIterator[str]) -> None:
