@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 from conftest import make_tokenizer
-from servers import Live, fake_pair, live
+from servers import Live, fake_pair, live, saying
 from test_llm import pair
 from test_serving_same import system
 
@@ -255,6 +255,42 @@ def test_stop_strings_are_never_told(client: openai.OpenAI) -> None:
     assert complete(client, max_tokens=40, stop=stop[0]).choices[0].text == cut
     assert refusal(client, stop=[""]).param == "stop"
     assert refusal(client, stop=5).param == "stop"
+
+
+BROKEN: dict[str, tuple[tuple[str | bytes, ...], dict[str, Any], str]] = {
+    "a special token inside a character": ((b"\xe2", "<|endoftext|>", b"\x98\x83", "ab12"), {}, "☃ab12"),
+    "a stop string behind half a character": ((b"\xe2", "<|endoftext|>", "pita"), {"stop": "a"}, "\ufffdpit"),
+    "an end inside a character": (("12", b"\xe2\x98"), {}, "12\ufffd"),
+    "a stop token inside a character": (("12", b"\xe2\x98", "7"), {"stop_token_ids": []}, "12\ufffd"),
+    "a limit inside a character": (("12", b"\xe2\x98"), {"max_tokens": 3}, "12\ufffd"),
+    "bytes that begin no character": ((b"\x80" * 6,), {}, "\ufffd" * 6),
+    "a limit behind bytes that begin no character": ((b"\x80" * 6,), {"max_tokens": 5}, "\ufffd" * 5),
+}
+"""Tokens that a model writes, what is asked, and the text."""
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_tokens_join_to_the_text_whatever_its_bytes(case: str) -> None:
+    said, more, text = BROKEN[case]
+    with live(saying(*said)) as server:
+        [seven] = server.llm.tokenizer.encode("7", add_special_tokens=False)
+        if "stop_token_ids" in more:
+            more = {"stop_token_ids": [seven]}
+        asked = {"max_tokens": 20, "temperature": 0, "logprobs": 0, "prompt": "x", "collm": {"tokens": True}, **more}
+        whole = server.post("/v1/completions", json=asked).json()["choices"][0]
+        streamed = server.post("/v1/completions", json={**asked, "stream": True}).text
+        events = [json.loads(line[6:]) for line in streamed.split("\n") if line.startswith("data: {")]
+        pieces = [piece for event in events for piece in event["choices"]]
+        assert whole["text"] == "".join(piece["text"] for piece in pieces) == text
+        told, tokens = whole["logprobs"], [token["text"] for token in whole["collm"]["tokens"]]
+        assert "".join(told["tokens"]) == "".join(tokens) == text
+        assert all(text[at:].startswith(own) for own, at in zip(told["tokens"], told["text_offset"], strict=True))
+        assert [own for piece in pieces for own in (piece["logprobs"] or {"tokens": []})["tokens"]] == told["tokens"]
+        assert [t["text"] for piece in pieces for t in piece.get("collm", {}).get("tokens", ())] == tokens
+        chat = {name: value for name, value in asked.items() if name != "prompt"}
+        chat |= {"messages": USER, "logprobs": True}
+        content = server.post("/v1/chat/completions", json=chat).json()["choices"][0]["logprobs"]["content"]
+        assert b"".join(bytes(item["bytes"]) for item in content).decode() == text
 
 
 def test_stop_tokens(client: openai.OpenAI, server: Live) -> None:

@@ -149,22 +149,24 @@ class BytePieces:
 class TextStream:
     """The text of a growing completion, cut at stop strings; what may yet become one is held back.
 
-    `push` and `finish` return text that will not change any more; joined it is `Generation.text`.
+    `push` and `finish` return text that will not change any more; joined it is `Generation.text`. `brought`: what the
+    last of them added to the text, of which a part may be held back or cut off.
     """
 
     def __init__(self, pieces: Pieces, stop: tuple[str, ...]) -> None:
         self._pieces = pieces
         self._stop = stop
         self._held = ""
+        self.brought = ""
         self.stopped = False
 
     def push(self, step: Step) -> str:
-        return "" if self.stopped else self._take(self._pieces.push(step))
+        self.brought = "" if self.stopped else self._pieces.push(step)
+        return self._take(self.brought)
 
     def finish(self) -> str:
-        if self.stopped:
-            return ""
-        released = self._take(self._pieces.flush())
+        self.brought = "" if self.stopped else self._pieces.flush()
+        released = self._take(self.brought)
         rest, self._held = self._held, ""
         return released + rest
 
@@ -189,10 +191,13 @@ class Piece(NamedTuple):
     """What one written token brings: `text` that has become certain, and `piece`, its own text, special tokens shown.
 
     `text` lags behind where a character or a possible stop string is not complete, `piece` where a character is not.
+    `brought`: what it adds to the text, as `TextStream` has it. Where a special token stands between parts of a
+    character, that is another text than the piece's.
     """
 
     text: str
     piece: str
+    brought: str
 
 
 class Transcript:
@@ -226,16 +231,16 @@ class Transcript:
     def at(self, number: int, step: Step) -> Piece:
         """What the step of this number brings; they come in order."""
         if number == len(self._pieces):
-            self._pieces.append(Piece(self._text.push(step), self._tokens.push(step)))
+            self._pieces.append(Piece(self._text.push(step), self._tokens.push(step), self._text.brought))
         return self._pieces[number]
 
     def finish(self) -> tuple[Piece, str, tuple[str, ...]]:
         """What was held back, the whole text, and the pieces of all tokens."""
-        last = Piece(self._text.finish(), self._tokens.flush())
-        pieces = [piece for _, piece in self._pieces]
+        last = Piece(self._text.finish(), self._tokens.flush(), self._text.brought)
+        pieces = [each.piece for each in self._pieces]
         if pieces:
             pieces[-1] += last.piece
-        return last, "".join([text for text, _ in self._pieces] + [last.text]), tuple(pieces)
+        return last, "".join([each.text for each in self._pieces] + [last.text]), tuple(pieces)
 
 
 def stopping(flow: Flow, transcript: Transcript) -> Flow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from collm.decoding.collaborative import Flow
-from collm.decoding.text import Transcript
+from collm.decoding.text import Piece, Transcript
 from collm.engine import Engine, Event, Finished, Sink
 from collm.errors import CollmError
 from collm.types import BASE, Generation, Step
@@ -28,13 +28,15 @@ class Chunk:
 
     `text` lags behind `step` where a character or a possible stop string is not complete; joined over all chunks it
     is `Generation.text`. `piece` is the token's own text, special tokens shown (empty while its character is not
-    complete). The last chunk has no step but the whole `generation`.
+    complete). `brought` is what the token adds to the text: nothing if it is a special one, and of what stands behind
+    a stop string all. The last chunk has no step but the whole `generation`.
     """
 
     text: str
     piece: str
     step: Step | None = None
     generation: Generation | None = None
+    brought: str = ""
 
 
 class Writing:
@@ -73,9 +75,9 @@ class Writing:
         if isinstance(event, Step):
             brought = self._transcript.at(self._told, event)
             self._told += 1
-            return Chunk(brought.text, brought.piece, event)
+            return Chunk(brought.text, brought.piece, event, None, brought.brought)
         generation, last = self._end()
-        return Chunk(*last, None, generation)
+        return Chunk(last.text, last.piece, None, generation, last.brought)
 
     def generation(self) -> Generation:
         """The finished text.
@@ -85,7 +87,7 @@ class Writing:
         """
         return self._end()[0]
 
-    def _end(self) -> tuple[Generation, tuple[str, str]]:
+    def _end(self) -> tuple[Generation, Piece]:
         assert self.finished is not None
         for number in range(self._told, len(self.steps)):
             self._transcript.at(number, self.steps[number])

@@ -77,8 +77,9 @@ class Answer(ABC):
         self.served, self.texts, self.request, self.asked = served, texts, request, asked
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
+        hidden = texts.hidden.union(request.stop_token_ids or ())
         self.choices = [
-            Choice(i * (request.n or 1) + j, each, Telling(texts.hidden))
+            Choice(i * (request.n or 1) + j, each, Telling(hidden))
             for i, each in enumerate(asked)
             for j in range(request.n or 1)
         ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from collm.decoding.text import Detokenizer
+from collm.decoding.text import REPLACEMENT, Detokenizer
 from collm.evaluation.others import Place, Would
 from collm.llm import Chunk, CollaborativeLM
 from collm.types import Step
@@ -58,6 +58,9 @@ class Telling:
     """The tokens of one text, released once the text that they make is certain; joined they are the text.
 
     So nothing of a stop string is told by way of its tokens.
+
+    Args:
+        hidden: tokens that are no part of a text.
     """
 
     def __init__(self, hidden: frozenset[int]) -> None:
@@ -68,22 +71,31 @@ class Telling:
     def take(self, chunk: Chunk) -> list[Token]:
         """The tokens that one chunk releases."""
         self._released += len(chunk.text)
+        if chunk.step is not None:
+            self._held.append(Token(chunk.step, "", self._made))
+        self._add(chunk.brought)
         if chunk.step is None:
-            return self._finish(chunk.piece)
-        text = "" if chunk.step.token_id in self._hidden else chunk.piece
-        self._held.append(Token(chunk.step, text, self._made))
-        self._made += len(text)
+            return self._finish()
         whole = [n for n, each in enumerate(self._held) if each.text and each.offset + len(each.text) <= self._released]
         count = whole[-1] + 1 if whole else 0
+        if count == len(self._held) and chunk.brought.endswith(REPLACEMENT):
+            count -= 1  # of bytes that are no text it may have more to show
         released, self._held = self._held[:count], self._held[count:]
         return released
 
-    def _finish(self, flushed: str) -> list[Token]:
+    def _add(self, text: str) -> None:
+        """To the token that has come last, but for one that has no part in the text."""
+        held = self._held
+        if not held or not text:
+            return
+        at = next((n for n in reversed(range(len(held))) if held[n].step.token_id not in self._hidden), len(held) - 1)
+        held[at] = replace(held[at], text=held[at].text + text)
+        held[at + 1 :] = [replace(each, offset=each.offset + len(text)) for each in held[at + 1 :]]
+        self._made += len(text)
+
+    def _finish(self) -> list[Token]:
         """All the others. What stands behind a stop string is cut off."""
         end, held = self._released, self._held
-        if held and flushed:
-            last = held[-1]
-            held[-1] = replace(last, text=last.text + flushed)
         return [replace(each, text=each.text[: max(0, end - each.offset)], shown=each.offset < end) for each in held]
 
 
