@@ -939,6 +939,32 @@ def test_a_server_that_never_answers_is_given_up(kind: str) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_a_question_that_nobody_waits_for_is_cancelled(gives_up: bool) -> None:
+    """As what is being written is: a server would work for nobody."""
+
+    class Deaf(Silent):
+        def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:
+            super().start(request, deliver)
+            return self.cancel
+
+        def cancel(self) -> None:
+            self.cancelled += 1
+
+    assistant = Deaf(MODELS[1])
+    engine = Engine([MODELS[0], assistant], timeout=0.2 if gives_up else 60)
+    number, events = told_by(engine, flow(3, 30, 1))
+    until = time.monotonic() + 10
+    while not assistant.requests:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    if not gives_up:
+        engine.cancel(number)
+    assert once(read(events)).finish_reason == ("error" if gives_up else "cancelled")
+    assert assistant.cancelled == len(assistant.requests) == 1
+    engine.close()
+
+
 def test_what_is_delivered_twice_is_no_answer_to_the_next_question() -> None:
     class Twice(Streaming):
         def start(self, request: Query | Extend, deliver: Callable[[list[Reply] | None], None]) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from served import Pair, Served, Trouble, listening, make_pair
 
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM, GenerationFailed
+from collm.remote.model import RemoteModel
 from collm.sampling_params import SamplingParams
 
 PROMPTS = [f"What is {a} + {b}?" for a, b in itertools.product((1, 7, 30), (2, 8))]
@@ -191,6 +192,26 @@ def test_a_cancelled_text_frees_its_server(one: Pair) -> None:
     assert served.engine.load.running + served.engine.load.waiting <= 1
     one.base.seconds_per_token = 0.0
     assert served.generate(PROMPTS[1], LONG).steps
+
+
+@pytest.mark.parametrize("tokens", range(1, 5))
+def test_a_text_that_ends_asks_its_assistant_for_nothing_more(one: Pair, tokens: int) -> None:
+    """Also where its next token was on its way already, as in a run of deferrals; and nothing of it is kept."""
+    served = SYSTEMS["assistants served"](one)
+    [assistant] = one.others
+    stream = served.stream(PROMPTS[0], SamplingParams(max_tokens=40, deferral="always"))
+    next(stream)
+    assistant.seconds_per_token = 0.2
+    for _ in range(1, tokens):
+        next(stream)
+    time.sleep(0.05)
+    asked = len(assistant.bodies)
+    stream.close()
+    time.sleep(0.3)
+    assert len(assistant.bodies) == asked
+    [model] = [model for model in served.models if isinstance(model, RemoteModel)]
+    assert model._ahead is not None and not model._ahead._written and not model._ahead._runs
+    served.close()
 
 
 def test_a_server_that_is_restarted_in_the_middle_of_a_text_is_found_again(tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ class Stream:
 
 
 @dataclass(slots=True, eq=False)
+class Asked:
+    """A query that a streaming model is working on, for so many answers."""
+
+    num_last: int
+    cancel: Callable[[], None] | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Running:
     """`replies` fill up until `left` is 0; then the flow goes on. `advancing`: it is running now."""
 
@@ -62,8 +70,8 @@ class Running:
     stream: Stream | None = None
     ticket: int = 0
     """Rises with each request: what a streaming model delivers late is not taken for an answer to the next one."""
-    remote: dict[int, int] = field(default_factory=dict)
-    """By place, the answers that are awaited from streaming models."""
+    remote: dict[int, Asked] = field(default_factory=dict)
+    """By place, what is awaited from streaming models."""
     advancing: bool = False
     cancelled: bool = False
     done: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from collm.engine.running import Running, Stream
+from collm.engine.running import Asked, Running, Stream
 from collm.values import Extend, Fault, LanguageModel, Query, Replies, Reply, StreamingModel
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Streams:
     def query(self, item: Running, place: int, query: Query) -> None:
         """Ask for the `place`-th of what a text waits for."""
         ticket, model = item.ticket, self._models[query.model]
-        item.remote[place] = query.num_last
+        asked = item.remote[place] = Asked(query.num_last)
         item.forward_passes[query.model] += 1
 
         def deliver(replies: list[Reply] | None) -> None:
@@ -51,7 +51,7 @@ class Streams:
 
             self._post(take)
 
-        self._guarded(item, lambda: model.start(query, deliver), deliver)
+        asked.cancel = self._guarded(item, lambda: model.start(query, deliver), deliver)
 
     def extend(self, item: Running, extend: Extend) -> None:
         """Let a model write on by itself; the text waits for its first answer."""
@@ -101,13 +101,20 @@ class Streams:
             self.query(item, 0, Query(extend.model, extend.view, length, 1, extend.draw, None, extend.num_top))
 
     def stop(self, item: Running) -> None:
-        """Cancel the extension that runs, if there is one."""
+        """Cancel what is being written or answered for a text."""
         stream, item.stream = item.stream, None
-        if stream is not None and stream.cancel is not None and not stream.ended:
-            try:
-                stream.cancel()
-            except Exception:
-                _log.exception("a request could not be cancelled")
+        if stream is not None and not stream.ended:
+            self._cancel(stream.cancel)
+        asked, item.remote = item.remote, {}
+        for each in asked.values():
+            self._cancel(each.cancel)
+
+    def _cancel(self, cancel: Callable[[], None] | None) -> None:
+        try:
+            if cancel is not None:
+                cancel()
+        except Exception:
+            _log.exception("a request could not be cancelled")
 
     def since(self, running: Iterable[Running]) -> list[float]:
         """When what texts wait for was asked."""
@@ -131,9 +138,10 @@ class Streams:
             self._go_on(item, [[Fault(f"{name} has not answered within {timeout:g} seconds")]])
             return
         names = ", ".join(model.name for model in self._models.values())
-        for place, num_last in list(item.remote.items()):
-            del item.remote[place]
-            self._take(item, place, [Fault(f"{names}: no answer within {timeout:g} seconds")] * num_last)
+        late = dict(item.remote)
+        self.stop(item)
+        for place, asked in late.items():
+            self._take(item, place, [Fault(f"{names}: no answer within {timeout:g} seconds")] * asked.num_last)
 
     def _guarded(
         self, item: Running, start: Callable[[], Callable[[], None]], deliver: Callable[[list[Reply] | None], None]
