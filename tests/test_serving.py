@@ -17,8 +17,11 @@ from servers import Live, fake_pair, live, saying
 from test_llm import pair
 from test_serving_same import system
 
+from collm.data.formatting import Formatter, PromptFormat
+from collm.errors import CollmError
 from collm.evaluation.likelihood import GivenText, likelihoods
-from collm.llm import TokenPrompt
+from collm.llm import CollaborativeLM, TokenPrompt
+from collm.models.fake import FakeModel
 from collm.sampling_params import SamplingParams
 from collm.serving.fields import NEUTRAL, Request
 from collm.serving.openapi import KINDS
@@ -406,6 +409,38 @@ def test_models_alone(client: openai.OpenAI, server: Live) -> None:
         text = chat(client, model=name, temperature=0).choices[0].message.content
         assert text == server.llm.generate(USER, SamplingParams(max_tokens=16), alone=name).text
     assert refusal(client, model="base", collm={"deferral_rate": 0.5}).param == "collm.deferral_rate"
+
+
+class Short(FakeModel):
+    """It reads no more than 40 tokens."""
+
+    context_length = 40
+
+
+def test_models_alone_are_bound_and_counted_by_themselves() -> None:
+    """By their own prompts and contexts, whatever the others have."""
+    tokenizer = make_tokenizer()
+    models = [Short("base", 320, num_assistants=1, concentration=0.05), FakeModel("helper", 320, concentration=0.05)]
+    own = PromptFormat(system_prompt="Answer in one word, and do not say why; nobody wants to know.")
+    llm = CollaborativeLM(models, [Formatter(tokenizer), Formatter(tokenizer, own)])
+    plain, told = (len(formatter.prompt(USER)) for formatter in llm.formatters)
+    assert plain < 40 < told
+    here = llm.generate(USER, SamplingParams(max_tokens=45), alone="helper")
+    assert (here.prompt_tokens, here.completion_tokens) == (told, 45)
+    with pytest.raises(CollmError, match="context of 40 tokens of base"):
+        llm.generate(TokenPrompt(((70,) * 41,) * 2), SamplingParams(max_tokens=3), alone="base")
+    with live(llm) as server:
+        client = server.client()
+        for name, count, written in (("pair", plain, 41 - plain), ("base", plain, 41 - plain), ("helper", told, 45)):
+            answer = chat(client, model=name, max_tokens=45)
+            assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (count, written)
+            assert answer.usage.prompt_tokens_details.cached_tokens < count
+            assert answer.choices[0].finish_reason == "length"
+        listed = {model.id: model.max_model_len for model in client.models.list()}
+        assert listed == {"pair": 40, "base": 40, "helper": None}
+        for name, refused in (("pair", True), ("base", True), ("helper", False)):
+            body = {"model": name, "prompt": [70] * 41, "max_tokens": 3}
+            assert server.post("/v1/completions", json=body).status_code == (400 if refused else 200)
 
 
 def test_authors_are_told_to_those_who_ask(client: openai.OpenAI, server: Live) -> None:

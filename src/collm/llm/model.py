@@ -234,7 +234,7 @@ class CollaborativeLM:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise CollmError("generate_batch takes a list of prompts; for a single one there is generate")
         each = asked_each(params, settings, len(prompts))
-        ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
+        ids = [self._prompt_ids(prompt, i, alone) for i, prompt in enumerate(prompts)]
         each = numbered(list(zip(ids, each, strict=True)))
         writings = [
             (i, self._writing(own, how, policy, alone, ahead=True))
@@ -286,7 +286,7 @@ class CollaborativeLM:
         Raises:
             TimeoutError: while it is read, at the deadline.
         """
-        ids = [self._prompt_ids(prompt, i) for i, prompt in enumerate(prompts)]
+        ids = [self._prompt_ids(prompt, i, alone) for i, prompt in enumerate(prompts)]
         writings = [self._writing(own, how, None, alone) for own, how in zip(ids, params, strict=True)]
         return merged(self.engine, writings, deadline)
 
@@ -326,8 +326,8 @@ class CollaborativeLM:
         """End what is being written and stop the engine's threads. Nothing can be written afterwards."""
         self._engine.close()
 
-    def _prompt_ids(self, prompt: Prompt, number: int) -> tuple[TokenIds, ...]:
-        names, contexts = self.model_names, self.context_lengths
+    def _prompt_ids(self, prompt: Prompt, number: int, alone: int | str | None) -> tuple[TokenIds, ...]:
+        names, contexts = self.model_names, self._preparation.contexts(alone)
         return prompt_ids(prompt, self.formatters, names, contexts, f"prompt {number + 1}")
 
     def _single(
@@ -338,7 +338,7 @@ class CollaborativeLM:
         policy: Method | None,
         alone: int | str | None,
     ) -> Writing:
-        return self._writing(self._prompt_ids(prompt, 0), asked(params, settings), policy, alone)
+        return self._writing(self._prompt_ids(prompt, 0, alone), asked(params, settings), policy, alone)
 
     def _writing(
         self,

@@ -49,6 +49,11 @@ class Preparation:
         bounds = [(model.context_length, self.max_model_len) for model in self.models]
         return tuple(min((each for each in bound if each is not None), default=None) for bound in bounds)
 
+    def contexts(self, alone: int | str | None) -> tuple[int | None, ...]:
+        """As `context_lengths`, of the models that are to read a text: none but the one that is to write it `alone`."""
+        number = None if alone is None else self.number(alone)
+        return tuple(bound if number in (None, n) else None for n, bound in enumerate(self.context_lengths))
+
     def writing(
         self,
         shared: SharedEngine,
@@ -73,12 +78,11 @@ class Preparation:
         Raises:
             CollmError: what is asked needs what is not there, or the text can never fit into the caches.
         """
-        number = BASE if alone is None else self._number(alone)
+        number = BASE if alone is None else self.number(alone)
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
-        bounds = list(zip(ids, self.context_lengths, strict=True))
-        # Where models share but chunks, tokens of one are not those of another: who writes alone is bounded by its own
-        # context, and with the base the contexts of the others are watched.
-        bounds = [bounds[number]] if self.sharing else bounds
+        bounds = list(zip(ids, self.contexts(alone), strict=True))
+        if self.sharing is not None and alone is None:
+            del bounds[1:]  # an assistant's tokens are not the base's: its own context is watched
         room = [context - len(own) + 1 for own, context in bounds if context is not None]
         own = replace(params, max_tokens=min([params.max_tokens, *room]))
         found = None
@@ -104,13 +108,16 @@ class Preparation:
             transcript = Transcript.of_tokens(self._decoder, ids[BASE], params.stop, eos)
         if params.stop:
             flow = stopping(flow, transcript)
-        return Writing(flow, text, own.max_tokens, transcript, self.names)
+        return Writing(flow, text, own.max_tokens, transcript, self.names, len(ids[number]))
 
     @cached_property
     def _decoder(self) -> QuickDecoder:
         return QuickDecoder(self.tokenizer)
 
-    def _number(self, model: int | str) -> int:
+    def number(self, model: int | str) -> int:
+        """Raises:
+        CollmError: there is no such model.
+        """
         if isinstance(model, int) and 0 <= model < len(self.models):
             return model
         if model in self.names:

@@ -8,7 +8,7 @@ from collm.decoding.collaborative import Flow
 from collm.decoding.text import Piece, Transcript
 from collm.engine import Engine, Event, Finished, Sink
 from collm.errors import CollmError
-from collm.types import BASE, Generation, Step
+from collm.types import Generation, Step
 from collm.views import Text
 
 CLOSED = "the system was closed while this text was written"
@@ -40,14 +40,20 @@ class Chunk:
 
 
 class Writing:
-    """A text, its flow, and what has been written of it."""
+    """A text, its flow, and what has been written of it. `prompt_tokens`: as the base sees it, or who writes alone."""
 
     def __init__(
-        self, flow: Flow, text: Text, max_tokens: int, transcript: Transcript, model_names: tuple[str, ...]
+        self,
+        flow: Flow,
+        text: Text,
+        max_tokens: int,
+        transcript: Transcript,
+        model_names: tuple[str, ...],
+        prompt_tokens: int,
     ) -> None:
         self._flow, self._text, self._max_tokens = flow, text, max_tokens
         self._transcript, self._model_names = transcript, model_names
-        self._prompt_tokens = text.views[BASE].prompt_length
+        self._prompt_tokens = prompt_tokens
         self.steps: list[Step] = []
         self.finished: Finished | None = None
         self.number = -1

@@ -44,7 +44,7 @@ class Answering:
         if fields.top_logprobs is not None and not fields.logprobs:
             raise Refusal("top_logprobs needs logprobs: true", param="top_logprobs")
         number = self.served.alone(fields.model)
-        asked = [chat_prompt(self.llm, fields)]
+        asked = [chat_prompt(self.llm, fields, number)]
         limit = fields.max_completion_tokens or fields.max_tokens
         params = params_of(self.served, fields, limit, fields.top_logprobs or 0, alone=number is not None)
         return await self._answer(request, ChatAnswer(self.served, self.texts, fields, asked), params, number)
@@ -60,7 +60,7 @@ class Answering:
                 "the pair has no gate, so prompts have no likelihood under it: ask for one of its models by name",
                 param="echo",
             )
-        asked = completion_prompts(self.llm, fields)
+        asked = completion_prompts(self.llm, fields, number)
         self.desk.require_room(len(asked) * (fields.n or 1))
         params = params_of(self.served, fields, max(1, limit), fields.logprobs or 0, alone=number is not None)
         answer = CompletionAnswer(self.served, self.texts, fields, asked)

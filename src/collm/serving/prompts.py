@@ -21,10 +21,14 @@ TokenIds = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One prompt: as each model sees it, and the text it was given as, if it was given as one."""
+    """One prompt: as each model sees it, and the text it was given as, if it was given as one.
+
+    `alone`: the number of the only model that is to write, if there is one.
+    """
 
     ids: tuple[TokenIds, ...]
     text: str | None = None
+    alone: int | None = None
 
     @property
     def prompt(self) -> TokenPrompt:
@@ -32,10 +36,10 @@ class Asked:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.ids[BASE])
+        return len(self.ids[BASE if self.alone is None else self.alone])
 
 
-def chat_prompt(llm: CollaborativeLM, request: ChatRequest | OthersRequest) -> Asked:
+def chat_prompt(llm: CollaborativeLM, request: ChatRequest | OthersRequest, alone: int | None = None) -> Asked:
     """The conversation; a last message of the assistant is the beginning of its answer.
 
     Raises:
@@ -45,7 +49,8 @@ def chat_prompt(llm: CollaborativeLM, request: ChatRequest | OthersRequest) -> A
         conversation = read_conversation(request.messages, None, request.chat_template_kwargs, where="the conversation")
         require_read(llm.formatters, conversation.template_kwargs)
         if conversation[-1]["role"] != "assistant":
-            return _fitting(llm, Asked(_each(llm, lambda formatter: formatter.prompt(conversation))), "messages")
+            whole = _each(llm, lambda formatter: formatter.prompt(conversation))
+            return _fitting(llm, Asked(whole, alone=alone), "messages")
         *_, last = conversation
         if set(last) - {"role", "content"}:
             raise CollmError("the last message begins the answer: it has content alone")
@@ -58,12 +63,12 @@ def chat_prompt(llm: CollaborativeLM, request: ChatRequest | OthersRequest) -> A
         def begun(formatter: Formatter) -> TokenIds:
             return formatter.prompt(conversation) + formatter.continuation(conversation, last["content"])
 
-        return _fitting(llm, Asked(_each(llm, begun)), "messages")
+        return _fitting(llm, Asked(_each(llm, begun), alone=alone), "messages")
     except CollmError as error:
         raise Refusal(str(error), param="messages", code="invalid_value") from error
 
 
-def completion_prompts(llm: CollaborativeLM, request: CompletionRequest) -> list[Asked]:
+def completion_prompts(llm: CollaborativeLM, request: CompletionRequest, alone: int | None = None) -> list[Asked]:
     """A text, token ids, or a list of both.
 
     Raises:
@@ -74,7 +79,7 @@ def completion_prompts(llm: CollaborativeLM, request: CompletionRequest) -> list
         given = [given]
     if not given:
         raise Refusal("the prompt is an empty list: give a text, or at least one token id", param="prompt")
-    return [_completion_prompt(llm, each, f"prompt {number}") for number, each in enumerate(given, start=1)]
+    return [_completion_prompt(llm, each, f"prompt {number}", alone) for number, each in enumerate(given, start=1)]
 
 
 def finished_text(llm: CollaborativeLM, request: OthersRequest) -> GivenText:
@@ -102,18 +107,19 @@ def _not_empty(llm: CollaborativeLM, asked: Asked) -> list[TokenIds]:
     return [own or formatter.prompt("") for formatter, own in zip(llm.formatters, asked.ids, strict=True)]
 
 
-def _completion_prompt(llm: CollaborativeLM, given: Any, which: str) -> Asked:
+def _completion_prompt(llm: CollaborativeLM, given: Any, which: str, alone: int | None = None) -> Asked:
     if isinstance(given, str):
         try:
             text = require_text(given, which)
-            return _fitting(llm, Asked(_each(llm, lambda formatter: formatter.prompt(text)), text), "prompt")
+            whole = _each(llm, lambda formatter: formatter.prompt(text))
+            return _fitting(llm, Asked(whole, text, alone), "prompt")
         except CollmError as error:
             raise Refusal(str(error), param="prompt", code="invalid_value") from error
     if not isinstance(given, list) or not given or not all(_is_id(each) for each in given):
         raise Refusal(f"{which} is neither a text nor a list of token ids", param="prompt", code="invalid_value")
     require_one_tokenizer(llm, f"{which} is given as token ids, which mean one text to models with one tokenizer")
     _require_known(llm, given, "prompt", which)
-    return _fitting(llm, Asked((tuple(given),) * len(llm.models)), "prompt")
+    return _fitting(llm, Asked((tuple(given),) * len(llm.models), alone=alone), "prompt")
 
 
 def require_one_tokenizer(llm: CollaborativeLM, what: str, param: str = "prompt") -> None:
@@ -146,8 +152,8 @@ def _each(llm: CollaborativeLM, prompt: Any) -> tuple[TokenIds, ...]:
 
 
 def _fitting(llm: CollaborativeLM, asked: Asked, param: str) -> Asked:
-    for model, own, context in zip(llm.models, asked.ids, llm.context_lengths, strict=True):
-        if context is not None and len(own) > context:
+    for number, (model, own, context) in enumerate(zip(llm.models, asked.ids, llm.context_lengths, strict=True)):
+        if context is not None and len(own) > context and asked.alone in (None, number):
             raise Refusal(
                 f"the prompt has {len(own)} tokens, more than the context of {context} tokens of {model.name}: "
                 "shorten it",
