@@ -272,6 +272,20 @@ def test_the_cache_is_full() -> None:
     assert found == [alone.generate(prompt, SamplingParams(max_tokens=30)).text for prompt in prompts]
 
 
+class ClosedBook(FakeModel):
+    """With room for a text of four tokens."""
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        return sum(lengths) <= 4
+
+
+def test_what_can_never_fit_is_refused_whatever_the_model_is_called() -> None:
+    """Not taken for a server that is being closed."""
+    with live(with_assistant(ClosedBook("closed-book", 320))) as server:
+        refused = server.post("/v1/completions", json={"prompt": "Rome", "max_tokens": 200})
+        assert refused.status_code == 400 and "cache of closed-book" in refused.json()["error"]["message"]
+
+
 # -- connections
 
 

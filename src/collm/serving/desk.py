@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from collm.decoding.collaborative import Flow
 from collm.engine import Event, Finished
+from collm.engine.engine import CLOSED
 from collm.errors import CollmError
-from collm.llm import Chunk, CollaborativeLM, TokenPrompt
+from collm.llm import Chunk, CollaborativeLM, GenerationFailed, TokenPrompt
 from collm.sampling_params import SamplingParams
 from collm.serving.limits import Limits
 from collm.serving.metrics import Metrics, Timing
@@ -137,6 +138,7 @@ def _require_whole(ended: Generation | Finished) -> None:
 
 
 def _as_refusal(error: CollmError) -> Refusal:
-    if "closed" in str(error):
+    cancelled = isinstance(error, GenerationFailed) and error.generation.finish_reason == "cancelled"
+    if cancelled or str(error) == CLOSED:
         return Refusal("the server stops", status=503, code="shutting_down")
     return Refusal(str(error))
