@@ -64,6 +64,8 @@ class Served:
     ) -> None:
         self.network, self.tokenizer, self.info, self.name = network, tokenizer, info, name
         self.plugin, self.max_model_len = plugin, max_model_len
+        self.repetition_penalty = 1.0
+        """Of the model's generation config, where a request does not say."""
         self.troubles: deque[Trouble] = deque()
         self.always: Trouble | None = None
         self.bodies: list[dict[str, Any]] = []
@@ -142,11 +144,13 @@ class Served:
                 return
             if self.seconds_per_token:
                 await asyncio.sleep(self.seconds_per_token)
-            raw = self._logits(ids)[-1:]
+            raw = self._logits(ids)[-1:].clone()
             law = torch.log_softmax(raw[0], dim=-1)
             if gate is not None:
                 signals, cuts = torch.tensor([found.signal]), torch.tensor([found.cut])
-                raw = gate.decide(raw.clone(), signals, cuts, defers=found.defers, reads_law=found.reads_law)
+                raw = gate.decide(raw, signals, cuts, defers=found.defers, reads_law=found.reads_law)
+            penalty, seen = body.get("repetition_penalty", self.repetition_penalty), sorted(set(ids))
+            raw[0, seen] = torch.where(raw[0, seen] > 0, raw[0, seen] / penalty, raw[0, seen] * penalty)
             hot = body["temperature"]
             number = int(torch.multinomial((raw[0] / hot).softmax(-1), 1, generator=noise) if hot else raw[0].argmax())
             ids.append(number)

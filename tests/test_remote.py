@@ -191,6 +191,10 @@ def test_vllm_ids_in_ids_and_log_probabilities_out() -> None:
             "prompt": [5, 6],
             "max_tokens": 8,
             "temperature": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "min_p": 0.0,
             "stream": True,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -200,6 +204,16 @@ def test_vllm_ids_in_ids_and_log_probabilities_out() -> None:
             "vllm_xargs": {"collm_threshold": 0.5},
         }
     ]
+
+
+def test_a_server_need_not_list_the_most_probable_tokens() -> None:
+    """As OpenAI's, where they are none."""
+    chunks = [
+        chunk.replace(json.dumps([{f"token_id:{n}": p}]), "null")
+        for n, p, chunk in ((284, -2.5, GOOD[0]), (147, -1.5, GOOD[1]))
+    ]
+    assert all('"top_logprobs": null' in chunk for chunk in chunks)
+    assert World(in_turn(stream(*chunks))).complete(ASKED) == [Token(284, -2.5), Token(147, -1.5), End("stop")]
 
 
 def test_vllm_tells_the_most_probable_tokens_and_takes_sampling() -> None:
@@ -257,6 +271,11 @@ def test_llama_cpp_is_asked_in_blocks() -> None:
     assert [(body["n_predict"], body["seed"]) for body in world.bodies()] == [(16, 3), (16, 19), (8, 35)]
     # Its own defaults would truncate the law.
     assert all(body["top_k"] == 0 and body["top_p"] == 1 and body["min_p"] == 0 for body in world.bodies())
+    assert all(body["mirostat"] == 0 and body["dynatemp_range"] == 0 for body in world.bodies())
+    # Of all seeds this one would be another each time.
+    world = World(in_turn(httpx.Response(200, json=llama_block([2], "eos"))))
+    world.complete(Completion([50], 4, Sampling(1.0, seed=2**32 - 1)), "llamacpp+http://one")
+    assert world.bodies()[0]["seed"] < 2**32 - 1
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from click.testing import CliRunner
 from conftest import make_model
 from remote_systems import SYSTEMS, local, remote_base, same, urls
 from served import Pair, Served, listening, make_pair
+from torch import Tensor
 
 from collm.cli import main
 from collm.cli.serve import _require_servable
@@ -54,7 +58,7 @@ def no_trouble(request: pytest.FixtureRequest) -> Iterator[None]:
         for server in (made.base, *made.others):
             server.troubles.clear()
             server.bodies.clear()
-            server.always, server.seconds_per_token = None, 0.0
+            server.always, server.seconds_per_token, server.repetition_penalty = None, 0.0, 1.0
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -69,6 +73,18 @@ def test_texts_are_those_of_one_process(pair: Pair, system: str) -> None:
         same(one, other)
     authors = {step.author for generation in found for step in generation.steps}
     assert authors == set(range(1 + len(pair.assistants))), "worth nothing unless all of them write"
+    for each in (plain, served):
+        each.close()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_generation_config_s_penalty_changes_nothing(pair: Pair, system: str) -> None:
+    """A vLLM heeds it where a request does not say: Qwen2.5-Instruct names one."""
+    for server in (pair.base, *pair.others):
+        server.repetition_penalty = 1.5
+    plain, served = local(pair), SYSTEMS[system](pair)
+    for params in (PARAMS["threshold"], PARAMS["always"], PARAMS["never"]):
+        same(plain.generate(PROMPTS[0], params), served.generate(PROMPTS[0], params))
     for each in (plain, served):
         each.close()
 
@@ -111,6 +127,31 @@ def test_a_run_of_deferrals_is_written_ahead(pair: Pair, system: str) -> None:
         assert time.monotonic() < until, "what has ended is forgotten"
         time.sleep(0.01)
     assert models
+
+
+@pytest.mark.parametrize("system", ["base served", "all served"])
+def test_a_server_writes_no_further_than_the_text(
+    pair: Pair, system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's generation config names an end of which the server does not know."""
+    whole = local(pair).generate(PROMPTS[0], SamplingParams(max_tokens=60, deferral="never"))
+    end = next(number for number in whole.token_ids[4:] if number not in whole.token_ids[:4])
+    folder = shutil.copytree(pair.exported, tmp_path / "exported")
+    config = json.loads((folder / "generation_config.json").read_text())
+    ends = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [*ends, end]}))
+    served = SYSTEMS[system](replace(pair, exported=folder))
+    written, logits = list[int](), pair.base._logits
+
+    def counted(ids: Sequence[int]) -> Tensor:
+        written.append(len(ids))
+        return logits(ids)
+
+    monkeypatch.setattr(pair.base, "_logits", counted)
+    found = served.generate(PROMPTS[0], SamplingParams(max_tokens=60, deferral="never"))
+    assert found.token_ids == whole.token_ids[: whole.token_ids.index(end) + 1] and found.finish_reason == "stop"
+    time.sleep(0.2)
+    assert len(written) == len(found.token_ids)
 
 
 @pytest.mark.parametrize("system", ["base served", "all served"])

@@ -78,7 +78,9 @@ def make_pair(root: Path, num_assistants: int) -> tuple[Path, list[PreTrainedMod
     infos = [AssistantInfo(name=f"expert{k}", spec="x") for k in range(num_assistants)]
     info = CheckpointInfo(assistants=infos, calibration=[TABLE])
     tokenizer = tiny.make_tokenizer()
-    save_checkpoint(root / "checkpoint", info, tiny.make_model(**shape), head, tokenizer)
+    base = tiny.make_model(**shape)
+    base.generation_config.repetition_penalty = 1.5  # a vLLM heeds it where a request does not say
+    save_checkpoint(root / "checkpoint", info, base, head, tokenizer)
     export(root / "checkpoint", root / "exported")
     return root, assistants
 

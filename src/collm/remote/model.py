@@ -314,12 +314,13 @@ class RemoteModel(StreamingModel):
     ) -> Completion:
         seed = philox((0, position, draw.sample, PURPOSES["token"]), key_of(draw.seed))[0] >> 1
         sampling = Sampling(draw.temperature, draw.top_p, draw.top_k, seed)
+        ends = tuple(sorted(self._ends))  # of which its server may not know all
         if self.served is None:
-            return Completion(ids, max_tokens, sampling, num_top=max(1, num_top), settings=settings)
+            return Completion(ids, max_tokens, sampling, ends, max(1, num_top), settings=settings)
         if num_top:
             raise ServerFault(f"the most probable tokens cannot be told: {self.lacks['top']}")
-        ends = tuple(self.served.defer_token_ids)
-        return Completion(ids, max_tokens, sampling, ends, 0, (*ends, self.served.zero_token_id), settings)
+        watch = (*self.served.defer_token_ids, self.served.zero_token_id)
+        return Completion(ids, max_tokens, sampling, ends, 0, watch, settings)
 
     def _answer(self, token: Token, draw: Draw, tested: bool) -> Reply:
         number, log_prob, gate = token.token_id, token.log_prob, None

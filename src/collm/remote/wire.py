@@ -132,6 +132,11 @@ class Dialect(ABC):
         return [int(number) for number in answer["tokens"]]
 
 
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+"""What a vLLM takes from the model's generation config where a request does not say: Qwen's, for one, sets a penalty,
+by which even the most probable token is another."""
+
+
 class VLLM(Dialect):
     streams = True
     path = "/v1/completions"
@@ -145,6 +150,7 @@ class VLLM(Dialect):
             "prompt": list(completion.token_ids),
             "max_tokens": completion.max_tokens,
             "temperature": sampling.temperature,
+            **NEUTRAL,
             "stream": True,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -175,7 +181,8 @@ class VLLM(Dialect):
             raise ServerFault("the server gives no log-probabilities (logprobs)")
         tokens = []
         for i, number in enumerate(ids):
-            top = {_token_id(name): float(value) for name, value in ((told["top_logprobs"] or {})[i] or {}).items()}
+            listed = (told["top_logprobs"][i] if told["top_logprobs"] else None) or {}
+            top = {_token_id(name): float(value) for name, value in listed.items()}
             best = sorted(top.items(), key=lambda pair: -pair[1])[: completion.num_top]
             watched = tuple(top[watch] for watch in completion.watch)
             tokens.append(Token(int(number), float(told["token_logprobs"][i]), tuple(best), watched))
@@ -215,6 +222,10 @@ class OpenAI(VLLM):
     plugin = False
 
 
+RANDOM_SEED = 2**32 - 1
+"""For which a llama.cpp takes any seed that it likes."""
+
+
 class LlamaCpp(Dialect):
     """llama.cpp's own endpoint. Streamed, it keeps tokens back that end inside a character; so it is asked for blocks,
     which costs little, for it keeps the prefix."""
@@ -237,7 +248,9 @@ class LlamaCpp(Dialect):
             "min_p": 0.0,
             "repeat_penalty": 1.0,
             "samplers": ["temperature", "top_k", "top_p"],
-            "seed": sampling.seed % 2**32,
+            "mirostat": 0,
+            "dynatemp_range": 0.0,
+            "seed": sampling.seed % RANDOM_SEED,
             "n_probs": max(1, completion.num_top),
             "return_tokens": True,
             "cache_prompt": True,

@@ -166,6 +166,6 @@ def check(params: Any) -> None:
     changed = [name for name, neutral in penalties.items() if (getattr(params, name) or neutral) != neutral]
     if asked.reads_law and changed:
         raise CollmError(
-            f"{changed[0]} changes the law in which {SIGNALS[asked.signal]} is read: leave it out, or defer by "
-            "threshold"
+            f"{changed[0]} changes the law in which {SIGNALS[asked.signal]} is read: send {penalties[changed[0]]}, for "
+            "where a request does not say, the model's generation config does; or defer by threshold"
         )
