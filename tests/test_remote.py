@@ -397,6 +397,18 @@ def test_what_may_be_repeated_is_asked_again(fault: httpx.Response | Exception) 
     assert len(world.requests) == 2 and len(world.slept) == 1 and 0 < world.slept[0] <= 1.0
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"<html>Caf\xe9</html>", b"[", b"null", b"[1]", b"3", b"{}"])
+@pytest.mark.parametrize("kind", ["llamacpp", "vllm"])
+def test_a_proxy_that_answers_something_else_is_no_server(kind: str, body: bytes) -> None:
+    """In whatever letters."""
+    world = World(lambda request: httpx.Response(200, content=body))
+    with pytest.raises(ServerFault, match="the server answered something"):
+        world.run(lambda client: client.card(), f"{kind}+http://one")
+    with pytest.raises(ServerFault, match="the server answered something|ended in the middle"):
+        world.complete(ASKED, f"{kind}+http://one")
+    assert len(world.requests) > ATTEMPTS
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

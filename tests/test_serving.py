@@ -341,6 +341,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "n": {"n": 0},
     "n-many": {"n": 1000},
     "max_tokens": {"max_tokens": 0},
+    "max_tokens-beyond": {"max_tokens": 10**400},
     "seed": {"seed": 1.5},
     "temprature": {"temprature": 1},
     "collm.rate": {"collm": {"rate": 0.5}},

@@ -111,8 +111,8 @@ class SamplingParams:
             )
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be a number, not {self.temperature}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 1 <= self.max_tokens < 2**31:
+            raise ValueError(f"max_tokens must be at least 1 and less than 2**31, not {self.max_tokens}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must have at most 64 bits, not be {self.seed}")
         if not 0 <= self.sample < 2**31:

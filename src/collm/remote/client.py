@@ -275,7 +275,7 @@ class Client:
             else:
                 replica.succeeded()
             raise fault.of(replica.url) from fault.__cause__
-        except (httpx.HTTPError, TimeoutError, json.JSONDecodeError) as error:
+        except (httpx.HTTPError, TimeoutError, json.JSONDecodeError, UnicodeDecodeError) as error:
             found = fault_of(error, self.address)
             replica.failed(found, self.clock(), began)
             raise found.of(replica.url) from error

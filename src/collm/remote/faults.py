@@ -77,7 +77,7 @@ class Patience:
 
 def fault_of(error: Exception, address: Address) -> ServerFault:
     """What an error of the network, or of reading, means."""
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return ServerFault("the server answered something that is no JSON", repeatable=True)
     if isinstance(error, httpx.ConnectTimeout):
         return ServerFault(f"no connection within {CONNECT_TIMEOUT:g} s", repeatable=True)
