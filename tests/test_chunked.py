@@ -102,17 +102,6 @@ def data(generation: Generation) -> bytes:
     return b"".join(step.data or b"" for step in generation.steps)
 
 
-def test_a_model_alone_is_bound_by_its_own_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its own tokens, however many the base can read."""
-    llm = system(ascii=True)
-    lengths = dict(zip(llm.model_names, (60, 50), strict=True))
-    monkeypatch.setattr(LocalModel, "context_length", property(lambda self: lengths[self.name]))
-    for (name, context), formatter in zip(lengths.items(), llm.formatters, strict=True):
-        prompt = len(formatter.prompt(PROMPTS[0]))
-        found = llm.generate(PROMPTS[0], SamplingParams(max_tokens=200), alone=name)
-        assert (found.prompt_tokens, found.completion_tokens) == (prompt, context - prompt + 1)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.3])
 @pytest.mark.parametrize("max_tokens", [1, 7, 40])
 def test_never_is_the_base_and_always_the_assistant(temperature: float, max_tokens: int) -> None:
