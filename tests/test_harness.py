@@ -35,6 +35,7 @@ from collm.evaluation.likelihood import GivenText, likelihoods
 from collm.evaluation.result import EvalResult
 from collm.llm import CollaborativeLM, TokenPrompt
 from collm.models.checkpoint import save_checkpoint
+from collm.models.fake import FakeModel
 from collm.models.info import AssistantInfo, CheckpointInfo
 from collm.report.trace import read_traces
 from collm.sampling_params import SamplingParams
@@ -223,6 +224,36 @@ def test_what_is_drawn_several_times_differs_and_what_is_greedy_is_written_once(
     lm = harness(llm)
     assert len(set(lm.generate_until([asked("generate_until", "12 + 30 =", GREEDY)] * 3))) == 1
     assert lm.figures()["task"]["texts"] == 1
+
+
+class Short(FakeModel):
+    """It reads no more than 40 tokens."""
+
+    context_length = 40
+
+
+def test_a_baseline_is_bounded_by_its_own_context() -> None:
+    """As `generate(alone=...)` is: written, scored, and in windows."""
+    models = [Short("base", 320, num_assistants=1, concentration=0.05), FakeModel("helper", 320, concentration=0.05)]
+    llm = CollaborativeLM(models, [Formatter(make_tokenizer())] * 2)
+    lm, params = harness(llm, SamplingParams(max_tokens=45), alone="helper"), SamplingParams(max_tokens=45)
+    [text] = lm.generate_until([asked("generate_until", "a" * 50, {})])
+    assert (
+        text == llm.generate(TokenPrompt((prompt_ids(llm.formatters[0], "a" * 50),) * 2), params, alone="helper").text
+    )
+    assert lm.loglikelihood([asked("loglikelihood", "b" * 60, "c")]) and lm.loglikelihood_rolling(
+        [asked("loglikelihood_rolling", "d" * 90)]
+    ) == [pytest.approx(expected_of(llm, "d" * 90), abs=1e-4)]
+    assert lm.figures()["task"]["cut_prompts"] == 0
+    with pytest.raises(CollmError, match="leave no place for it in a context of 40 tokens"):
+        harness(llm, SamplingParams(max_tokens=45), alone="base").generate_until([asked("generate_until", "a", {})])
+
+
+def expected_of(llm: CollaborativeLM, text: str) -> float:
+    """In one window, behind a beginning of the model's own."""
+    tokens = tuple(llm.tokenizer.encode(text, add_special_tokens=False))
+    [found] = likelihoods(llm.models, [GivenText(tuple(f.prompt("") for f in llm.formatters), tokens)], alone=1)
+    return found.log_prob
 
 
 def test_whose_likelihood(llm: CollaborativeLM, world: Path) -> None:

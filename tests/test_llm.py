@@ -31,6 +31,7 @@ from collm.models.tools import Calculator
 from collm.sampling_params import SamplingParams
 from collm.types import BASE, Generation, Message, Usage
 from collm.values import GREEDY, Answer, Query, Replies
+from collm.views import Text
 
 QUESTIONS: list[Sequence[Message] | str] = [
     [{"role": "user", "content": "Anna has 12 apples and buys 30 more."}],
@@ -476,6 +477,27 @@ def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFa
         CollmError, match="75 tokens .* cache of base: raise max_cache_tokens to at least 75, or lower max_tokens"
     ):
         tight.generate("a" * 60, params)
+
+
+def test_who_writes_alone_needs_no_room_in_the_caches_of_others(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Nor is it held back by what they have."""
+    save_checkpoint(tmp_path / "c", CheckpointInfo(), make_model(seed=0), gate(1), tiny_tokenizer)
+    make_model("qwen3", seed=1).save_pretrained(tmp_path / "a")
+    tiny_tokenizer.save_pretrained(tmp_path / "a")
+    llm = CollaborativeLM.from_pretrained(tmp_path / "c", [str(tmp_path / "a")])
+    longest = [Text([[5] * 7, [6] * 9], alone=number).longest(10) for number in (None, 0, 1)]
+    assert longest == [(16, 18), (16, 0), (0, 18)]
+    [base, helper] = llm.models
+    assert isinstance(base, LocalModel) and isinstance(helper, LocalModel)
+    [tight, _] = CollaborativeLM.from_pretrained(tmp_path / "c", [str(tmp_path / "a")], max_cache_tokens=64).models
+    mixed = CollaborativeLM([tight, helper], llm.formatters)
+    params = SamplingParams(max_tokens=100)
+    found = mixed.generate("a" * 60, params, alone=helper.name)
+    assert same(found, llm.generate("a" * 60, params, alone=helper.name))
+    with pytest.raises(CollmError, match="does not fit into the cache of base"):
+        mixed.generate("a" * 60, params, alone="base")
 
 
 @pytest.mark.parametrize(

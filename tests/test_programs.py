@@ -131,6 +131,16 @@ def test_a_program_that_the_machine_had_no_time_to_start_is_not_wrong(
         passes(["pass"], sandboxed=False, limits=Limits(seconds=1))
 
 
+@pytest.mark.slow
+def test_a_slow_start_takes_none_of_the_program_s_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Six seconds may pass on the clock: here three of the start, and then five of the program."""
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec {sandbox._python()} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sandbox, "_python", lambda: str(slow))
+    assert passes(["import time\ntime.sleep(5)"], sandboxed=False, limits=Limits(seconds=2))
+
+
 def test_what_a_program_does_is_the_same_each_time(sandboxed: bool) -> None:
     """Sets of texts have an order that hangs on a seed: fixed, or a test would pass now and then."""
     order = subprocess.run(

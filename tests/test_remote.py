@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx
@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 from collm.errors import CollmError
 from collm.models.tokenizers import PROBES
 from collm.remote import Address, Client, Completion, End, Given, Sampling, ServerFault, Token, is_url
+from collm.remote.ahead import Ahead
 from collm.remote.connecting import connect
 from collm.remote.faults import ATTEMPTS, PATIENCE
 from collm.remote.health import COOLDOWN, FAILURES, SLACK, Replica, Replicas
+from collm.values import Query
+from collm.views import View
 
 T = TypeVar("T")
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -678,6 +681,38 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
         world.complete(ASKED, spec)
     assert world.requests[0].headers["Authorization"] == "Bearer s3cret"
     assert "s3cret" not in f"{caught.value!r} {Address.parse(spec)!r} {caplog.text}"
+
+
+# -- tokens that are on their way already
+
+
+def test_what_is_written_ahead_ends_when_nobody_waits_for_it() -> None:
+    """A time-out cancels a question: then the server's work for it ends, too, and it can be asked again."""
+    asked: list[tuple[int, ...]] = []
+    ended: list[bool] = []
+
+    async def ask(query: Query, ids: Sequence[int], count: int) -> AsyncGenerator[Token | End, None]:
+        asked.append(tuple(ids))
+        try:
+            if len(asked) == 1:
+                await asyncio.sleep(60)
+            yield Token(7, -0.5)
+        finally:
+            ended.append(True)
+
+    async def main() -> Token | None:
+        ahead, query = Ahead(ask), Query(1, View([1, 2]), 2)
+        waiting = asyncio.create_task(ahead.token(query, [1, 2]))
+        while not asked:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert waiting.cancelled() and ended == [True]
+        return await ahead.token(query, [1, 2])
+
+    assert asyncio.run(main()) == Token(7, -0.5) and asked == [(1, 2), (1, 2)]
 
 
 # -- whose numbers tell it from other models

@@ -47,7 +47,8 @@ $(HAVE):
 # As pretrained, it has no chat template.
 $(SPEC_gemma)/chat_template.jinja: recipes/families/plain.jinja
 	$(PYTHON) recipes/qwen/weights.py --out $(WEIGHTS) --only gemma-3-270m
-	cp recipes/families/plain.jinja $(SPEC_gemma)/chat_template.jinja
+	cp recipes/families/plain.jinja $@.tmp
+	mv $@.tmp $@
 
 data: $(TASKS:%=$(DATA)/%/train.jsonl)
 

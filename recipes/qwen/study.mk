@@ -92,9 +92,10 @@ $(DATA)/ifeval/train.jsonl: | $(PARTS:%=$(RUNS)/ifeval/own/%.json) $(SENTENCES)
 # Pairs, thresholds and results that were made already; scores are taken one by one.
 kept:
 	mkdir -p $(RUNS)
-	for task in $(notdir $(patsubst %/,%,$(wildcard recipes/qwen/kept/*/))); do cp -rn recipes/qwen/kept/$$task $(RUNS)/; \
-	    for each in $$(find $(RUNS)/$$task -name '*.jsonl.xz'); do test -e $${each%.xz} || \
-	    { xz -dc $$each > $$each.tmp && mv $$each.tmp $${each%.xz}; } || exit 1; done; done
+	cd recipes/qwen/kept && find */ -type f | while read -r each; do to=$(abspath $(RUNS))/$$each; \
+	    test -e $$to || { mkdir -p $$(dirname $$to) && cp $$each $$to.tmp && mv $$to.tmp $$to; } || exit 1; \
+	    case $$to in *.jsonl.xz) test -e $${to%.xz} || \
+	    { xz -dc $$to > $$to.tmp && mv $$to.tmp $${to%.xz}; } || exit 1;; esac; done
 
 # -- scores and models -------------------------------------------------------------------------------------------------
 

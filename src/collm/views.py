@@ -57,18 +57,23 @@ class View:
 
 
 class Text:
-    """The views of all models, base first, and the one completion that they share."""
+    """The views of all models, base first, and the one completion that they share.
 
-    __slots__ = ("length", "views")
+    Args:
+        alone: number of the only model that reads it.
+    """
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    __slots__ = ("alone", "length", "views")
+
+    def __init__(self, prompts: Sequence[Sequence[int]], alone: int | None = None) -> None:
         self.views = tuple(View(prompt) for prompt in prompts)
+        self.alone = alone
         self.length = 0
         """Tokens of the completion."""
 
     def longest(self, max_tokens: int) -> tuple[int, ...]:
         """Tokens that each model may have to hold of it, if so many more are written: the last one is never read."""
-        return tuple(len(view) + max_tokens - 1 for view in self.views)
+        return tuple(len(view) + max_tokens - 1 if self.alone in (None, n) else 0 for n, view in enumerate(self.views))
 
     def append(self, token_id: int) -> None:
         for view in self.views:

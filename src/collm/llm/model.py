@@ -170,6 +170,10 @@ class CollaborativeLM:
         """Tokens that a text may come to for each model; None: no bound."""
         return self._preparation.context_lengths
 
+    def contexts(self, alone: int | str | None) -> tuple[int | None, ...]:
+        """As `context_lengths`; for a text that one model is to write `alone`, no other bounds it."""
+        return self._preparation.contexts(alone)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens by themselves, special tokens shown."""
         text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
@@ -327,8 +331,7 @@ class CollaborativeLM:
         self._engine.close()
 
     def _prompt_ids(self, prompt: Prompt, number: int, alone: int | str | None) -> tuple[TokenIds, ...]:
-        names, contexts = self.model_names, self._preparation.contexts(alone)
-        return prompt_ids(prompt, self.formatters, names, contexts, f"prompt {number + 1}")
+        return prompt_ids(prompt, self.formatters, self.model_names, self.contexts(alone), f"prompt {number + 1}")
 
     def _single(
         self,

@@ -78,7 +78,8 @@ class Preparation:
         Raises:
             CollmError: what is asked needs what is not there, or the text can never fit into the caches.
         """
-        number = BASE if alone is None else self.number(alone)
+        sole = None if alone is None else self.number(alone)
+        number = BASE if sole is None else sole
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
         bounds = list(zip(ids, self.contexts(alone), strict=True))
         if self.sharing is not None and alone is None:
@@ -93,7 +94,10 @@ class Preparation:
             if self.sharing is not None:
                 self.sharing.require_defined(found, own)
         eos = tuple(ends | frozenset(params.stop_token_ids) for ends in self.eos)
-        text = Text(ids) if self.sharing is None or found is None else self.sharing.text(ids, self.context_lengths)
+        if self.sharing is None or found is None:
+            text = Text(ids, sole)
+        else:
+            text = self.sharing.text(ids, self.context_lengths)
         engine = shared.ready()
         engine.require_room(text, own.max_tokens)
         if self.sharing is not None:
@@ -115,8 +119,10 @@ class Preparation:
         return QuickDecoder(self.tokenizer)
 
     def number(self, model: int | str) -> int:
-        """Raises:
-        CollmError: there is no such model.
+        """Of a model.
+
+        Raises:
+            CollmError: there is no such one.
         """
         if isinstance(model, int) and 0 <= model < len(self.models):
             return model

@@ -162,11 +162,13 @@ class SlotAnswering:
         numbers = asked.numbers
         hidden, packed = self._cache.pool.forward(rows, token_ids, [*numbers, *wanted])
         packed, at = packed.split([len(numbers), len(wanted)])
-        bad: NDArray[np.bool_] | None = None
+        every = hidden
         if len(wanted) < len(token_ids):
-            none = hidden.isnan()
-            if none.any():
-                bad = none.any(dim=-1).cpu().numpy()
             hidden = hidden[at.to(hidden.device)]
         found = self._bounds.checked(self.laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
+        bad: NDArray[np.bool_] | None = None
+        if len(wanted) < len(token_ids):
+            none = every.isnan().any(dim=-1)
+            if none.any():
+                bad = none.cpu().numpy()
         return found, bad

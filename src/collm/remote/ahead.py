@@ -63,7 +63,12 @@ class _Written:
         """The one of this number; None if it ended before."""
         while number >= len(self.tokens) and not self.ended:
             self.came.clear()
-            await self.came.wait()
+            try:
+                await self.came.wait()
+            except asyncio.CancelledError:  # whoever asked has given it up: nobody else waits for it
+                if self.task is not None:
+                    self.task.cancel()
+                raise
         return self.tokens[number] if number < len(self.tokens) else None
 
 

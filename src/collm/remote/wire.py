@@ -133,8 +133,8 @@ class Dialect(ABC):
 
 
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
-"""What a vLLM takes from the model's generation config where a request does not say: Qwen's, for one, sets a penalty,
-by which even the most probable token is another."""
+"""Said in each request, for a vLLM takes some of them from the model's generation config where a request does not say:
+Qwen's sets a repetition penalty, by which even the most probable token is another."""
 
 
 class VLLM(Dialect):

@@ -152,8 +152,8 @@ def _each(llm: CollaborativeLM, prompt: Any) -> tuple[TokenIds, ...]:
 
 
 def _fitting(llm: CollaborativeLM, asked: Asked, param: str) -> Asked:
-    for number, (model, own, context) in enumerate(zip(llm.models, asked.ids, llm.context_lengths, strict=True)):
-        if context is not None and len(own) > context and asked.alone in (None, number):
+    for model, own, context in zip(llm.models, asked.ids, llm.contexts(asked.alone), strict=True):
+        if context is not None and len(own) > context:
             raise Refusal(
                 f"the prompt has {len(own)} tokens, more than the context of {context} tokens of {model.name}: "
                 "shorten it",

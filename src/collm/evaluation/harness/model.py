@@ -83,7 +83,7 @@ class CollaborativeHarnessLM(LM):  # type: ignore[misc]
             raise CollmError(f"there is no model {alone!r}; the models are {', '.join(llm.model_names)}")
         self.llm, self.params, self.policy, self.alone = llm, params, policy, alone
         self.batch_size, self.progress = batch_size, progress
-        self._contexts = llm.context_lengths
+        self._contexts = llm.contexts(alone)
         self._records = Records(None if out is None else Path(out), harness_settings(llm, params, policy, alone))
         self._asked: dict[str, dict[str, None]] = defaultdict(dict)
         self._cut: Counter[str] = Counter()

@@ -113,10 +113,15 @@ def _said(sources: Sequence[str], sandboxed: bool, limits: Limits) -> bool | Non
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(json.dumps(told).encode(), timeout=3 * limits.seconds)
-    except subprocess.TimeoutExpired as error:
-        begun = (error.output or b"").startswith(READY.encode())
-        return False if begun else None  # the machine was too slow, not the program
+        try:
+            out, _ = process.communicate(json.dumps(told).encode(), timeout=3 * limits.seconds)
+        except subprocess.TimeoutExpired as error:
+            if not (error.output or b"").startswith(READY.encode()):
+                return None  # the machine was too slow, not the program
+            # Nor may a slow start take the program's time.
+            out, _ = process.communicate(timeout=3 * limits.seconds)
+    except subprocess.TimeoutExpired:
+        return False
     finally:
         _end(process)
     lines = out.decode(errors="replace").splitlines()
