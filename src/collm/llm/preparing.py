@@ -81,7 +81,7 @@ class Preparation:
         sole = None if alone is None else self.number(alone)
         number = BASE if sole is None else sole
         # A text that reaches the end of a context ends there ("length"), instead of failing with its batch.
-        bounds = list(zip(ids, self.contexts(alone), strict=True))
+        bounds = list(zip(ids, self.contexts(sole), strict=True))
         if self.sharing is not None and alone is None:
             del bounds[1:]  # an assistant's tokens are not the base's: its own context is watched
         room = [context - len(own) + 1 for own, context in bounds if context is not None]

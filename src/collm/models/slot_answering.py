@@ -162,13 +162,10 @@ class SlotAnswering:
         numbers = asked.numbers
         hidden, packed = self._cache.pool.forward(rows, token_ids, [*numbers, *wanted])
         packed, at = packed.split([len(numbers), len(wanted)])
-        every = hidden
-        if len(wanted) < len(token_ids):
-            hidden = hidden[at.to(hidden.device)]
-        found = self._bounds.checked(self.laws.answers(hidden, asked, packed), prefixes) if wanted else iter(())
-        bad: NDArray[np.bool_] | None = None
-        if len(wanted) < len(token_ids):
-            none = every.isnan().any(dim=-1)
-            if none.any():
-                bad = none.cpu().numpy()
-        return found, bad
+        all_asked = len(wanted) == len(token_ids)
+        read = hidden if all_asked else hidden[at.to(hidden.device)]
+        found = self._bounds.checked(self.laws.answers(read, asked, packed), prefixes) if wanted else iter(())
+        if all_asked:
+            return found, None
+        bad = hidden.isnan().any(dim=-1)
+        return found, bad.cpu().numpy() if bad.any() else None
