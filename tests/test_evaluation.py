@@ -18,6 +18,7 @@ from writers import PairWriter, questions
 from collm.data.examples import Example
 from collm.decoding.policies import Threshold
 from collm.errors import CollmError
+from collm.evaluation import result as result_module
 from collm.evaluation.comparison import compare, compare_all, rival_of
 from collm.evaluation.evaluate import (
     default_name,
@@ -263,6 +264,28 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     again = PairWriter()
     assert run(again, out=tmp_path / "run.jsonl").scores == whole.scores
     assert again.written == 0
+
+
+def test_a_finished_run_told_again_keeps_the_commit_that_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_module, "commit", lambda: "then")
+    run(out=tmp_path / "run.jsonl")
+    monkeypatch.setattr(result_module, "commit", lambda: "now")
+    assert run(out=tmp_path / "run.jsonl").commit == EvalResult.load(tmp_path / "run.json").commit == "then"
+    lines = (tmp_path / "run.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert run(out=tmp_path / "run.jsonl").commit == "now"
+
+
+def test_systems_that_other_golds_judged_are_not_compared() -> None:
+    rows = [replace(row, fields={"answer": "99"}) if row.id == "q3" else row for row in questions(20)]
+    task = get_task("gsm8k")
+    first, other = (evaluate(PairWriter(), task, each, HALF, progress=False) for each in (questions(20), rows))
+    assert first.settings["examples"] == other.settings["examples"]
+    with pytest.raises(CollmError, match="different gold answers"):
+        compare(first, other)
+    compare(replace(first, golds=""), other)  # an older result tells of none
 
 
 def test_no_result_of_an_earlier_run_stands_beside_a_stopped_one(tmp_path: Path) -> None:

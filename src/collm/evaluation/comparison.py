@@ -50,13 +50,15 @@ def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparis
     """Paired significance of `second - first`.
 
     Raises:
-        CollmError: the two are of different tasks, task versions, examples or groups of them.
+        CollmError: the two are of different tasks, task versions, examples, gold answers or groups of examples.
     """
     for what, a, b in (
         ("tasks", first.task, second.task),
         ("versions of the task", first.task_version, second.task_version),
         ("examples", sorted(first.ids), sorted(second.ids)),
         ("examples", first.settings.get("examples"), second.settings.get("examples")),
+        # Older results tell of none.
+        ("gold answers", first.golds or second.golds, second.golds or first.golds),
     ):
         if a != b:
             raise CollmError(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from collm.data.examples import Example, examples_fingerprint
 from collm.errors import CollmError
-from collm.evaluation.result import EvalResult, result_path, summarise
+from collm.evaluation.result import EvalResult, is_result, result_path, summarise
 from collm.evaluation.runs import kept, require_free
 from collm.evaluation.shipped import get_task
 from collm.evaluation.task import Task
@@ -168,8 +168,17 @@ def evaluate_with_traces(
             name or default_name(llm.model_names, params, alone), task, ordered, params.seed, settings, groups
         )
         if path is not None:
+            result = result if todo else _as_written(result, result_path(path))
             result.save(result_path(path))
     return result, ordered
+
+
+def _as_written(result: EvalResult, path: Path) -> EvalResult:
+    """Of texts that were there, whatever counts them now: with the commit and the versions that wrote them, if told."""
+    if not is_result(path):
+        return result
+    before = EvalResult.load(path)
+    return replace(result, commit=before.commit, versions=before.versions)
 
 
 def near_duplicates(examples: Sequence[Example]) -> tuple[str, ...]:

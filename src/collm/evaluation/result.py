@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -35,7 +36,9 @@ class EvalResult:
     computed right, where the task shows arithmetic. `ids` and `scores` are per example, for paired comparisons; so are
     `groups`: examples of one group are near-duplicates of one another; empty where the data tell of none.
     `metrics`, `metrics_ci95`: the task's further metrics, by name.
-    `commit` ends in "-dirty" where files were changed since; None outside a checkout.
+    `commit`, `versions`: of the start that wrote the last texts; `commit` ends in "-dirty" where files were changed
+    since, and is None outside a checkout. `golds`: a hash of the answers that texts were judged by, by id; empty in
+    results of older versions.
     """
 
     name: str
@@ -67,6 +70,7 @@ class EvalResult:
     metrics_ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
     groups: tuple[str, ...] = field(default_factory=tuple)
     unit: Unit = "token"
+    golds: str = ""
 
     @property
     def steps(self) -> int:
@@ -225,7 +229,13 @@ def summarise(
         metrics_ci95={metric: ci95 for metric, (_, ci95) in further.items()},
         groups=tuple(groups),
         unit=unit_of(steps),
+        golds=_fingerprint(traces),
     )
+
+
+def _fingerprint(traces: Sequence[Trace]) -> str:
+    golds = sorted((trace.id, trace.gold or "") for trace in traces)
+    return hashlib.sha256(json.dumps(golds).encode()).hexdigest()[:16]
 
 
 def commit() -> str | None:
