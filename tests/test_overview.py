@@ -286,6 +286,19 @@ def test_one_system_at_several_rates_is_one_curve(files: list[Path]) -> None:
     assert [one.look for one in without_first] == [one.look for one in curves[1:]]
 
 
+def test_two_systems_whose_runs_are_called_alike_are_two_names_in_the_legend(files: list[Path]) -> None:
+    """As two trainings have it whose runs have the names that they get by default, with the file behind each."""
+    results = read_results(files)[1:3]
+    names = ["pair, rate 0.1 (a10)", "pair, rate 0.2 (a20)", "pair, rate 0.1 (b10)", "pair, rate 0.2 (b20)"]
+    runs = [
+        replace(result, name=name, settings={**result.settings, "identity": {"checkpoint": name[-4]}})
+        for name, result in zip(names, [*results, *results], strict=True)
+    ]
+    curves = series(runs, dict(enumerate((0.1, 0.2, 0.1, 0.2))))
+    assert [one.name for one in curves] == [", ".join(names[:2]), ", ".join(names[2:])]
+    assert [one.name for one in series([runs[0], runs[1]], {0: 0.1, 1: 0.2})] == ["pair, rate"]
+
+
 def test_a_threshold_alone_makes_no_other_system(files: list[Path]) -> None:
     result = EvalResult.load(files[1])
 

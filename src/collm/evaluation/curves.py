@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,11 +41,12 @@ def series(results: Sequence[EvalResult], x: Mapping[int, float]) -> list[Series
     members: dict[str, list[int]] = {}
     for number, result in enumerate(results):
         members.setdefault(family(result), []).append(number)
+    names = _curve_names([[results[number] for number in numbers] for numbers in members.values()])
     found = []
-    for look, numbers in enumerate(members.values()):
+    for look, (name, numbers) in enumerate(zip(names, members.values(), strict=True)):
         placed = sorted((number for number in numbers if number in x), key=lambda number: x[number])
         points = tuple(_point(results[number], x[number]) for number in placed)
-        found.append(Series(_curve_name([results[number] for number in numbers]), points, look))
+        found.append(Series(name, points, look))
     return [one for one in found if one.points]
 
 
@@ -52,6 +54,16 @@ def _point(result: EvalResult, x: float) -> Point:
     low, high = result.ci95
     told = f"{result.name}: {result.value:.1%} ({low:.1%} to {high:.1%}), {result.deferral_rate:.1%} deferred"
     return Point(x, result.value, result.ci95, told)
+
+
+def _curve_names(curves: Sequence[Sequence[EvalResult]]) -> list[str]:
+    """One for each curve; those that would share one have the names of their runs: nobody could say whose they are."""
+    names = [_curve_name(results) for results in curves]
+    shared = Counter(names)
+    return [
+        ", ".join(result.name for result in results) if shared[name] > 1 else name
+        for name, results in zip(names, curves, strict=True)
+    ]
 
 
 def _curve_name(results: Sequence[EvalResult]) -> str:
