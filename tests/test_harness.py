@@ -31,6 +31,7 @@ from collm.errors import CollmError
 from collm.evaluation.harness import CollaborativeHarnessLM, run_tasks
 from collm.evaluation.harness.prompts import ChatPrompt, pair_ids, prompt_ids, sampling_params
 from collm.evaluation.harness.records import Records
+from collm.evaluation.harness.results import eval_results
 from collm.evaluation.likelihood import GivenText, likelihoods
 from collm.evaluation.result import EvalResult
 from collm.llm import CollaborativeLM, TokenPrompt
@@ -422,7 +423,12 @@ def test_the_command(world: Path) -> None:
     assert picks.value == results["results"]["picks"]["acc,none"] and picks.tokens == 0
     assert sums.written_by == told["sums"]["written_by"] and sums.scores == (0.0,) * 4
     assert not (world / "runs/a/prose.json").exists()  # a perplexity is no mean over documents
-    assert collm("compare", "runs/a/picks.json", "runs/a/picks.json").exit_code == 0
+    # Given answers were scored and none was written: there is no share of written tokens, and no point at a rate of 0.
+    compared = collm("compare", "runs/a/picks.json", "runs/a/picks.json")
+    assert compared.exit_code == 0 and picks.rate is None and " 0.0%" not in compared.stdout
+    assert collm("report", "runs/a/picks.json", "--out", "runs/a/picks.html").exit_code == 0
+    page = (world / "runs/a/picks.html").read_text()
+    assert 'class="curve"' not in page and "No system wrote a text" in page and "None" not in page
     # Run again, nothing is asked; another batch size changes nothing.
     kept = (world / "runs/a/traces.jsonl").read_text()
     again = json.loads(collm(*arguments, "--out", "runs/a", "--json").stdout)
@@ -433,6 +439,19 @@ def test_the_command(world: Path) -> None:
             if isinstance(value, float):
                 assert again["results"][name][metric] == value
                 assert alone["results"][name][metric] == pytest.approx(value, rel=1e-4)
+
+
+def test_only_shares_are_told_as_percentages() -> None:
+    """TruthfulQA's first metric is BLEU, up to 100: it stood in tables as 2040.0 %."""
+    rows = [
+        {"filter": "none", "metrics": ["bleu_max", "bleu_acc", "bleu_diff"], "bleu_max": most, "bleu_acc": right,
+         "bleu_diff": apart, "doc_id": number, "doc_hash": str(number), "filtered_resps": ["a"]}
+        for number, (most, right, apart) in enumerate([(20.5, 1, 4.0), (20.3, 0, -2.0)])
+    ]  # fmt: skip
+    means = {"bleu_max,none": 20.4, "bleu_acc,none": 0.5, "bleu_diff,none": 1.0}
+    found = {"results": {"truthfulqa_gen": means}, "versions": {}, "collm": {"tasks": {}}}
+    [(_, result)] = eval_results("pair", found, {"truthfulqa_gen": rows}, {"models": ["base"]}, 0)
+    assert (result.metric, result.value, result.metrics) == ("bleu_acc", 0.5, {})
 
 
 KNOWN: dict[str, dict[str, Any]] = {

@@ -44,8 +44,8 @@ def system_row(result: EvalResult, note: str = "") -> SystemRow:
         value=result.value,
         ci95=result.ci95,
         kind=_kind(result),
-        deferral_rate=result.deferral_rate,
-        changed_share=result.changed_share,
+        deferral_rate=result.rate,
+        changed_share=result.changed_share if result.steps else None,
         note=note,
         further=result.metrics,
         passes_per_token=result.passes_per_token,
@@ -122,7 +122,7 @@ class Overview:
 def overview_html(overview: Overview) -> str:
     """The page: one file that loads nothing, and reads without any script."""
     results, rival = overview.results, overview.rival
-    by_rate = series(results, dict(enumerate(result.deferral_rate for result in results)))
+    by_rate = series(results, {i: rate for i, r in enumerate(results) if (rate := r.rate) is not None})
     costs = {i: value for i, r in enumerate(results) if (value := cost(r, overview.weights)) is not None}
     by_cost = series(results, costs)
     shared, own = common_settings(results)

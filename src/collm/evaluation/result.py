@@ -78,6 +78,11 @@ class EvalResult:
         return sum(self.written_by.values())
 
     @property
+    def rate(self) -> float | None:
+        """`deferral_rate`; None where nothing was written, as by tasks whose given answers are scored."""
+        return self.deferral_rate if self.steps else None
+
+    @property
     def length(self) -> str:
         """For people: of all texts."""
         return told_length(self.tokens, self.steps, self.unit)

@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 def eval_results(
     name: str, results: Mapping[str, Any], samples: Mapping[str, Rows], settings: Mapping[str, Any], seed: int
 ) -> Iterator[tuple[str, EvalResult]]:
-    """One for each task and filter, with the name of its file, where a metric is a mean over documents.
+    """One for each task and filter, with the name of its file, where a metric is a mean of shares over documents.
 
     The first such metric of the task is the main one, the others go with it. Documents that are asked several times
     have one score.
@@ -43,10 +43,11 @@ def eval_results(
 
 
 def _means(found: Mapping[str, Any], rows: Rows, filter: str) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Metrics and their scores by document."""
+    """Metrics and their scores by document: those that are shares, as tables, charts and intervals take them to be."""
     for metric in rows[0]["metrics"]:
         value, scores = found.get(f"{metric},{filter}"), [row[metric] for row in rows]
-        if isinstance(value, int | float) and all(isinstance(score, int | float) for score in scores):
+        # BLEU goes to 100, and would be told as 2040.0 %.
+        if isinstance(value, int | float) and all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores):
             mean = sum(scores) / len(scores)
             if abs(mean - value) <= 1e-9 * max(1.0, abs(value)):  # perplexities and alike are no means
                 yield metric, tuple(float(score) for score in scores)
