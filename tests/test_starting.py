@@ -14,9 +14,10 @@ from conftest import make_model, make_tokenizer
 from collm.cli import main
 from collm.evaluation.result import EvalResult
 from collm.llm.deferral import told
-from collm.models.info import load_info
+from collm.models.info import CalibrationRow, CalibrationTable, load_info
 from collm.training.recipe import load_recipe
 from collm.workflow.presets import KNOWN, shipped
+from collm.workflow.run import _ways_of_pair
 
 QUICK = (
     *("training.epochs=1", "training.batch_size=4", "training.gradient_accumulation=1", "training.evaluations=1"),
@@ -113,6 +114,27 @@ def test_what_init_writes_runs_to_its_report(here: Path, preset: str) -> None:
     again = collm("run", recipe, *changes)
     assert again.exit_code == 0 and again.stdout == done.stdout
     assert kept == {path: path.read_bytes() for path in (read.out / "evaluation").glob("*.jsonl")}
+
+
+def test_rates_that_lie_close_have_files_of_their_own(here: Path) -> None:
+    """2 and 2.5 % were both `pair, 2%`, so that the second was refused as another run of the first, hours later."""
+    asked = ("--base", "base", "--data", "all.jsonl", "--task", "exact_match", "--force")
+    assert collm("init", "close.yaml", "--preset", "tool", *asked).exit_code == 0
+    recipe = load_recipe("close.yaml", ["evaluation.rates=[0.02, 0.025, 0.2]"])
+    row = CalibrationRow(target_rate=0.02, achieved_rate=0.02, threshold=0.5, log_odds=0.0, metric_value=0.5)
+    table = CalibrationTable(task="exact_match", metric="exact_match", seed=0, num_prompts=1, rows=[row], best=0)
+    pairs = [way for way in _ways_of_pair(recipe, table) if way.alone is None]
+    assert [way.name for way in pairs] == ["pair, 2%", "pair, 2.5%", "pair, 20%"]
+    assert [way.file for way in pairs] == ["pair_2.jsonl", "pair_2_5.jsonl", "pair_20.jsonl"]
+
+
+def test_the_pair_is_the_pair_whatever_an_assistant_is_called(here: Path) -> None:
+    """Beside an assistant `pair`, `pair alone` was what all others were tested against."""
+    asked = ("--base", "base", "--assistant", "pair=helper", "--data", "all.jsonl", "--task", "exact_match", "--force")
+    assert collm("init", "named.yaml", "--preset", "specialist", *asked).exit_code == 0
+    done = collm("run", "named.yaml", *QUICK, "tune=gate", "evaluation.fine_tuned_base=false", "evaluation.rates=[0.3]")
+    assert done.exit_code == 0, done.output
+    assert "pair alone against pair:" in done.stdout
 
 
 def test_a_run_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

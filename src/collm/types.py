@@ -106,6 +106,11 @@ def told_length(tokens: int, steps: int, unit: Unit) -> str:
     return f"{tokens} tokens" + (f" in {steps} chunks" if unit == "chunk" else "")
 
 
+def told_rate(rate: float) -> str:
+    """A rate that somebody asked for, for people, as it was asked for: `0.5%`, `20%`."""
+    return f"{100 * rate:.6g}%"
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What one text cost.

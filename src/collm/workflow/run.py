@@ -25,6 +25,7 @@ from collm.models.specs import is_tool
 from collm.sampling_params import SamplingParams
 from collm.training.recipe import Recipe, parse_recipe
 from collm.training.train import train
+from collm.types import told_rate
 from collm.workflow.checking import Asked
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def _ways_of_pair(recipe: Recipe, table: CalibrationTable) -> Iterator[Way]:
             recipe.out / CALIBRATION / "curve.svg",
         )
     for rate in section.rates or [_chosen_rate(recipe, table)]:
-        name = PAIR if len(section.rates) < 2 else f"{PAIR}, {rate:.0%}"
+        name = PAIR if len(section.rates) < 2 else f"{PAIR}, {told_rate(rate)}"
         yield Way(name, replace(plain, deferral=METHODS[signal], deferral_rate=rate, task=table.task))
 
 
@@ -253,7 +254,9 @@ def _identity(recipe: Recipe, spec: str) -> dict[str, Any]:
 
 def _reported(recipe: Recipe, files: list[Path], table: CalibrationTable | None) -> Outcome:
     results = [EvalResult.load(file) for file in files]
-    rival = next((result for result in results if result.name.startswith(PAIR)), results[-1])
+    # An assistant may be called "pair", too: then "pair alone" is among them.
+    pairs = [result for result in results if result.name == PAIR or result.name.startswith(f"{PAIR}, ")]
+    rival = pairs[0] if pairs else results[-1]
     seed = recipe.training.seed
     overview = Overview(
         title=f"{recipe.task}: {', '.join(['base', *(a.name for a in recipe.assistants)])}",
