@@ -182,7 +182,7 @@ def test_nats_at_a_rate_are_per_token_like_all_others(
     after = figures.get("after", figures)
     assert none["nll"] == pytest.approx(after["eval_base_nll"], abs=1e-5)
     assert none["accuracy"] == pytest.approx(after["eval_base_accuracy"], abs=1e-6)
-    [told] = [text for name, text in summary(workplace / f"rates-{tune}") if name == "pair, 0% deferred"]
+    [told] = [text for name, text in summary(workplace / f"rates-{tune}") if name == "pair, 0.0% deferred"]
     assert "of the chunks right" in told
 
 

@@ -855,6 +855,27 @@ def test_thresholds_are_shown_to_the_digits_they_have(capsys: pytest.CaptureFixt
         assert capsys.readouterr().out.splitlines()[1].split("0.100")[1].split("0.250")[0].strip() == digits
 
 
+def test_rates_are_told_as_they_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """0.4 % is not 0 %, and 2.5 % not 2 %: neither in the table, nor in the card, nor on the curve."""
+    from collm.cli.calibrate import _show
+    from collm.models.hub import model_card
+    from collm.models.info import CalibrationRow, CalibrationTable, CheckpointInfo
+    from collm.report.plots import curve_series
+
+    rates = (0.004, 0.025)
+    rows = [
+        CalibrationRow(target_rate=rate, achieved_rate=rate, threshold=1.0, log_odds=9.0 - number, metric_value=0.5)
+        for number, rate in enumerate(rates)
+    ]
+    table = CalibrationTable(task="t", metric="m", seed=0, num_prompts=1, rows=rows)
+    _show(table)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["0.004", "0.025"]
+    card = model_card(CheckpointInfo(calibration=[table]))
+    assert "| 0.004 | 0.004 |" in card and "| 0.025 | 0.025 |" in card
+    low, high = (point.told for point in curve_series(table).points)
+    assert "asked for 0.4%, threshold 1 - 1.2e-04" in low and "asked for 2.5%, threshold 1 - 3.4e-04" in high
+
+
 @pytest.mark.parametrize(("option", "name"), [("--method", "entropi"), ("--deferral", "expectedgain")])
 def test_the_nearest_method_is_named(option: str, name: str) -> None:
     result = CliRunner().invoke(main, ["generate", "x", "hello", option, name])

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from writers import questions
 
 from collm.cli import main
+from collm.cli.oracle import _show
 from collm.data.examples import load_examples
 from collm.data.formatting import Formatter
 from collm.decoding.policies import ByEntropy, ExpectedGain, Random, Threshold, log_odds
 from collm.errors import CollmError
-from collm.evaluation.oracle import OracleReport, Row, report
+from collm.evaluation.oracle import OracleReport, Row, is_report, report
 from collm.evaluation.reading import Reading, read
 from collm.models.fake import FakeModel
 from collm.types import BASE
@@ -91,6 +92,19 @@ def test_those_that_abstain_hand_on_or_back() -> None:
     assert row(found, "random").deferral_rate == pytest.approx(0.5)
     assert row(found, "random").accuracy == pytest.approx((0.5 + 0.5 + 1 + 0.5) / 4)
     assert row(found, "oracle").accuracy == 1.0 and row(found, "oracle").deferral_rate == 0.75
+
+
+def test_a_rate_that_a_tool_cannot_reach_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """It answers at one place of four: at 30 % as at 50 % there is no more to be deferred."""
+    tool = reading([[0, 1], [1, 0], [1, 0], [1, 0]], None, answers=np.array([[1, 1], [1, 0], [1, 0], [1, 0]], np.bool_))
+    found = report(tool, ["base", "calculator"], rates=(0.005, 0.25, 0.5))
+    assert [set(reached.values()) for reached in found.reached] == [{0.0, 0.005}, {0.25}, {0.25}]
+    _show(found)
+    low, met, missed = capsys.readouterr().out.splitlines()[-3:]
+    assert low.startswith("at a rate of 0.5%: entropy 75.0%, ") and "reached" not in low
+    assert met == "at a rate of 25%: entropy 100.0%, top probability 100.0%, random 100.0%"
+    assert missed.startswith("at a rate of 50%: entropy 100.0% (rate reached: 25.0%), top prob")
+    assert missed.count("reached: 25.0%") == 3
 
 
 def test_without_a_gate_the_rivals_take_the_rate_of_the_oracle() -> None:
@@ -174,6 +188,13 @@ def test_the_report_is_json(tmp_path: Path) -> None:
     found = report(reading([[1, 0], [0, 1]], None), ["base", "helper"], rates=(0.5,))
     found.save(tmp_path / "oracle.json")
     there = json.loads((tmp_path / "oracle.json").read_text())
+    assert is_report(tmp_path / "oracle.json") and there["reached"] == [
+        {"entropy": 0.5, "top probability": 0.5, "random": 0.5}
+    ]
+    (tmp_path / "older.json").write_text(
+        json.dumps({key: there[key] for key in there if key not in ("unit", "reached")})
+    )
+    assert is_report(tmp_path / "older.json")
     assert there["rows"][-1]["name"] == "oracle" and there["rows"][-1]["accuracy"] == 1.0 and there["tokens"] == 2
 
 

@@ -19,7 +19,7 @@ from collm.files import claimed
 from collm.sampling_params import Signal
 
 if TYPE_CHECKING:
-    from collm.models.info import CalibrationRow, CalibrationTable
+    from collm.models.info import CalibrationTable
 
 DEFAULT_RATES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 
@@ -118,13 +118,14 @@ def _calibrate(
 
 def _show(table: CalibrationTable) -> None:
     from collm.calibration import missed
+    from collm.report.plots import told_threshold
 
     far = missed(table)
     click.echo(f"{'wanted':>8} {'achieved':>9} {'threshold':>11} {table.metric:>12}")
     for index, row in enumerate(table.rows):
         notes = ("  best" if index == table.best else "") + ("  missed" if row in far else "")
         click.echo(
-            f"{row.target_rate:>8.2f} {row.achieved_rate:>9.3f} {_digits(row, table.signal):>11} "
+            f"{row.target_rate:>8.4g} {row.achieved_rate:>9.3f} {told_threshold(row, table.signal):>11} "
             f"{row.metric_value:>12.3f}{notes}"
         )
     if far:
@@ -136,13 +137,3 @@ def _show(table: CalibrationTable) -> None:
             "can change that; else more --rounds come nearer",
             err=True,
         )
-
-
-def _digits(row: CalibrationRow, signal: Signal) -> str:
-    """A threshold that may lie close to 0, or, of a gate, so close to 1 that a probability is rounded to it."""
-    from collm.decoding.policies import to_probability
-
-    below_one = to_probability(-row.log_odds) if signal == "gate" else 1.0
-    if 0 < below_one < 0.001:
-        return f"1 - {below_one:.1e}"
-    return f"{row.threshold:.1e}" if 0 < row.threshold < 0.001 else f"{row.threshold:.4f}"

@@ -86,8 +86,10 @@ def oracle(checkpoint: str, data: str, out: Path | None, as_json: bool, **option
 
 
 def _show(found: OracleReport) -> None:
+    from collm.llm.deferral import far
     from collm.report.systems import SystemRow, systems_table
     from collm.report.terminal import print_table
+    from collm.types import told_rate
 
     rows = [
         SystemRow(
@@ -97,6 +99,9 @@ def _show(found: OracleReport) -> None:
     ]
     title = f"{found.tokens} gold {found.unit}s of {found.examples} examples"
     print_table(systems_table(rows, f"{found.unit}_accuracy", title))
-    for at in found.by_rate:
-        figures = ", ".join(f"{name} {value:.1%}" for name, value in at.items() if name != "rate")
-        click.echo(f"at a rate of {at['rate']:.0%}: {figures}")
+    for at, reached in zip(found.by_rate, found.reached, strict=True):
+        figures = [
+            f"{name} {at[name]:.1%}" + (f" (rate reached: {rate:.1%})" if far(rate, at["rate"]) else "")
+            for name, rate in reached.items()
+        ]
+        click.echo(f"at a rate of {told_rate(at['rate'])}: {', '.join(figures)}")

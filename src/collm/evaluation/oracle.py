@@ -44,8 +44,9 @@ class Row:
 @dataclass(frozen=True)
 class OracleReport:
     """`threshold`: the gate's, a probability; None without a gate. `rate`: what those with a dial were set to:
-    the gate's, or without one the oracle's. `by_rate`: accuracies at other rates. With a `unit` of "chunk" `tokens`,
-    rates and accuracies count chunks."""
+    the gate's, or without one the oracle's. `by_rate`: accuracies at other rates, or at the nearest ones that can be
+    reached, which `reached` tells for each of them. With a `unit` of "chunk" `tokens`, rates and accuracies count
+    chunks."""
 
     examples: int
     tokens: int
@@ -54,6 +55,7 @@ class OracleReport:
     rows: tuple[Row, ...]
     by_rate: tuple[dict[str, float], ...]
     unit: Unit = "token"
+    reached: tuple[dict[str, float], ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -70,7 +72,8 @@ def is_report(path: str | Path) -> bool:
         row = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and {*row, "unit"} == {field.name for field in fields(OracleReport)}
+    # What came later, older ones do without.
+    return isinstance(row, dict) and {*row, "unit", "reached"} == {field.name for field in fields(OracleReport)}
 
 
 @dataclass(frozen=True)
@@ -126,18 +129,19 @@ def report(
     rows.append(
         row("more confident", right[np.arange(len(surest)), surest], (surest != BASE).astype(np.float64), every)
     )
-    by_rate = tuple(
-        {"rate": wanted, **{name: _mean(_at_rate(dial, base, wanted)[0]) for name, dial in dials.items()}}
-        for wanted in rates
-    )
+    at_rates = [{name: _at_rate(dial, base, wanted) for name, dial in dials.items()} for wanted in rates]
     return OracleReport(
         examples=len(set(groups)),
         tokens=len(base),
         threshold=None if reading.log_gate is None else threshold,
         rate=rate,
         rows=(*rows, oracle),
-        by_rate=by_rate,
+        by_rate=tuple(
+            {"rate": wanted, **{name: _mean(right) for name, (right, _, _) in at.items()}}
+            for wanted, at in zip(rates, at_rates, strict=True)
+        ),
         unit=unit,
+        reached=tuple({name: _mean(written) for name, (_, written, _) in at.items()} for at in at_rates),
     )
 
 

@@ -8,9 +8,12 @@ import math
 import re
 from pathlib import Path
 
+from collm.decoding.policies import to_probability
 from collm.files import replacing, write_text
 from collm.models.info import CalibrationRow, CalibrationTable
 from collm.report.chart import Chart, Level, Point, Series, bounds, chart_svg, look
+from collm.sampling_params import Signal
+from collm.types import told_rate
 
 HEX = re.compile(r"(?:var\(.*,)?(#\w+)\)?")
 """A colour of the page, with the value that it has elsewhere."""
@@ -47,6 +50,14 @@ def _points(table: CalibrationTable) -> list[tuple[CalibrationRow, bool]]:
     return [(row, row.log_odds == best) for row in rows]
 
 
+def told_threshold(row: CalibrationRow, signal: Signal) -> str:
+    """A threshold that may lie close to 0, or, of a gate, so close to 1 that a probability is rounded to it."""
+    below_one = to_probability(-row.log_odds) if signal == "gate" else 1.0
+    if 0 < below_one < 0.001:
+        return f"1 - {below_one:.1e}"
+    return f"{row.threshold:.1e}" if 0 < row.threshold < 0.001 else f"{row.threshold:.4f}"
+
+
 def curve_series(table: CalibrationTable, name: str = "") -> Series:
     """Achieved deferral rate against the metric; the best threshold has a note."""
     points = []
@@ -54,7 +65,7 @@ def curve_series(table: CalibrationTable, name: str = "") -> Series:
         interval = "" if row.ci95 is None else f" ({row.ci95[0]:.1%} to {row.ci95[1]:.1%})"
         told = (
             f"{row.metric_value:.1%}{interval} at {row.achieved_rate:.1%} deferred; "
-            f"asked for {row.target_rate:.0%}, threshold {row.threshold:.4g}"
+            f"asked for {told_rate(row.target_rate)}, threshold {told_threshold(row, table.signal)}"
         )
         note = f"best: {row.metric_value:.1%}" if best else ""
         points.append(Point(row.achieved_rate, row.metric_value, row.ci95, told, note))

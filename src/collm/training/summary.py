@@ -82,7 +82,7 @@ def _table(
         name = "base after, alone" if lines else "base alone"
         lines.append((name, row(after["eval_base_accuracy"], after["eval_base_nll"])))
     for told in rates:
-        lines.append((f"pair, {_number(told['rate']):.0%} deferred", row(told["accuracy"], told["nll"])))
+        lines.append((f"pair, {_number(told['rate']):.1%} deferred", row(told["accuracy"], told["nll"])))
     return list(dict.fromkeys(lines))  # where no higher rate is reached, the last one is told once
 
 

@@ -47,7 +47,9 @@ def _means(found: Mapping[str, Any], rows: Rows, filter: str) -> Iterator[tuple[
     for metric in rows[0]["metrics"]:
         value, scores = found.get(f"{metric},{filter}"), [row[metric] for row in rows]
         # BLEU goes to 100, and would be told as 2040.0 %.
-        if isinstance(value, int | float) and all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores):
+        if isinstance(value, int | float) and all(
+            isinstance(score, int | float) and 0 <= score <= 1 for score in scores
+        ):
             mean = sum(scores) / len(scores)
             if abs(mean - value) <= 1e-9 * max(1.0, abs(value)):  # perplexities and alike are no means
                 yield metric, tuple(float(score) for score in scores)
