@@ -75,6 +75,16 @@ def test_alpaca_eval_reads_what_was_written(files: dict[str, Path], tmp_path: Pa
     assert all(row["output"] and row["output"] == row["output"].strip() for row in rows)
 
 
+@pytest.mark.parametrize("judge", JUDGES)
+def test_two_questions_of_one_id_are_refused(judge: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """As in two files put together: one of the answers stood under both questions."""
+    again = [{**QUESTIONS[0], "turns": ["Add 9"]}] if judge == "mt_bench" else [{"instruction": "b", "id": "1"}] * 2
+    rows = [*(QUESTIONS if judge == "mt_bench" else INSTRUCTIONS), *again]
+    files[judge].write_text(json.dumps(rows) if judge == "alpaca_eval" else "".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(CollmError, match=r"questions have the id \w+-\d+; .* make them unique"):
+        run(Talker(), judge, files, tmp_path / "out.json")
+
+
 def test_mt_bench_asks_the_second_turn_with_the_first_answer(files: dict[str, Path], tmp_path: Path) -> None:
     llm = Talker()
     out = tmp_path / "model_answer" / "pair.jsonl"

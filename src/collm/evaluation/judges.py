@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from collm.data.sources import Row
+from collm.errors import CollmError
 
 TEMPERATURES: Mapping[str, float] = MappingProxyType(
     {
@@ -51,7 +53,7 @@ class Dialogue:
 
 
 def _alpaca_eval(rows: Sequence[Row]) -> list[Dialogue]:
-    return [Dialogue(row["id"], (row["messages"][0]["content"],), None, row) for row in rows]
+    return _told_apart([Dialogue(row["id"], (row["messages"][0]["content"],), None, row) for row in rows])
 
 
 def _mt_bench(rows: Sequence[Row]) -> list[Dialogue]:
@@ -59,7 +61,19 @@ def _mt_bench(rows: Sequence[Row]) -> list[Dialogue]:
         own = row.get("required_temperature")
         return TEMPERATURES.get(row["category"], ELSE_TEMPERATURE) if own is None else float(own)
 
-    return [Dialogue(row["id"], tuple(row["turns"]), temperature(row), row) for row in rows]
+    return _told_apart([Dialogue(row["id"], tuple(row["turns"]), temperature(row), row) for row in rows])
+
+
+def _told_apart(dialogues: list[Dialogue]) -> list[Dialogue]:
+    """Answers are kept by the ids of their questions: of two with one id, the judge would read one answer to both.
+
+    Raises:
+        CollmError: two questions have the same id.
+    """
+    for id, count in Counter(dialogue.id for dialogue in dialogues).items():
+        if count > 1:
+            raise CollmError(f"{count} questions have the id {id}; ids tell apart the answers: make them unique")
+    return dialogues
 
 
 def _alpaca_eval_file(answers: Mapping[Dialogue, Sequence[str]], generator: str) -> str:
