@@ -818,6 +818,14 @@ def test_calibrate_makes_deferral_rates_work(pair: str, tmp_path: Path) -> None:
     made = collm("generate", tmp_path / "pair", QUESTION, *TOGETHER, "--json", "--deferral-rate", "0.1")
     assert made.exit_code == 0, made.output
     refused(collm(*command[:-2], "--base", "base", "--data", "missing.jsonl"), "missing.jsonl")
+    shutil.copytree(tmp_path / "pair", tmp_path / "copy")
+    assert collm("eval", pair, *TASK, "--alone", "base", *TOGETHER, "--out", tmp_path / "r.jsonl").exit_code == 0
+    page, curves = tmp_path / "r.html", ("--calibration", tmp_path / "pair", "--calibration", tmp_path / "copy")
+    assert collm("report", tmp_path / "r.json", "--out", page, *curves).exit_code == 0
+    assert (
+        f"Calibration of {tmp_path / 'pair'} on" in page.read_text()
+        and f"of {tmp_path / 'copy'} on" in page.read_text()
+    )
     again = collm(*command[:-2], "--rates", "0,1")
     assert f"in place of an earlier table of {len(table['rows'])} rates" in again.stdout
     assert "earlier" not in result.stdout

@@ -113,6 +113,12 @@ def test_all_that_was_asked_for_is_on_the_page(files: list[Path]) -> None:
     assert "transformers" in shown and '"word_problems' not in shown
 
 
+def test_curves_of_two_checkpoints_say_whose_they_are(files: list[Path]) -> None:
+    two = overview(files[:1], calibrations=(table(), table()), calibrated=("runs/a", "runs/<b>"))
+    headings = re.findall("<h3>(Calibration.*?)</h3>", overview_html(two))
+    assert headings == ["Calibration of runs/a on word_problems", "Calibration of runs/&lt;b&gt; on word_problems"]
+
+
 def test_the_page_needs_no_script_and_loads_nothing(files: list[Path]) -> None:
     text = overview_html(overview(files))
     without = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)

@@ -199,6 +199,44 @@ def test_a_models_text_cannot_steer_the_terminal(colour: bool) -> None:
     assert "\\x1b[2J\\x07[bold]" in told and "[red]x" in told and "wrong, gold 4" in told
 
 
+def test_texts_of_two_systems_each_have_their_own_legend() -> None:
+    """`generate --trace` appends: the colour of a calculator is that of a specialist in the next text."""
+    calc, expert = generation(("a", 1)), generation(("b", 1), names=("base", "expert"))
+    traces = [Trace("q1", calc, "p"), Trace("q2", calc, "p"), Trace("q3", expert, "p")]
+    console, stream = terminal(colour=False)
+    print_traces(traces, console)
+    told = stream.getvalue()
+    assert told.index("q2") < told.index("[...] calc") < told.index("q3") < told.index("[...] expert")
+    assert told.count("written by:") == 2
+    text = html_report(traces)
+    legends = re.findall(r'<div class="legend">(.*?)</div>', text, re.DOTALL)
+    assert [("calc" in one, "expert" in one) for one in legends] == [(True, False), (True, False), (False, True)]
+    other = replace(calc, model_names=("other", "calc"))
+    assert "not what\nthe base would have" in html_report([traces[0], Trace("q4", other, "p")])
+    # The base alone is the first model of the pair.
+    alone = Trace("q5", generation(("a", 0), names=("base",)), "p")
+    assert html_report([alone, traces[0]]).count('<div class="legend">') == 1
+
+
+def test_a_score_between_right_and_wrong_is_told_as_what_it_is() -> None:
+    """Of a list, F1: 0.8 is not wrong, and a mean of 0.6 says nothing of how many are right."""
+    scores = (1.0, 0.8, 0.0)
+    text = html_report([Trace(f"q{i}", WRITTEN, "p", (), score, "a", "b") for i, score in enumerate(scores)])
+    assert re.findall(r'<article class="sample card ([a-z]+)', text) == ["right", "partly", "wrong"]
+    assert re.findall(r'<span class="chip">(.*?)</span>', text) == ["✓ right", "score 0.80", "✗ wrong"]
+    assert "<b>60.0%</b><span>mean score</span>" in text and 'data-filter="partly"' in text
+    plain = html_report([Trace("q", WRITTEN, "p", (), 0.0, "a", "b")])
+    assert "<span>answered right</span>" in plain and "partly" not in re.sub(r"<script>.*", "", plain, flags=re.DOTALL)
+
+
+def test_a_gate_that_is_nearly_sure_is_not_certain() -> None:
+    """The panel says `> 99.9 %` of what is below 1: rounded to four digits it was 100.0 %."""
+    steps = (Step(0, 1, -0.25, (1e-6, 1 - 1e-6), 0), Step(1, 0, -0.25, (0.98765432, 0.01234568), 1))
+    written = replace(generation(("a", 1), ("b", 0)), steps=steps)
+    sure, other = PageReader(html_report([Trace("q", written, "p")])).tokens()
+    assert sure["data-g"] == "1e-06 0.999999" and other["data-g"] == "0.9877 0.01235"
+
+
 def test_long_lines_are_not_broken_in_a_pipe() -> None:
     console, stream = terminal(colour=False)
     print_generation(generation(("x" * 300, 0)), console, with_legend=False)

@@ -79,7 +79,7 @@ def report(
         rival = rival_of(found, against)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    tables = []
+    tables, owners = [], []
     for checkpoint in checkpoints:
         info = load_info(checkpoint)
         if info is None or not info.calibration:
@@ -87,6 +87,7 @@ def report(
                 f"{checkpoint} has no calibration to draw; run collm calibrate, or leave --calibration out"
             )
         tables += info.calibration
+        owners += [str(checkpoint)] * len(info.calibration)
     models = {name for result in found for name in result.forward_passes}
     models |= {f"{result.name}/{name}" for result in found for name in result.forward_passes}
     for name in weights:
@@ -101,6 +102,7 @@ def report(
         written=tuple(written),
         rival=rival,
         calibrations=tuple(tables),
+        calibrated=tuple(owners) if len(set(owners)) > 1 else (),
         weights=weights,
         seed=seed,
     )

@@ -28,6 +28,7 @@ from collm.report.plots import curve_chart
 from collm.report.samples import NUM_COLOURS
 from collm.report.systems import SystemRow
 from collm.report.tokens import EDGES
+from collm.report.trace import is_graded
 
 LEARNT = ("threshold", "sampled", "compose", "expected_gain")
 """Ways of decoding that go by what the base has learnt; all others are there for comparison."""
@@ -97,7 +98,8 @@ class Overview:
     """What stands on the page.
 
     `written`: the systems, in the order of the table. `rival`: the result that the others are tested against.
-    `calibrations`: tables whose curves are drawn. `weights`: what a forward pass of a model costs (see `cost`).
+    `calibrations`: tables whose curves are drawn; `calibrated`: the name of the checkpoint of each, where there are
+    several. `weights`: what a forward pass of a model costs (see `cost`).
     `num_samples`, `seed`: how the texts that are shown were drawn.
     """
 
@@ -105,6 +107,7 @@ class Overview:
     written: tuple[Written, ...]
     rival: EvalResult
     calibrations: tuple[CalibrationTable, ...] = ()
+    calibrated: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     num_samples: int = 6
     seed: int = 0
@@ -112,6 +115,10 @@ class Overview:
     @property
     def results(self) -> list[EvalResult]:
         return [written.result for written in self.written]
+
+    def named_calibrations(self) -> list[tuple[str, CalibrationTable]]:
+        """Each with its checkpoint, where that is told."""
+        return list(zip(self.calibrated or ("",) * len(self.calibrations), self.calibrations, strict=True))
 
     def comparisons(self) -> tuple[list[Comparison], list[EvalResult]]:
         """The paired tests, and the results that another rule has scored, so that they are not tested."""
@@ -144,11 +151,15 @@ def overview_html(overview: Overview) -> str:
         by_cost=by_cost,
         cost_chart=_chart(by_cost, levels, f"{metric} against cost", COST, metric),
         weights=overview.weights,
-        calibrations=[(table, for_page(partial(chart_svg, curve_chart(table)))) for table in overview.calibrations],
+        calibrations=[
+            (table, checkpoint, for_page(partial(chart_svg, curve_chart(table))))
+            for checkpoint, table in overview.named_calibrations()
+        ],
         written=overview.written,
         chunked=[result.name for result in results if result.unit == "chunk"],
         deferring=[w for w in overview.written if w.figures is not None and w.result.deferral_rate > 0],
         gate_histograms={w.result.name: _gates(w) for w in overview.written if w.gated},
+        graded=any(is_graded(score) for result in results for score in result.scores),
         most_deferred=MOST_DEFERRED,
         seed=overview.seed,
         shared=shared,

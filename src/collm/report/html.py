@@ -13,7 +13,7 @@ from collm.report.chart import chart_svg, for_page
 from collm.report.pages import render
 from collm.report.plots import curve_chart
 from collm.report.systems import SystemRow
-from collm.report.trace import Trace
+from collm.report.trace import Trace, is_graded, systems_of
 from collm.types import unit_of
 
 
@@ -50,11 +50,12 @@ def html_report(traces: Sequence[Trace], page: Page | None = None) -> str:
         table=page.curve,
         traces=traces,
         max_samples=page.max_samples,
-        models=max((trace.generation.model_names for trace in traces), key=len, default=()),
+        writers=systems_of(traces),
         changed=any(step.changed for step in steps),
         back=any(step.abstained for step in steps),
         gated=any(step.gate for step in steps),
         scored=any(trace.score is not None for trace in traces),
+        graded=any(is_graded(trace.score) for trace in traces),
     )
 
 
@@ -70,7 +71,8 @@ def _tiles(traces: Sequence[Trace]) -> list[tuple[str, str]]:
     scores = [trace.score for trace in traces if trace.score is not None]
     tiles = [(str(len(traces)), "texts"), (f"{sum(len(step.all_token_ids) for step in steps):,}", "tokens")]
     if scores:
-        tiles.insert(0, (f"{sum(scores) / len(scores):.1%}", "answered right"))
+        what = "mean score" if any(map(is_graded, scores)) else "answered right"
+        tiles.insert(0, (f"{sum(scores) / len(scores):.1%}", what))
     tiles.append((f"{sum(step.deferred for step in steps) / total:.1%}", f"{unit}s written by assistants"))
     tiles.append((f"{sum(step.changed for step in steps) / total:.1%}", f"{unit}s they changed"))
     return tiles

@@ -33,6 +33,11 @@ def tokens_html(trace: Trace) -> Markup:
     return Markup("").join(_token(step, piece, base) for step, piece, base in tokens)
 
 
+def _chance(gate: float) -> str:
+    """Four digits, or as many as tell it from 1: the panel says `> 99.9 %` of what is not certain."""
+    return f"{gate:.4g}" if gate < 0.9999 else repr(gate)
+
+
 def _token(step: Step, piece: str, base: str | None) -> Markup:
     classes = ["t", author_class(step.author)]
     classes += ["changed"] * step.changed + ["back"] * step.abstained
@@ -42,7 +47,7 @@ def _token(step: Step, piece: str, base: str | None) -> Markup:
     if step.author != BASE:
         data.append(f'data-a="{step.author}"')
     if step.gate:
-        data.append(f'data-g="{" ".join(f"{gate:.4g}" for gate in step.gate)}"')
+        data.append(f'data-g="{" ".join(map(_chance, step.gate))}"')
         data.append(f'style="--g:{1 - step.gate[0]:.3f}"')
     if len(step.token_ids) > 1:
         data.append(f'data-c="{len(step.token_ids)}"')

@@ -161,10 +161,13 @@ def verdict_of(score: float, gold: str | None) -> str:
 
 
 def print_traces(traces: Iterable[Trace], console: Console | None = None) -> None:
-    """Print samples: question, coloured answer, verdict; the legend once at the end."""
+    """Print samples: question, coloured answer, verdict; the legend below those of one system, mostly at the end."""
     console = console or Console()
     names: tuple[str, ...] = ()
     for trace in traces:
+        if names and trace.generation.model_names != names:
+            console.print(legend(names, in_colour(console)), soft_wrap=True, highlight=False)
+            console.print()
         verdict = "" if trace.score is None else verdict_of(trace.score, trace.gold)
         head = Text(f"{printable(trace.id)}  ", style="bold")
         head.append(verdict, "green" if trace.score == 1 else "red")

@@ -46,6 +46,20 @@ class Trace:
     seconds: float = 0.0
 
 
+def is_graded(score: float | None) -> bool:
+    """Is it between right and wrong, as F1 of a list may be?"""
+    return score is not None and 0 < score < 1
+
+
+def systems_of(traces: Iterable[Trace]) -> list[tuple[str, ...]]:
+    """The models of each system among the writers, base first: their numbers (and colours) mean others in another one.
+
+    A system whose models are the first ones of another (a base alone, say) is no other.
+    """
+    found = list(dict.fromkeys(trace.generation.model_names for trace in traces))
+    return [names for names in found if not any(names == other[: len(names)] for other in found if other != names)]
+
+
 def base_pieces(generation: Generation, decode: Callable[[int], str]) -> tuple[str | None, ...]:
     """The texts of the tokens the base would have written, where an assistant wrote another one."""
     return tuple(
