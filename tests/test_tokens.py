@@ -41,6 +41,29 @@ def test_a_token_is_of_the_kind_of_its_whole_word(tokens: str, kinds: str | None
     assert token_classes(pieces) == [KINDS[kind] for kind in kinds]
 
 
+@pytest.mark.parametrize(
+    ("pieces", "kinds"),
+    [
+        (("S", "", "ö", "o", "", "", " 𝛼", "."), "NNNNwww."),
+        (("", "", "ㅸ", " ", "", "3"), "www nn"),
+        (("a", "", "\ufffd"), "www"),
+        (("b", ""), "ww"),
+        (("",), " "),
+    ],
+)
+def test_the_beginning_of_a_character_is_of_its_kind(pieces: tuple[str, ...], kinds: str) -> None:
+    """As texts come from the decoder: a token that holds the first bytes of a character has no text. It was space."""
+    assert token_classes(pieces) == [KINDS[kind] for kind in kinds]
+
+
+def test_the_beginning_of_a_character_is_told_as_such() -> None:
+    """The base's own choice is decoded by itself, as a sign for a part; it was compared with an empty text."""
+    trace = written(("", 0, ""), ("ö", 0, "ö"), ("", 1, ""), ("ä", 1, "ö"), ("x", 1, "\ufffd"))
+    [part, other] = token_figures([trace]).deferrals
+    assert part == DeferredToken("\ufffd", 2, 1, (((1, "x"), 1),))
+    assert other == DeferredToken("ö", 1, 1, (((1, "ä"), 1),))
+
+
 @given(st.text(), st.lists(st.integers(0, 30)))
 def test_how_a_text_is_cut_does_not_change_its_words(text: str, cuts: list[int]) -> None:
     """Every letter and digit is of the same kind however tokens are cut, as long as no control token comes about."""

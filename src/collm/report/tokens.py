@@ -35,7 +35,8 @@ FUNCTION_WORDS = frozenset(
 """English words that hold a sentence together: determiners, pronouns, prepositions, conjunctions, auxiliaries, and
 adverbs of that kind. A closed list: what is not on it counts as a word with a content of its own."""
 
-# "�" stands for a part of a letter: a token may hold some of the bytes of one.
+PART = "\ufffd"
+"""Stands for a part of a letter: a token may hold some of the bytes of one."""
 _WORD = re.compile(r"(?P<number>\d\w*(?:[.,:]\d+)*)|(?P<word>(?:[^\W\d_]|\ufffd)+(?:['’][^\W\d_]+)*)")
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(?:bos|eos|pad|unk|end_of_turn|start_of_turn)>|\[(?:CLS|SEP|PAD|UNK)\]")
 
@@ -49,13 +50,17 @@ def token_classes(pieces: Sequence[str]) -> list[TokenClass]:
     """The class of each token of a text: that of the whole word it is a part of, which other tokens may have begun.
 
     A word is capitalised by its first letter; the first word of a sentence is, too, unless it is a function word.
-    Everything that is neither word, number nor white space is punctuation, signs such as "=" included.
+    Everything that is neither word, number nor white space is punctuation, signs such as "=" included. A token without
+    a text of its own, which begins a character, is of the class of the one that completes it.
     """
     shown = [" " * len(piece) if is_special(piece) else piece for piece in pieces]
     words = list(_WORD.finditer("".join(shown)))
     classes: list[TokenClass] = []
-    begin = current = 0
+    begin = current = parts = 0
     for piece, text in zip(pieces, shown, strict=True):
+        if not piece:
+            parts += 1
+            continue
         first = begin + len(text) - len(text.lstrip())
         while current < len(words) and words[current].end() <= first:
             current += 1
@@ -66,7 +71,9 @@ def token_classes(pieces: Sequence[str]) -> list[TokenClass]:
         else:
             classes.append("punctuation")
         begin += len(text)
-    return classes
+        classes += parts * classes[-1:]
+        parts = 0
+    return [*classes, *parts * (classes[-1:] or ["space"])]
 
 
 def _word_class(match: re.Match[str]) -> TokenClass:
@@ -156,6 +163,8 @@ def token_figures(traces: Iterable[Trace]) -> TokenFigures:
         bases = trace.base_pieces or (None,) * len(generation.steps)
         classes = token_classes(generation.pieces)
         for step, piece, base, kind in zip(generation.steps, generation.pieces, bases, classes, strict=True):
+            # As it is decoded by itself, as the base's is.
+            piece = piece or PART
             tokens[kind] += 1
             if step.gate:
                 gates[step.author, _bin(step)] += 1
