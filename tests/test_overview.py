@@ -314,6 +314,8 @@ def test_a_threshold_alone_makes_no_other_system(files: list[Path]) -> None:
     assert of(policy="Threshold(log_odds=inf)") == of(policy="Threshold(log_odds=-2.5e-07)") != of()
     assert of(policy="Random(rate=0.1)") != of(policy="Threshold(log_odds=0.1)")
     assert of(**{"params.deferral_rate": 0.3, "params.threshold": None}) == of()
+    # As of a checkpoint with a chosen rate, whose rates are all looked up in that task's calibration.
+    assert of(**{"params.deferral_rate": 0.3, "params.threshold": None, "params.task": "word_problems"}) == of()
     assert of(alone="base") != of() and of(identity={"checkpoint": "b"}) != of()
     assert of(**{"params.deferral": "random"}) != of()
     assert of(identity={}) != family(replace(result, name="b", settings={**result.settings, "identity": {}}))

@@ -132,8 +132,9 @@ def _show(table: CalibrationTable) -> None:
         highest = max(row.achieved_rate for row in table.rows)
         rates = ", ".join(f"{row.target_rate:g}" for row in far)
         click.echo(
-            f"warning: the rates {rates} were missed (highest achieved: {highest:.3f}): --deferral-rate gives what "
-            "stands under achieved. Where assistants have nothing to say (tools), the base writes, and no threshold "
-            "can change that; else more --rounds come nearer",
+            f"warning: the rates {rates} were missed (highest achieved: {highest:.3f}): --deferral-rate takes a "
+            "threshold between the two measured around it, or where there are no two gives what stands under achieved. "
+            "Where assistants have nothing to say (tools), the base writes, and no threshold can change that; else more "
+            "--rounds come nearer",
             err=True,
         )

@@ -13,7 +13,10 @@ from collm.identity.comparing import NAMED
 from collm.report.chart import Point, Series
 
 _NUMBER = re.compile(r"-?\b(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|inf)\b")
-_AT_A_RATE = ("params.threshold", "params.deferral_rate", "policy", "decides")
+_AT_A_RATE = ("params.threshold", "params.deferral_rate", "params.task")
+"""What says at which rate a run was; the task is the one in whose calibration a rate was looked up."""
+_IN_PYTHON = ("policy", "decides")
+"""Who writes, as it is written in Python, threshold and all."""
 
 
 def family(result: EvalResult) -> str:
@@ -21,12 +24,11 @@ def family(result: EvalResult) -> str:
 
     A run that tells nothing of which models these were (no `identity`) is a family of its own.
     """
-    settings = dict(result.settings)
-    for name in _AT_A_RATE:
-        if isinstance(settings.get(name), str):  # a policy, as it is written in Python
-            settings[name] = _NUMBER.sub("#", settings[name])
-        else:
-            settings.pop(name, None)
+    settings = {name: value for name, value in result.settings.items() if name not in _AT_A_RATE}
+    for name in _IN_PYTHON:
+        found = settings.pop(name, None)
+        if found is not None:
+            settings[name] = _NUMBER.sub("#", found)
     known = "" if settings.get("identity") else result.name
     return json.dumps([result.task, result.task_version, known, settings], sort_keys=True)
 
