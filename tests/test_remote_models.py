@@ -18,7 +18,9 @@ from conftest import make_model
 from remote_systems import SYSTEMS, local, remote_base, same, urls
 from served import Pair, Served, listening, make_pair
 from torch import Tensor
+from writers import questions
 
+from collm.calibration import calibrate
 from collm.cli import main
 from collm.cli.serve import _require_servable
 from collm.errors import CollmError
@@ -27,7 +29,7 @@ from collm.identity.finding import system_identity
 from collm.llm import CollaborativeLM
 from collm.remote.ahead import MOST
 from collm.remote.model import RemoteModel
-from collm.sampling_params import SamplingParams
+from collm.sampling_params import SamplingParams, Signal
 
 PROMPTS = [f"What is {a} + {b}?" for a, b in itertools.product((1, 7, 30), (2, 8))]
 PARAMS = {
@@ -179,6 +181,20 @@ def test_what_a_server_does_not_tell_is_refused_by_name(pair: Pair, params: Samp
     served = SYSTEMS["all served"](pair)
     with pytest.raises(CollmError, match=message):
         served.generate(PROMPTS[0], params)
+
+
+def test_signals_that_a_server_keeps_to_itself_are_refused_before_a_text_is_written(pair: Pair) -> None:
+    """They were missed when all texts of the base had been written, by an assertion."""
+    served = SYSTEMS["base served"](pair)
+    settings: dict[str, Any] = {"params": SamplingParams(max_tokens=4), "target_rates": (0, 0.5), "progress": False}
+    signals: tuple[Signal, ...] = ("entropy", "top_probability", "expected_gain")
+    for signal in signals:
+        pair.base.bodies.clear()
+        with pytest.raises(CollmError, match=f"does not tell the {signal.replace('_', ' ')}"):
+            calibrate(served, "exact_match", questions(2), signal=signal, **settings)
+        assert not pair.base.bodies
+    table = calibrate(served, "exact_match", questions(2), signal="random", **settings)
+    assert [row.target_rate for row in table.rows] == [0, 0.5]
 
 
 def test_a_plain_base_tells_no_entropy_and_the_most_probable_tokens(pair: Pair) -> None:

@@ -40,6 +40,7 @@ from collm.report.plots import save_curve
 from collm.report.trace import Trace
 from collm.sampling_params import SamplingParams, Signal
 from collm.types import BASE
+from collm.values import LanguageModel
 
 TARGET_RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 NEVER, ALWAYS = math.inf, -math.inf
@@ -179,8 +180,10 @@ def calibrate(
         identity: tells this checkpoint from others, see `evaluate`.
 
     Raises:
-        CollmError: no gate, no examples, an `out` that belongs to another run.
+        CollmError: no gate, no examples, an `out` that belongs to another run, a base whose server does not tell the
+            signal.
     """
+    _require_told(llm, signal)
     with nullcontext() if out is None else claimed(out, folder=True):
         return _calibrate(
             llm,
@@ -195,6 +198,17 @@ def calibrate(
             batch_size=batch_size,
             identity=identity_of(llm, identity),  # read once, for all thresholds
             progress=progress,
+        )
+
+
+def _require_told(llm: Writer, signal: Signal) -> None:
+    """Before any text is written: an export's server compares what the base's law says, and keeps it to itself."""
+    models: Sequence[LanguageModel] = getattr(llm, "models", ())
+    if models and models[BASE].tests_deferral and signal not in ("gate", "random"):
+        raise CollmError(
+            f"{models[BASE].name}: its server does not tell the {signal.replace('_', ' ')} that it compares with a "
+            "threshold: calibrate the checkpoint that was exported and export it again, or take the signal gate or "
+            "random"
         )
 
 

@@ -134,7 +134,7 @@ def _show(table: CalibrationTable) -> None:
         click.echo(
             f"warning: the rates {rates} were missed (highest achieved: {highest:.3f}): --deferral-rate takes a "
             "threshold between the two measured around it, or where there are no two gives what stands under achieved. "
-            "Where assistants have nothing to say (tools), the base writes, and no threshold can change that; else more "
-            "--rounds come nearer",
+            "Where assistants have nothing to say (tools), the base writes, and no threshold can change that; else "
+            "more --rounds come nearer",
             err=True,
         )
