@@ -19,7 +19,7 @@ from writers import PairWriter, questions
 
 from collm.errors import CollmError
 from collm.evaluation import written as written_module
-from collm.evaluation.comparison import compare_all
+from collm.evaluation.comparison import compare, compare_all
 from collm.evaluation.curves import common_name, cost, family, series
 from collm.evaluation.evaluate import evaluate
 from collm.evaluation.overview import Overview, common_settings, overview_html, read_results, system_row, write_overview
@@ -387,6 +387,18 @@ def test_systems_scored_by_another_rule_are_shown_but_not_tested(files: list[Pat
     text = overview_html(replace(page, written=(*page.written[:2], replace(page.written[2], result=flexible))))
     assert len(Tables(text).of("tests")) == 1 and len(Tables(text).of("systems")) == 3
     assert "another rule says what is right: pair, 0.5." in text and "task word_problems_flexible v3" in text
+
+
+def test_graded_answers_are_better_and_not_right(files: list[Path]) -> None:
+    page = overview(files[:3])
+    rival, lists = page.written[0].result, page.written[1].result
+    part = replace(lists, scores=tuple(0.8 if score else 0.3 for score in lists.scores))
+    text = overview_html(
+        replace(page, written=(page.written[0], replace(page.written[1], result=part), page.written[2]))
+    )
+    assert ">better</th>" in text and ">sign-flip or exact McNemar p</th>" in text and "only right" not in text.lower()
+    assert "(95 % interval" in compare(rival, part).summary() and "; better: " in compare(rival, part).summary()
+    assert "; only right: " in compare(rival, lists).summary()
 
 
 def test_groups_of_near_duplicates_are_told(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from collm.evaluation.stats import holm, paired_difference
 class Comparison:
     """`second` against `first` on the same examples.
 
-    `only_first`, `only_second`: examples that only this one gets right (graded: better than the other). `ci95` comes
+    `only_first`, `only_second`: examples that only this one gets right, or, where scores lie between right and wrong
+    (`graded`), that it gets better than the other. `ci95` comes
     from resampling examples, or `num_groups` whole groups of near-duplicates (None where examples are independent).
     `p_value` is of the paired test that turns these around (`stats.sign_flip_test`); `test` is its name.
     `holm_p`: `p_value`, corrected for being one of several tests; None for a test that stands alone.
@@ -32,9 +33,11 @@ class Comparison:
     only_second: int
     num_groups: int | None = None
     holm_p: float | None = None
+    graded: bool = False
 
     def summary(self) -> str:
         """One line for people."""
+        won = "better" if self.graded else "only right"
         corrected = "" if self.holm_p is None else f", Holm-corrected {self.holm_p:.3g}"
         grouped = "" if self.num_groups is None else f" in {self.num_groups} groups, which interval and test keep whole"
         return (
@@ -42,7 +45,7 @@ class Comparison:
             f"{100 * self.difference:+.1f} points of {self.metric.replace('_', ' ')} "
             f"(95 % interval {100 * self.ci95[0]:+.1f} to {100 * self.ci95[1]:+.1f}; "
             f"{self.test} p = {self.p_value:.3g}{corrected}; "
-            f"only right: {self.only_second} against {self.only_first} of {self.num_examples}{grouped})"
+            f"{won}: {self.only_second} against {self.only_first} of {self.num_examples}{grouped})"
         )
 
 
@@ -83,6 +86,7 @@ def compare(first: EvalResult, second: EvalResult, *, seed: int = 0) -> Comparis
         only_first=only_first,
         only_second=only_second,
         num_groups=None if groups is None else len(set(groups)),
+        graded=not binary,
     )
 
 
