@@ -117,7 +117,7 @@ def test_figures_by_hand() -> None:
 
 def test_the_histogram_counts_every_token_by_its_author() -> None:
     figures = token_figures(TRACES)
-    at_even = EDGES.index(0) + 1  # log-odds of exactly 0 lie in the bin that begins there
+    at_even = EDGES.index(0)  # log-odds of exactly 0 lie in the bin that ends there
     assert [list(row)[at_even] for row in figures.gates] == [2, 3, 4]
     assert sum(map(sum, figures.gates)) == 9
     assert token_figures([written(("a", 1, "b"), gates=False)]).gates == ()
@@ -130,6 +130,13 @@ def test_sure_gates_are_in_the_outermost_bins(gate: tuple[float, float], place: 
     trace = Trace("t", Generation("a", (Step(0, 0, 0.0, gate),), ("a",), "stop", 1, ("b", "a")), "p")
     [row, _] = token_figures([trace]).gates
     assert len(row) == len(EDGES) + 1 and row[place] == 1
+
+
+def test_what_a_threshold_does_not_exceed_is_counted_below_it() -> None:
+    """A gate that has learnt nothing is 0.5 at every token: all are the base's, and lie left of the line at 0.5."""
+    steps = (Step(0, 0, -1.0, (0.5, 0.5)),)
+    figures = token_figures([Trace("a", Generation("a", steps, ("a",), "stop", 1, ("base", "x")), "p")])
+    assert figures.gates[0].index(1) == EDGES.index(0)  # the bin that ends there
 
 
 def test_no_texts_are_no_error() -> None:

@@ -200,4 +200,5 @@ def _bin(step: Step) -> int:
     """The gate's place in the histogram, `0` (below the first edge) to `len(EDGES)`."""
     defer, stay = sum(step.gate[1:]), step.gate[BASE]
     log_odds = math.inf if stay <= 0 else -math.inf if defer <= 0 else math.log(defer) - math.log(stay)
-    return sum(log_odds >= edge for edge in EDGES)
+    # As a threshold is exceeded: of a gate that is even everywhere nothing lies above 0.5, and nothing is deferred.
+    return sum(log_odds > edge for edge in EDGES)
