@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,16 @@ OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def write_gguf(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, pre: str | None = "smollm", **more: Any
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    pre: str | None = "smollm",
+    add: Callable[[Any], None] = lambda writer: None,
+    **more: Any,
 ) -> Path:
-    """A llama model with its tokenizer; matrices in Q8_0. `more` are further metadata, as strings or numbers."""
+    """A llama model with its tokenizer; matrices in Q8_0. `more` are further metadata, as strings or numbers; `add`
+    gives the writer whatever else there is."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -40,10 +48,11 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    _tokenizer(writer, tokenizer, pre)
+    add_tokenizer(writer, tokenizer, pre)
     for key, value in more.items():
         key = key.replace("__", ".")
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint16(key, value)
+    add(writer)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -69,7 +78,7 @@ def write_gguf(
     return path
 
 
-def _tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, pre: str | None) -> None:
+def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, pre: str | None) -> None:
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {entry["id"] for entry in told["added_tokens"] if entry["special"]}
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])

@@ -26,7 +26,8 @@ from collm.signs import sign
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+"""Rises where the same file is converted to something else. 2: with all that it says of its angles and biases."""
 NOTE = "kept.json"
 SPARE = 256 * 2**20
 """Bytes of the disk that stay free."""

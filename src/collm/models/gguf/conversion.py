@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from collm.errors import CollmError
 from collm.files import refuse_full
 from collm.models.gguf.cache import kept
+from collm.models.gguf.completing import complete, require_places
 from collm.models.gguf.fields import Fields
 from collm.models.gguf.header import Header, read_header
 from collm.models.gguf.splitting import ADDS_BOS, SPLITS, split_as
@@ -195,6 +196,7 @@ def _config(header: Header) -> PreTrainedConfig:
 
     with _quick_reader():
         config: PreTrainedConfig = _reading(header, AutoConfig.from_pretrained)
+    complete(config, header)
     return config
 
 
@@ -218,15 +220,15 @@ def _dequantised(header: Header, dtype: torch.dtype) -> PreTrainedModel:
 
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     folder = _text(header)
-    if folder is not None:
-        # Spares transformers one of its readings.
-        settings["config"] = AutoConfig.from_pretrained(folder)
+    # transformers' own reading of it would lack what `complete` adds.
+    settings["config"] = _config(header) if folder is None else AutoConfig.from_pretrained(folder)
     if hasattr(transformers, "GgufConfig"):
         # Some architectures would otherwise stay packed, in layers of another kind.
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     found: tuple[PreTrainedModel, Any] = _reading(header, AutoModelForCausalLM.from_pretrained, **settings)
     model, report = found
     require_every_tensor(model, report, str(header.path))
+    require_places(model, header)
     # Dequantised, yet transformers still counts it as quantised and would refuse to save it.
     model.hf_quantizer = None  # type: ignore[assignment]
     if "quantization_config" in model.config.__dict__:

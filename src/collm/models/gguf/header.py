@@ -42,6 +42,8 @@ class Header:
     metadata: dict[str, Any]
     """By key. Of arrays only the length, as an int: vocabularies are read where they are needed."""
     tensors: tuple[Tensor, ...]
+    begin: int
+    """Where the tensors begin, in bytes."""
 
     @property
     def pre_tokenizer(self) -> str | None:
@@ -174,7 +176,7 @@ def _parse(path: Path, reader: Reader) -> tuple[Header, int]:
     begin = -(-reader.at // alignment) * alignment
     size_of = _sizes()
     end = max((begin + tensor.offset + size_of(tensor) for tensor in tensors), default=begin)
-    return Header(path, metadata, tuple(tensors)), end
+    return Header(path, metadata, tuple(tensors), begin), end
 
 
 def _sizes() -> Callable[[Tensor], int]:
