@@ -254,6 +254,16 @@ def test_a_base_that_is_trained_has_no_map(base: Path, split: str, rows: Path, t
         check_recipe(recipe(tmp_path, rows, f"{base}?devicemap=auto", str(base), "gate"))
 
 
+def test_a_base_that_is_trained_is_no_adapter(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Training put new matrices in the place of the adapter's (lora), or kept what nothing loads (full)."""
+    folder = tmp_path / "adapter"
+    get_peft_model(load_model(str(base)), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(folder)
+    for tune in ("lora", "full"):
+        with pytest.raises(CollmError, match=f"adapter is an adapter, which tune: {tune} would not keep: merge it"):
+            check_recipe(recipe(tmp_path, rows, str(folder), str(base), tune))
+    check_recipe(recipe(tmp_path, rows, str(folder), str(base), "gate"))
+
+
 def test_an_adapter_wants_its_base_in_memory(base: Path, split: str, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(load_model(str(base)), config).save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -346,6 +346,30 @@ def test_an_adapter_that_waits_to_be_invoked_is_refused(base: Path, tmp_path: Pa
     as_checkpoint(folder, base)
     with pytest.raises(CollmError, match="activated LoRA"):
         load_base(folder)
+
+
+def test_an_adapter_on_an_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    """The second took the first one's place in the layers: what was left was neither, and nothing said."""
+    first = adapter(base, tmp_path / "first")
+    second = adapter(base, tmp_path / "second")
+    told = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": str(first)}))
+    other = as_checkpoint(adapter(base, tmp_path / "other"), first)
+    for load in (load_model, ModelStore().load, load_base):
+        with pytest.raises(CollmError, match=r"second is an adapter whose base is an adapter itself; merge"):
+            load(str(second))
+    with pytest.raises(CollmError, match=r"other is an adapter whose base is an adapter itself"):
+        load_base(other)
+    load_model(str(first))
+
+
+def test_prompts_that_were_learnt_are_no_part_of_the_layers(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    get_peft_model(
+        load_model(str(base)), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ).save_pretrained(folder)
+    with pytest.raises(CollmError, match="prompts is an adapter of kind .*PROMPT_TUNING: it is put before the text"):
+        load_model(str(folder))
 
 
 def test_an_adapter_of_a_wider_base(base: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def attach(model: PreTrainedModel, folder: str, name: str = "default", *, upcast
     from peft import PeftConfig, get_peft_model
 
     _require_files(folder)
+    _require_bare(model, folder)
     if is_offloaded(model):
         raise CollmError(
             f"{folder}: an adapter needs its base in memory, and parts of that were left on the disk for want of room; "
@@ -43,6 +44,11 @@ def attach(model: PreTrainedModel, folder: str, name: str = "default", *, upcast
     with quiet(), guarded(f"the adapter {folder}", folder), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         config = PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            raise CollmError(
+                f"{folder} is an adapter of kind {config.peft_type}: it is put before the text, and not into the "
+                "layers, which is what can be loaded here (LoRA and its kin)"
+            )
         config.inference_mode = True
         named = config.base_model_name_or_path
         peft: Any = get_peft_model(model, config, name, autocast_adapter_dtype=upcast)
@@ -85,6 +91,18 @@ def insert(peft: PeftModel, folder: str, name: str, *, upcast: bool = False, tra
             f"{path} {'; it '.join(faults)}. The adapter does not fit its base: it was trained on another model, or "
             "saved by another library; give the base it was trained on (base_model_name_or_path in its "
             f"{CONFIG})"
+        )
+
+
+def _require_bare(model: PreTrainedModel, folder: str) -> None:
+    """Of two adapters in the same layers the second would take the place of the first, as both have one name there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise CollmError(
+            f"{folder} is an adapter whose base is an adapter itself; merge that into its own base first "
+            "(AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), and the "
+            "tokenizer beside it), and give the new folder as base"
         )
 
 

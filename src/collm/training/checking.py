@@ -177,6 +177,12 @@ def _check_placement(recipe: Recipe) -> None:
                 f"base.model: {name} is for models that stay as they are (assistants, and the base of tune: gate); to "
                 "train a large base, spread it by accelerate launch with FSDP or DeepSpeed"
             )
+    if recipe.tune != "gate" and adapter_config(recipe.base.model) is not None:
+        raise CollmError(
+            f"base.model: {recipe.base.model} is an adapter, which tune: {recipe.tune} would not keep: merge it into "
+            "its base first (AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), "
+            "and the tokenizer beside it), or take tune: gate"
+        )
 
 
 def check_trainer(recipe: Recipe) -> None:
