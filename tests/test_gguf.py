@@ -116,6 +116,21 @@ def test_a_second_start_reads_no_gguf(file: Path, fresh: Path, monkeypatch: pyte
         load_model(str(copy))
 
 
+def test_another_file_of_the_same_size_and_time_is_another(
+    tokenizer: PreTrainedTokenizerFast, fresh: Path, tmp_path: Path
+) -> None:
+    """`cp -p`, rsync and tar keep times; the old file's weights were loaded."""
+    one, two = (
+        write_gguf(tmp_path / f"{seed}.gguf", make_model(vocab_size=300, seed=seed), tokenizer) for seed in (1, 2)
+    )
+    assert one.stat().st_size == two.stat().st_size
+    os.utime(two, ns=(0, 10**18))
+    os.utime(one, ns=(0, 10**18))
+    load_model(str(one))
+    shutil.copy2(two, one)
+    assert same(load_model(str(one)), load_model(str(two)))
+
+
 def test_metadata_are_read_at_one_blow(file: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """gguf's reader makes some thirty calls for each entry of each array: minutes for Gemma's vocabulary of 262,144."""
     theirs = gguf.GGUFReader(file)

@@ -127,7 +127,8 @@ def _hash(path: Path) -> str:
     """SHA-256 of a file. It is noted for the file's name, size and time: a large file takes a minute to read."""
     path = path.resolve()
     stat = path.stat()
-    now = [str(path), stat.st_size, stat.st_mtime_ns]
+    # Size and time are not enough: `cp -p` keeps both, and makes another file, changed now.
+    now = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     note = cache_folder() / "gguf" / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     try:
         *noted, digest = json.loads(note.read_text(encoding="utf-8"))

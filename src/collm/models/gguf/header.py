@@ -128,11 +128,11 @@ def read_header(path: Path) -> Header:
         stat = path.stat()
     except OSError:
         raise CollmError(f"{path}: there is no such GGUF file") from None
-    return _read_header(path, stat.st_size, stat.st_mtime_ns)
+    return _read_header(path, stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=8)
-def _read_header(path: Path, size: int, _modified: int) -> Header:
+def _read_header(path: Path, size: int, _looks: tuple[int, ...]) -> Header:
     with path.open("rb") as file:
         start = file.read(len(LFS))
         if start == LFS:
