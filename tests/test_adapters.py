@@ -18,7 +18,7 @@ from collm.errors import CollmError
 from collm.llm import CollaborativeLM
 from collm.models import adapters
 from collm.models.adapters import ModelStore, Variant
-from collm.models.contents import contents
+from collm.models.contents import contents, same_files
 from collm.models.loading import load_context_length, load_model, load_tokenizer, place_model, weights_fingerprint
 from collm.models.local import LocalModel
 from collm.models.placement import Placement
@@ -128,6 +128,26 @@ def test_contents_tell_models_apart_without_loading_them(specs: dict[str, str], 
     assert contents("calculator") is contents("some/hub-id") is contents(str(tmp_path)) is None
     tiny("llama", seed=1, vocab_size=320).save_pretrained(tmp_path / "other")
     assert contents(str(tmp_path / "other")) != contents(str(copy))
+
+
+def test_a_model_that_differs_in_one_number_is_another(specs: dict[str, str], tmp_path: Path) -> None:
+    """One that was fine-tuned in a few rows looks like its base wherever samples are taken: it was not loaded, and the
+    base answered in its stead."""
+    network = tiny("llama", vocab_size=4096)
+    network.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        network.get_input_embeddings().weight[4000, 5] += 1.0
+    network.save_pretrained(tmp_path / "other")
+    base, other = str(tmp_path / "base"), str(tmp_path / "other")
+    assert contents(base) == contents(other) and not same_files(base, other) and same_files(base, base)
+    assert weights_fingerprint(load_model(base)) == weights_fingerprint(load_model(other))
+    store = ModelStore()
+    first, second = store.load(base).model, store.load(other).model
+    assert second.get_input_embeddings().weight[4000, 5] == first.get_input_embeddings().weight[4000, 5] + 1
+    # By the files, and by what is in memory.
+    store = ModelStore()
+    store.put("somewhere", first)
+    assert store.load(other).model is not first and store.load(base).model is first
 
 
 def test_an_adapter_that_changes_more_is_loaded_by_itself(specs: dict[str, str]) -> None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from collm.models.attaching import attach, insert
-from collm.models.contents import contents, same_configuration
+from collm.models.contents import contents, same_configuration, same_files
 from collm.models.devices import parameters
 from collm.models.loading import named_fingerprint, place_model, weights_fingerprint
 from collm.models.placement import DEFAULT, Placement
@@ -45,7 +46,13 @@ class Weights:
 
     def equals(self, other: Weights) -> bool:
         """Equal weights, and a configuration that does the same with them."""
-        return same_configuration(self.model.config, other.model.config) and self.fingerprint == other.fingerprint
+        if not same_configuration(self.model.config, other.model.config) or self.fingerprint != other.fingerprint:
+            return False
+        # Fingerprints look at samples: a model that was fine-tuned in a few rows has its base's.
+        ours, theirs = (dict(Variant(weights).own_parameters()) for weights in (self, other))
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(tensor, theirs[name].to(tensor.device)) for name, tensor in ours.items()
+        )
 
     def add(self, folder: str) -> str:
         """Put the adapter of a folder into the layers; returns the name it has there. It is not active."""
@@ -91,9 +98,9 @@ class Variant:
 
     def fingerprint(self) -> str:
         """`weights_fingerprint` of this variant, as if it had been loaded by itself."""
-        return self.weights.fingerprint if self.adapter is None else named_fingerprint(self._own_parameters())
+        return self.weights.fingerprint if self.adapter is None else named_fingerprint(self.own_parameters())
 
-    def _own_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def own_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters under the names that PEFT gives them where there is this adapter alone."""
         named = [(name.split("."), tensor) for name, tensor in parameters(self.model)]
         wrapped = {tuple(parts[: parts.index(self.adapter) - 1]) for parts, _ in named if self.adapter in parts}
@@ -141,13 +148,13 @@ class ModelStore:
     def _weights(self, name: str, placement: Placement) -> Weights:
         """By name, else by what it holds: one model may lie in two places."""
         if (name, placement) not in self._loaded:
-            there = [weights for (_, placed), weights in self._loaded.items() if placed == placement]
+            there = [(other, weights) for (other, placed), weights in self._loaded.items() if placed == placement]
             files = contents(name)
             # By the files, so that there never is a second copy; else by the weights, however they are kept.
-            same = [weights for weights in there if files is not None and weights.contents == files]
+            same = [w for other, w in there if files is not None and w.contents == files and same_files(other, name)]
             if not same:
                 found = Weights(place_model(name, placement), files)
-                same = [weights for weights in there if weights.equals(found)] or [found]
+                same = [weights for _, weights in there if weights.equals(found)] or [found]
             self._loaded[name, placement] = same[0]
         return self._loaded[name, placement]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 from collections.abc import Mapping
@@ -46,23 +47,38 @@ OF_TRAINING = (
 def contents(spec: str) -> str | None:
     """A hash of a model's configuration and of samples of its weights as they lie on the disk; None where they do not.
 
-    Equal hashes mean one model. The converse does not hold: the same weights may be cut into files otherwise, or be
-    kept in another precision.
+    Other hashes mean other files; equal ones may be of models that differ in little (`same_files`). The same weights
+    may be cut into files otherwise, or be kept in another precision.
     """
+    found = _weights_of(spec)
+    return None if found is None else _digest(*found[0], told=found[1])
+
+
+def same_files(one: str, other: str) -> bool:
+    """Do two specs with equal `contents` hold the same weights, byte for byte? Reads all of them, unless they are one
+    file. (A model fine-tuned in a few rows, biases or norms is mostly its base.)"""
+    pairs = [() if found is None else found[0] for found in (_weights_of(one), _weights_of(other))]
+    return len(pairs[0]) == len(pairs[1]) > 0 and all(
+        a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a, b in zip(*pairs, strict=True)
+    )
+
+
+def _weights_of(spec: str) -> tuple[list[Path], Any] | None:
+    """The files with a model's weights, an adapter's base included, and what its configuration says."""
     if is_tool(spec) or is_url(spec):
         return None
     spec, _ = split_spec(spec)
     adapter = adapter_config(spec)
     if adapter is not None:
-        base = contents(str(adapter["base_model_name_or_path"]))
-        return base and _digest(Path(spec) / "adapter_model.safetensors", told=[base, adapter])
+        base, own = _weights_of(str(adapter["base_model_name_or_path"])), Path(spec) / "adapter_model.safetensors"
+        return None if base is None or not own.is_file() else ([own, *base[0]], [base[1], adapter])
     place = locate(spec)
     if isinstance(place, Path):
-        return _digest(place)
+        return [place], None
     folder = Path(place) if Path(place).is_dir() else _downloaded(place)
     if folder is None or not (folder / "config.json").is_file() or not weight_files(folder):
         return None
-    return _digest(*weight_files(folder), told=_told(read_object(folder / "config.json")))
+    return weight_files(folder), _told(read_object(folder / "config.json"))
 
 
 def model_files(spec: str) -> list[Path] | None:
@@ -115,11 +131,9 @@ def same_configuration(one: Any, other: Any) -> bool:
     return bool(_told(one.to_dict()) == _told(other.to_dict()))
 
 
-def _digest(*paths: Path, told: Any = None) -> str | None:
+def _digest(*paths: Path, told: Any = None) -> str:
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for path in paths:
-        if not path.is_file():
-            return None
         size = path.stat().st_size
         digest.update(f"{size}".encode())
         with path.open("rb") as file:
