@@ -41,16 +41,22 @@ def _matched(given: Assistants, trained: Sequence[AssistantInfo]) -> tuple[list[
         return [_untrained(name, s) for name, s in named], [s for _, s in named]
     by_name = {name: source for name, source in named if name is not None}
     unnamed = [source for name, source in named if name is None]
+    if len(by_name) + len(unnamed) < len(named):
+        raise CollmError(f"two assistants have one name ({', '.join(name for name, _ in named if name is not None)})")
     unknown = sorted(set(by_name) - {info.name for info in trained})
     if unknown:
         known = ", ".join(info.name for info in trained)
         raise CollmError(f"the checkpoint has no assistant called {', '.join(unknown)}; its assistants are {known}")
+    # First those that say whose place they take, in whatever order; then the others, by theirs.
+    for info in trained:
+        exact = next((s for s in unnamed if info.name not in by_name and _is_place(s, info.spec)), None)
+        if exact is not None:
+            unnamed.remove(exact)
+            by_name[info.name] = exact
     sources: list[AssistantSource] = []
     for info in trained:
         if info.name in by_name:
             sources.append(by_name[info.name])
-        elif info.spec in unnamed:
-            sources.append(unnamed.pop(unnamed.index(info.spec)))
         elif unnamed and not (is_tool(info.spec) and len(unnamed) < _wanting(trained, by_name, sources)):
             sources.append(unnamed.pop(0))
         elif is_tool(info.spec) or is_url(info.spec) or Path(split_spec(info.spec)[0]).exists():
@@ -71,6 +77,14 @@ def _matched(given: Assistants, trained: Sequence[AssistantInfo]) -> tuple[list[
                 "writer, and the gate knows nothing about it"
             )
     return list(trained), sources
+
+
+def _is_place(source: AssistantSource, spec: str) -> bool:
+    """Does a source name what a checkpoint names as `spec`, however it is loaded and written?"""
+    if not isinstance(source, str) or is_url(source) or is_url(spec):
+        return source == spec
+    one, other = split_spec(source)[0], split_spec(spec)[0]
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _listed(given: Assistants, known: Sequence[str]) -> list[tuple[str | None, AssistantSource]]:
