@@ -402,7 +402,10 @@ def test_tools_are_found_by_themselves_and_models_of_ones_own_taken(tiny_tokeniz
 
 
 def test_other_weights_of_the_base_are_noticed(folders: Path) -> None:
-    info = CheckpointInfo(kind="gate", base_model=str(folders / "plain"), base_fingerprint="0" * 16)
+    helper = AssistantInfo(name="calculator", spec="calculator")
+    info = CheckpointInfo(
+        kind="gate", base_model=str(folders / "plain"), base_fingerprint="0" * 16, assistants=[helper]
+    )
     save_checkpoint(folders / "gate", info, make_model(), gate(1), None)
     with pytest.warns(UserWarning, match="calibrate again"):
         CollaborativeLM.from_pretrained(folders / "gate", ["calculator"])
@@ -461,7 +464,8 @@ def test_an_assistant_that_is_a_checkpoint_sees_prompts_as_in_its_training(
 
 
 def test_memory_is_bounded(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    save_checkpoint(tmp_path / "c", CheckpointInfo(), make_model(seed=0), gate(1), tiny_tokenizer)
+    info = CheckpointInfo(assistants=[AssistantInfo(name="a", spec="a")])
+    save_checkpoint(tmp_path / "c", info, make_model(seed=0), gate(1), tiny_tokenizer)
     make_model("qwen3", seed=1).save_pretrained(tmp_path / "a")
     tiny_tokenizer.save_pretrained(tmp_path / "a")
     free = CollaborativeLM.from_pretrained(tmp_path / "c", [str(tmp_path / "a")])
@@ -483,7 +487,8 @@ def test_who_writes_alone_needs_no_room_in_the_caches_of_others(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Nor is it held back by what they have."""
-    save_checkpoint(tmp_path / "c", CheckpointInfo(), make_model(seed=0), gate(1), tiny_tokenizer)
+    info = CheckpointInfo(assistants=[AssistantInfo(name="a", spec="a")])
+    save_checkpoint(tmp_path / "c", info, make_model(seed=0), gate(1), tiny_tokenizer)
     make_model("qwen3", seed=1).save_pretrained(tmp_path / "a")
     tiny_tokenizer.save_pretrained(tmp_path / "a")
     llm = CollaborativeLM.from_pretrained(tmp_path / "c", [str(tmp_path / "a")])

@@ -11,6 +11,7 @@ import glob
 import logging
 import os
 import shlex
+import shutil
 import socket
 import sys
 import threading
@@ -69,6 +70,31 @@ def refuse_full(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CollmError(f"{folder} is not empty; choose another folder")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target`, which is not there or empty, when the block ends well: beside it, or
+    within one that is there, which may be a mounted disk.
+
+    Raises:
+        CollmError: it cannot be written.
+    """
+    within = target.is_dir()
+    temporary = target / ".tmp" if within else target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if within:
+            for path in temporary.iterdir():
+                path.rename(target / path.name)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise CollmError(f"could not write {target}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_place(path: Path, *, folder: bool | None = None) -> None:

@@ -116,7 +116,7 @@ def load_base(
     head = None
     if (Path(path) / GATE_FILE).is_file():
         head = DeferralHead.load(Path(path)).to(output_device(causal_lm(model)))
-        if info.assistants and head.num_assistants != len(info.assistants):
+        if head.num_assistants != len(info.assistants):
             raise CollmError(
                 f"{Path(path) / GATE_FILE} is for {head.num_assistants} assistants, but {FILE} names "
                 f"{len(info.assistants)}: the two are of different checkpoints"

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.errors import CollmError
-from collm.files import refuse_full, write_text
+from collm.files import refuse_full, whole_folder, write_text
 from collm.gate import log_gate
 from collm.models.backbone import check_project, hidden_states
 from collm.models.checkpoint import load_base
@@ -91,7 +88,7 @@ def export(
     before = _law_and_gate(model, head, probe, _vocab_size(model, tokenizer))
     served = append_gate(model, head, tokenizer, info, probe)
     gate_error, law_error = _check(model, served, probe, before)
-    with _whole_folder(target) as temporary:
+    with whole_folder(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_text(temporary / "README.md", _card(served))
@@ -232,23 +229,6 @@ def _check(
             f"{gate_error:.2g} nats, the law by {law_error:.2g}); please report the architecture"
         )
     return gate_error, law_error
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it when the block ends well."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.is_dir():
-            target.rmdir()
-        temporary.rename(target)
-    except OSError as error:
-        raise CollmError(f"could not write {target}: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _card(served: ServedInfo) -> str:

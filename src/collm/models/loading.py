@@ -21,6 +21,7 @@ from collm.models.network import load_network, not_found
 from collm.models.placement import Placement
 from collm.models.quiet import quiet
 from collm.models.specs import adapter_config, locate, split_spec
+from collm.models.tokenizers import require_words
 from collm.models.whole import end_ids, require_tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,6 +98,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             tokenizer.decode(tokenizer("a 1")["input_ids"])  # a setting of the wrong kind shows at the first use
         except OSError as error:
             raise not_found(spec, error) from error
+    require_words(tokenizer, spec)
     return tokenizer
 
 

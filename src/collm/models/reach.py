@@ -58,7 +58,7 @@ def require_model(spec: str) -> None:
         return
     require_whole_folder(folder)
     require_config(folder)
-    if (folder / CONFIG).is_file() and not has_tokenizer_files(folder):
+    if not (folder / ADAPTER).is_file() and not has_tokenizer_files(folder):
         raise CollmError(
             f"{spec} holds a model without its tokenizer: save that there, tokenizer.save_pretrained({str(folder)!r})"
         )

@@ -27,6 +27,8 @@ from collm.models.whole import read_object
 
 TOOLS = ("calculator",)
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WHOLE = ("model.safetensors", "model.safetensors.index.json")
+"""One of them a folder has that holds all weights of a model."""
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 """Where a folder may keep its chat templates, if not in the tokenizer's settings."""
 SETTINGS = ("dtype", "device", "device_map", "quantization")
@@ -142,9 +144,18 @@ def locate(spec: str) -> str | Path:
 
 
 def require_config(folder: Path) -> None:
-    """Raises CollmError: it is a folder of something else."""
+    """Raises CollmError: it is a folder of something else, or of two models: transformers would load both."""
     if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
         raise CollmError(f"{folder} is a folder without a model: it has neither {CONFIG} nor {ADAPTER}")
+    if (folder / ADAPTER).is_file() and _is_whole(folder):
+        raise CollmError(
+            f"{folder} holds a whole model and an adapter ({ADAPTER}), and does not say which is meant: move the files "
+            "of one of them elsewhere (an adapter of this very model: into a folder of its own)"
+        )
+
+
+def _is_whole(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in WHOLE)
 
 
 def no_such_model(spec: str, why: str) -> CollmError:
@@ -176,8 +187,9 @@ def adapter_config(spec: str) -> dict[str, Any] | None:
         CollmError: it is damaged, or does not name its base model.
     """
     spec, _ = split_spec(spec)
-    path = Path(spec) / "adapter_config.json"
-    if is_tool(spec) or is_url(spec) or not path.is_file() or (Path(spec) / "config.json").is_file():
+    path = Path(spec) / ADAPTER
+    # Some trainers put the base's configuration beside an adapter.
+    if is_tool(spec) or is_url(spec) or not path.is_file() or _is_whole(Path(spec)):
         return None
     config = read_object(path)
     base = config.get("base_model_name_or_path")

@@ -74,6 +74,20 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     }
 
 
+def require_words(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Refuse a tokenizer that knows special tokens alone: transformers makes such a one where the file of the
+    vocabulary is missing and its settings are there.
+
+    Raises:
+        CollmError: naming what it was loaded from.
+    """
+    if not _vocabulary(tokenizer):
+        raise CollmError(
+            f"{source}: its tokenizer has no vocabulary; the file of it (tokenizer.json, most often) is missing or "
+            "empty: fetch it, or save the tokenizer there again"
+        )
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 

@@ -21,6 +21,12 @@ from collm.training.recipe import AFTER_TRAINING, Recipe
 
 OURS = (MADE_FROM, FILES, DAY)
 LOCK, OWN_TEXTS = ".lock", "own_texts.jsonl"
+CHECKPOINT = (
+    *("collm.json", "gate.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "README.md"),
+)
+"""Files of a finished run's checkpoint, of any kind: what one kind leaves would be loaded with another."""
 
 
 @contextmanager
@@ -44,8 +50,9 @@ def _claim(recipe: Recipe, restart: bool) -> None:
     if restart:
         for name in ("checkpoints", "init"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("collm.json", RUN, "log.jsonl", OWN_TEXTS):
-            (out / name).unlink(missing_ok=True)
+        for name in (*CHECKPOINT, RUN, "log.jsonl", OWN_TEXTS):
+            for path in out.glob(name):
+                path.unlink()
     run = load_run(out)
     found = _with_defaults({key: value for key, value in run.items() if key not in OURS}, out)
     differing = sorted(key for key in wanted if found.get(key) != wanted[key])

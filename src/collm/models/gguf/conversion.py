@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collm.errors import CollmError
-from collm.files import refuse_full
+from collm.files import refuse_full, whole_folder
 from collm.models.gguf.cache import kept
 from collm.models.gguf.completing import complete, require_places
 from collm.models.gguf.fields import Fields
@@ -106,12 +106,9 @@ def convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
     _tell_unknown(header)
     tokenizer = _tokenizer(header)
     model = load_model(path, dtype)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _save(model, folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise CollmError(f"could not write {folder}: {error}") from None
+    with whole_folder(folder) as temporary:
+        _save(model, temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

@@ -1,0 +1,143 @@
+"""What an earlier run, a killed one or another library left in a folder is not loaded in the stead of what is meant."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import make_model, make_tokenizer
+from gguf_files import write_gguf
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from collm.cli import main
+from collm.errors import CollmError
+from collm.models.adapters import ModelStore
+from collm.models.checkpoint import load_base
+from collm.models.head import DeferralHead
+from collm.models.info import CheckpointInfo, load_info, save_info
+from collm.models.loading import load_model, load_tokenizer
+from collm.models.reach import require_model
+from collm.training.recipe import parse_recipe
+from collm.training.train import train
+
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    save(tmp_path / "base", 0)
+    return tmp_path / "base"
+
+
+def save(folder: Path, seed: int) -> None:
+    tokenizer = make_tokenizer()
+    make_model(vocab_size=len(tokenizer), seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(base: Path, folder: Path) -> Path:
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(load_model(str(base)), config).save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("before", "after"), [("lora", "full"), ("full", "lora"), ("full", "gate")])
+def test_a_run_that_is_trained_anew_leaves_nothing_of_the_old_one(
+    base: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    """The old adapter lay over the new weights, and the old weights were an assistant in the new adapter's stead."""
+    rows = [{"prompt": f"{a} + {a} =", "completion": f" {a + a}"} for a in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save(tmp_path / "assistant", 2)
+
+    def run(tune: str) -> Path:
+        values: dict[str, Any] = {
+            "out": str(tmp_path / "out"),
+            "base": {"model": str(base)},
+            "assistants": [{"name": "helper", "model": str(tmp_path / "assistant")}],
+            "data": {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.25, "max_length": 64},
+            "tune": tune,
+            "training": {"epochs": 1, "batch_size": 4, "evaluations": 1},
+        }
+        return train(parse_recipe(values), progress=False, restart=True)
+
+    run(before)
+    out = run(after)
+    kept = {path.name for path in out.iterdir()}
+    assert ("model.safetensors" in kept) == ("config.json" in kept) == ("tokenizer.json" in kept) == (after == "full")
+    assert ("adapter_model.safetensors" in kept) == ("adapter_config.json" in kept) == (after == "lora")
+    assert (info := load_info(out)) is not None and info.kind == after
+    load_base(out)
+
+
+def test_a_gate_without_assistants_is_of_another_run(base: Path) -> None:
+    """It was taken for the model's, and deferred by what the model had never been trained with."""
+    save_info(base, CheckpointInfo())
+    DeferralHead(32, 1).save(base)
+    with pytest.raises(CollmError, match=r"gate\.safetensors is for 1 assistants, but collm\.json names 0"):
+        load_base(base)
+
+
+def test_a_whole_model_with_an_adapter_in_its_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    """transformers puts the adapter over the weights, and says nothing."""
+    save_adapter(base, tmp_path / "both")
+    save(tmp_path / "both", 3)
+    for load in (load_model, require_model, ModelStore().load):
+        with pytest.raises(CollmError, match=r"both holds a whole model and an adapter \(adapter_config\.json\)"):
+            load(str(tmp_path / "both"))
+
+
+def test_an_adapter_beside_its_base_s_configuration_is_an_adapter(base: Path, tmp_path: Path) -> None:
+    """Trainers write it there; it was refused as a model without weights."""
+    folder = save_adapter(base, tmp_path / "adapter")
+    wanted = logits(load_model(str(folder)))
+    shutil.copy(base / "config.json", folder)
+    require_model(str(folder))
+    assert torch.equal(logits(load_model(str(folder))), wanted)
+    assert ModelStore().load(str(folder)).adapter is not None
+    assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(str(base)).get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GemmaTokenizer", "LlamaTokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(base: Path, kind: str) -> None:
+    """transformers makes one of special tokens alone, by which all text is empty."""
+    (base / "tokenizer.json").unlink()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": kind}))
+    with pytest.raises(CollmError, match="base: its tokenizer has no vocabulary; the file of it"):
+        load_tokenizer(str(base))
+
+
+def test_a_conversion_that_ends_early_leaves_no_folder(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between weights and tokenizer it left a folder that looked like a model."""
+    tokenizer = make_tokenizer()
+    file = write_gguf(tmp_path / "a.gguf", load_model(str(base)), tokenizer)
+    (tmp_path / "there").mkdir()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+        patch.setenv("COLLM_CACHE", str(tmp_path / "no" / "cache"))
+        for name in ("out", "there"):
+            done = CliRunner().invoke(main, ["convert", str(file), str(tmp_path / name)])
+            assert done.exit_code == 1 and "could not write" in done.stderr and "no space left" in done.stderr
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "there").iterdir())
+    for name in ("out", "there"):
+        assert CliRunner().invoke(main, ["convert", str(file), str(tmp_path / name)]).exit_code == 0
+        load_tokenizer(str(tmp_path / name))
