@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from collm.errors import CollmError
 from collm.models.gguf.conversion import load_config
-from collm.models.loading import load_model
+from collm.models.loading import load_model, load_tokenizer
 
 THETA, HEAD, CONTEXT = 10000.0, 16, 512
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
@@ -117,8 +117,8 @@ def test_a_tensor_without_a_place_is_refused(tokenizer: PreTrainedTokenizerFast,
         load_model(str(path))
 
 
-def described(path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, add: Callable[[Any], None]) -> Path:
-    """A file of sizes and of what `add` says besides, without weights."""
+def described(path: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None, add: Callable[[Any], None]) -> Path:
+    """A file of sizes and of what `add` says besides, without weights; a tokenizer, or pieces of SentencePiece."""
     writer = gguf.GGUFWriter(path, kind)
     writer.add_context_length(131072)
     writer.add_embedding_length(128)
@@ -126,13 +126,54 @@ def described(path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, add: Ca
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    add_tokenizer(writer, tokenizer, "smollm")
+    if tokenizer is None:
+        add_pieces(writer)
+    else:
+        add_tokenizer(writer, tokenizer, "smollm")
     add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+PIECES = {"\u2581": -9, "a": -8, "b": -8, "c": -8, "\u2581a": -2, "ab": -1, "\u2581ab": -0.5}
+"""With their scores."""
+
+
+def add_pieces(writer: Any) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [float(score) for score in PIECES.values()])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(PIECES))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+@pytest.mark.parametrize(
+    ("prefixed", "wanted"),
+    [(None, ["\u2581ab", "\u2581", "c"]), (True, ["\u2581ab", "\u2581", "c"]), (False, ["ab", "\u2581", "c"])],
+)
+def test_a_text_begins_with_a_space_where_the_file_says_so(
+    tmp_path: Path, prefixed: bool | None, wanted: list[str]
+) -> None:
+    """transformers reads the flag, and puts a space before each text whatever it says."""
+
+    def add(writer: Any) -> None:
+        writer.add_block_count(1)
+        if prefixed is not None:
+            writer.add_add_space_prefix(prefixed)
+
+    path = described(tmp_path / "a.gguf", "llama", None, add)
+    for _ in range(2):  # from the file, and as it is kept
+        tokenizer = load_tokenizer(str(path))
+        assert tokenizer.tokenize("ab c") == wanted
+        assert tokenizer.decode(tokenizer("ab \u00e9", add_special_tokens=False).input_ids) == "ab \u00e9"
+        if prefixed is False:
+            assert tokenizer.decode(tokenizer(" ab", add_special_tokens=False).input_ids) == " ab"
 
 
 def test_phi_has_its_factors_and_turns_a_part_of_each_head(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collm.models.gguf.cache import kept
 from collm.models.gguf.completing import complete, require_places
 from collm.models.gguf.fields import Fields
 from collm.models.gguf.header import Header, read_header
-from collm.models.gguf.splitting import ADDS_BOS, SPLITS, split_as
+from collm.models.gguf.splitting import ADDS_BOS, SPLITS, split_as, without_prefix
 from collm.models.guard import require_every_tensor
 from collm.models.network import load_network, loading
 from collm.signs import sign
@@ -208,6 +208,8 @@ def _tokenizer(header: Header) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = _reading(header, AutoTokenizer.from_pretrained, **settings)
     if pre is not None:
         split_as(tokenizer.backend_tokenizer, pre)
+    if header.metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        without_prefix(tokenizer.backend_tokenizer)
     return tokenizer
 
 

@@ -7,7 +7,7 @@ name, it splits as GPT-2 does, and says nothing: SmolLM2, for one, then joins a 
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s+(?!\S)|\s+"
@@ -82,3 +82,11 @@ def split_as(tokenizer: Tokenizer, pre_tokenizer: str) -> bool:
     if pre_tokenizer in WHOLE_WORDS:
         tokenizer.model.ignore_merges = True
     return True
+
+
+def without_prefix(tokenizer: Tokenizer) -> None:
+    """Let a SentencePiece BPE begin a text without a space before it (`tokenizer.ggml.add_space_prefix`, which
+    transformers reads and does not heed). Those of Gemma and Phi-3 are made in ways of their own, and stay."""
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
