@@ -22,7 +22,7 @@ from collm.report.chart import Chart, Level, Point, Series, bounds, chart_svg
 from collm.report.html import Page, html_report, write_html
 from collm.report.labels import Words, shortened, width_of
 from collm.report.pages import source
-from collm.report.plots import curve_chart, curve_csv, save_curve
+from collm.report.plots import curve_chart, curve_csv, save_curve, save_png
 from collm.report.systems import SystemRow, systems_table
 from collm.report.terminal import coloured, legend, plain, print_generation, print_traces, summary
 from collm.report.trace import Trace, trace_from_dict, trace_to_dict
@@ -289,6 +289,19 @@ def test_curve_files_are_written(tmp_path: Path) -> None:
     assert written[2].read_bytes().startswith(b"\x89PNG")
     ElementTree.parse(written[1])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_interval_of_a_single_point_is_drawn(tmp_path: Path) -> None:
+    """A rival calibrated for one rate: the legend of the PNG told of an interval, and there was none."""
+    pytest.importorskip("matplotlib")
+    pictures = []
+    for number, ci95 in enumerate([(0.2, 0.4), (0.2, 0.35), None]):
+        other = Point(0.1, 0.2, None)  # it keeps the axes as they are
+        save_png(
+            Chart((Series("a", (Point(0.2, 0.3, ci95), other, Point(0.3, 0.4))),), "t", "x", "y"), tmp_path / "a.png"
+        )
+        pictures.append((tmp_path / "a.png").read_bytes())
+        assert number == 0 or pictures[-1] != pictures[-2]
 
 
 def test_the_coloured_text_and_its_panel_stand_alone() -> None:

@@ -132,16 +132,14 @@ def save_png(chart: Chart, path: str | Path, title: str = "") -> None:
     for one in chart.series:
         colour = HEX.fullmatch(look(one.look)[0])
         assert colour is not None
-        known = [(scale * point.x, *point.ci95) for point in one.points if point.ci95 is not None]
-        axes.fill_between(
-            [x for x, _, _ in known],
-            [100 * low for _, low, _ in known],
-            [100 * high for _, _, high in known],
-            alpha=0.15,
-            color=colour[1],
-            linewidth=0,
-            label="95 % interval" if len(chart.series) == 1 else None,
-        )
+        known = [(point.x, *point.ci95) for point in one.points if point.ci95 is not None]
+        label = "95 % interval" if len(chart.series) == 1 and known else None
+        places = [scale * x for x, _, _ in known]
+        low, high = [100 * low for _, low, _ in known], [100 * high for _, _, high in known]
+        if len(known) > 1:
+            axes.fill_between(places, low, high, alpha=0.15, color=colour[1], linewidth=0, label=label)
+        else:  # a band of one point has no width
+            axes.vlines(places, low, high, alpha=0.6, color=colour[1], linewidth=1.3, label=label)
         x, y = [scale * point.x for point in one.points], [100 * point.y for point in one.points]
         axes.plot(x, y, "o-", color=colour[1], markersize=5, label=one.name if len(chart.series) > 1 else None)
         for point in one.points:
