@@ -41,7 +41,7 @@ from collm.llm import CollaborativeLM
 from collm.llm.deferral import cut_for_rate, rate_of, settled
 from collm.models.fake import FakeModel
 from collm.models.head import DeferralHead
-from collm.models.info import CalibrationTable, CheckpointInfo, Chosen, load_info, save_info
+from collm.models.info import CalibrationRow, CalibrationTable, CheckpointInfo, Chosen, load_info, save_info
 from collm.report.trace import Trace
 from collm.sampling_params import Deferral, SamplingParams, Signal
 from collm.types import Generation, Step
@@ -81,6 +81,28 @@ def test_rates_are_met_although_texts_shift_with_the_threshold() -> None:
     for row in reachable:
         assert row.achieved_rate == pytest.approx(row.target_rate, abs=0.015)
     assert table.num_prompts == 40 and table.task == "word_problems" and table.metric == "exact_match"
+
+
+def test_small_rates_are_met_as_well() -> None:
+    """To defer nothing was near enough to 0.4 %, and 1.8 % to 1 %, without a word."""
+    table = run(rounds=5, target_rates=(0.004, 0.01, 0.02))
+    for row in table.rows[:3]:
+        assert row.achieved_rate == pytest.approx(row.target_rate, rel=0.5) and math.isfinite(row.log_odds)
+        assert cut_for_rate([table], row.target_rate) == row.log_odds
+    assert not missed(table)
+
+
+def test_a_small_rate_that_no_threshold_gives_is_told() -> None:
+    """The gate has one value wherever it is above 0: then it is 6 % or nothing."""
+    row = {"threshold": 1.0, "metric_value": 0.5}
+    rows = [
+        CalibrationRow(target_rate=0.01, achieved_rate=0.0, log_odds=NEVER, **row),
+        CalibrationRow(target_rate=0.06, achieved_rate=0.06, log_odds=2.0, **row),
+    ]
+    table = CalibrationTable(task="t", metric="m", seed=0, num_prompts=1, rows=rows)
+    assert [row.target_rate for row in missed(table)] == [0.01]
+    with pytest.warns(UserWarning, match=r"0\.01 was not measured: the nearest that calibration achieved is 0\."):
+        assert cut_for_rate([table], 0.01) == NEVER
 
 
 def test_zero_is_never_and_one_is_always() -> None:

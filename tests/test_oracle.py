@@ -101,7 +101,7 @@ def test_a_rate_that_a_tool_cannot_reach_is_told(capsys: pytest.CaptureFixture[s
     assert [set(reached.values()) for reached in found.reached] == [{0.0, 0.005}, {0.25}, {0.25}]
     _show(found)
     low, met, missed = capsys.readouterr().out.splitlines()[-3:]
-    assert low.startswith("at a rate of 0.5%: entropy 75.0%, ") and "reached" not in low
+    assert low.startswith("at a rate of 0.5%: entropy 75.0% (rate reached: 0.0%), ") and low.count("reached") == 2
     assert met == "at a rate of 25%: entropy 100.0%, top probability 100.0%, random 100.0%"
     assert missed.startswith("at a rate of 50%: entropy 100.0% (rate reached: 25.0%), top prob")
     assert missed.count("reached: 25.0%") == 3

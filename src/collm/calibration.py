@@ -173,7 +173,7 @@ def calibrate(
         target_rates: 0 stands for never deferring, 1 for always (log-odds inf and -inf). The gate's table has a row
             more, for the rate of eta = 0.5.
         rounds: how many thresholds are tried for each target at most; every one also serves the other targets.
-        tolerance: a rate this close to its target is good enough.
+        tolerance: a rate this close to its target is good enough, unless it is off by more than half of it.
         params: how texts are written (temperature, stop strings), whoever writes; greedy with `max_tokens` and
             `seed` if not given.
         out: folder for the traces of every threshold tried; a stopped calibration goes on where it was.
@@ -250,9 +250,13 @@ def _calibrate(
         measure(EVEN, "defer where the gate is above 0.5")
     inner = [rate for rate in target_rates if 0 < rate < 1]
 
+    def allowed(rate: float) -> float:
+        """How far from it is near enough: of a rate of 1 %, neither never deferring nor 2 % is."""
+        return min(tolerance, rate / 2)
+
     def beyond(rate: float) -> bool:
         """Nothing measured comes up to it, and what asking everywhere gives is not known."""
-        return ALWAYS not in measured and rate > max(each.rate for each in measured.values()) + tolerance
+        return ALWAYS not in measured and rate > max(each.rate for each in measured.values()) + allowed(rate)
 
     # The dearest texts of all, so only where they are asked for, or where a rate is out of reach: two thresholds have
     # not come to it, assistants that abstain bound the rates from above, or no turn is left.
@@ -262,7 +266,7 @@ def _calibrate(
         for rate in inner:
             if beyond(rate) and (turn > 2 or any(each.result.abstained for each in measured.values())):
                 measure(ALWAYS, "always defer")
-            if abs(_nearest(rate, measured).rate - rate) <= tolerance:
+            if abs(_nearest(rate, measured).rate - rate) <= allowed(rate):
                 continue
             candidate = next_threshold(rate, list(measured.values()))
             if candidate is not None:

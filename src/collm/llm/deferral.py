@@ -34,7 +34,8 @@ from collm.sampling_params import Deferral, SamplingParams, Signal
 NEAR = 0.03
 """Rates closer than this to one another are not worth a refusal."""
 FAR = 0.02
-"""An achieved rate that lies further from its target than this, or than a tenth of it, has missed it."""
+"""An achieved rate that lies further from its target than this, or than a tenth of it, has missed it; and one that lies
+further than half of it: else 0 would do for 1 %."""
 READ_SIGNALS: dict[Deferral, Signal] = {
     "threshold": "gate",
     "expected_gain": "expected_gain",
@@ -254,7 +255,7 @@ def _between(rows: Sequence[CalibrationRow], rate: float) -> float | None:
 
 def far(achieved: float, target: float) -> bool:
     """Has an achieved rate missed its target?"""
-    return abs(achieved - target) > max(FAR, target / 10)
+    return abs(achieved - target) > min(max(FAR, target / 10), target / 2)
 
 
 def _known_rates(rows: Sequence[CalibrationRow]) -> str:
