@@ -133,7 +133,7 @@ def save_png(chart: Chart, path: str | Path, title: str = "") -> None:
         colour = HEX.fullmatch(look(one.look)[0])
         assert colour is not None
         known = [(point.x, *point.ci95) for point in one.points if point.ci95 is not None]
-        label = "95 % interval" if len(chart.series) == 1 and known else None
+        label = "95 % interval" if len(chart.series) == 1 and known else ""
         places = [scale * x for x, _, _ in known]
         low, high = [100 * low for _, low, _ in known], [100 * high for _, _, high in known]
         if len(known) > 1:
