@@ -125,7 +125,7 @@ def _show(table: CalibrationTable) -> None:
     for index, row in enumerate(table.rows):
         notes = ("  best" if index == table.best else "") + ("  missed" if row in far else "")
         click.echo(
-            f"{row.target_rate:>8.4g} {row.achieved_rate:>9.3f} {told_threshold(row, table.signal):>11} "
+            f"{row.wanted:>8} {row.achieved_rate:>9.3f} {told_threshold(row, table.signal):>11} "
             f"{row.metric_value:>12.3f}{notes}"
         )
     if far:

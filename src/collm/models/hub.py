@@ -57,7 +57,7 @@ def model_card(info: CheckpointInfo) -> str:
         by = "" if table.signal == "gate" else f" by {table.signal.replace('_', ' ')}"
         title = f"Calibration: {table.task}{by} ({table.num_prompts} prompts, seed {table.seed})"
         lines += ["", f"## {title}", "", f"| target rate | achieved rate | {table.metric} |", "|---|---|---|"]
-        lines += [f"| {r.target_rate:.4g} | {r.achieved_rate:.3f} | {r.metric_value:.3f} |" for r in table.rows]
+        lines += [f"| {r.wanted} | {r.achieved_rate:.3f} | {r.metric_value:.3f} |" for r in table.rows]
     return str(ModelCard(f"---\n{_card_data(info).to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
 
 

@@ -42,6 +42,13 @@ class CalibrationRow(_Strict):
     metric_value: float
     ci95: tuple[float, float] | None = None
 
+    @property
+    def wanted(self) -> str:
+        """`target_rate` for people: with two digits, or with more where it has more (0.004 is not 0.00)."""
+        return (
+            f"{self.target_rate:.2f}" if round(self.target_rate, 2) == self.target_rate else f"{self.target_rate:.4g}"
+        )
+
 
 class CalibrationTable(_Strict):
     task: str
