@@ -62,7 +62,7 @@ def test_a_run_that_is_trained_anew_leaves_nothing_of_the_old_one(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save(tmp_path / "assistant", 2)
 
-    def run(tune: str) -> Path:
+    def run(tune: str, restart: bool = True) -> Path:
         values: dict[str, Any] = {
             "out": str(tmp_path / "out"),
             "base": {"model": str(base)},
@@ -71,7 +71,7 @@ def test_a_run_that_is_trained_anew_leaves_nothing_of_the_old_one(
             "tune": tune,
             "training": {"epochs": 1, "batch_size": 4, "evaluations": 1},
         }
-        return train(parse_recipe(values), progress=False, restart=True)
+        return train(parse_recipe(values), progress=False, restart=restart)
 
     run(before)
     out = run(after)
@@ -80,6 +80,10 @@ def test_a_run_that_is_trained_anew_leaves_nothing_of_the_old_one(
     assert ("adapter_model.safetensors" in kept) == ("adapter_config.json" in kept) == (after == "lora")
     assert (info := load_info(out)) is not None and info.kind == after
     load_base(out)
+    # What says whose run it is lies in its place, and its figures are there.
+    assert json.loads((out / "run.json").read_text())["tune"] == after
+    assert "eval_loss" in (out / "log.jsonl").read_text()
+    assert run(after, restart=False) == out
 
 
 def test_a_gate_without_assistants_is_of_another_run(base: Path) -> None:
@@ -138,6 +142,8 @@ def test_a_conversion_that_ends_early_leaves_no_folder(
             done = CliRunner().invoke(main, ["convert", str(file), str(tmp_path / name)])
             assert done.exit_code == 1 and "could not write" in done.stderr and "no space left" in done.stderr
     assert not (tmp_path / "out").exists() and not list((tmp_path / "there").iterdir())
+    (tmp_path / "there" / ".tmp").mkdir()  # of one that was killed
     for name in ("out", "there"):
         assert CliRunner().invoke(main, ["convert", str(file), str(tmp_path / name)]).exit_code == 0
+        assert not (tmp_path / name / ".tmp").exists()
         load_tokenizer(str(tmp_path / name))

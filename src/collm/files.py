@@ -26,6 +26,8 @@ from collm.errors import CollmError
 
 logger = logging.getLogger(__name__)
 
+TEMPORARY = ".tmp"
+"""Within a folder that is being made."""
 STALE = 24 * 3600.0
 """Seconds after which the half-written file of a killed process is swept away."""
 
@@ -63,12 +65,12 @@ def _sweep(path: Path) -> None:
 
 
 def refuse_full(folder: Path) -> None:
-    """A folder that shall be made must not be there yet, or be empty.
+    """A folder that shall be made must not be there yet, or be empty but for what a killed `whole_folder` left.
 
     Raises:
         CollmError: it holds something, or a file lies there.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != TEMPORARY for path in folder.iterdir())):
         raise CollmError(f"{folder} is not empty; choose another folder")
 
 
@@ -81,7 +83,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         CollmError: it cannot be written.
     """
     within = target.is_dir()
-    temporary = target / ".tmp" if within else target.with_name(f".{target.name}.tmp")
+    temporary = target / TEMPORARY if within else target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -51,8 +51,8 @@ def _claim(recipe: Recipe, restart: bool) -> None:
         for name in ("checkpoints", "init"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (*CHECKPOINT, RUN, "log.jsonl", OWN_TEXTS):
-            for path in out.glob(name):
-                path.unlink()
+            for old in out.glob(name):
+                old.unlink()
     run = load_run(out)
     found = _with_defaults({key: value for key, value in run.items() if key not in OURS}, out)
     differing = sorted(key for key in wanted if found.get(key) != wanted[key])
