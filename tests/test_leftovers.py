@@ -12,14 +12,17 @@ import torch
 from click.testing import CliRunner
 from conftest import make_model, make_tokenizer
 from gguf_files import write_gguf
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from collm.cli import main
 from collm.errors import CollmError
 from collm.models.adapters import ModelStore
-from collm.models.checkpoint import load_base
+from collm.models.checkpoint import load_base, save_checkpoint
 from collm.models.head import DeferralHead
+from collm.models.hub import push_to_hub
 from collm.models.info import CheckpointInfo, load_info, save_info
 from collm.models.loading import load_model, load_tokenizer
 from collm.models.reach import require_model
@@ -84,6 +87,41 @@ def test_a_run_that_is_trained_anew_leaves_nothing_of_the_old_one(
     assert json.loads((out / "run.json").read_text())["tune"] == after
     assert "eval_loss" in (out / "log.jsonl").read_text()
     assert run(after, restart=False) == out
+
+
+@pytest.mark.parametrize(("before", "after"), [("lora", "full"), ("full", "lora")])
+def test_a_checkpoint_on_the_hub_takes_the_place_of_the_one_before(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    """The old adapter stayed in the repository, beside the new weights, which it was laid over."""
+    hub = tmp_path / "hub"
+    (hub / "notes").mkdir(parents=True)
+    for name in ("notes/mine.txt", "figure.png"):
+        (hub / name).write_text("mine")
+
+    def upload_folder(
+        self: HfApi, folder_path: str, ignore_patterns: list[str], delete_patterns: list[str] | None, **options: Any
+    ) -> str:
+        """As the hub's own: of the old files those that match go, and what is sent is put there."""
+        there = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(there, allow_patterns=delete_patterns or []):
+            (hub / name).unlink()
+        shutil.copytree(folder_path, hub, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True)
+        return "address"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *given, **options: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    model = load_model(str(base))
+    tokenizer = load_tokenizer(str(base))
+    torch.manual_seed(3)
+    kinds = {"full": model, "lora": get_peft_model(load_model(str(base)), LoraConfig(r=2, init_lora_weights=False))}
+    for kind in (before, after):
+        info = CheckpointInfo(kind=kind, base_model=str(base))  # type: ignore[arg-type]
+        save_checkpoint(tmp_path / kind, info, kinds[kind], None, tokenizer)
+        push_to_hub(tmp_path / kind, "owner/name")
+    assert {p.name for p in hub.iterdir()} == {*(p.name for p in (tmp_path / after).iterdir()), "notes", "figure.png"}
+    found, expected = load_base(hub)[0], load_base(tmp_path / after)[0]
+    assert torch.equal(logits(found), logits(expected))
 
 
 def test_a_gate_without_assistants_is_of_another_run(base: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,31 @@ def test_a_run_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.Monk
     assert done.stdout.replace("runs/stopped", "runs/whole") == whole.stdout
 
 
+def test_a_restart_throws_nothing_of_others_away(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what lies in a folder that is no run's, nor the answers of a run that goes on meanwhile."""
+    from collm.workflow import run as steps
+
+    asked = ("--base", "base", "--data", "all.jsonl", "--task", "exact_match", "--tune", "gate", "--force")
+    assert collm("init", "again.yaml", "--preset", "tool", *asked).exit_code == 0
+    own = here / "project" / "evaluation" / "by_hand.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("a year's work")
+    done = collm("run", "again.yaml", *QUICK, "out=project", "--restart")
+    assert done.exit_code == 1 and "not a collm run" in done.stderr
+    assert own.read_text() == "a year's work"
+    real, told = steps._reported, []
+
+    def meanwhile(*given: Any) -> Any:
+        command = [sys.executable, "-m", "collm", "run", "again.yaml", *QUICK, "--restart"]
+        told.append(subprocess.run(command, capture_output=True, text=True, check=False))
+        return real(*given)
+
+    monkeypatch.setattr(steps, "_reported", meanwhile)
+    done = collm("run", "again.yaml", *QUICK)
+    assert told[0].returncode == 1 and "is being written by" in told[0].stderr
+    assert done.exit_code == 0, done.output
+
+
 def test_questions_of_one_group_stay_together(here: Path) -> None:
     parts = {name: Path(f"specialist-data/{name}.jsonl") for name in ("train", "calibration", "test")}
     if not parts["train"].exists():
@@ -250,6 +277,18 @@ def test_what_stood_there_before_a_failure_still_does(here: Path) -> None:
     Path("no_gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNMARKED))
     done = collm("init", "kept.yaml", *options, "--force", "--data", "no_gold.jsonl")
     assert done.exit_code == 1 and [path.read_bytes() for path in files] == before
+
+
+def test_data_that_are_there_are_not_replaced_unasked(here: Path) -> None:
+    """`pair.yaml` and `pair.yml` have one folder of data."""
+    options = [part for pair in FULL.items() for part in pair]
+    assert collm("init", "pair.yaml", *options).exit_code == 0
+    before = {path: path.read_bytes() for path in Path("pair-data").iterdir()}
+    (here / "fewer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(50)))
+    done = collm("init", "pair.yml", *options, "--data", "fewer.jsonl")
+    assert done.exit_code == 2 and "pair-data/train.jsonl is there already" in done.stderr
+    assert not Path("pair.yml").exists()
+    assert {path: path.read_bytes() for path in Path("pair-data").iterdir()} == before
 
 
 def test_a_task_that_the_training_texts_do_not_answer_is_told(here: Path) -> None:

@@ -65,6 +65,9 @@ def init(recipe: Path, like: str | None, force: bool, **given: Any) -> None:
 
         require_packages(("accelerate", "peft"))
     parts = [_data_folder(recipe) / f"{name}.jsonl" for name in PARTS] if asked["data"] else []
+    for part in parts:  # somebody's own, or of another recipe: pair.yaml and pair.yml have one folder
+        if part.exists() and not force:
+            raise click.UsageError(f"{part} is there already: give the recipe another name, or --force to replace it")
     with _all_or_nothing([*parts, recipe]):
         notes = _write(recipe, asked)
     if parts:

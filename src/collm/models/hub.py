@@ -20,6 +20,12 @@ LEFTOVERS = (
     *("evaluation", "base_alone", "report.html"),
 )
 """What lies in a run's folder besides the checkpoint."""
+CHECKPOINT = (
+    *("collm.json", "gate.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", CARD),
+)
+"""Files of a checkpoint, of any kind, as patterns: what one kind leaves would be loaded with another."""
 
 
 def model_card(info: CheckpointInfo) -> str:
@@ -98,7 +104,7 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> None:
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload a checkpoint with its card and return its address.
+    """Upload a checkpoint with its card, in the place of one that the repository holds, and return its address.
 
     Raises:
         CollmError: no checkpoint, or the hub refuses.
@@ -113,7 +119,12 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True, token
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         ignored = [pattern for name in LEFTOVERS for pattern in (name, f"{name}/*")]
-        commit = api.upload_folder(repo_id=repo_id, folder_path=str(folder), ignore_patterns=ignored)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            ignore_patterns=ignored,
+            delete_patterns=list(CHECKPOINT),  # those that are not uploaded now
+        )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise CollmError(f"could not upload {folder} to {repo_id}: {error}") from error
     return str(commit)

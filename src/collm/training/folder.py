@@ -15,18 +15,26 @@ from pydantic import ValidationError
 from collm import files
 from collm.errors import CollmError
 from collm.files import write_text
+from collm.models.hub import CHECKPOINT
 from collm.models.info import load_info
 from collm.training.made_from import DAY, FILES, MADE_FROM, RUN, begun, confirm_finished, first_day, load_run
 from collm.training.recipe import AFTER_TRAINING, Recipe
 
 OURS = (MADE_FROM, FILES, DAY)
 LOCK, OWN_TEXTS = ".lock", "own_texts.jsonl"
-CHECKPOINT = (
-    *("collm.json", "gate.safetensors", "adapter_config.json", "adapter_model.safetensors"),
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "README.md"),
-)
-"""Files of a finished run's checkpoint, of any kind: what one kind leaves would be loaded with another."""
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """For the length of the block the folder of a run, or of one to be, is this process's. Ask before removing there.
+
+    Raises:
+        CollmError: it holds something else, or another process works in it.
+    """
+    if out.is_dir() and not (out / RUN).is_file() and {path.name for path in out.iterdir()} - {"cache", LOCK}:
+        raise CollmError(f"{out} is not empty and not a collm run: choose another out")
+    with files.claimed(out, folder=True):
+        yield
 
 
 @contextmanager
@@ -36,10 +44,7 @@ def claimed(recipe: Recipe, restart: bool) -> Iterator[None]:
     Raises:
         CollmError: the folder belongs to another recipe or to something else, or another process works in it.
     """
-    out = recipe.out
-    if out.is_dir() and not (out / RUN).is_file() and {path.name for path in out.iterdir()} - {"cache", LOCK}:
-        raise CollmError(f"{out} is not empty and not a collm run: choose another out")
-    with files.claimed(out, folder=True):
+    with held(recipe.out):
         _claim(recipe, restart)
         yield
 

@@ -23,6 +23,7 @@ from collm.llm.deferral import METHODS, rate_of
 from collm.models.info import CalibrationTable, Chosen, load_info
 from collm.models.specs import is_tool
 from collm.sampling_params import SamplingParams
+from collm.training.folder import held
 from collm.training.recipe import Recipe, parse_recipe
 from collm.training.train import train
 from collm.types import told_rate
@@ -74,12 +75,18 @@ def run(recipe: Recipe, asked: Asked, *, restart: bool = False, progress: bool =
     Raises:
         CollmError: anything the user can put right.
     """
+    # To the end: whoever trained the pair anew meanwhile would get answers of two pairs into one report.
+    with held(recipe.out):
+        if restart:
+            for name in (CALIBRATION, EVALUATION, FINE_TUNED):
+                shutil.rmtree(recipe.out / name, ignore_errors=True)
+        return _run(recipe, asked, restart, progress)
+
+
+def _run(recipe: Recipe, asked: Asked, restart: bool, progress: bool) -> Outcome:
     assert recipe.evaluation is not None
     steps = _Steps(2 + bool(recipe.assistants) + recipe.evaluation.fine_tuned_base)
     out = recipe.out
-    if restart:
-        for name in (CALIBRATION, EVALUATION, FINE_TUNED):
-            shutil.rmtree(out / name, ignore_errors=True)
     steps.begin(f"scores and training, in {out}")
     train(recipe, restart=restart, progress=progress)
     fine_tuned = None
