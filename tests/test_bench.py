@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from collm.bench import card, ceilings, pairs
 from collm.bench.ceilings import Ceilings, PassCosts
-from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SAMPLED, SPECULATIVE, pair_cell
+from collm.bench.cells import ASSISTANT_ALONE, BASE_ALONE, PLAIN, SAMPLED, SPECULATIVE, growth_cell, pair_cell
 from collm.bench.figures import SAME, beyond_passes, facts, figures, of_ceiling
 from collm.bench.paired import Ratio, in_turn
 from collm.bench.pairs import Pair, synthetic, synthetic_name
@@ -321,6 +321,30 @@ def test_a_stopped_benchmark_goes_on(pair: Pair, tmp_path: Path, monkeypatch: py
     assert all(math.isfinite(figure["ratio"]["median"]) for figure in row["figures"])
     growth = [figure for figure in row["figures"] if "growth" in figure["demand"]]
     assert [figure["where"].rpartition(", ")[2] for figure in growth] == ["8 to 16 tokens"] * 2
+
+
+def test_a_benchmark_is_of_one_machine(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, and gone on with more threads, it told cells of both as one, and their growth as a ratio."""
+
+    def stop(*args: Any, **kwargs: Any) -> Cell:
+        raise KeyboardInterrupt
+
+    settings = plan(pair, kinds=("growth",))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            "collm.bench.run.growth_cell", lambda *a, **k: stop() if k["context"] == 16 else growth_cell(*a, **k)
+        )
+        bench(settings, tmp_path, progress=False)
+    before = (tmp_path / "bench.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 99)
+        with pytest.raises(CollmError, match=r"another machine \(threads: \d+ there, 99 now"):
+            bench(settings, tmp_path, progress=False)
+        assert (tmp_path / "bench.json").read_bytes() == before
+    whole = bench(settings, tmp_path, progress=False)
+    assert len(whole.cells) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert bench(settings, tmp_path, progress=False) == whole  # nothing is measured: it is told anywhere
 
 
 def test_another_benchmark_is_refused(pair: Pair, tmp_path: Path) -> None:

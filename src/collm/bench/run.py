@@ -30,6 +30,8 @@ FILE = "bench.json"
 KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "card")
 """What any machine can measure; `card` asks for a GPU."""
 GROWTH_TOKENS = 32
+SPEED = ("cpu", "cores", "threads", "gpu")
+"""Of a machine: cells that differ in it are not of one benchmark."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def _bench(plan: Plan, path: Path | None, progress: bool) -> BenchResult:
     result = _begun(path, plan)
     done = {cell.key for cell in result.cells}
     planned = {name: list(plan.cells(name)) for name in plan.pairs}
+    if done and not done.issuperset(key for cells in planned.values() for key, _ in cells):
+        _require_same_machine(result, path)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         row = bar.add_task("bench", total=sum(map(len, planned.values())), completed=len(done))
@@ -162,3 +166,19 @@ def _begun(path: Path | None, plan: Plan) -> BenchResult:
     if what:
         raise CollmError(f"{path} holds another benchmark ({what}): give another folder, or delete it to start afresh")
     return found
+
+
+def _require_same_machine(found: BenchResult, path: Path | None) -> None:
+    """Cells are compared with one another: by twice the threads, a longer context would seem to cost nothing.
+
+    Raises:
+        CollmError: those that are there were measured by another machine, or by more or fewer threads.
+    """
+    there = {key: found.machine[key] for key in SPEED if key in found.machine}
+    here = machine()
+    what = differences(there, {key: here[key] for key in there})
+    if what:
+        raise CollmError(
+            f"{path} was begun on another machine ({what}): go on there, give another folder, or delete it to start "
+            "afresh"
+        )
