@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,32 @@ def test_a_run_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.Monk
     done = collm("run", "stopped.yaml", *changes, "out=runs/stopped")
     assert done.exit_code == 0, done.output
     assert done.stdout.replace("runs/stopped", "runs/whole") == whole.stdout
+
+
+def test_a_run_goes_on_the_next_day(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a template tells the day, the base as it came was shown another one than the pair, and its answers of the
+    day before were refused as another run's."""
+    template = (
+        "{{ strftime_now('%d %b') }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    shutil.copytree(here / "base", here / "dated", dirs_exist_ok=True)
+    make_tokenizer(chat_template=template).save_pretrained(here / "dated")
+    asked = ("--base", "dated", "--data", "all.jsonl", "--task", "exact_match", "--force")
+    assert collm("init", "days.yaml", "--preset", "tool", *asked).exit_code == 0
+    changes = (*QUICK, "evaluation.fine_tuned_base=false")
+    done = collm("run", "days.yaml", *changes)
+    assert done.exit_code == 0, done.output
+
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> Tomorrow:
+            return cls.fromordinal(date.today().toordinal() + 1)
+
+    monkeypatch.setattr("collm.data.formatting.date", Tomorrow)
+    again = collm("run", "days.yaml", *changes)
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout == done.stdout
 
 
 def test_a_restart_throws_nothing_of_others_away(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from collm.calibration import calibrate, store_table, trained_state, write_curve
-from collm.data.formatting import Formatter, PromptFormat
 from collm.evaluation.evaluate import evaluate
 from collm.evaluation.overview import Overview, write_overview
 from collm.evaluation.result import EvalResult, result_path
@@ -24,8 +23,10 @@ from collm.models.info import CalibrationTable, Chosen, load_info
 from collm.models.specs import is_tool
 from collm.sampling_params import SamplingParams
 from collm.training.folder import held
+from collm.training.made_from import first_day
 from collm.training.recipe import Recipe, parse_recipe
 from collm.training.train import train
+from collm.training.writers import formatter_of
 from collm.types import told_rate
 from collm.workflow.checking import Asked
 
@@ -115,7 +116,7 @@ def _run(recipe: Recipe, asked: Asked, restart: bool, progress: bool) -> Outcome
     for name, spec in others:
         with _loaded(recipe, spec) as llm:
             if spec == recipe.base.model:  # a plain model does not know how the recipe shows it its prompts
-                llm.formatters = (Formatter(llm.tokenizer, PromptFormat(**recipe.base.format.to_dict())),)
+                llm.formatters = (formatter_of(llm.tokenizer, recipe.base, first_day(out)),)
             way = Way(name, replace(_params(recipe), deferral="never"))
             first += _answered(recipe, asked, llm, [way], spec, progress)
     return _reported(recipe, [*first, *answers], table)
