@@ -17,13 +17,15 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from collm.calibration import write_curve
 from collm.cli import main
 from collm.errors import CollmError
+from collm.files import write_text
 from collm.models.adapters import ModelStore
 from collm.models.checkpoint import load_base, save_checkpoint
 from collm.models.head import DeferralHead
 from collm.models.hub import push_to_hub
-from collm.models.info import CheckpointInfo, load_info, save_info
+from collm.models.info import CalibrationRow, CalibrationTable, CheckpointInfo, load_info, save_info
 from collm.models.loading import load_model, load_tokenizer
 from collm.models.reach import require_model
 from collm.training.recipe import parse_recipe
@@ -76,8 +78,13 @@ def test_a_run_that_is_trained_anew_leaves_nothing_of_the_old_one(
         }
         return train(parse_recipe(values), progress=False, restart=restart)
 
-    run(before)
-    out = run(after)
+    out = run(before)
+    # Of the old gate, and of its training: they would be shown, and uploaded, as the new one's.
+    row = CalibrationRow(target_rate=0.5, achieved_rate=0.5, threshold=0.5, log_odds=0.0, metric_value=0.5)
+    curve = CalibrationTable(task="t", metric="m", seed=0, num_prompts=1, rows=[row], best=0)
+    stale = [*write_curve(curve, out), *write_curve(curve, out / "entropy"), out / "tensorboard" / "events.out"]
+    write_text(stale[-1], "steps of the old run")
+    assert run(after) == out and not any(path.exists() for path in stale)
     kept = {path.name for path in out.iterdir()}
     assert ("model.safetensors" in kept) == ("config.json" in kept) == ("tokenizer.json" in kept) == (after == "full")
     assert ("adapter_model.safetensors" in kept) == ("adapter_config.json" in kept) == (after == "lora")

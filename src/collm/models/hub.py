@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -12,10 +12,12 @@ from collm.errors import CollmError
 from collm.files import refuse_full, write_text
 from collm.models.info import CheckpointInfo, load_info, moved, save_info
 from collm.models.specs import split_spec
+from collm.sampling_params import Signal
 
 CARD = "README.md"
 LEFTOVERS = (
     *("cache", "checkpoints", "init", "calibration", "run.json", "log.jsonl", ".lock"),
+    "tensorboard",
     "own_texts.jsonl",
     *("evaluation", "base_alone", "report.html"),
 )
@@ -24,6 +26,8 @@ CHECKPOINT = (
     *("collm.json", "gate.safetensors", "adapter_config.json", "adapter_model.safetensors"),
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", CARD),
+    # Where `collm calibrate` puts them: those of an old gate would pass for the new one's.
+    *("curve.*" if signal == "gate" else f"{signal}/curve.*" for signal in get_args(Signal)),
 )
 """Files of a checkpoint, of any kind, as patterns: what one kind leaves would be loaded with another."""
 

@@ -53,7 +53,7 @@ def _claim(recipe: Recipe, restart: bool) -> None:
     out, path = recipe.out, recipe.out / RUN
     wanted: dict[str, Any] = _identity(recipe)
     if restart:
-        for name in ("checkpoints", "init"):
+        for name in ("checkpoints", "init", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (*CHECKPOINT, RUN, "log.jsonl", OWN_TEXTS):
             for old in out.glob(name):

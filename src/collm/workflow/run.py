@@ -81,6 +81,7 @@ def run(recipe: Recipe, asked: Asked, *, restart: bool = False, progress: bool =
         if restart:
             for name in (CALIBRATION, EVALUATION, FINE_TUNED):
                 shutil.rmtree(recipe.out / name, ignore_errors=True)
+            (recipe.out / REPORT).unlink(missing_ok=True)
         return _run(recipe, asked, restart, progress)
 
 
