@@ -191,6 +191,27 @@ def test_files_say_where_chunks_begin(system: Any, tmp_path: Path) -> None:
         score(EXAMPLES, model_of(base), base.formatter, tmp_path / "base", chunks=other, progress=False)
 
 
+def test_chunks_are_not_gone_on_with_as_tokens(system: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring with the other models named was stopped; the next time nobody names them."""
+    base, out = system[0], tmp_path / "s"
+    model, batches = model_of(base), []
+
+    def stopping(*arguments: Any) -> Any:
+        batches.append(arguments)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return score_chunks(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("collm.data.scoring.score_chunks", stopping)
+        score(EXAMPLES, model, base.formatter, out, chunks=base, batch_tokens=1, progress=False)
+    with pytest.raises(CollmError, match=r"s\.partial is stale.*take turns"):
+        score(EXAMPLES, model, base.formatter, out, progress=False)
+    score(EXAMPLES, model, base.formatter, out, chunks=base, progress=False)
+    with pytest.raises(CollmError, match="s is stale.*take turns"):
+        score(EXAMPLES, model, base.formatter, out, progress=False)
+
+
 def test_text_that_is_not_kept_is_refused(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base, one, two = system
 

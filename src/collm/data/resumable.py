@@ -25,7 +25,7 @@ from collm.data.scores import (
     load_scores,
     partial_path,
     require_current,
-    require_match,
+    require_same,
     save_scores,
 )
 from collm.errors import CollmError
@@ -63,7 +63,7 @@ def already_scored(out: Path, fingerprint: Fingerprint, resume: bool) -> bool:
     if not resume:
         return False
     require_current(out, info)
-    require_match(info["fingerprint"], fingerprint, str(out))
+    require_same(info["fingerprint"], fingerprint, str(out))
     load_scores(out)
     partial_path(out).unlink(missing_ok=True)
     logger.info("%s: scored already", out)
@@ -117,7 +117,7 @@ def _score(
     scores: dict[int, TokenScores] = {}
     kept = encoded.kept
     with Journal(partial_path(out), {"fingerprint": fingerprint}, resume=resume) as journal:
-        require_match(journal.found["fingerprint"], fingerprint, str(journal.path))
+        require_same(journal.found["fingerprint"], fingerprint, str(journal.path))
         for record in journal.records:
             scores.update(_unpack(record))
         if scores:

@@ -113,6 +113,11 @@ def require_match(found: Fingerprint, expect: Fingerprint, what: str) -> None:
         )
 
 
+def require_same(found: Fingerprint, now: Fingerprint, what: str) -> None:
+    """`require_match` for whole fingerprints: a key that is told only there (chunks were scored, say) differs, too."""
+    require_match(found, {**dict.fromkeys(found), **now}, what)
+
+
 def partial_path(path: Path) -> Path:
     """Where a run that is not finished keeps its work."""
     return path.with_name(path.name + ".partial")
