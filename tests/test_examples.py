@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import pytest
 
-from collm.data.examples import Example, examples_fingerprint, hold_out, load_examples
+from collm.data.examples import Example, examples_fingerprint, hold_out, load_examples, parse_example
+from collm.data.sources import read_source
 from collm.errors import CollmError
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], "answer": "4"}
@@ -145,6 +146,32 @@ def test_columns_that_a_row_does_not_use(tmp_path: Path) -> None:
     data.save_to_disk(str(tmp_path / "mixed"))
     chat, plain = load_examples(tmp_path / "mixed")
     assert chat.messages == tuple(CHAT["messages"]) and plain.prompt == "p"
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": null}'], ids=["object", "text"])
+def test_arguments_of_other_rows_calls_are_none_of_this_rows(tmp_path: Path, arguments: Any) -> None:
+    """Arrow gives every struct the keys of all: the model would learn to call `weather(city, expr=null)`."""
+    other = {"expr": {"b": 1}} if isinstance(arguments, dict) else '{"expr": 1}'
+    rows = [_calling("weather", arguments), _calling("calculate", other)]
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(str(tmp_path / "table"))
+    data.to_parquet(str(tmp_path / "table.parquet"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    expected = [(e.messages, e.tools) for e in load_examples(path)]
+    assert expected[0][0][1]["tool_calls"][0]["function"]["arguments"] == arguments
+    for source in ("table", "table.parquet"):
+        assert [(e.messages, e.tools) for e in load_examples(tmp_path / source)] == expected
+    prepared = [parse_example(row, "", "") for row in read_source("tulu", tmp_path / "table.parquet")]
+    assert [example.messages for example in prepared] == [messages for messages, _ in expected]
+
+
+def _calling(name: str, arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    keys = {key: {"type": "string"} for key in (arguments if isinstance(arguments, dict) else json.loads(arguments))}
+    tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": keys}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": messages, "tools": [tool]}
 
 
 def test_fingerprint_follows_texts_and_order_only() -> None:

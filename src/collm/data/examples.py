@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.data.messages import EXPECTED, Conversation, read_messages, read_tools, require_texts
-from collm.data.records import rows
+from collm.data.records import rows, unpadded
 from collm.errors import CollmError
 from collm.text import require_text
 from collm.types import Message
@@ -161,8 +161,9 @@ def _dataset_rows(source: str, split: str) -> Iterator[tuple[str, object]]:
             raise CollmError(f"{source}: there is no such file or folder")
         else:
             data = datasets.load_dataset(source, split=split)
+        schema = data.features.arrow_schema
         for number, row in enumerate(data):
-            yield f"{source}, row {number}", row
+            yield f"{source}, row {number}", unpadded(row, schema)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, CollmError):
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from collm.text import decoded
 
 LISTS = (".json",)
 """Files that may be one list, of rows or records, over any number of lines."""
+SHOWN = ("messages", "tools")
+"""Columns of which models are shown all that they hold."""
 
 
 def records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -133,9 +135,25 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         batches = parquet.ParquetFile(path).iter_batches()
     except ArrowInvalid as error:
         raise CollmError(f"{path}: no parquet file ({error})") from None
-    found = (record for batch in batches for record in batch.to_pylist())
+    found = (unpadded(record, batch.schema) for batch in batches for record in batch.to_pylist())
     for number, record in enumerate(found):
         yield f"{path}, row {number}", record
+
+
+def unpadded(row: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """A row of a table of that Arrow schema, without the keys that Arrow put into its `messages` and `tools`: what one
+    row has there stands in all of them, as null, so that a call of one function would have every other's arguments."""
+    return {key: _unpadded(value, schema.field(key).type) if key in SHOWN else value for key, value in row.items()}
+
+
+def _unpadded(value: Any, kind: Any) -> Any:
+    from pyarrow import types
+
+    if types.is_struct(kind) and isinstance(value, Mapping):
+        return {key: _unpadded(inner, kind.field(key).type) for key, inner in value.items() if inner is not None}
+    if (types.is_list(kind) or types.is_large_list(kind)) and isinstance(value, list):
+        return [_unpadded(inner, kind.value_type) for inner in value]
+    return value
 
 
 def _whole(path: Path) -> Any:
