@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from collm.data.examples import Example, parse_example
 from collm.data.formatting import Formatter, PromptFormat, require_read
 from collm.data.messages import Conversation, read_conversation, read_messages
+from collm.data.scores import scores_fingerprint
 from collm.errors import CollmError
 
 CHATML = (
@@ -303,6 +304,29 @@ def test_an_end_within_a_question_is_told(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level("WARNING"):
         Formatter(make_tokenizer()).encode(row(user("a<|im_end|>b"), said("1")))
     assert "line 3: message 1 (user) holds '<|im_end|>', which models read as an end" in caplog.text
+
+
+KEEPING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and (keep or loop.last) %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Keeps the thoughts of earlier turns where it is told to, as newer templates do."""
+
+
+def test_variables_that_change_what_is_learnt_are_told_in_scores() -> None:
+    """Scores of last turns alone stood at the first tokens of all turns."""
+    forgets, keeps = (
+        formatter_for(QWEN, chat_template=KEEPING, template_kwargs=kwargs) for kwargs in ({}, {"keep": True})
+    )
+    example = row(*(said("b", reasoning_content="e") if m["role"] == "assistant" else m for m in TWO_TURNS))
+    assert [len(formatter.completions(example)) for formatter in (forgets, keeps)] == [1, len(TWO_TURNS) // 2]
+    assert forgets.completions_fingerprint() != keeps.completions_fingerprint()
+    by_base = [scores_fingerprint([example], {}, keeps, completions_from=base) for base in (forgets, keeps)]
+    assert by_base[0] != by_base[1] == scores_fingerprint([example], {}, keeps)
+    # Nothing that is learnt differs by whether thoughts are asked for: an empty block stands before it.
+    asked, unasked = formatter_for(QWEN), formatter_for(QWEN, template_kwargs={"enable_thinking": False})
+    assert asked.completions_fingerprint() == unasked.completions_fingerprint()
 
 
 def test_last_turns_alone_where_one_model_rewrites() -> None:

@@ -201,6 +201,26 @@ def test_score_beside_a_base_without_a_template(world: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
 
 
+def test_the_base_is_told_the_variables_of_templates_too(world: Path, tmp_path: Path) -> None:
+    """What it learns may depend on them, and that is what an assistant is scored on."""
+    shutil.copytree("base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content and (keep or loop.last) %}"
+        "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}] * 2
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    scoring = ["score", tmp_path / "talk.jsonl", "--model", tmp_path / "base", "--template-kwargs", '{"keep": true}']
+    told = []
+    for name, base in (("by-itself", []), ("by-the-base", ["--base", tmp_path / "base"])):
+        result = collm(*scoring, *base, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        told.append(json.loads((tmp_path / name / "scores.json").read_text()))
+    keys = ("fingerprint", "completions", "labelled_tokens", "mean_log_prob")
+    assert [told[0][key] for key in keys] == [told[1][key] for key in keys]
+
+
 def test_stale_scores_are_refused(world: Path) -> None:
     arguments = ["score", "data.jsonl", "--model", "base", "--out", "scores/stale"]
     assert collm(*arguments).exit_code == 0

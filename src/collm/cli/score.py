@@ -101,7 +101,7 @@ def score(
     if base_tokenizer is not None:
         # What ends a turn is the base's affair: its own template, or where it has none the one that is given.
         own = PromptFormat() if base_tokenizer.chat_template else PromptFormat(chat_template=format.chat_template)
-        completions_from = Formatter(base_tokenizer, own)
+        completions_from = Formatter(base_tokenizer, own).told(options["template_kwargs"])
     reader = None
     if cuts is None:
         examples = usable(examples, [completions_from or formatter, formatter], skip_bad=options["skip_bad"])

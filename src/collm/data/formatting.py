@@ -29,6 +29,15 @@ from collm.types import Message
 
 logger = logging.getLogger(__name__)
 
+_TURNS: tuple[Message, ...] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+)
+_SPOKEN = (_TURNS, tuple({**m, "reasoning_content": "e"} if m["role"] == "assistant" else m for m in _TURNS))
+"""Conversations of which variables of a template may show more or less."""
+
 
 @dataclass(frozen=True)
 class PromptFormat:
@@ -233,8 +242,24 @@ class Formatter:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def completions_fingerprint(self) -> str:
-        """A hash of what decides the completions' tokens: unlike `fingerprint`, whatever the system prompt and BOS."""
-        return hashlib.sha256(json.dumps([self._source, self.tokenizer.eos_token]).encode()).hexdigest()[:16]
+        """A hash of what decides the completions' tokens: unlike `fingerprint`, whatever the system prompt and BOS. Of
+        `template_kwargs` only those count that change what is learnt (that keep the thoughts of earlier turns, say)."""
+        parts: list[Any] = [self._source, self.tokenizer.eos_token]
+        if self.format.template_kwargs and not self._speaks_as(replace(self.format, template_kwargs={})):
+            parts.append({"template_kwargs": self.format.template_kwargs})
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _speaks_as(self, format: PromptFormat) -> bool:
+        """Are completions the same in another format? What one of both refuses is not learnt, and so says nothing."""
+        both = (self, type(self)(self.tokenizer, format))
+        for messages in _SPOKEN:
+            try:
+                told = [formatter.completions(Example("", messages=messages)) for formatter in both]
+            except CollmError:
+                continue
+            if told[0] != told[1]:
+                return False
+        return True
 
     # -- conversations
 

@@ -224,8 +224,8 @@ def _check_unopened(writer: Writer, base: Formatter, max_length: int) -> None:
         info = load_info(path)
         if info["completions"] != base.completions_fingerprint():
             raise CollmError(
-                f"{path} is stale: the tokens scored are not those the base learns (another chat template, or another "
-                "EOS); score again with --base"
+                f"{path} is stale: the tokens scored are not those the base learns (another chat template, other "
+                "template_kwargs or another EOS); score again with --base"
             )
         day = {key: value for key, value in info["prompt_format"].items() if key == "date"}
         if wanted_format and {**day, **wanted_format} != info["prompt_format"]:
