@@ -9,7 +9,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from collm.data.encoding import encode_examples
@@ -183,6 +183,36 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 def test_no_space_creeps_in_between_prompt_and_completion() -> None:
     formatter = Formatter(sentencepiece_like())
     assert formatter.encode(Example("x", prompt="a a", completion=" b")).token_ids == (1, 4, 4, 5, 2)
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """Llama 2's other way: the normaliser puts the space, and what is no word is spelt in bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "b", "a", "r", "▁b", "▁ba", "ba"]
+    merges = [("▁", "b"), ("▁b", "a"), ("b", "a")]
+    inner = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("b: ", "bar"),
+        ("b:\n    ", "bar\n"),
+        ("b", "ar"),
+        ("b: ", "\n\nbar"),
+        ("b:", " bar"),
+        ("b:\n", "bar"),
+        ("", "bar"),
+    ],
+)
+def test_a_space_that_the_prompt_ends_with_is_not_learnt_twice(prompt: str, completion: str) -> None:
+    tokenizer = llama_like()
+    ids = Formatter(tokenizer).encode(Example("x", prompt=prompt, completion=completion)).token_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
 
 
 def test_add_bos_as_the_tokenizer_does_or_as_told() -> None:

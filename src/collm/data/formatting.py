@@ -239,6 +239,7 @@ class Formatter:
         parts += [tokenizer.bos_token, tokenizer.eos_token]
         # What is not set leaves the hash as it was before it could be set.
         parts += [{k: v} for k in ("template_kwargs", "date") if (v := format.to_dict().get(k)) is not None]
+        parts += ["no space at joints"] if self._tokens.opens_with_space else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def completions_fingerprint(self) -> str:

@@ -10,8 +10,9 @@ from collm.errors import CollmError
 
 TokenIds = tuple[int, ...]
 
-
 REMEMBERED = 16
+LINE_END = "\n"
+"""What a text may stand behind without melting into it."""
 
 
 class Encoder:
@@ -72,8 +73,21 @@ class Tokens:
         """
         if not text:
             return ()
+        together = self._together(before, text)
+        if together is None and self.opens_with_space:
+            together = self._together(LINE_END, text)
+        return self.encode(text) if together is None else together
+
+    def _together(self, before: str, text: str) -> TokenIds | None:
         head, both = self.encode(before), self.encode(before + text)
-        return both[len(head) :] if both[: len(head)] == head else self.encode(text)
+        return both[len(head) :] if both[: len(head)] == head else None
+
+    @cached_property
+    def opens_with_space(self) -> bool:
+        """Does a text on its own get a space that it has not got, as with Llama 2? ("Answer: " and "bar" would be
+        learnt as "Answer:  bar".)"""
+        own, spaced, bare = self.encode("a"), self._together(LINE_END, " a"), self._together(LINE_END, "a")
+        return bool(bare) and spaced == own != bare
 
     def after_turn(self, text: str) -> TokenIds:
         return self.behind(self.eos, text)
