@@ -72,13 +72,12 @@ def _weights_of(spec: str) -> tuple[list[Path], Any] | None:
     if adapter is not None:
         base, own = _weights_of(str(adapter["base_model_name_or_path"])), Path(spec) / "adapter_model.safetensors"
         return None if base is None or not own.is_file() else ([own, *base[0]], [base[1], adapter])
-    place = locate(spec)
-    if isinstance(place, Path):
-        return [place], None
-    folder = Path(place) if Path(place).is_dir() else _downloaded(place)
-    if folder is None or not (folder / "config.json").is_file() or not weight_files(folder):
+    place = _place(spec)
+    if place is None:
         return None
-    return weight_files(folder), _told(read_object(folder / "config.json"))
+    if place.is_file():
+        return [place], None
+    return weight_files(place), _told(read_object(place / "config.json"))
 
 
 def model_files(spec: str) -> list[Path] | None:
@@ -91,14 +90,25 @@ def model_files(spec: str) -> list[Path] | None:
         own = [Path(spec) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
         base = model_files(str(adapter["base_model_name_or_path"]))
         return None if base is None or not all(path.is_file() for path in own) else own + base
+    place = _place(spec)
+    if place is None:
+        return None
+    if place.is_file():
+        return [place]
+    # What may change what is loaded, or how it is computed.
+    return [*sorted(place.glob("*.json")), *weight_files(place)]
+
+
+def _place(spec: str) -> Path | None:
+    """The GGUF file of a model that is no adapter, or its folder, which has a configuration and weights; None where
+    they are not at hand."""
     place = locate(spec)
     if isinstance(place, Path):
-        return [place]
+        return place
     folder = Path(place) if Path(place).is_dir() else _downloaded(place)
     if folder is None or not (folder / "config.json").is_file() or not weight_files(folder):
         return None
-    # What may change what is loaded, or how it is computed.
-    return [*sorted(folder.glob("*.json")), *weight_files(folder)]
+    return folder
 
 
 def _downloaded(name: str) -> Path | None:
