@@ -424,6 +424,39 @@ def long_texts(bench: Bench) -> None:
     model.forget()
 
 
+def readings(bench: Bench) -> None:
+    """What other ways to read keys and to cut them into chunks bring: passes and long texts, over their bounds."""
+    if not bench.cuda:
+        return
+    from collm.models.paged import plan as planned
+    from collm.models.paged.triton_ops import TritonOps
+
+    usual = planned.CHUNK, planned.MORE_ITEMS
+    for name, chunk, more, how in (
+        ("as it is", *usual, {}),
+        ("loops alone", *usual, {"wide": 0}),
+        ("more programs", *usual, {"programs": 396}),
+        ("more programs, fewer items", usual[0], 128, {"programs": 396}),
+        ("fewer items", usual[0], 128, {}),
+        ("chunks of 512", 512, usual[1], {}),
+        ("chunks of 512, more programs, fewer items", 512, 128, {"programs": 396}),
+        ("as it is, again", *usual, {}),
+    ):
+        planned.CHUNK, planned.MORE_ITEMS = chunk, more
+        planned._empty.cache_clear()
+        try:
+            model = loaded(bench, "assistant", tokens=card.room_for_long(card.LONG), ops=TritonOps(**how))
+            found = {f"T{n}": card.pass_seconds(model, n) * 1e3 / bound(bench, "assistant", tokens=n)
+                     for n in (1, 16, 64, 128)}  # fmt: skip
+            for key, seconds, limit in card.long_passes(model, bench.bandwidth, card.LONG):
+                found[key] = seconds / limit
+            bench.note(f"readings.{name}", found)
+            model.forget()
+        finally:
+            planned.CHUNK, planned.MORE_ITEMS = usual
+            planned._empty.cache_clear()
+
+
 def by_modules(bench: Bench) -> None:
     """The way of every architecture that has no pass of its own: its modules under a graph, our attention."""
     model = loaded(bench, "base", tokens=8192, dense=None)
@@ -498,8 +531,11 @@ def devices(bench: Bench) -> None:
     for spread in (True, False):
         models = []
         for name, extra in (("base", 0), ("assistant", 2)):
-            network = make_model(shape, extra, dtype="float32", device="cpu" if spread else str(bench.device))
-            if spread:
+            # Made on the host: a card draws other weights from the same seed.
+            network = make_model(shape, extra, dtype="float32", device="cpu")
+            if not spread:
+                network.to(bench.device)
+            else:
                 first = {"model.embed_tokens": "cpu", "model.layers.0": "cpu"}
                 rest = {f"model.layers.{n}": str(bench.device) for n in range(1, shape.num_layers + extra)}
                 others = ("model.norm", "model.rotary_emb", "lm_head")
@@ -655,6 +691,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
     ("counts", counts, 5),
     ("kernels", kernels, 5),
     ("long texts", long_texts, 10),
+    ("readings", readings, 30),
     ("modules", by_modules, 10),
     ("two streams", two_streams, 10),
     ("compiled", compiled, 30),

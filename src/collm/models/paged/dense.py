@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from collm.models.paged.plan import POSITIONS, WHERE, Plan
+from collm.models.paged.plan import IDS, POSITIONS, WHERE, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,10 @@ class Turns:
 
 
 class Dense(Protocol):
+    def embed(self, plan: Plan, table: Tensor) -> Tensor:
+        """The rows of `table` `[V, H]` that the ids of a pass name, `[T, H]`."""
+        ...
+
     def add_norm(self, x: Tensor, delta: Tensor | None, factor: float, weight: Tensor, eps: float) -> Tensor:
         """`x += factor * delta` in place; the RMSNorm of x, `[T, H]`."""
         ...
@@ -57,6 +61,9 @@ class Dense(Protocol):
 
 class TorchDense:
     """The plain twin of `TritonDense`."""
+
+    def embed(self, plan: Plan, table: Tensor) -> Tensor:
+        return F.embedding(plan.line(IDS), table)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, factor: float, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:

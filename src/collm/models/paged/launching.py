@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 _ahead: ContextVar[list[Any] | None] = ContextVar("ahead", default=None)
 """The kernels that are compiled instead of being launched."""
@@ -42,4 +43,6 @@ def compiled_ahead(device: torch.device) -> Iterator[None]:
 def _make_ready(kernel: Any) -> None:
     """Also one that was promised while it was being compiled."""
     kernel = kernel.result() if hasattr(kernel, "result") else kernel
-    _ = kernel.run
+    # Who launches one that needs more than the device has takes another.
+    with suppress(OutOfResources):
+        _ = kernel.run

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from collm.models.devices import is_quantized, is_spread
 from collm.models.paged.dense import Dense, Heads, Turns
-from collm.models.paged.plan import IDS
 from collm.models.paged.pool import Pass
 from collm.models.paged.products import CannotFuse, Product
 
@@ -65,7 +63,7 @@ class LlamaBody:
     def __call__(self, issued: Pass) -> Tensor:
         dense, pool = self._dense, issued.pool
         plan, _ = issued.on(pool.device)
-        x = F.embedding(plan.line(IDS), self._embedding.weight)
+        x = dense.embed(plan, self._embedding.weight)
         if self._factor != 1.0:
             x = x * self._factor
         delta: Tensor | None = None

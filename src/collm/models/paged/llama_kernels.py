@@ -8,8 +8,18 @@ import triton.language as tl
 from collm.models.paged import plan as lines
 
 _HEAD = tl.constexpr(lines.HEAD)
+_IDS = tl.constexpr(lines.IDS)
 _POSITIONS = tl.constexpr(lines.POSITIONS)
 _WHERE = tl.constexpr(lines.WHERE)
+
+
+@triton.jit(do_not_specialize=["T"])
+def embed(plan, table, out, T, H, B: tl.constexpr):
+    """Program (token, block): the embedding of its id."""
+    t = tl.program_id(0)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    row = tl.load(plan + _HEAD + _IDS * T + t).to(tl.int64)
+    tl.store(out + t.to(tl.int64) * H + i, tl.load(table + row * H + i, mask=i < H, other=0.0), mask=i < H)
 
 
 @triton.jit
@@ -17,6 +27,8 @@ def add_norm(x, delta, weight, out, factor, H, eps, ADD: tl.constexpr, B: tl.con
     """Program (token): x += factor * delta, in place; out = RMSNorm(x)."""
     at = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, B)
+    # All that is read is asked for at once: behind the sum, it would be waited for once more.
+    scale = tl.load(weight + i, mask=i < H, other=0.0)
     row = tl.load(x + at + i, mask=i < H, other=0.0)
     if ADD:
         more = tl.load(delta + at + i, mask=i < H, other=0.0)
@@ -24,7 +36,7 @@ def add_norm(x, delta, weight, out, factor, H, eps, ADD: tl.constexpr, B: tl.con
         tl.store(x + at + i, row, mask=i < H)
     wide = row.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
-    tl.store(out + at + i, normed.to(row.dtype) * tl.load(weight + i, mask=i < H, other=0.0), mask=i < H)
+    tl.store(out + at + i, normed.to(row.dtype) * scale, mask=i < H)
 
 
 @triton.jit
@@ -48,6 +60,8 @@ def turn_and_store(
     t = tl.program_id(0)
     h = tl.program_id(1)
     d = tl.arange(0, DP)
+    position = tl.load(plan + _HEAD + _POSITIONS * T + t)
+    where = tl.load(plan + _HEAD + _WHERE * T + t)
     # The number that each one is turned with: its like in the other half of those that are turned.
     other = tl.where(d < R // 2, d + R // 2, tl.where(d < R, d - R // 2, d))
     source = qkv + (t.to(tl.int64) * (HQ + 2 * KV) + h) * D
@@ -66,13 +80,11 @@ def turn_and_store(
         y = tl.where(turns, normed_y, y)
     turned = x.to(tl.float32)
     if R > 0:
-        position = tl.load(plan + _HEAD + _POSITIONS * T + t)
         angle = position * (R // 2) + tl.where(d < R // 2, d, d - R // 2)
         known = (d < R) & turns
         c = tl.load(cos + angle, mask=known, other=1.0)
         s = tl.load(sin + angle, mask=known, other=0.0)
         turned = turned * c + y.to(tl.float32) * tl.where(d < R // 2, -s, s)
-    where = tl.load(plan + _HEAD + _WHERE * T + t)
     block = (where // BLOCK).to(tl.int64) * KV
     inside = where % BLOCK
     if h < HQ:

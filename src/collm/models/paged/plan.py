@@ -21,7 +21,7 @@ from collm.models.attention import Row
 from collm.models.paged.blocks import Blocks
 
 HEAD = 4
-"""Numbers before the lines: items, positions of a chunk."""
+"""Numbers before the lines: items, positions of a chunk, pieces."""
 LINES = 18
 """An even number: a pass may be uploaded as int64, beside other numbers."""
 IDS, POSITIONS, WHERE, SLOTS = 0, 1, 2, 3
@@ -116,7 +116,7 @@ def fill(
         items = -(-(pieces[:, 4] + pieces[:, 6]) // chunk)
         item = int(items.sum())
         of_pieces[-1] = np.cumsum(items) - items
-    numbers[:2] = item, chunk
+    numbers[:3] = item, chunk, len(found)
     return item
 
 

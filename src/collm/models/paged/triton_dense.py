@@ -10,12 +10,19 @@ from collm.models.paged.dense import Heads, Turns
 from collm.models.paged.launching import launch
 from collm.models.paged.plan import Plan
 
-GATED = 1024
-"""Numbers of a program of `gated`."""
+NUMBERS = 1024
+"""Numbers of a program of `embed` and of `gated`."""
 
 
 class TritonDense:
     """`Dense` by Triton's kernels. All tensors are contiguous."""
+
+    def embed(self, plan: Plan, table: Tensor) -> Tensor:
+        width = table.shape[1]
+        out = table.new_empty((plan.num_tokens, width))
+        grid = plan.num_tokens, triton.cdiv(width, NUMBERS)
+        launch(kernels.embed, grid, plan.numbers, table, out, plan.num_tokens, width, B=NUMBERS)
+        return out
 
     def add_norm(self, x: Tensor, delta: Tensor | None, factor: float, weight: Tensor, eps: float) -> Tensor:
         out, width = x.new_empty(x.shape), x.shape[1]
@@ -28,7 +35,7 @@ class TritonDense:
     def gated(self, gate_up: Tensor) -> Tensor:
         count, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((count, width))
-        launch(kernels.gated, (count, triton.cdiv(width, GATED)), gate_up, out, width, B=GATED)
+        launch(kernels.gated, (count, triton.cdiv(width, NUMBERS)), gate_up, out, width, B=NUMBERS)
         return out
 
     def turn_and_store(

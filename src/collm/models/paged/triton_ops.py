@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from collm.models.paged import kernels
 from collm.models.paged.launching import launch
@@ -13,22 +16,29 @@ from collm.models.paged.plan import Plan
 PROGRAMS = 264
 """Programs of the attention kernel at least, over all heads: two for each multiprocessor of a Hopper GPU."""
 
+READS = (64, 3), (64, 2), (32, 2), (16, 1)
+"""How many positions the attention kernel reads at a time, and how many such reads it has under way: the first for
+which a GPU has the shared memory. Heads of 256 numbers, or float32, need more of it than many GPUs have."""
 
-KEYS = 64
-"""Positions that the attention kernel reads at a time."""
+WIDE = 128
+"""A chunk of at most so many positions is read at once, where tiles are small and a head's numbers are `WIDE_BYTES` at
+most: what is read at once lies in registers."""
+WIDE_BYTES = 256
 
-COMBINED = 4
-"""Chunks of a piece that are put together at a time."""
+COMBINED = 64
+"""Rows of chunks that are put together at a time."""
 
 PIECES = 256, 1024
 """Pieces among which a program looks for its own: two numbers for all passes, for each is compiled by itself."""
 
 
 class TritonOps:
-    """`Ops` by Triton's kernels; `programs`, `keys`: see `PROGRAMS`, `KEYS`."""
+    """`Ops` by Triton's kernels; `programs`, `reads`, `wide`: see `PROGRAMS`, `READS`, `WIDE`."""
 
-    def __init__(self, programs: int = PROGRAMS, keys: int = KEYS) -> None:
-        self._programs, self._keys = programs, keys
+    def __init__(self, programs: int = PROGRAMS, reads: Sequence[tuple[int, int]] = READS, wide: int = WIDE) -> None:
+        self._programs, self._reads, self._wide = programs, reads, wide
+        self._fitting: dict[tuple[torch.device, torch.dtype, int, int], int] = {}
+        """Which of the reads is taken, by device, type, numbers of a head and rows of a tile."""
 
     def enter(self, plan: Plan, table: Tensor, size: int) -> None:
         launch(kernels.enter, (plan.num_tokens,), plan.numbers, table, plan.num_tokens, table.shape[1], BLOCK=size)
@@ -62,15 +72,30 @@ class TritonOps:
         programs = max(count, -(-self._programs // kv))
         shape = {"HQ": heads, "G": heads // kv, "D": dim, "DP": padded, "M": tile}
         pieces = PIECES[0] if count <= PIECES[0] else max(PIECES[1], triton.next_power_of_2(count))
-        launch(kernels.attend, (programs, kv),
-            query, keys, values, out, part, stats, plan.numbers, table, count, programs, table.shape[1],
-            scale, window, softcap or 0.0, *query.stride()[:2], **shape, BLOCK=size,
-            N=min(self._keys, size), NP=pieces,
-            WINDOW=window > 0, CAP=softcap is not None,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
-        )  # fmt: skip
+        small = tile == 16 and self._wide <= size and padded * query.element_size() <= WIDE_BYTES
+
+        def read(keys_at_a_time: int, stages: int) -> None:
+            launch(kernels.attend, (programs, kv),
+                query, keys, values, out, part, stats, plan.numbers, table, count, programs, table.shape[1],
+                scale, window, softcap or 0.0, *query.stride()[:2], **shape, BLOCK=size,
+                N=min(keys_at_a_time, size), WIDE=self._wide if small else 0, NP=pieces,
+                WINDOW=window > 0, CAP=softcap is not None,
+                PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
+            )  # fmt: skip
+
+        kind = query.device, query.dtype, padded, tile
+        while True:
+            which = self._fitting.setdefault(kind, 0)
+            try:
+                read(*self._reads[which])
+                break
+            except OutOfResources:
+                if which + 1 == len(self._reads):
+                    raise
+                self._fitting[kind] += 1
+        group = triton.next_power_of_2(heads // kv)
         launch(kernels.combine, (count, kv),
-            part, stats, out, plan.numbers, count, **shape, AT_A_TIME=COMBINED, num_warps=4,
+            part, stats, out, plan.numbers, count, **shape, GP=group, CHUNKS=max(1, COMBINED // group), num_warps=4,
         )  # fmt: skip
         return out
 
