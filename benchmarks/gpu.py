@@ -391,6 +391,53 @@ def overhead(bench: Bench) -> None:
             engine.close()
 
 
+def idle(bench: Bench) -> None:
+    """Where the card waits for the host: from a pass's answers being read to the launch of the next one, by the models
+    of both, plain and speculative; microseconds, median and 90th of a hundred, and how often."""
+    from collm.engine import Engine
+    from collm.models.paged.stepping import Stepper
+
+    models = [bench.models["base"], bench.models["assistant"]]
+    names = {id(model.graphs[0]): name for model, name in zip(models, ("base", "assistant"), strict=True)}
+    own: Any = Stepper._replay, Stepper.told
+    log: list[tuple[str, str, float, float]] = []
+
+    def timed(kind: str, step: Any) -> Any:
+        def work(self: Any, *arguments: Any) -> Any:
+            began = time.perf_counter()
+            found = step(self, *arguments)
+            log.append((kind, names[id(self)], began, time.perf_counter()))
+            return found
+
+        return work
+
+    for how in ("plain", "speculative"):
+        for batch in (1, 16):
+            engine = Engine(models, max_num_seqs=batch)
+            try:
+                write(bench, engine, batch, 64 if bench.cuda else 4, how, 99)
+                log.clear()
+                Stepper._replay, Stepper.told = timed("launch", own[0]), timed("read", own[1])
+                seconds = write(bench, engine, batch, 256 if bench.cuda else 6, how, 1)[1]
+            finally:
+                Stepper._replay, Stepper.told = own
+                engine.close()
+            under_way, since, spent = 0, ("", 0.0), dict[str, list[float]]()
+            for kind, name, began, ended in log:
+                if kind == "read":
+                    under_way, since = under_way - 1, (name, ended)
+                    continue
+                if under_way <= 0 and since[0]:
+                    spent.setdefault(f"{since[0]} to {name}", []).append(began - since[1])
+                spent.setdefault(f"launch of {name}", []).append(ended - began)
+                under_way = max(under_way, 0) + 1
+            told: dict[str, Any] = {"wall_s": seconds}
+            for what, each in spent.items():
+                each.sort()
+                told[what] = [round(each[len(each) * n // 10] * 1e6) for n in (5, 9)] + [len(each)]
+            bench.note(f"idle_us.{how}.b{batch}", told)
+
+
 def generate(bench: Bench) -> None:
     """transformers' own `generate`, batch 1."""
     network = bench.networks["assistant"]
@@ -687,6 +734,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
     ("passes", passes, 5),
     ("decoding", decoding, 10),
     ("overhead", overhead, 5),
+    ("idle", idle, 10),
     ("generate", generate, 5),
     ("counts", counts, 5),
     ("kernels", kernels, 5),
