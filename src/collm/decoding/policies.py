@@ -50,6 +50,8 @@ def log_odds(log_gate: Sequence[float]) -> float:
     highest = max(log_gate[1:])
     if highest == -math.inf:
         return -math.inf
+    if len(log_gate) == 2:  # the same in a third of the time; tokens are asked about while a device waits
+        return highest - log_gate[BASE]
     deferral = highest + math.log(math.fsum(math.exp(value - highest) for value in log_gate[1:]))
     return deferral - log_gate[BASE]
 
@@ -82,6 +84,8 @@ def asked_while(exceeds: Callable[[Sequence[float]], bool], log_gate: Sequence[f
     What is left is the log-gate of the base and of the assistants not asked so far, base first: as if those that were
     asked, and abstained, did not exist.
     """
+    if len(log_gate) == 2:  # the same in a third of the time
+        return (1, BASE) if exceeds(log_gate) else (BASE,)
     order = by_gate(log_gate)
     left = [log_gate[BASE], *(log_gate[z] for z in order)]
     asked = 0
