@@ -42,17 +42,14 @@ def speculative(text: Text, params: SamplingParams, policy: Policy, eos: Sequenc
                 yield from draft.ask(BASE, min(draft.end, params.max_tokens - 1))
             else:
                 yield from draft.ask_on(BASE, pace.leave)
-        settled = draft.settle()
-        if isinstance(settled, int):
-            yield from _gather(draft, settled, pace)
+        step = draft.settle(pace)
+        if step is None:
+            yield from _gather(draft, draft.wanted, pace)
             continue
-        step = settled
-        author, token_id = step.author, step.token_id
-        pace.observe(author, author != BASE and draft.would_write(BASE, draft.position) == token_id)
-        draft.write(token_id)
         yield step
-        if ends_text(token_id, author, eos):
+        if draft.ended:
             return "stop"
+        author = step.author
         if author != BASE and not draft.length and draft.position not in by_base:
             yield from _run_on(draft, author, pace.run(author))
     return "length"
@@ -100,10 +97,14 @@ class _Draft:
         """By model and position: replies after prefixes of written and drafted tokens."""
         self.position = text.length
         """Of the next token to be settled. What is known of earlier ones is never read again."""
+        self.ended = False
+        """The last token that was settled ends the text."""
+        self.wanted = BASE
+        """The assistant that is to be asked about the next one."""
         self._text, self._policy, self._how = text, policy, params.draw
         self._tokens: list[int] = []
-        self._decided: dict[int, tuple[Answer, Decision]] = {}
-        """Where the base has answered, and whom it would ask."""
+        self._decided: dict[int, tuple[Answer, Decision, int]] = {}
+        """Where the base has answered, whom it would ask, and whom first."""
         self._extends = (-1, 0)
         """The model whose `Extend` runs, and where its next answer belongs."""
         self._until = 0
@@ -148,27 +149,26 @@ class _Draft:
     def _goes_on(self, pace: Pace, model: int, last: int, tokens: Sequence[int]) -> Foreseen | None:
         """What the base is asked next if an assistant has chosen these from the next position to the `last` one: behind
         the first token that is not the drafted one, or behind the draft."""
-        first, end = self.position, self.end
-        for position in range(first, end + 1):
-            found = self._decided.get(position)
+        decided, first = self._decided, self.position
+        for position, drafted in enumerate((*self._tokens, None), first):
+            found = decided.get(position)
             if found is None:
                 return None
-            base, decision = found
-            author = decision.authors[0]
+            base, _, author = found
             if author == BASE:
                 token_id = base.token_id
             elif author == model and position <= last:
                 token_id = tokens[position - first]
             else:
                 return None
-            if position == end or token_id != self._tokens[position - first]:
-                if ends_text(token_id, author, self.eos) or position + 1 >= self.params.max_tokens:
-                    return None
-                if author != BASE and pace.run(author):
-                    return None
-                view = self._text.views[BASE]
-                return Foreseen(view, view.prompt_length + position, token_id, self._how)
-        return None
+            if token_id != drafted:
+                break
+        if ends_text(token_id, author, self.eos) or position + 1 >= self.params.max_tokens:
+            return None
+        if author != BASE and pace.run(author):
+            return None
+        view = self._text.views[BASE]
+        return Foreseen(view, view.prompt_length + position, token_id, self._how)
 
     def ask_on(self, model: int, how_far: Callable[[int], Leave], pending: int = 0) -> Asking:
         """The model's answer at the end of what is drafted, and perhaps some behind it; it goes on by itself if it
@@ -207,11 +207,12 @@ class _Draft:
         if model == BASE:
             for position, reply in enumerate(replies, first):
                 if isinstance(reply, Answer):
-                    self._decided[position] = reply, decide(self._policy, reply, self._how, position)
+                    decision = decide(self._policy, reply, self._how, position)
+                    self._decided[position] = reply, decision, decision.authors[0]
 
     def first_author(self, position: int) -> int:
         found = self._decided.get(position)
-        return BASE if found is None else found[1].authors[0]
+        return BASE if found is None else found[2]
 
     def would_write(self, model: int, position: int) -> int | None:
         """The model's own token, if it has answered there."""
@@ -223,45 +224,47 @@ class _Draft:
         found = self._decided.get(end)
         if found is None or end + 1 >= self.params.max_tokens:
             return None
-        base, decision = found
-        return None if ends_text(base.token_id, decision.authors[0], self.eos) else base.token_id
+        base, _, author = found
+        return None if ends_text(base.token_id, author, self.eos) else base.token_id
 
-    def settle(self) -> int | Step:
-        """The next token, or the assistant that is still to be asked about it."""
+    def settle(self, pace: Pace) -> Step | None:
+        """Settle the next token, of which `pace` is told; None if an assistant is still to be asked about it."""
         position, drafted = self.position, self._tokens
-        base = required(self.known[BASE][position])
-        _, decision = self._decided[position]
+        if position not in self._decided:
+            required(self.known[BASE][position])
+        base, decision, _ = self._decided[position]
         writers = Writers(base, decision.signal)
         for candidate in decision.authors:
             if candidate == BASE:
                 break
             known = self.known[candidate]
             if position not in known:
-                return candidate
+                self.wanted = candidate
+                return None
             if writers.settled_by(candidate, known[position], self.params):
                 break
-        if not drafted:
-            return writers.step()
-        token_id = (writers.answer or writers.base).token_id
-        stands = token_id == drafted[0]
-        ends = ends_text(token_id, writers.author, self.eos)
-        return writers.step("accepted" if stands else "recovered", 0 if stands and not ends else len(drafted) - 1)
-
-    def write(self, token_id: int) -> None:
-        """Take a settled token over; replies about what it contradicts are forgotten."""
-        position = self.position
-        if self._tokens and self._tokens[0] == token_id:
-            del self._tokens[0]
-        else:
-            drafted = bool(self._tokens)
-            if drafted:
-                self._tokens.clear()
-                self._text.rewind(position)
-            self._text.append(token_id)
-            for model, known in enumerate(self.known):
-                # What a model has said by itself behind its own token holds if that is the one.
-                if drafted or self.would_write(model, position) != token_id:
-                    known.clear()
-                    if model == BASE:
-                        self._decided.clear()
+        author, token_id = writers.author, (writers.answer or base).token_id
+        pace.observe(author, author != BASE and base.token_id == token_id)
+        ended = self.ended = ends_text(token_id, author, self.eos)
         self.position += 1
+        if not drafted:
+            self._write(token_id, position)
+            return writers.step()
+        behind = len(drafted) - 1
+        if drafted[0] == token_id:
+            del drafted[0]
+            return writers.step("accepted", behind if ended else 0)
+        drafted.clear()
+        self._text.rewind(position)
+        self._write(token_id, position, contradicts=True)
+        return writers.step("recovered", behind)
+
+    def _write(self, token_id: int, position: int, contradicts: bool = False) -> None:
+        """Write a token that was not drafted; replies about what it contradicts are forgotten."""
+        self._text.append(token_id)
+        for model, known in enumerate(self.known):
+            # What a model has said by itself behind its own token holds if that is the one.
+            if contradicts or self.would_write(model, position) != token_id:
+                known.clear()
+                if model == BASE:
+                    self._decided.clear()

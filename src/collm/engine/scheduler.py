@@ -188,7 +188,10 @@ class Scheduler:
                 event = item.flow.send(to_send)
                 if isinstance(event, Step):
                     to_send = None
-                    self._write(item, event)
+                    if not item.first_token:
+                        item.first_token = self._clock() - item.started
+                    item.count(event)
+                    item.sink(event)
                     if item.cancelled:
                         reason, error = "cancelled", None
                         break
@@ -206,12 +209,6 @@ class Scheduler:
             error = f"{type(failure).__name__}: {failure}"
         item.advancing = False
         self._end(item, reason, error)
-
-    def _write(self, item: Running, step: Step) -> None:
-        if not item.first_token:
-            item.first_token = self._clock() - item.started
-        item.count(step)
-        item.sink(step)
 
     def _ask(self, item: Running, request: Request) -> Replies | None:
         """Queue what a flow asks for; its replies, if they are there at once."""
