@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
 import numpy as np
@@ -21,11 +22,12 @@ from collm.gate import log_gate
 from collm.models.head import DeferralHead
 from collm.models.openings import Openings
 from collm.models.paged.plan import CUT, DRAW, OPENS, Plan
-from collm.values import Answer
+from collm.values import Answer, made_of
 
 BAD, CHOSEN, GATE = 3, 4, 6
 """Columns: whether something is no number, the chosen token, the gate's first number."""
 WORD = 0xFFFFFFFF
+NONES = repeat(None)
 
 
 def columns(head: DeferralHead | None) -> int:
@@ -116,18 +118,19 @@ class Told:
     def all_numbers(self) -> bool:
         return not self.rows[:, BAD].any()
 
-    def answers(self, wanted: Sequence[int]) -> list[Answer | None]:
+    def answers(self, wanted: Sequence[int]) -> Sequence[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
         rows = self.rows if len(wanted) == len(self.rows) else self.rows[list(wanted)]
-        has_gate, has_close = self.has_gate, self.has_close
-        found: list[Answer | None] = []
-        for row, floats in zip(rows.tolist(), rows.view(np.float32).tolist(), strict=True):
-            close = floats.pop() if has_close else 0.0
-            gate = tuple(floats[GATE:]) if has_gate else None
-            told = row[CHOSEN], floats[5], row[0], floats[1], floats[2], gate, None, (), None, None, close
-            # There is one for each token, and `Answer(...)` takes five times as long.
-            found.append(None if row[BAD] else tuple.__new__(Answer, told))
-        return found
+        floats = rows.view(np.float32)
+        end = rows.shape[1] - self.has_close
+        gates = map(tuple, floats[:, GATE:end].tolist()) if self.has_gate else NONES
+        close = floats[:, end].tolist() if self.has_close else repeat(0.0)
+        top, token, log_prob = rows[:, 0].tolist(), rows[:, CHOSEN].tolist(), floats[:, 5].tolist()
+        top_log_prob, entropy = floats[:, 1].tolist(), floats[:, 2].tolist()
+        kept = top_log_prob, entropy, gates, NONES, repeat(()), NONES, NONES, close
+        found = made_of(Answer, token, log_prob, top, *kept)
+        bad = rows[:, BAD].tolist()
+        return [None if wrong else each for each, wrong in zip(found, bad, strict=True)] if any(bad) else found
 
     def answer(self, n: int) -> Answer | None:
         """Of the n-th token of the pass."""
