@@ -26,14 +26,17 @@ from collm.decoding.policies import ByEntropy
 from collm.decoding.speculative import speculative
 from collm.engine import Finished, run
 from collm.models import caching
+from collm.models.attention import Row
 from collm.models.codec import ByteCodec
 from collm.models.head import DeferralHead
+from collm.models.laws import MOST_PROBABLE, Asked
 from collm.models.local import LocalModel
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.capture import FakeCapture
 from collm.models.paged.dense import TorchDense
 from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.machinery import Machinery
+from collm.models.paged.plan import DRAW, HEAD, LINES
 from collm.models.paged.telling import Told
 from collm.models.paged.writing import LONGEST
 from collm.models.pairing import cuts_between
@@ -422,6 +425,62 @@ def test_a_pass_that_was_begun_is_taken_by_those_who_ask_for_it(tiny_tokenizer: 
     asked = queries([0, 1, 2], drawn)
     for found, expected in zip(model.predict(asked), plain.predict(asked), strict=True):
         assert_same(found[0], expected[0])
+
+
+@torch.inference_mode()
+def test_the_numbers_of_a_pass_of_the_same_rows_are_changed_to_what_would_be_written(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LocalModel(tiny("llama"), tiny_tokenizer, num_slots=6, max_cache_tokens=2000, machinery=machinery())
+    model.warm_up()
+    stepper, cache = model.graphs
+    assert stepper is not None and cache is not None
+    rng, pool, written = random.Random(4), cache.paged, [0]
+    fill = pool.fill
+
+    def counted(*args: Any) -> int:
+        written[0] += 1
+        return fill(*args)
+
+    monkeypatch.setattr(pool, "fill", counted)
+    drawn = Draw(seed=2**40 + 7, temperature=0.7, top_p=0.9), Draw(seed=3, sample=1, temperature=1.0, top_k=5)
+    changed = 0
+    for _ in range(150):
+        slots = tuple(sorted(rng.sample(range(6), 4)))
+        draws: tuple[Draw, ...] = (GREEDY, drawn[0], GREEDY, drawn[1])
+        starts = [rng.randrange(60) for _ in slots]
+        stepper.start_steps(slots, starts, [1, 2, 3, 4], draws, [9, 9, 9, 9])
+        stepper.told()
+        if rng.random() < 0.5:
+            # Each stays where it is in its block, all but for its own tokens.
+            starts = [start // 8 * 8 + rng.randrange(8) for start in starts]
+        else:
+            starts = [start + rng.randrange(3) for start in starts]
+        match rng.randrange(6):
+            case 0:  # the same positions lie elsewhere
+                pool.clear(slots[1])
+                pool.blocks.write(slots[0], 60, 64)
+            case 1:  # another text in the same place
+                draws = (GREEDY, replace(drawn[0], seed=5), drawn[1], GREEDY)
+            case 2:
+                slots = tuple(sorted(rng.sample(range(6), 4)))
+            case 3:
+                stepper.step([Row(slots[0], 3, 2)], [7, 8], [0, 1], MOST_PROBABLE)
+        token_ids, positions = [rng.randrange(9) for _ in slots], [rng.randrange(50) for _ in slots]
+        before = written[0]
+        stepper.start_steps(slots, starts, token_ids, draws, positions)
+        stepper.told()
+        changed += written[0] == before
+        bucket = stepper.graph(4)
+        assert bucket is not None
+        found = bucket.into.copy()
+        rows = [Row(slot, start, 1) for slot, start in zip(slots, starts, strict=True)]
+        stepper.step(rows, token_ids, range(4), Asked.drawn(draws, positions))
+        for numbers in (found, bucket.into):  # where nothing is drawn, nobody reads a position
+            lines = numbers[HEAD:].reshape(LINES, -1)
+            lines[DRAW + 3, [draw.temperature == 0 for draw in draws]] = 0
+        assert (found == bucket.into).all()
+    assert 30 < changed < 120, changed
 
 
 @pytest.mark.parametrize("how", ["single", "plain", "speculative"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -40,9 +40,12 @@ class Asked:
     to open a chunk (1 or 0)."""
 
     @classmethod
-    def drawn(cls, how: Sequence[tuple[Draw, int]]) -> Asked:
+    def drawn(cls, draws: Sequence[Draw], positions: Iterable[int]) -> Asked:
         """Nothing but tokens."""
-        return cls(Draws.of(how), how=how) if any(draw.temperature for draw, _ in how) else MOST_PROBABLE
+        if all(draw.temperature == 0 for draw in draws):
+            return MOST_PROBABLE
+        how = list(zip(draws, positions, strict=True))
+        return cls(Draws.of(how), how=how)
 
     @classmethod
     def of(cls, queries: Sequence[tuple[Query, int, int]]) -> Asked:

@@ -238,8 +238,8 @@ class LocalModel(LanguageModel):
         # Networks with several adapters are left as they are: the pass that runs needs its own.
         if self._stepper is None or not isinstance(self._cache, PagedCache) or self._activate is not None:
             return
-        known = self._bounds.known_tokens
-        if not all(0 <= each.token_id < known for each in coming):
+        token_ids = [each.token_id for each in coming]
+        if min(token_ids) < 0 or max(token_ids) >= self._bounds.known_tokens:
             return
         # Whoever calls holds the lock of another network, so nobody may be waited for.
         if self._network.lock.acquire(blocking=False):

@@ -8,8 +8,7 @@ what decoding and the checking of drafts live on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from threading import local
@@ -22,9 +21,15 @@ WIDEST = 5
 
 
 class _Inside(local):
-    """Whether this thread is inside `narrow_products`; other threads may use the same model otherwise."""
+    """Whether this thread is inside `narrow_products`, and how deep; other threads may use the same model otherwise."""
 
-    active = False
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
 
 
 _inside = _Inside()
@@ -35,7 +40,7 @@ class NarrowLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        if not _inside.active or not 1 <= rows <= WIDEST or input.dtype != torch.float32 or input.device.type != "cpu":
+        if not _inside.depth or not 1 <= rows <= WIDEST or input.dtype != torch.float32 or input.device.type != "cpu":
             return super().forward(input)
         columns = input.reshape(rows, -1)
         if rows == 1:  # a matrix-vector product is slower than one with two columns
@@ -61,10 +66,5 @@ def prepare(model: nn.Module) -> None:
                 module.__class__ = NarrowLinear
 
 
-@contextmanager
-def narrow_products() -> Iterator[None]:
-    before, _inside.active = _inside.active, True
-    try:
-        yield
-    finally:
-        _inside.active = before
+def narrow_products() -> AbstractContextManager[None]:
+    return _inside

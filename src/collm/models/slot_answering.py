@@ -61,10 +61,8 @@ class SlotAnswering:
         try:
             jobs = self._cache.usual_jobs(queries, self._bounds.longest) if queries else None
             known = self._bounds.known_tokens
-            for job in jobs or ():
-                if max(job.query.view.token_ids[job.done : job.query.length]) >= known:
-                    jobs = None
-                    break
+            if jobs and max([max(job.query.view.token_ids[job.done : job.query.length]) for job in jobs]) >= known:
+                jobs = None
             if jobs is not None:
                 if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
                     fault = self._bounds.no_numbers
@@ -94,7 +92,7 @@ class SlotAnswering:
     def _pass(self, pieces: Sequence[tuple[Job, int]], chosen: Chosen | None = None) -> None:
         """One forward pass for the tokens of each job from `done` to `end`; `chosen` as in `LanguageModel.write_on`."""
         began = perf_counter()
-        if len(pieces) > 1:
+        if self._stepper is None and len(pieces) > 1:  # blocks are read one by one, in any order
             pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
         rows: list[Row] = []
         token_ids: list[int] = []
@@ -146,8 +144,8 @@ class SlotAnswering:
                 job.replies += [self._bounds.no_numbers(end)] * (max(1, job.query.num_last) - len(job.replies))
                 job.done = job.query.length
         if self.on_pass is not None:
-            longest = max([row.end for row in rows])
-            self.on_pass(ForwardPass(len(rows), rows[-1].width, len(token_ids), longest, perf_counter() - began))
+            longest, widest = max([row.end for row in rows]), max([row.width for row in rows])
+            self.on_pass(ForwardPass(len(rows), widest, len(token_ids), longest, perf_counter() - began))
 
     def _eager(
         self,

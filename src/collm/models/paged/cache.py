@@ -113,7 +113,8 @@ class PagedCache(PrefixCache):
             if place is None or (longest is not None and length >= longest):
                 return None
             slot = self.slots[place]
-            slot.settle(view)
+            if slot.rewinds != view.rewinds or slot.ahead is not None:
+                slot.settle(view)
             if slot.source is not None or slot.held < length:
                 return None
             found.append(place)

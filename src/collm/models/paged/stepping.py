@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from time import perf_counter
 from typing import NamedTuple
 
@@ -24,12 +26,12 @@ from collm.models.paged import plan as planned
 from collm.models.paged.capture import Capture
 from collm.models.paged.graphs import BUCKETS, Bucket, Graphs, size_of
 from collm.models.paged.lost import is_lost
-from collm.models.paged.plan import CUT, DRAW, HEAD, IDS, LINES, OPENS, POSITIONS, START, WHERE, Plan
+from collm.models.paged.plan import CHUNK, CUT, DRAW, HEAD, IDS, LINES, OPENS, POSITIONS, START, WHERE, Plan
 from collm.models.paged.pool import NARROW, PagedPool
 from collm.models.paged.telling import WORD, OpenTelling, Telling, Told, columns
 from collm.models.paged.ways import Ways
 from collm.noise import key_of
-from collm.values import Draw
+from collm.values import Draw, made_of
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +86,9 @@ class Stepper:
         self._graphs = Graphs(lm, pool, capture, ways, name)
         self._last: tuple[Bucket, NDArray[np.int32]] | None = None
         """Of the last pass, with the lines of its tokens."""
+        self._steps: tuple[tuple[int, ...], tuple[Draw, ...], int] | None = None
+        """Its rows, if each had one token, and the state of the blocks."""
+        self._unit = math.gcd(pool.block, CHUNK)
         self._foreseen: list[Place] | None = None
         """The rows of a pass that runs, which nobody has asked for yet."""
         self._in_vain = False
@@ -138,6 +143,7 @@ class Stepper:
         """Seconds of a replay of each graph, over padding, for the fewest and the most tokens that it serves: the
         shortest of some. They do not fall with the tokens."""
         self.void()
+        self._steps = None
         found: list[tuple[int, float]] = []
         for size, bucket in sorted(self._graphs.captured.items()):
             planned.fill_empty(bucket.into, self._pool.blocks)
@@ -183,10 +189,8 @@ class Stepper:
             rows, token_ids: as `PagedPool.forward`.
             wanted: the tokens behind which something is asked.
         """
-        self.void()
-        if self._in_vain:
-            self._in_vain = False
-            self._capture.wait()  # it may still be reading its numbers
+        self._free()
+        self._steps = None
         count = len(token_ids)
         bucket = self._graphs.of(size_of(count), self)
         counts = self.counts
@@ -216,14 +220,44 @@ class Stepper:
         counts.waits += 1
         return Told(out, self._head is not None, self._shares_chunks)
 
+    def start_steps(
+        self,
+        slots: tuple[int, ...],
+        starts: Sequence[int],
+        token_ids: Sequence[int],
+        draws: tuple[Draw, ...],
+        positions: Sequence[int],
+    ) -> Told | None:
+        """`start` of a pass of one token of each row (`Place`). Where the last one was of the same rows, and each is in
+        the same block and chunk as then, its numbers are changed and not written anew."""
+        same = slots, draws, self._pool.blocks.changes
+        if self._last is not None and self._steps == same:
+            bucket, lines = self._last
+            before, now = lines[POSITIONS], np.array(starts, dtype=np.int32)
+            if bucket is self._graphs.of(bucket.size, self) and not (before // self._unit != now // self._unit).any():
+                self._free()
+                self._renumber(lines, token_ids, now - before)
+                lines[DRAW + 3] = positions
+                self._replay(bucket)
+                return None
+        rows, asked = made_of(Row, slots, starts, repeat(1)), Asked.drawn(draws, positions)
+        told = self.start(rows, token_ids, range(len(rows)), asked)
+        self._steps = slots, draws, self._pool.blocks.changes
+        return told
+
+    def _free(self) -> None:
+        """The numbers of a pass may be written."""
+        self.void()
+        if self._in_vain:
+            self._in_vain = False
+            self._capture.wait()  # it may still be reading its numbers
+
     def foresee(self, places: Sequence[Place]) -> None:
         """Start a pass of one token of each row that will probably be asked for (`take`); not without a graph."""
         count = len(places)
         if count > BUCKETS[-1] or size_of(count) not in self._graphs.captured:
             return
-        rows = [Row(place.slot, place.start, 1) for place in places]
-        asked = Asked.drawn([(place.draw, place.position) for place in places])
-        if self.start(rows, [place.token_id for place in places], range(count), asked) is None:
+        if self.start_steps(*zip(*places, strict=True)) is None:
             self._foreseen = list(places)
             self.counts.foreseen += 1
 
@@ -250,11 +284,16 @@ class Stepper:
         or 0) one position further. None of them comes into another block or chunk by that. `told` waits for it."""
         assert self._last is not None
         bucket, lines = self._last
+        self._renumber(lines, token_ids, moving)
+        self._replay(bucket)
+
+    def _renumber(
+        self, lines: NDArray[np.int32], token_ids: NDArray[np.int32] | Sequence[int], moved: NDArray[np.int32]
+    ) -> None:
         lines[IDS] = token_ids
         for which in MOVING:  # one by one: numpy copies what is chosen by a list
             line = lines[which]
-            line += moving
-        self._replay(bucket)
+            line += moved
 
     def _replay(self, bucket: Bucket) -> None:
         bucket.replay()

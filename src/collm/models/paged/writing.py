@@ -12,8 +12,6 @@ from time import perf_counter
 import numpy as np
 
 from collm.decoding.policies import Policy, defers
-from collm.models.attention import Row
-from collm.models.laws import MOST_PROBABLE, Asked
 from collm.models.paged.cache import PagedCache
 from collm.models.paged.graphs import BUCKETS
 from collm.models.paged.plan import CHUNK
@@ -21,7 +19,7 @@ from collm.models.paged.stepping import Place, Stepper
 from collm.models.paged.telling import Told
 from collm.models.prefix_cache import Job
 from collm.types import ForwardPass
-from collm.values import Answer, Chosen, Fault, Foreseen, KeepOn, Tell
+from collm.values import Answer, Chosen, Fault, Foreseen, KeepOn, Tell, made_of
 from collm.views import View
 
 LONGEST = 64
@@ -48,11 +46,10 @@ def foresee(stepper: Stepper, cache: PagedCache, coming: Sequence[Foreseen], lon
         longest: tokens that a text may have.
     """
     if slots := cache.cut_back(coming, longest):
-        places = [
-            Place(slot, each.length, each.token_id, each.draw, each.length + 1 - _before(each.view))
-            for slot, each in zip(slots, coming, strict=True)
-        ]
-        stepper.foresee(places)
+        views, lengths, token_ids, draws = zip(*coming, strict=True)
+        positions = [length + 1 - _before(view) for view, length in zip(views, lengths, strict=True)]
+        # In the order of their slots, as often before.
+        stepper.foresee(sorted(made_of(Place, slots, lengths, token_ids, draws, positions)))
 
 
 def _before(view: View) -> int:
@@ -91,7 +88,7 @@ def write(
             if chosen is not None:
                 chosen([(writer.job.query, [int(told.tokens[writer.row])]) for writer in going])
             rows = [writer.row for writer in going]
-            answers: list[Answer | None] | None = None
+            answers: Sequence[Answer | None] | None = None
             if keep_on is None:
                 on = []
             elif not (any_defers and any(writer.may_defer for writer in going)) and told.all_numbers:
@@ -130,12 +127,7 @@ def write(
         for job in jobs:
             cache.clear(job)
         raise
-    for job in jobs:
-        cache.hold(job, job.query.length)
-        if job.broken:
-            cache.clear(job)
-        elif len(job.replies) > 1:
-            cache.hold_ahead(job)
+    cache.hold_written(jobs)
 
 
 class _Writer:
@@ -189,14 +181,13 @@ class _Passes:
 
     def __init__(self, stepper: Stepper, places: Sequence[Place]) -> None:
         self._stepper = stepper
-        self._slots = [place.slot for place in places]
-        self._starts = np.array([place.start for place in places], dtype=np.int32)
+        self._slots, starts, token_ids, self._draws, positions = zip(*places, strict=True)
+        self._starts = np.array(starts, dtype=np.int32)
         """Of the tokens that are read next."""
-        self._tokens = np.array([place.token_id for place in places], dtype=np.int32)
+        self._tokens = np.array(token_ids, dtype=np.int32)
         self._moving, self._num_moving = np.ones(len(places), dtype=np.int32), len(places)
-        self._draws = [(place.draw, place.position) for place in places]
-        self._any_drawn = any(place.draw.temperature for place in places)
-        self._begun = self._starts.copy()
+        self._ahead = np.array(positions) - self._starts
+        """What is added to find the positions, in the completion, of the tokens that are chosen."""
         self._told: Told | None = None
         """Of a pass that has run at once, without a graph."""
         self._alike = 0
@@ -226,12 +217,8 @@ class _Passes:
             self._alike -= 1
             self._stepper.move(self._moving, self._tokens)
             return
-        rows = [Row(slot, start, 1) for slot, start in zip(self._slots, self._starts.tolist(), strict=True)]
-        asked = MOST_PROBABLE
-        if self._any_drawn:
-            gone = (self._starts - self._begun).tolist()
-            asked = Asked.drawn([(draw, position + n) for (draw, position), n in zip(self._draws, gone, strict=True)])
-        self._told = self._stepper.start(rows, self._tokens.tolist(), range(len(rows)), asked)
+        starts, positions = self._starts.tolist(), (self._starts + self._ahead).tolist()
+        self._told = self._stepper.start_steps(self._slots, starts, self._tokens.tolist(), self._draws, positions)
         if self._told is None:
             self.runs_alike()
 
