@@ -6,19 +6,22 @@ ones, graphs cost nothing and count for as long as they were measured to take on
 Base and assistant of `--shape gpu`, three of ten tokens deferred at random, texts of 256 tokens. For each case: the
 host's microseconds a token (time of its thread, median of some processes; of this checkout and of another commit in
 turn), calls of functions a token (which no load changes), and what follows: the time of the clock over that of the
-graphs, and the speed over that of the assistant alone.
+graphs, and the speed over that of the assistant alone. Where the card idles is told by the graphs before and behind:
+the median of these times, and their share of the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import json
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from inspect import signature
@@ -33,9 +36,9 @@ CASES = [(how, batch) for batch in (1, 16) for how in ("alone", "base", "plain",
 TOKENS, RATE, AGREEMENT, V, SEEDS = 256, 0.3, 0.94, 300, 8
 
 
-def measured() -> list[Callable[[int], float]]:
+def measured(card: str) -> list[Callable[[int], float]]:
     """Seconds of a graph by its tokens, of base and assistant: between the measured ones, a line."""
-    figures = json.loads((HERE / "kept" / "gpu-h100.json").read_text())["figures"]
+    figures = json.loads((HERE / "kept" / f"gpu-{card}.json").read_text())["figures"]
 
     def curve(name: str) -> Callable[[int], float]:
         start = f"pass_ms.{name}.T"
@@ -52,14 +55,17 @@ def measured() -> list[Callable[[int], float]]:
     return [curve("base"), curve("assistant")]
 
 
-CURVES = measured()
+NAMES = "base", "assistant"
 
 
 class Clock:
-    """Time of this thread, and that of the graphs, which run beside it until somebody waits."""
+    """Time of this thread, and that of the graphs, which run beside it until somebody waits. `gaps`: seconds between
+    two graphs, by whose they are."""
 
     def __init__(self) -> None:
-        self.graphs = self.replays = self._waited = self._until = self._free = 0.0
+        self.graphs = self._waited = self._until = self._free = 0.0
+        self.gaps: dict[str, list[float]] = defaultdict(list)
+        self._last: str | None = None
         self._began = thread_time()
 
     @property
@@ -69,11 +75,15 @@ class Clock:
     def __call__(self) -> float:
         return self.host + self._waited
 
-    def replay(self, seconds: float, began: float) -> None:
-        """A graph begins; what its stand-in has computed since `began` counts for nothing."""
+    def replay(self, seconds: float, began: float, whose: str | None = None) -> None:
+        """A graph begins; what its stand-in has computed since `began` counts for nothing. `whose`: None for what runs
+        without a graph."""
         self._free += thread_time() - began
         self.graphs += seconds
-        self._until = max(self._until, self()) + seconds
+        now = self()
+        if self._last is not None and whose is not None:
+            self.gaps[f"{self._last} to {whose}"].append(max(0.0, now - self._until))
+        self._last, self._until = whose, max(self._until, now) + seconds
 
     def wait(self) -> None:
         self._waited += max(0.0, self._until - self())
@@ -106,7 +116,7 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
                     token = np.where(mixed * 31 % 1000 >= 1000 * AGREEMENT, (token + 1) % V, token)
                 out[:, 0] = out[:, 4] = token
                 out[:, 3] = 0
-                clock[0].replay(seconds(size), began)
+                clock[0].replay(seconds(size), began, NAMES[number])
 
             bucket.replay = replay
             return bucket
@@ -124,7 +134,15 @@ def stand_in(models: Sequence[Any], curves: Sequence[Callable[[int], float]], cl
         ]
 
 
-def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: Any, clock: Clock) -> Any:
+def write(
+    models: Sequence[Any],
+    curves: Sequence[Callable[[int], float]],
+    how: str,
+    batch: int,
+    seed: int,
+    experience: Any,
+    clock: Clock,
+) -> Any:
     """Texts from their first token to their last; what was learnt of the models."""
     from collm.decoding.collaborative import collaborative, single
     from collm.decoding.pace import AdaptivePace
@@ -160,10 +178,10 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
     while len(ended) < batch:
         found = scheduler.next_pass("cpu")
         assert found is not None
-        began, graphs = clock(), clock.graphs
+        began, graphs, computed = clock(), clock.graphs, thread_time()
         replies = run_pass(models, found)
         if clock.graphs == graphs:  # prompts are read without a graph
-            clock.replay(CURVES[found.model](found.tokens), thread_time())
+            clock.replay(curves[found.model](found.tokens), computed)
             clock.wait()
         scheduler.finish("cpu", found, replies, clock() - began)
         scheduler.admit()
@@ -171,7 +189,7 @@ def write(models: Sequence[Any], how: str, batch: int, seed: int, experience: An
     return scheduler.experience
 
 
-def measure(batches: Sequence[int]) -> dict[str, dict[str, float]]:
+def measure(batches: Sequence[int], card: str = "h100") -> dict[str, dict[str, float]]:
     import torch
 
     import collm  # the one that is measured, before `gpu` looks for it beside itself
@@ -185,38 +203,44 @@ def measure(batches: Sequence[int]) -> dict[str, dict[str, float]]:
         bench.note = lambda key, value: None
         gpu.build(bench)
         models = [gpu.loaded(bench, name) for name in ("base", "assistant")]
-    clock = [Clock()]
-    stand_in(models, CURVES, clock)
+    clock, curves = [Clock()], measured(card)
+    stand_in(models, curves, clock)
     rows: dict[str, dict[str, float]] = {}
     for how, batch in CASES:
         if batch not in batches:
             continue
-        experience, found = None, []
+        experience, found, gaps = None, [], defaultdict[str, list[float]](list)
         for seed in range(SEEDS):
             for model in models:
                 gpu.card.emptied(model)
+            gc.collect()  # a fifth of a second, which would fall to some set by chance
             clock[0] = Clock()
-            learnt = write(models, how, batch, seed, experience, clock[0])
+            learnt = write(models, curves, how, batch, seed, experience, clock[0])
             experience = learnt if how == "speculative" else None
             found.append((clock[0](), clock[0].host, clock[0].graphs))
+            for which, seconds in clock[0].gaps.items() if seed else ():
+                gaps[which] += seconds
         # The first one teaches the pace what to expect. Texts that draft differ by a quarter from seed to seed.
         wall, host, graphs = (sum(values) / (SEEDS - 1) for values in zip(*found[1:], strict=True))
         profile = cProfile.Profile(thread_time)
         clock[0] = Clock()
         profile.enable()
-        write(models, how, batch, 4, experience, clock[0])
+        write(models, curves, how, batch, 4, experience, clock[0])
         profile.disable()
         calls = sum(entry.callcount for entry in profile.getstats())
         tokens = batch * TOKENS
         row = {"host_us": 1e6 * host / tokens, "calls": calls / tokens, "wall_over_graphs": wall / graphs,
                "tok_s": tokens / wall}  # fmt: skip
+        for which, each in sorted(gaps.items()):
+            row[f"us {which}"] = 1e6 * statistics.median(each)
+            row[f"% {which}"] = 100 * sum(each) / (wall * (SEEDS - 1))
         row["over_alone"] = row["tok_s"] / rows.get(f"alone b{batch}", row)["tok_s"]
         rows[f"{how} b{batch}"] = row
     return rows
 
 
-def in_process(source: Path, batches: Sequence[int]) -> dict[str, dict[str, float]]:
-    command = [sys.executable, __file__, "--measure", "--batches", *map(str, batches)]
+def in_process(source: Path, batches: Sequence[int], card: str) -> dict[str, dict[str, float]]:
+    command = [sys.executable, __file__, "--measure", "--card", card, "--batches", *map(str, batches)]
     out = subprocess.run(command, env=environment(source), capture_output=True, text=True, check=True)
     found: dict[str, dict[str, float]] = json.loads(out.stdout.splitlines()[-1])
     return found
@@ -227,14 +251,17 @@ def main() -> None:
     parser.add_argument("--against", metavar="COMMIT", help="measure this commit, too, in turn")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of processes (5)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="texts at a time (1 16)")
+    parser.add_argument("--card", default="h100", choices=("h100", "h200"), help="whose graphs these are (h100)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.batches)))
+        print(json.dumps(measure(options.batches, options.card)))
         return
     with sources(options.against) as folders:
-        rounds = [[in_process(source, options.batches) for source in folders] for _ in range(options.rounds)]
+        rounds = [
+            [in_process(source, options.batches, options.card) for source in folders] for _ in range(options.rounds)
+        ]
     rows = {}
     for case in rounds[0][0]:
         told = []
@@ -245,10 +272,15 @@ def main() -> None:
         for name, own in zip(("here", "before"), told, strict=False):
             host, calls, over, alone = (own[key] for key in ("host_us", "calls", "wall_over_graphs", "over_alone"))
             print(f"{case:16} {name:6}: host {host[0]:5.1f} us a token ({host[1]:.1f} to {host[2]:.1f}), "
-                  f"{calls[0]:5.1f} calls; wall : graphs {over[0]:.2f}; {alone[0]:.2f} x alone")  # fmt: skip
+                  f"{calls[0]:5.1f} calls; wall : graphs {over[0]:.3f}; {alone[0]:.2f} x alone")  # fmt: skip
+            for which in sorted(key.removeprefix("us ") for key in own if key.startswith("us ")):
+                median, share = own[f"us {which}"], own[f"% {which}"]
+                print(f"{'':24}{which}: {median[0]:.0f} us ({median[1]:.0f} to {median[2]:.0f}), {share[0]:.2f} %")
     if options.json:
         options.json.write_text(
-            json.dumps({"against": options.against, "rounds": options.rounds, "rows": rows}, indent=1)
+            json.dumps(
+                {"against": options.against, "card": options.card, "rounds": options.rounds, "rows": rows}, indent=1
+            )
         )
 
 

@@ -69,3 +69,7 @@ def test_the_simulation_of_the_host_runs_with_stand_ins_for_graphs(monkeypatch: 
     assert set(rows) == {"alone b2", "speculative b2"}
     assert all(row["wall_over_graphs"] > 1 and row["tok_s"] > 0 for row in rows.values())
     assert rows["speculative b2"]["over_alone"] != 1.0
+    between = {key.removeprefix("us ") for key in rows["speculative b2"] if key.startswith("us ")}
+    assert {"base to base", "base to assistant", "assistant to base"} <= between
+    shares = sum(value for key, value in rows["speculative b2"].items() if key.startswith("% "))
+    assert 0 < shares <= 100 * (1 - 1 / rows["speculative b2"]["wall_over_graphs"]) + 1e-9
