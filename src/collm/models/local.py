@@ -239,7 +239,7 @@ class LocalModel(LanguageModel):
         if self._stepper is None or not isinstance(self._cache, PagedCache) or self._activate is not None:
             return
         token_ids = [each.token_id for each in coming]
-        if min(token_ids) < 0 or max(token_ids) >= self._bounds.known_tokens:
+        if min(token_ids, default=-1) < 0 or max(token_ids) >= self._bounds.known_tokens:
             return
         # Whoever calls holds the lock of another network, so nobody may be waited for.
         if self._network.lock.acquire(blocking=False):
