@@ -12,7 +12,7 @@ from collm.decoding.choosing import Draws
 from collm.models.head import DeferralHead
 from collm.models.paged import plan as planned
 from collm.models.paged.plan import DRAW, HEAD, LINES, Plan
-from collm.models.paged.telling import Telling, Told, TorchTelling
+from collm.models.paged.telling import BAD, CHOSEN, GATE, Telling, Told, TorchTelling
 from collm.noise import key_of
 from collm.values import Answer, Draw
 
@@ -97,3 +97,21 @@ def test_what_is_not_a_number_is_told_of_its_own_row(ops: Telling) -> None:
     head = DeferralHead(24, 1).to(DEVICE)
     found = told(ops, logits, hidden, head, 60, [Draw()] * 9)
     assert [n for n in range(9) if found.answer(n) is None] == [1, 4, 6, 8]
+
+
+@pytest.mark.parametrize("assistants", [None, 1, 3])
+@pytest.mark.parametrize("has_close", [False, True])
+def test_the_answers_of_a_pass_are_those_of_its_rows(assistants: int | None, has_close: bool) -> None:
+    width = GATE + (0 if assistants is None else 1 + assistants) + has_close
+    rows = np.random.default_rng(3).integers(1, 2**30, (9, width), dtype=np.int32)
+    rows[:, BAD] = 0
+    whole = Told(rows, assistants is not None, has_close)
+    some = rows.copy()
+    some[[2, 7], BAD] = 1
+    for found in (whole, Told(some, assistants is not None, has_close)):
+        for wanted in (range(9), [8, 2, 3], [7], [4]):
+            assert list(found.answers(wanted)) == [found.answer(n) for n in wanted]
+    answer = whole.answer(5)
+    assert answer is not None and answer.token_id == rows[5, CHOSEN]
+    assert answer.log_close == (rows.view(np.float32)[5, -1] if has_close else 0.0)
+    assert len(answer.log_gate or ()) == (0 if assistants is None else 1 + assistants)

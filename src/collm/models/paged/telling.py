@@ -120,6 +120,8 @@ class Told:
 
     def answers(self, wanted: Sequence[int]) -> Sequence[Answer | None]:
         """Of some tokens of the pass; None where it is not a number."""
+        if len(wanted) == 1:  # columns cost more than they save
+            return [self.answer(wanted[0])]
         rows = self.rows if len(wanted) == len(self.rows) else self.rows[list(wanted)]
         floats = rows.view(np.float32)
         end = rows.shape[1] - self.has_close
@@ -133,5 +135,12 @@ class Told:
         return [None if wrong else each for each, wrong in zip(found, bad, strict=True)] if any(bad) else found
 
     def answer(self, n: int) -> Answer | None:
-        """Of the n-th token of the pass."""
-        return self.answers([n])[0]
+        """Of the n-th token of the pass: the plain twin."""
+        row = self.rows[n]
+        numbers, floats = row.tolist(), row.view(np.float32).tolist()
+        if numbers[BAD]:
+            return None
+        close = floats.pop() if self.has_close else 0.0
+        gate = tuple(floats[GATE:]) if self.has_gate else None
+        told = numbers[CHOSEN], floats[5], numbers[0], floats[1], floats[2], gate, None, (), None, None, close
+        return tuple.__new__(Answer, told)
