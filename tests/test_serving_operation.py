@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -21,6 +22,7 @@ import pytest
 from servers import Live, fake_pair, live
 
 from collm.cli import main
+from collm.cli import serve as serving
 from collm.cli.serve import _access, _examples
 from collm.errors import CollmError
 from collm.serving.limits import Access, Limits
@@ -48,6 +50,21 @@ def wait_for(condition: Any, seconds: float = 10) -> None:
 
 
 # -- load
+
+
+def test_collecting_garbage_does_not_look_through_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took a fifth of a second, in which no text went on."""
+    frozen: list[int] = []
+    monkeypatch.setattr(serving, "_require_servable", lambda *_: None)
+    pair = fake_pair()
+    monkeypatch.setattr(serving, "load_llm", lambda *_, **__: pair)
+    monkeypatch.setattr("collm.serving.server.run", lambda *_: frozen.append(gc.get_freeze_count()))
+    try:
+        main(["serve", "pair", "--port", "0"], standalone_mode=False)
+    finally:
+        gc.unfreeze()
+        pair.close()
+    assert frozen[0] > 100_000
 
 
 def test_the_queue_is_bounded() -> None:

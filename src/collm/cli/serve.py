@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,9 @@ def serve(checkpoint: str, **options: Any) -> None:
     llm.warm_up()
     limits = Limits(max_queue=options["max_queue"], request_timeout=options["request_timeout"])
     app = make_app(llm, name, defaults=defaults, limits=limits, access=access, examples=examples)
+    # What is loaded stays: a collection of garbage that looked through all of it would halt every text meanwhile.
+    gc.collect()
+    gc.freeze()
     log_to_stderr()
     listen(listening)  # whoever reads the next line may ask
     _tell(llm, name, defaults, address(listening), bool(access.api_keys))
