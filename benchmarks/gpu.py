@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -438,6 +439,32 @@ def idle(bench: Bench) -> None:
             bench.note(f"idle_us.{how}.b{batch}", told)
 
 
+@torch.inference_mode()
+def launching(bench: Bench) -> None:
+    """Microseconds of the host to launch a pass, and until it has ended, if each is waited for: with the copies of plan
+    and answers inside its graph, and of kernels alone, which newer drivers are said to launch in one go."""
+    for name, model in bench.models.items():
+        stepper, _ = card.graphs_of(model)
+        for count in (1, 16):
+            bucket, _ = card.filled(model, [100] * count, [1] * count)
+
+            def work(stepper: Any = stepper, plan: Any = bucket.plan) -> None:
+                stepper.work(plan)
+
+            bare = stepper._capture.record(work)
+            for what, replay in (("as it is", bucket.replay), ("kernels alone", bare)):
+                launched, ended = list[float](), list[float]()
+                for _ in range(50):
+                    bench.wait()
+                    began = time.perf_counter()
+                    replay()
+                    launched.append(time.perf_counter() - began)
+                    bench.wait()
+                    ended.append(time.perf_counter() - began)
+                told = [round(statistics.median(each) * 1e6) for each in (launched, ended)]
+                bench.note(f"launch_us.{name}.T{count}.{what}", told)
+
+
 def generate(bench: Bench) -> None:
     """transformers' own `generate`, batch 1."""
     network = bench.networks["assistant"]
@@ -735,6 +762,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], None], float]] = [
     ("decoding", decoding, 10),
     ("overhead", overhead, 5),
     ("idle", idle, 10),
+    ("launching", launching, 5),
     ("generate", generate, 5),
     ("counts", counts, 5),
     ("kernels", kernels, 5),
