@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from collm.data.formatting import Formatter
 from collm.data.scores import load_scores
 from collm.data.scoring import openings_of, score
 from collm.errors import CollmError
+from collm.evaluation.reading import _of_chunks
 from collm.models.codec import ByteCodec
+from collm.models.fake import FakeModel
 from collm.models.openings import Openings, places
 from collm.models.pairing import cuts_between
+from collm.values import Fault, Query, Replies
 
 TEXTS = [
     "12 + 30 = 42\n#### 42",
@@ -138,6 +141,21 @@ def test_scores_by_the_definition(system: Any) -> None:
             greedy &= text[int(laws[stop - 1, text].argmax())] in opening(item.opens[stop])
         assert log_score[number] == pytest.approx(expected, abs=1e-4)
         assert right[number] == greedy
+
+
+def test_a_chunk_that_cannot_be_read_to_its_end_is_not_wrong(system: Any) -> None:
+    """A model that fails behind its first token has said nothing of the chunk."""
+    base = system[0]
+    item = base.read(EXAMPLES[0], None).first(1)
+
+    class Failing(FakeModel):
+        def predict(self, queries: Sequence[Query]) -> Replies:
+            [replies] = super().predict(queries)
+            return [[*replies[:-1], Fault("fails")]]
+
+    model = Failing("model", len(base.formatter.tokenizer))
+    with pytest.raises(CollmError, match="^fails$"):
+        _of_chunks(model, 1, item, base.codec)
 
 
 def test_batches_change_nothing(system: Any) -> None:

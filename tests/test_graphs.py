@@ -21,7 +21,7 @@ from watching import OutputBytes, WatchedCapture, watched
 from collm.cuts import START
 from collm.decoding.collaborative import collaborative, single
 from collm.decoding.experience import Experience
-from collm.decoding.pace import AdaptivePace
+from collm.decoding.pace import AdaptivePace, FixedPace
 from collm.decoding.policies import ByEntropy
 from collm.decoding.speculative import speculative
 from collm.engine import Finished, run
@@ -41,7 +41,7 @@ from collm.models.paged.telling import Told
 from collm.models.paged.writing import LONGEST
 from collm.models.pairing import cuts_between
 from collm.models.selftest import paged_serves
-from collm.sampling_params import SamplingParams
+from collm.sampling_params import OnAssistantError, SamplingParams
 from collm.types import BASE, ForwardPass
 from collm.values import GREEDY, Answer, Draw, Fault, Foreseen, KeepOn, Query, Replies, Reply, WriteOn
 from collm.views import Text, View
@@ -324,7 +324,7 @@ def test_a_text_that_writes_on_into_what_is_no_number_ends_alone(
     broken, whole = model.write_on(queries, Counted())
     assert len(whole) == 10 and all(isinstance(reply, Answer) for reply in whole)
     assert len(broken) == 4 and isinstance(broken[-1], Fault)
-    assert "after position 9 are not numbers" in broken[-1].reason
+    assert "after position 8 are not numbers" in broken[-1].reason
     assert [model.missing(query) for query in queries] == [6, 1], "the broken one is read anew"
 
 
@@ -789,6 +789,84 @@ def test_a_text_that_is_no_number_costs_the_others_nothing(tiny_tokenizer: PreTr
         assert isinstance(found[1], Fault) and "not numbers" in found[1].reason
         for n in (0, 2):
             assert_same(found[n], plain.predict([queries[n]])[0][0])
+
+
+@pytest.mark.parametrize("how", ["graphs", "pool", "plain"])
+@pytest.mark.parametrize("wrong", [300, 330])
+def test_a_token_that_is_wrong_spoils_nothing_before_it(
+    how: str, wrong: int, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A draft may hold what is no number, or a token that is not known: first, in the middle, last. What comes before
+    it is answered as if it were not there, and what is asked of other texts as ever."""
+    network = tiny("llama")
+    with torch.no_grad():
+        network.get_input_embeddings().weight[300] = torch.nan
+    own = machinery() if how == "graphs" else None
+    model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, cache=how != "plain", machinery=own)
+    plain = LocalModel(network, tiny_tokenizer, cache=False)
+    other = Text([list(range(40, 60))])
+    for at in range(5):
+        text = Text([list(range(3, 20))])
+        draft = [token if n != at else wrong for n, token in enumerate(range(21, 26))]
+        model.predict([Query(0, each.views[0], len(each.views[0])) for each in (text, other)])  # as texts that go on
+        for token_id in draft:
+            text.append(token_id)
+        given = [9, 8, 7, 6, 5, 4]
+        for asked in (Query(0, text.views[0], 22, 6), Query(0, text.views[0], 22, 6, given=given)):
+            found, of_other = model.predict([asked, Query(0, other.views[0], 20)])
+            assert [type(each) for each in found] == [Answer] * (at + 1) + [Fault] * (5 - at)
+            for n, reply in enumerate(found[: at + 1]):
+                expected = plain.predict([Query(0, text.views[0], 17 + n, given=given[n : n + 1])])[0][0]
+                assert_same(reply, expected)
+                if asked.given is not None:
+                    assert isinstance(reply, Answer) and isinstance(expected, Answer)
+                    assert reply.given_log_prob == pytest.approx(expected.given_log_prob, abs=1e-3)
+            assert_same(of_other[0], plain.predict([Query(0, other.views[0], 20)])[0][0])
+        # And the text goes on, once it is taken back.
+        text.rewind(0)
+        text.append(30)
+        asked = Query(0, text.views[0], 18)
+        assert_same(model.predict([asked])[0][0], plain.predict([asked])[0][0])
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_draft_that_is_no_number_changes_no_text(graphs: bool, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Texts end where they end token by token, with the same error, whatever had been drafted behind."""
+    networks = tiny("llama", num_hidden_layers=1), tiny("llama")
+    with torch.no_grad():
+        for network, start in zip(networks, (100, 200), strict=True):
+            network.get_input_embeddings().weight[start : start + 40] = torch.nan
+    eos = [frozenset({2})] * 2
+    models = [
+        LocalModel(
+            network, tiny_tokenizer, head, name=name, num_slots=4, max_cache_tokens=800,
+            machinery=machinery() if graphs else None,
+        )
+        for network, head, name in zip(networks, (DeferralHead(32, 1), None), ("base", "assistant"), strict=True)
+    ]  # fmt: skip
+
+    def written(drafts: bool) -> list[tuple[list[tuple[int, int, bool]], str | None]]:
+        writings = []
+        for seed in range(12):
+            text = Text([[seed + 3, 7, 11, 20 + seed]] * 2)
+            on_error: OnAssistantError = "base" if seed % 2 else "fail"
+            params = SamplingParams(max_tokens=40, temperature=1.0, seed=seed, on_assistant_error=on_error)
+            policy = ByEntropy(3.5, 1)
+            pace = FixedPace(1 + seed % 4, seed % 3)
+            flow = speculative(text, params, policy, eos, pace) if drafts else collaborative(text, params, policy, eos)
+            writings.append((flow, text, 40))
+        steps: list[list[tuple[int, int, bool]]] = [[] for _ in writings]
+        errors: list[str | None] = [None] * len(writings)
+        for number, event in run(writings, models, 4):
+            if isinstance(event, Finished):
+                errors[number] = event.error
+            else:
+                steps[number].append((event.token_id, event.author, event.abstained))
+        return list(zip(steps, errors, strict=True))
+
+    found = written(True)
+    assert found == written(False)
+    assert any(error for _, error in found) and any(abstained for steps, _ in found for _, _, abstained in steps)
 
 
 def overflowing() -> PreTrainedModel:

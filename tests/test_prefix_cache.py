@@ -403,7 +403,7 @@ def test_what_was_no_number_is_not_read_by_the_next_text(
     # It is not there to be asked behind either.
     assert reasons(model.predict([Query(0, views[0], 90, 0)])) == [
         [
-            "base: the predictions after position 90 are not numbers (NaN); its weights are damaged or overflow in "
+            "base: the predictions after position 89 are not numbers (NaN); its weights are damaged or overflow in "
             "this dtype: try another dtype"
         ]
     ]

@@ -164,23 +164,24 @@ def _row(example: Example, columns: Sequence[Sequence[Mapping[str, Any]]], count
 
 def _of_chunks(model: LanguageModel, number: int, item: Chunked, codec: ByteCodec) -> list[dict[str, Any]]:
     """The chunks of an example under one model. It is right where it would write the whole chunk, and then open one."""
-    answers: dict[int, Reply] = {}
+    answers: dict[int, Answer | None] = {}
     for start, end in _runs([t for t, scored in enumerate(item.scored) if scored]):
         query = Query.of(item.token_ids[: end - 1], end - start, model=number)
         # Within a chunk nothing is to open: any byte will do.
         query = query._replace(last_bytes=[last if last >= 0 else START for last in item.opens[start:end]])
         [replies] = model.predict([query])
         model.release(query.view)
-        answers |= dict(zip(range(start, end), replies, strict=True))
+        for t, reply in zip(range(start, end), replies, strict=True):
+            if isinstance(reply, Fault):
+                raise CollmError(reply.reason)
+            answers[t] = reply
     return [_chunk(answers, start, stop, item, codec, number) for start, stop in item.spans]
 
 
 def _chunk(
-    answers: Mapping[int, Reply], start: int, stop: int | None, item: Chunked, codec: ByteCodec, number: int
+    answers: Mapping[int, Answer | None], start: int, stop: int | None, item: Chunked, codec: ByteCodec, number: int
 ) -> dict[str, Any]:
     first = answers[start]
-    if isinstance(first, Fault):
-        raise CollmError(first.reason)
     if first is None:
         return {"right": False, "top": None}
     gold, choice = item.token_ids[start], first.top_token_id

@@ -48,6 +48,31 @@ class Bounds:
             )
         return None
 
+    def unspoilt(
+        self, query: Query, replies: list[Reply], served: Callable[[list[Query]], Iterator[list[Reply]]]
+    ) -> list[Reply]:
+        """The replies to a query of which some are faults: what comes before the token that is at fault is asked for
+        without it. A token that is not a number spoils all that is read in one pass with it, what stands before it,
+        too: masks let NaN through. And nobody need know a token that is drafted and will perhaps never be written.
+
+        Args:
+            served: what is replied to queries, as they are.
+        """
+        if query.num_last <= 1 or Fault not in map(type, replies):
+            return replies
+        # So many replies hold, and among so many is one that does not.
+        first, held, spoilt = query.length - query.num_last, list(map(type, replies)).index(Fault), query.num_last
+        while spoilt - held > 1:
+            count = (held + spoilt) // 2
+            given = None if query.given is None else query.given[:count]
+            shorter = query._replace(length=first + count, num_last=count, given=given, opens=False, then=None)
+            [found] = served([shorter._replace(last_bytes=query.last_bytes[:count])])
+            if Fault in map(type, found):
+                spoilt = count
+            else:
+                held, replies = count, [*found, *replies[count:]]
+        return replies
+
     def unknown(self, query: Query, start: int) -> list[Reply]:
         """The replies to a query with a token, from `start` on, that the model does not know; none if it knows all."""
         highest = max(query.view.token_ids[start : query.length], default=0)
@@ -71,6 +96,7 @@ class Bounds:
         )
 
     def no_numbers(self, position: int) -> Fault:
+        """What is said behind the token at `position`, counted from 0, is not a number."""
         return Fault(
             f"{self.name}: the predictions after position {position} are not numbers (NaN); its weights are damaged "
             "or overflow in this dtype: try another dtype"

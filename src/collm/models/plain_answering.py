@@ -41,6 +41,10 @@ class PlainAnswering:
         return self._bounds.answered(queries, self._served)
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
+        for query, replies in zip(queries, self._read(queries), strict=True):
+            yield self._bounds.unspoilt(query, replies, self._read)
+
+    def _read(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         # No text twice in a pass of texts together, and as many as fit; without caches, each by itself.
         together: list[Query] = []
         for query in queries:

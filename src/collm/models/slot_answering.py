@@ -67,8 +67,8 @@ class SlotAnswering:
                 if self._stepper is not None and isinstance(self._cache, PagedCache) and are_steps(jobs):
                     fault = self._bounds.no_numbers
                     write(self._stepper, self._cache, jobs, keep_on, tell, chosen, self._ends, fault, self.on_pass)
-                else:
-                    self._pass([(job, job.query.length) for job in jobs], chosen)
+                elif self._pass([(job, job.query.length) for job in jobs], chosen):
+                    return [self._bounds.unspoilt(job.query, job.replies, self._read) for job in jobs]
                 return [job.replies for job in jobs]
         finally:
             if self._stepper is not None:
@@ -77,6 +77,10 @@ class SlotAnswering:
 
     def _served(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         """Any queries, each of which fits alone."""
+        for query, replies in zip(queries, self._read(queries), strict=True):
+            yield self._bounds.unspoilt(query, replies, self._read)
+
+    def _read(self, queries: Sequence[Query]) -> Iterator[list[Reply]]:
         for batch in self._cache.batches(queries):
             jobs = self._cache.jobs(batch)
             for wave in self._cache.waves(jobs):
@@ -89,8 +93,9 @@ class SlotAnswering:
                     self._pass(pieces)
             yield from (job.replies for job in jobs)
 
-    def _pass(self, pieces: Sequence[tuple[Job, int]], chosen: Chosen | None = None) -> None:
-        """One forward pass for the tokens of each job from `done` to `end`; `chosen` as in `LanguageModel.write_on`."""
+    def _pass(self, pieces: Sequence[tuple[Job, int]], chosen: Chosen | None = None) -> bool:
+        """One forward pass for the tokens of each job from `done` to `end`; `chosen` as in `LanguageModel.write_on`.
+        Whether some are not numbers."""
         began = perf_counter()
         if self._stepper is None and len(pieces) > 1:  # blocks are read one by one, in any order
             pieces = sorted(pieces, key=lambda piece: (piece[1] - piece[0].done, piece[0].slot))
@@ -125,7 +130,7 @@ class SlotAnswering:
             raise
         replies = list(found)
         broken = Fault in map(type, replies)
-        at = start = 0
+        at, start, spoilt = 0, 0, False
         for (job, end), row in zip(pieces, rows, strict=True):
             number = end - max(job.first, job.done)
             self._cache.hold(job, end)
@@ -139,13 +144,15 @@ class SlotAnswering:
                 job.broken |= bool(bad[start : start + row.width].any())
             start += row.width
             if job.broken:
+                spoilt = True
                 self._cache.clear(job)
                 # What is still to be read of it would be read behind nothing.
-                job.replies += [self._bounds.no_numbers(end)] * (max(1, job.query.num_last) - len(job.replies))
+                job.replies += [self._bounds.no_numbers(end - 1)] * (max(1, job.query.num_last) - len(job.replies))
                 job.done = job.query.length
         if self.on_pass is not None:
             longest, widest = max([row.end for row in rows]), max([row.width for row in rows])
             self.on_pass(ForwardPass(len(rows), widest, len(token_ids), longest, perf_counter() - began))
+        return spoilt
 
     def _eager(
         self,

@@ -73,7 +73,7 @@ def write(
     Args:
         keep_on, tell, chosen: None: none may; nobody wants to be told.
         ends: tokens that end a text.
-        fault: replied in place of an answer that is not a number, behind so many tokens.
+        fault: replied in place of an answer that is not a number, behind the token at this position.
         passed: is told of each pass.
     """
     going = [_Writer(at, job) for at, job in enumerate(jobs)]
@@ -108,7 +108,7 @@ def write(
             for writer, answer in zip(going, answers, strict=True):
                 if answer is None:
                     writer.job.broken = True
-                    writer.replies.append(fault(writer.length + 1))
+                    writer.replies.append(fault(writer.length))
                 else:
                     writer.replies.append(answer)
             if passed is not None:
