@@ -13,6 +13,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from chunk_toys import byte_level
+from test_crop_cache import network as crop_network
 from test_local import POOLED, tiny, traffic
 from tiny import make_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,6 +29,7 @@ from collm.engine import Finished, run
 from collm.models import caching
 from collm.models.attention import Row
 from collm.models.codec import ByteCodec
+from collm.models.crop_cache import CropCache
 from collm.models.head import DeferralHead
 from collm.models.laws import MOST_PROBABLE, Asked
 from collm.models.local import LocalModel
@@ -791,18 +793,19 @@ def test_a_text_that_is_no_number_costs_the_others_nothing(tiny_tokenizer: PreTr
             assert_same(found[n], plain.predict([queries[n]])[0][0])
 
 
-@pytest.mark.parametrize("how", ["graphs", "pool", "plain"])
+@pytest.mark.parametrize("how", ["graphs", "pool", "crop", "plain"])
 @pytest.mark.parametrize("wrong", [300, 330])
 def test_a_token_that_is_wrong_spoils_nothing_before_it(
     how: str, wrong: int, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """A draft may hold what is no number, or a token that is not known: first, in the middle, last. What comes before
     it is answered as if it were not there, and what is asked of other texts as ever."""
-    network = tiny("llama")
+    network = crop_network("stablelm") if how == "crop" else tiny("llama")
     with torch.no_grad():
         network.get_input_embeddings().weight[300] = torch.nan
     own = machinery() if how == "graphs" else None
     model = LocalModel(network, tiny_tokenizer, max_cache_tokens=4000, cache=how != "plain", machinery=own)
+    assert isinstance(model._cache, CropCache) == (how == "crop")
     plain = LocalModel(network, tiny_tokenizer, cache=False)
     other = Text([list(range(40, 60))])
     for at in range(5):

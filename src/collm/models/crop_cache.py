@@ -86,6 +86,10 @@ class CropCache:
     def forget(self) -> None:
         self._kept = {}
 
+    def clear(self, view: View) -> None:
+        """Nothing of what is held of a text may be read again: what is not a number spoils keys before it, too."""
+        self._kept.pop(view, None)
+
     def read(self, texts: Sequence[Wanted]) -> list[Tensor]:
         """For each text the hidden states `[num_last, H]` of the last of its first `length` tokens; computed is what is
         not held. No view comes twice, and all fit."""

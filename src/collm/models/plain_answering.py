@@ -15,7 +15,7 @@ from collm.models.devices import input_device
 from collm.models.laws import Asked, Laws
 from collm.models.openings import Openings
 from collm.types import ForwardPass
-from collm.values import Query, Replies, Reply
+from collm.values import Fault, Query, Replies, Reply
 
 
 class PlainAnswering:
@@ -88,6 +88,8 @@ class PlainAnswering:
             for query, reply in zip(queries, replies, strict=True):
                 if not reply:
                     reply += [next(found) for _ in range(query.num_last)]
+                    if self._cache is not None and Fault in map(type, reply):
+                        self._cache.clear(query.view)
         if self.on_pass is not None:
             longest = max(query.length for query in known)
             self.on_pass(ForwardPass(len(known), max(missing), sum(missing), longest, perf_counter() - began))
