@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from test_local import tiny
 from transformers import PreTrainedTokenizerFast
 
 from collm.models.local import LocalModel
+from collm.models.on_device import OnDevice
 from collm.models.paged.capture import CudaCapture, FakeCapture, Work
 from collm.models.paged.dense import TorchDense
 from collm.models.paged.machinery import Machinery
@@ -111,7 +112,7 @@ class Memory:
             ("max_memory_allocated", lambda: 100 + self.peak),
             ("reset_peak_memory_stats", lambda: setattr(self, "peak", 0)),
             ("current_stream", mock.MagicMock),
-            ("Stream", mock.MagicMock),
+            ("Stream", lambda _: mock.MagicMock()),
             ("CUDAGraph", mock.MagicMock),
             ("stream", lambda _: nullcontext()),
             ("device", lambda _: nullcontext()),
@@ -137,3 +138,97 @@ def test_what_another_thread_takes_is_not_what_a_graph_needs(monkeypatch: pytest
     with pytest.raises(torch.OutOfMemoryError):
         capture.record(large.work, 60)
     assert large.runs == 5
+
+
+class Streams:
+    """Those of a device, as torch hands them out: in turn. Which ones were recorded on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        Memory(monkeypatch, 0, [])
+        self.given, self.recorded_on = 0, list[int]()
+        self.fails = False
+        self.graphs = WeakSet[Any]()
+        monkeypatch.setattr(torch.cuda, "Stream", self.of)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
+        monkeypatch.setattr("collm.models.devices._own", WeakKeyDictionary())
+
+    def of(self, device: torch.device | None = None) -> Any:
+        self.given += 1
+        return Stream(self.given % 32)
+
+    def new_graph(self) -> Any:
+        graph = mock.MagicMock()
+        self.graphs.add(graph)
+        return graph
+
+    def graph(self, _: Any, *, stream: Stream, **__: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded_on.append(stream.number)
+        return nullcontext()
+
+
+class Stream:
+    """Equal to all that are the same one underneath, as torch's are."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.number == self.number
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def test_graphs_of_two_networks_share_no_place_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch has 32 streams, and for each one a place that graphs know which were recorded on it: of two networks that
+    overlap one wrote into the other's sums, and when one went, the other's graphs knew a place that was gone."""
+    streams, cuda = Streams(monkeypatch), torch.device("cuda", 0)
+    base, assistant = CudaCapture(cuda), CudaCapture(cuda)
+    for capture in (base, assistant):
+        streams.recorded_on.clear()
+        for _ in range(17):  # one on trial, and sixteen
+            capture.record(lambda: None)
+        assert len(set(streams.recorded_on)) == 1
+    on = OnDevice(cuda, "assistant")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    on.overlap()
+    later = [CudaCapture(cuda) for _ in range(40)]
+    own = {streams.recorded_on[0]}
+    base.record(lambda: None)
+    own |= {streams.recorded_on[-1], on._stream.number if on._stream else -1}
+    assert len(own) == 3
+    streams.recorded_on.clear()
+    for capture in later[:29]:
+        capture.record(lambda: None)
+    assert len(set(streams.recorded_on)) == 29 and not own & set(streams.recorded_on)
+    del later[0]
+    later[30].record(lambda: None)
+    assert streams.recorded_on[-1] == streams.recorded_on[0], "whose capture is gone"
+
+
+def test_a_graph_that_cannot_be_recorded_takes_nothing_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a graph is destroyed, torch gives up what the products of its stream need, which others there know."""
+    streams = Streams(monkeypatch)
+    capture = CudaCapture(torch.device("cuda", 0))
+    streams.fails = True
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture.record(lambda: None)
+    gc.collect()
+    assert not streams.graphs, "there are no others, and what it took is given back"
+    streams.fails = False
+    replay = capture.record(lambda: None)
+    streams.fails = True
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture.record(lambda: None)
+    gc.collect()
+    assert len(streams.graphs) == 2
+    del replay, capture
+    gc.collect()
+    assert not streams.graphs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,30 @@ from transformers import PreTrainedModel
 
 META = torch.device("meta")
 """Where weights are said to lie that are fetched when they are needed."""
+STREAMS = 32
+"""Streams of a device that torch has: it hands them out in turn, and then the first one again."""
+_own: WeakKeyDictionary[object, torch.cuda.Stream] = WeakKeyDictionary()
+_lock = Lock()
 
 
 def best_device() -> str:
     """What `auto` stands for."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def own_stream(owner: object, device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other owner has who lives, while there are such. What runs at the same time on streams that are
+    one by chance waits for one another; and torch gives the products of a stream one place for what they put down
+    meanwhile, which is in the graphs that are recorded there, too."""
+    with _lock:
+        taken = list(_own.values())
+        found = torch.cuda.Stream(device)
+        for _ in range(STREAMS - 1):
+            if found not in taken:
+                break
+            found = torch.cuda.Stream(device)
+        _own[owner] = found
+    return found
 
 
 def computes_on(module: nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from collm.errors import CollmError
+from collm.models.devices import own_stream
 from collm.models.paged.lost import is_lost
 
 
@@ -32,7 +33,7 @@ class OnDevice:
         """On a stream of their own from now on."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights may still be on their way, on another stream
-            self._stream = torch.cuda.Stream(self.device)
+            self._stream = own_stream(self, self.device)
 
     def raise_if_lost(self, error: Exception) -> None:
         """Called where a pass has failed.

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from collm.models.devices import own_stream
+
 Work = Callable[[], None]
 
 
@@ -50,7 +52,13 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """CUDA graphs of one device, which share their memory: no two of them run at the same time.
+    """CUDA graphs of one network, which share their memory: no two of them run at the same time.
+
+    They are recorded on one stream, which no other network's are. Products put what they need meanwhile (parts of
+    sums, where few programs would compute a product) to a place that torch keeps for each stream, and graphs know
+    it. With a stream for each recording the 33rd would have the place of the first: of another network, whose graphs
+    may run at the same time (`LocalModel.overlap`), and with one of which newer versions of torch give the place up,
+    when it is destroyed. And each stream's place takes 8 MB, on a Hopper GPU 32.
 
     What a recording needs is read from torch's peak of memory, which is that of the whole device: it is reset
     (`torch.cuda.reset_peak_memory_stats`), and what other threads take meanwhile is in it. So a recording is not
@@ -66,6 +74,9 @@ class CudaCapture:
         self._device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
         self._memory: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._aside: torch.cuda.Stream | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        """For the same reason a graph that could not be recorded beside others lasts as long as they do."""
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +92,8 @@ class CudaCapture:
 
     def record(self, work: Work, most: int | None = None) -> Work:
         with torch.cuda.device(self._device):
-            now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(now)
+            aside = self._aside = self._aside or own_stream(self, self._device)
+            aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(self.WARM_UPS - 1):
                     work()
@@ -94,9 +105,14 @@ class CudaCapture:
             aside.synchronize()
             _require(needed, most)
             graph = torch.cuda.CUDAGraph()
-            # Other threads use the device, too: what they do is no fault of this capture.
-            with torch.cuda.graph(graph, pool=self._memory, stream=aside, capture_error_mode="thread_local"):
-                work()
+            try:
+                # Other threads use the device, too: what they do is no fault of this capture.
+                with torch.cuda.graph(graph, pool=self._memory, stream=aside, capture_error_mode="thread_local"):
+                    work()
+            except Exception:
+                if self._memory is not None:
+                    self._failed.append(graph)
+                raise
             self._memory = self._memory or graph.pool()
             return graph.replay
 
