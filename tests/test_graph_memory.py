@@ -16,6 +16,7 @@ from test_local import tiny
 from transformers import PreTrainedTokenizerFast
 
 from collm.models.local import LocalModel
+from collm.models.memory import free_bytes
 from collm.models.on_device import OnDevice
 from collm.models.paged.capture import CudaCapture, FakeCapture, Work
 from collm.models.paged.dense import TorchDense
@@ -100,6 +101,18 @@ def test_graphs_leave_what_other_networks_storage_will_take(
     left = total - sum(model.cache_bytes for model in models)
     assert 0 < left < total / 2, "the storage takes most of it"
     assert [stepper._graphs.most for stepper in steppers if stepper is not None] == [left // 2] * 2
+
+
+def test_what_torch_has_kept_for_nobody_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the driver it is taken. On a GPU of 24 GB that a training has used up, a cache of one block was left."""
+    driver = {"free": 1 << 20, "kept": 22 << 30}
+
+    def emptied() -> None:
+        driver["free"], driver["kept"] = driver["free"] + driver["kept"], 0
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (driver["free"], 24 << 30))
+    assert free_bytes(torch.device("cuda", 0)) == (22 << 30) + (1 << 20)
 
 
 class Memory:

@@ -19,8 +19,11 @@ SPARE_SHARE = 0.1
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device now."""
+    """Memory that is free on a device now. What torch has kept of what nobody holds any more is given back first, for
+    to the driver it is not free: weights before they were fused, which may be most of a model, and what a training
+    before has needed."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
