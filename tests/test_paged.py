@@ -20,12 +20,13 @@ from collm.models.paged import plan as planned
 from collm.models.paged.blocks import Blocks
 from collm.models.paged.ops import Ops, TorchOps
 from collm.models.paged.plan import Plan, fill
+from collm.models.paged.pool import WIDE_TILE
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from triton.runtime.errors import OutOfResources
 
 from collm.models.paged import launching, triton_ops
-from collm.models.paged.triton_ops import TritonOps
+from collm.models.paged.triton_ops import PROGRAMS, TritonOps
 
 SIZE = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +164,17 @@ def test_no_item_is_long_and_none_too_many() -> None:
         items, chunk = numbers[:2].tolist()
         assert items == sum(-(-(start + 1) // chunk) for start in starts) <= planned.num_items(16)
         assert chunk == planned.CHUNK
+
+
+def test_a_long_prompt_is_read_with_few_partial_results() -> None:
+    """Those of CodeLlama-7B (32 key heads of 128 numbers, 16,384 positions), the last of whose prompt is read, were 1.1
+    GB: more than all else of the pass together, and than a card of 24 GB has left beside the keys."""
+    blocks, kv, dim = Blocks(64, 1, 64, 256), 32, 128
+    blocks.write(0, 0, 16384)
+    numbers = np.zeros(planned.size(1024), dtype=np.int32)
+    items = fill(numbers, [Row(0, 15360, 1024)], [0] * 1024, blocks, WIDE_TILE)
+    assert items * kv * WIDE_TILE * (dim + 2) * 4 < 300e6
+    assert items * kv > 2 * PROGRAMS, "and still there is work for each multiprocessor"
 
 
 def test_what_a_plan_says_by_its_definition() -> None:

@@ -38,7 +38,8 @@ Temperature 0 is greedy."""
 CHUNK = 256
 """Positions of a chunk at least. It doubles where a pass would have too many items."""
 MORE_ITEMS = 256
-"""Items beyond one for each token that a pass may have: it bounds the memory of partial results."""
+"""Items beyond one for each piece that a pass may have: it bounds the memory of partial results, which are as large as
+a tile for each item and key head. A pass that reads has few pieces of many tokens, and needs no item for each token."""
 NO_ITEM = 2**31 - 1
 
 
@@ -63,7 +64,7 @@ class Plan:
 
 
 def num_items(num_tokens: int) -> int:
-    """Items of a pass over so many tokens at most."""
+    """Items of a pass over so many tokens at most, each of which may be a piece."""
     return num_tokens + MORE_ITEMS
 
 
@@ -86,7 +87,7 @@ def fill(
         per_piece: tokens of a piece at most.
 
     Returns:
-        How many items it has, `num_items(T)` at most.
+        How many items it has, `MORE_ITEMS` beyond its pieces at most, and so `num_items(T)`.
     """
     fill_empty(numbers, blocks)
     lines = numbers[HEAD:].reshape(LINES, -1)
@@ -110,7 +111,7 @@ def fill(
     each = pieces[:, :3] if len(found) == token else pieces[:, :3].repeat(pieces[:, 4], axis=0)
     of_tokens[IDS], of_tokens[POSITIONS:] = token_ids, each.T
     of_tokens[POSITIONS : WHERE + 1] += np.arange(token, dtype=np.int32)
-    chunk, room = CHUNK, num_items(lines.shape[1])
+    chunk, room = CHUNK, len(found) + MORE_ITEMS
     while item > room:
         chunk *= 2
         items = -(-(pieces[:, 4] + pieces[:, 6]) // chunk)
