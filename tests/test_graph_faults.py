@@ -30,6 +30,8 @@ from collm.models.paged import machinery as machines
 from collm.models.paged.capture import FakeCapture
 from collm.models.paged.machinery import Machinery, machinery_for
 from collm.models.paged.ops import TorchOps
+from collm.models.paged.plan import Plan
+from collm.models.paged.pool import TILE
 from collm.models.paged.telling import TorchTelling
 from collm.sampling_params import SamplingParams
 from collm.types import BASE
@@ -118,6 +120,24 @@ def test_where_a_kernel_does_not_compile(tiny_tokenizer: PreTrainedTokenizerFast
         model = LocalModel(network, tiny_tokenizer, name="m", max_cache_tokens=640, machinery=own)
     query = Query.of([4, 5, 6])
     assert not model.writes_on
+    assert_same(model.predict([query])[0][0], LocalModel(network, tiny_tokenizer, cache=False).predict([query])[0][0])
+
+
+def test_where_long_passes_need_more_than_the_card_has(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Their tiles are larger: heads of 512 numbers in float32 need 160 KiB of shared memory, and an L4 has 99. Each
+    prompt of more than 256 tokens failed."""
+
+    class Small(TorchOps):
+        def attend(self, query: Any, keys: Any, values: Any, plan: Plan, *more: Any) -> Any:
+            if plan.tile > TILE:
+                raise RuntimeError("out of resource: shared memory, Required: 163840, Hardware limit: 101376")
+            return super().attend(query, keys, values, plan, *more)
+
+    own = Machinery(Small(), TorchTelling(), FakeCapture(), block=64)
+    network = tiny("llama", max_position_embeddings=512)
+    with pytest.warns(UserWarning, match="m: keys and values in blocks do not serve.*shared memory.*without graphs"):
+        model = LocalModel(network, tiny_tokenizer, name="m", max_cache_tokens=2048, machinery=own)
+    query = Query.of([n % 50 for n in range(400)])
     assert_same(model.predict([query])[0][0], LocalModel(network, tiny_tokenizer, cache=False).predict([query])[0][0])
 
 
