@@ -103,8 +103,8 @@ class _Draft:
         """The assistant that is to be asked about the next one."""
         self._text, self._policy, self._how = text, policy, params.draw
         self._tokens: list[int] = []
-        self._decided: dict[int, tuple[Answer, Decision, int]] = {}
-        """Where the base has answered, whom it would ask, and whom first."""
+        self._decided: dict[int, tuple[Answer, Decision]] = {}
+        """Where the base has answered, and whom it would ask."""
         self._extends = (-1, 0)
         """The model whose `Extend` runs, and where its next answer belongs."""
         self._until = 0
@@ -154,7 +154,8 @@ class _Draft:
             found = decided.get(position)
             if found is None:
                 return None
-            base, _, author = found
+            base, decision = found
+            author = decision.authors[0]
             if author == BASE:
                 token_id = base.token_id
             elif author == model and position <= last:
@@ -207,12 +208,11 @@ class _Draft:
         if model == BASE:
             for position, reply in enumerate(replies, first):
                 if isinstance(reply, Answer):
-                    decision = decide(self._policy, reply, self._how, position)
-                    self._decided[position] = reply, decision, decision.authors[0]
+                    self._decided[position] = reply, decide(self._policy, reply, self._how, position)
 
     def first_author(self, position: int) -> int:
         found = self._decided.get(position)
-        return BASE if found is None else found[2]
+        return BASE if found is None else found[1].authors[0]
 
     def would_write(self, model: int, position: int) -> int | None:
         """The model's own token, if it has answered there."""
@@ -224,15 +224,15 @@ class _Draft:
         found = self._decided.get(end)
         if found is None or end + 1 >= self.params.max_tokens:
             return None
-        base, _, author = found
-        return None if ends_text(base.token_id, author, self.eos) else base.token_id
+        base, decision = found
+        return None if ends_text(base.token_id, decision.authors[0], self.eos) else base.token_id
 
     def settle(self, pace: Pace) -> Step | None:
         """Settle the next token, of which `pace` is told; None if an assistant is still to be asked about it."""
         position, drafted = self.position, self._tokens
         if position not in self._decided:
             required(self.known[BASE][position])
-        base, decision, _ = self._decided[position]
+        base, decision = self._decided[position]
         writers = Writers(base, decision.signal)
         for candidate in decision.authors:
             if candidate == BASE:

@@ -252,16 +252,13 @@ class PrefixCache(ABC):
     def hold_written(self, jobs: Sequence[Job]) -> None:
         """All of these jobs is stored now, and so are the tokens that the model wrote behind each, which are answered,
         but for the last one."""
-        slots = self.slots
         for job in jobs:
-            length, replies, slot = job.query.length, job.replies, slots[job.slot]
-            job.done = length
-            if slot.held < length:
-                slot.held = length
+            length, replies = job.query.length, job.replies
+            self.hold(job, length)
             if job.broken:
                 self.clear(job)
             elif len(replies) > 1:
-                slot.ahead = length, list(map(_TOKEN, replies[job.query.num_last - 1 : -1]))
+                self.slots[job.slot].ahead = length, list(map(_TOKEN, replies[job.query.num_last - 1 : -1]))
 
     def clear(self, job: Job) -> None:
         """Nothing of what a job has stored may be read again: NaN passes through attention masks."""

@@ -12,6 +12,7 @@ from triton.runtime.errors import OutOfResources
 from collm.models.paged import kernels
 from collm.models.paged.launching import launch
 from collm.models.paged.plan import Plan
+from collm.models.paged.pool import TILE
 
 PROGRAMS = 264
 """Programs of the attention kernel at least, over all heads: two for each multiprocessor of a Hopper GPU."""
@@ -37,8 +38,8 @@ class TritonOps:
 
     def __init__(self, programs: int = PROGRAMS, reads: Sequence[tuple[int, int]] = READS, wide: int = WIDE) -> None:
         self._programs, self._reads, self._wide = programs, reads, wide
-        self._fitting: dict[tuple[torch.device, torch.dtype, int, int], int] = {}
-        """Which of the reads is taken, by device, type, numbers of a head and rows of a tile."""
+        self._fitting: dict[tuple[torch.device, torch.dtype, int, int], list[tuple[int, int]]] = {}
+        """The reads that may fit, by device, type, numbers of a head and rows of a tile: the first one is taken."""
 
     def enter(self, plan: Plan, table: Tensor, size: int) -> None:
         launch(kernels.enter, (plan.num_tokens,), plan.numbers, table, plan.num_tokens, table.shape[1], BLOCK=size)
@@ -72,27 +73,23 @@ class TritonOps:
         programs = max(count, -(-self._programs // kv))
         shape = {"HQ": heads, "G": heads // kv, "D": dim, "DP": padded, "M": tile}
         pieces = PIECES[0] if count <= PIECES[0] else max(PIECES[1], triton.next_power_of_2(count))
-        small = tile == 16 and self._wide <= size and padded * query.element_size() <= WIDE_BYTES
-
-        def read(keys_at_a_time: int, stages: int) -> None:
-            launch(kernels.attend, (programs, kv),
-                query, keys, values, out, part, stats, plan.numbers, table, count, programs, table.shape[1],
-                scale, window, softcap or 0.0, *query.stride()[:2], **shape, BLOCK=size,
-                N=min(keys_at_a_time, size), WIDE=self._wide if small else 0, NP=pieces,
-                WINDOW=window > 0, CAP=softcap is not None,
-                PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
-            )  # fmt: skip
-
-        kind = query.device, query.dtype, padded, tile
+        small = tile == TILE and self._wide <= size and padded * query.element_size() <= WIDE_BYTES
+        reads = self._fitting.setdefault((query.device, query.dtype, padded, tile), list(self._reads))
         while True:
-            which = self._fitting.setdefault(kind, 0)
+            at_a_time, stages = reads[0]
             try:
-                read(*self._reads[which])
+                launch(kernels.attend, (programs, kv),
+                    query, keys, values, out, part, stats, plan.numbers, table, count, programs, table.shape[1],
+                    scale, window, softcap or 0.0, *query.stride()[:2], **shape, BLOCK=size,
+                    N=min(at_a_time, size), WIDE=self._wide if small else 0, NP=pieces,
+                    WINDOW=window > 0, CAP=softcap is not None,
+                    PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, num_stages=stages,
+                )  # fmt: skip
                 break
             except OutOfResources:
-                if which + 1 == len(self._reads):
+                if len(reads) == 1:
                     raise
-                self._fitting[kind] += 1
+                del reads[0]
         group = triton.next_power_of_2(heads // kv)
         launch(kernels.combine, (count, kv),
             part, stats, out, plan.numbers, count, **shape, GP=group, CHUNKS=max(1, COMBINED // group), num_warps=4,
