@@ -510,10 +510,9 @@ def readings(bench: Bench) -> None:
         ("as it is", *usual, {}),
         ("loops alone", *usual, {"wide": 0}),
         ("more programs", *usual, {"programs": 396}),
-        ("more programs, fewer items", usual[0], 128, {"programs": 396}),
-        ("fewer items", usual[0], 128, {}),
+        ("more items", usual[0], 256, {}),
+        ("fewer items", usual[0], 64, {}),
         ("chunks of 512", 512, usual[1], {}),
-        ("chunks of 512, more programs, fewer items", 512, 128, {"programs": 396}),
         ("as it is, again", *usual, {}),
     ):
         planned.CHUNK, planned.MORE_ITEMS = chunk, more

@@ -37,9 +37,10 @@ DRAW = 11
 Temperature 0 is greedy."""
 CHUNK = 256
 """Positions of a chunk at least. It doubles where a pass would have too many items."""
-MORE_ITEMS = 256
-"""Items beyond one for each piece that a pass may have: it bounds the memory of partial results, which are as large as
-a tile for each item and key head. A pass that reads has few pieces of many tokens, and needs no item for each token."""
+MORE_ITEMS = 128
+"""Items beyond one for each piece that a pass may have, about as many as a GPU has multiprocessors. It bounds the
+memory of partial results, which are as large as a tile for each item and key head. A pass that reads has few pieces of
+many tokens, and needs no item for each token. Twice as many cost 2 % with sixteen long texts (docs/log.md)."""
 NO_ITEM = 2**31 - 1
 
 
