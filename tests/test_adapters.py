@@ -21,6 +21,10 @@ from collm.models.adapters import ModelStore, Variant
 from collm.models.contents import contents, same_files
 from collm.models.loading import load_context_length, load_model, load_tokenizer, place_model, weights_fingerprint
 from collm.models.local import LocalModel
+from collm.models.paged.capture import FakeCapture
+from collm.models.paged.machinery import Machinery
+from collm.models.paged.ops import TorchOps
+from collm.models.paged.telling import TorchTelling
 from collm.models.placement import Placement
 from collm.sampling_params import SamplingParams
 
@@ -182,3 +186,29 @@ def test_a_pair_of_adapters_takes_the_memory_of_one_model(specs: dict[str, str])
         assert found.token_ids == expected.token_ids and {1, 2} & {step.author for step in found.steps}
     networks = [model.model for model in llm.models if isinstance(model, LocalModel)]
     assert len(networks) == 3 and len({id(network) for network in networks}) == 1
+
+
+@pytest.mark.parametrize("assistant", ["other", "one"])
+def test_a_base_begins_early_unless_an_adapter_lies_in_its_layers(
+    assistant: str, specs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any base that is loaded as it was published could be one of several variants, and did not, whoever assisted."""
+    own: list[Machinery] = []
+
+    def machinery(*_: object) -> Machinery:
+        own.append(Machinery(TorchOps(), TorchTelling(), FakeCapture(), block=8))
+        return own[-1]
+
+    tiny("llama", vocab_size=320, num_hidden_layers=1).save_pretrained(tmp_path / "other")
+    load_tokenizer(specs["base"]).save_pretrained(tmp_path / "other")
+    spec = specs.get(assistant, str(tmp_path / "other"))
+    plain = CollaborativeLM.from_pretrained(specs["base"], [f"z={spec}"], cache=False)
+    monkeypatch.setattr("collm.models.caching.machinery_for", machinery)
+    llm = CollaborativeLM.from_pretrained(specs["base"], [f"z={spec}"], max_cache_tokens=800)
+    params = SamplingParams(max_tokens=30, deferral="random", threshold=0.4, speculative=False)
+    found, expected = (each.generate("abc", params) for each in (llm, plain))
+    assert found.token_ids == expected.token_ids and {step.author for step in found.steps} == {0, 1}
+    base = llm.models[0]
+    assert isinstance(base, LocalModel) and base.graphs[0] is not None and len(own) == 2
+    taken = base.graphs[0].counts.taken
+    assert taken > 5 if assistant == "other" else not taken

@@ -61,14 +61,9 @@ def load(
     found = load_assistants(assistants, info.assistants, formatter, store=store, **placed)
     if head is not None and head.num_assistants != len(found):
         raise CollmError(f"the gate of {path} is for {head.num_assistants} assistants, {len(found)} were given")
-    local = LocalModel(
-        model,
-        tokenizer,
-        head,
-        name="base",
-        activate=None if shared is None else shared.activate,
-        **cached,
-    )
+    # A network that nobody shares need not be switched, and may begin passes while another one runs.
+    activate = shared.activate if shared is not None and shared.weights.adapters else None
+    local = LocalModel(model, tokenizer, head, name="base", activate=activate, **cached)
     models, formatters = [local, *(m for m, _ in found)], [formatter, *(f for _, f in found)]
     sharing = share(models, formatters, info, head is not None)
     return Loaded(models, formatters, info, head is not None, Path(folder), sharing)
