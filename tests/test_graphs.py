@@ -272,6 +272,24 @@ def test_what_was_written_on_and_taken_back_is_read_anew(tiny_tokenizer: PreTrai
                 text.rewind(2)
 
 
+def test_what_is_shared_stays_behind_a_place_that_is_read_once_more(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A text that is asked about a place behind which more of it is shared took a block of its own where that place
+    began one, and with it lost what stood behind: the next answers were another text's."""
+    network, tokens = tiny("llama"), [random.Random(1).randrange(3, 300) for _ in range(60)]
+    model = LocalModel(network, tiny_tokenizer, num_slots=3, max_cache_tokens=600, machinery=machinery())
+    plain, cache = LocalModel(network, tiny_tokenizer, cache=False), model.graphs[1]
+    assert cache is not None and cache.paged.block == 8
+    first, second = Text([tokens]), Text([tokens])
+    model.predict([Query(0, first.views[0], 60)])
+    for length in (57, 60):
+        query = Query(0, second.views[0], length)
+        assert_same(model.predict([query])[0][0], plain.predict([query])[0][0])
+    second.append(9)
+    for text in (second, first):
+        query = Query(0, text.views[0], len(text.views[0]))
+        assert_same(model.predict([query])[0][0], plain.predict([query])[0][0])
+
+
 def stopping(model: LocalModel, leave: WriteOn, keep_on: KeepOn) -> list[Reply]:
     text = Text([list(range(3, 12))])
     model.predict([Query(0, text.views[0], 8)])

@@ -231,6 +231,9 @@ def test_blocks_are_shared_until_they_are_written() -> None:
             else:
                 start = rng.randint(0, len(held[slot]))
                 new = [1000 * step + n for n in range(rng.randint(1, 9))]
+                again = held[slot][start : start + len(new)]
+                if again and rng.random() < 0.5:
+                    new = again  # what is read once more, and what stands behind it, stays
                 own = sum(blocks.needed(len(each)) for each in held.values())
                 if own + blocks.needed(start + len(new)) > 38 or start + len(new) > 64:
                     continue
@@ -240,7 +243,7 @@ def test_blocks_are_shared_until_they_are_written() -> None:
                 for source, target in copies:
                     for offset in range(4):
                         content[target, offset] = content.get((source, offset), -1)
-                held[slot] = held[slot][:start] + new
+                held[slot] = held[slot] if new == again else held[slot][:start] + new
                 for position in range(start, start + len(new)):
                     content[int(blocks.table[slot, position // 4]), position % 4] = new[position - start]
             for n, tokens in held.items():

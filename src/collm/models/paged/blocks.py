@@ -50,7 +50,8 @@ class Blocks:
 
     def write(self, slot: int, start: int, end: int) -> list[tuple[int, int]]:
         """Make positions `start` to `end` of a slot its own. Returns the blocks `(from, to)` that have to be copied
-        first: shared ones of which positions before `start` stay.
+        first: shared ones that are not written as a whole. What stands before `start` stays, and so does what stands
+        from `end` on: a text is asked about a place, too, behind which more of it is stored.
 
         What the table says of blocks that are no longer the slot's own is told the device by the tokens that are
         written there.
@@ -62,7 +63,7 @@ class Blocks:
             block = blocks[place]
             if self._owners[block] > 1:
                 new = self._take()
-                if place == first and start % self.size:
+                if start > place * self.size or end < (place + 1) * self.size:
                     copies.append((block, new))
                 self._owners[block] -= 1
                 blocks[place] = self.table[slot, place] = new
