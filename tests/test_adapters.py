@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_local import ask, close, tiny
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from watching import watched
 
 from collm.errors import CollmError
 from collm.llm import CollaborativeLM
@@ -21,10 +22,7 @@ from collm.models.adapters import ModelStore, Variant
 from collm.models.contents import contents, same_files
 from collm.models.loading import load_context_length, load_model, load_tokenizer, place_model, weights_fingerprint
 from collm.models.local import LocalModel
-from collm.models.paged.capture import FakeCapture
 from collm.models.paged.machinery import Machinery
-from collm.models.paged.ops import TorchOps
-from collm.models.paged.telling import TorchTelling
 from collm.models.placement import Placement
 from collm.sampling_params import SamplingParams
 
@@ -196,7 +194,7 @@ def test_a_base_begins_early_unless_an_adapter_lies_in_its_layers(
     own: list[Machinery] = []
 
     def machinery(*_: object) -> Machinery:
-        own.append(Machinery(TorchOps(), TorchTelling(), FakeCapture(), block=8))
+        own.append(watched())
         return own[-1]
 
     tiny("llama", vocab_size=320, num_hidden_layers=1).save_pretrained(tmp_path / "other")
